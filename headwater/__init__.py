@@ -1,0 +1,68 @@
+"""Headwater, a parameter server: `run` a training function, or start a `Cluster` and join it."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from headwater import errors
+from headwater.cluster import Cluster, connect
+from headwater.messages import ClusterStatistics, StepResult
+from headwater.nodes.model import Group, Model
+from headwater.nodes.worker import Worker, WorkerStatistics
+from headwater.rules import (
+    SGD,
+    Accumulate,
+    Adagrad,
+    Adam,
+    AdamW,
+    Assign,
+    Ftrl,
+    RMSprop,
+    Rule,
+    register,
+)
+from headwater.run import RunResult, run
+from headwater.schedules import Constant, Cosine, Linear, Schedule, StepDecay
+from headwater.sync import Asynchronous, StaleSynchronous, Synchronous
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Accumulate",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Assign",
+    "Asynchronous",
+    "Cluster",
+    "ClusterStatistics",
+    "Constant",
+    "Cosine",
+    "Ftrl",
+    "Group",
+    "Linear",
+    "Model",
+    "RMSprop",
+    "Rule",
+    "RunResult",
+    "Schedule",
+    "StaleSynchronous",
+    "StepDecay",
+    "StepResult",
+    "Synchronous",
+    "Worker",
+    "WorkerStatistics",
+    "connect",
+    "errors",
+    "register",
+    "run",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`headwater.torch` is imported when it is first named: torch is optional, and slow to import."""
+    if name == "torch":
+        return importlib.import_module("headwater.torch")
+    raise AttributeError(f"module 'headwater' has no attribute {name!r}")

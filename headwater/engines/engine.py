@@ -1,0 +1,78 @@
+"""What every engine does: start servers and workers, report how each ended, stop all of them."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from headwater.errors import WorkerError
+from headwater.nodes.server import ServerSettings
+from headwater.nodes.worker import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How to start nodes. `rules`: modules with users' rules, loaded by every node.
+
+    `output`: takes each line a node printed, with its prefix; called from several threads.
+    """
+
+    workers: int
+    rules: tuple[str, ...] = ()
+    output: Callable[[str], None] = print
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An exception that ended a node, in a form that crosses processes."""
+
+    summary: str
+    trace: str
+    error: BaseException | None
+
+    @staticmethod
+    def of(error: BaseException) -> Failure:
+        """Describe `error`, which is being handled."""
+        trace = "".join(traceback.format_exception(error))
+        return Failure(f"{type(error).__name__}: {error}", trace, error)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a node ended: a worker with the value `train` returned, or anything with a failure."""
+
+    role: str
+    index: int
+    value: Any = None
+    failure: Failure | None = None
+
+    def as_error(self) -> WorkerError:
+        """The failure of a worker, to raise in the caller; the original is its cause."""
+        assert self.failure is not None
+        error = WorkerError(self.index, self.failure.summary, self.failure.trace)
+        error.__cause__ = self.failure.error
+        return error
+
+
+class Engine(Protocol):
+    """Starts nodes and watches them. After `close` nothing it started is left."""
+
+    def start_server(self, settings: ServerSettings) -> None:
+        """Start a server; does not wait until it has joined."""
+
+    def start_worker(self, address: str, rank: int, train: Callable[[Worker], Any]) -> None:
+        """Start a worker that joins the coordinator at `address` and runs `train`."""
+
+    def next_outcome(self, timeout: float) -> Outcome | None:
+        """How the next node ended; None after `timeout` seconds. A server's end is always a failure."""
+
+    def close(self) -> None:
+        """Stop everything within two seconds; idempotent."""
+
+
+def run_worker(address: str, rank: int, train: Callable[[Worker], Any]) -> Any:
+    """What a worker's process or thread does."""
+    with Worker(address, rank) as worker:
+        return train(worker)

@@ -1,0 +1,64 @@
+"""Nodes as threads of this process: for debugging, tests and small things."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from headwater.engines.engine import Failure, Launch, Outcome, run_worker
+from headwater.nodes.server import ServerNode, ServerSettings
+from headwater.nodes.worker import Worker
+from headwater.rules import load_rules
+
+_JOIN_S = 1.0
+
+
+class InlineEngine:
+    """Threads share the interpreter, so nothing runs faster than with one worker; nothing is pickled."""
+
+    def __init__(self, launch: Launch) -> None:
+        for module in launch.rules:
+            load_rules(module)
+        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._servers: list[ServerNode] = []
+        self._threads: list[threading.Thread] = []
+
+    def start_server(self, settings: ServerSettings) -> None:
+        """Start a server in threads."""
+        node = ServerNode(settings)
+        self._servers.append(node)
+        self._start("server", settings.index, node.start, report_end=False)
+
+    def start_worker(self, address: str, rank: int, train: Callable[[Worker], Any]) -> None:
+        """Run `train` in a thread."""
+        self._start("worker", rank, lambda: run_worker(address, rank, train), report_end=True)
+
+    def _start(self, role: str, index: int, run: Callable[[], Any], report_end: bool) -> None:
+        def body() -> None:
+            try:
+                value = run()
+            except BaseException as error:  # noqa: BLE001 - it is handed to the caller of `run`
+                self._outcomes.put(Outcome(role, index, failure=Failure.of(error)))
+            else:
+                if report_end:
+                    self._outcomes.put(Outcome(role, index, value))
+
+        thread = threading.Thread(target=body, name=f"headwater-{role}-{index}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def next_outcome(self, timeout: float) -> Outcome | None:
+        """How the next node ended."""
+        try:
+            return self._outcomes.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+    def close(self) -> None:
+        """Close the servers, which ends every exchange; a thread that computes on is left behind."""
+        for server in self._servers:
+            server.close()
+        for thread in self._threads:
+            thread.join(_JOIN_S)

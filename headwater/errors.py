@@ -1,0 +1,99 @@
+"""Every error Headwater raises on purpose, in three branches by whose fault it is.
+
+HeadwaterError
+├── UsageError                  the caller's fault: fix the call, nothing changed
+│   ├── ConfigurationError      an impossible setting                       (also ValueError)
+│   ├── RegistrationError       a model declared differently than before    (also ValueError)
+│   ├── GradientError           wrong names, shapes or dtypes in a push     (also ValueError)
+│   │   └── NonFiniteError      NaN or infinity in a gradient
+│   └── ClosedError             the worker has left, or the cluster is closed
+├── PeerError                   the other side's fault
+│   ├── ProtocolError           bytes or messages that break the protocol
+│   ├── RefusedError            a node refused this one, and said why
+│   └── WorkerError             `train` raised, or its process ended, in a worker of `run`
+└── EnvironmentFailure          nobody's fault: the machine, the network, time
+    ├── ConnectionLostError     a connection closed or could not be made    (also ConnectionError)
+    ├── StalledError            a wait passed its deadline, or could never end (also TimeoutError)
+    └── EngineError             a node could not be started or ended unasked
+"""
+
+from __future__ import annotations
+
+
+class HeadwaterError(Exception):
+    """Root of the tree."""
+
+
+class UsageError(HeadwaterError):
+    """The call is wrong; nothing was sent and nothing changed."""
+
+
+class ConfigurationError(UsageError, ValueError):
+    """A setting that cannot be."""
+
+
+class RegistrationError(UsageError, ValueError):
+    """A model that cannot be registered, or was registered differently before."""
+
+
+class GradientError(UsageError, ValueError):
+    """Pushed or assigned arrays that do not fit the model."""
+
+
+class NonFiniteError(GradientError):
+    """A gradient holds NaN or infinity; it was not sent and the turn was not taken."""
+
+
+class ClosedError(UsageError):
+    """A call on a worker that has left or a cluster that is closed."""
+
+
+class PeerError(HeadwaterError):
+    """The other side is to blame."""
+
+
+class ProtocolError(PeerError):
+    """Bytes or messages that break the protocol; the connection they came over is closed."""
+
+
+class RefusedError(PeerError):
+    """A node refused this one; the text is the node's reason."""
+
+
+class WorkerError(PeerError):
+    """`train` failed in a worker started by `run`.
+
+    Attributes:
+        rank: the worker's rank.
+        remote_traceback: the traceback in the worker, as text ("" where its process died without one).
+    """
+
+    def __init__(self, rank: int, summary: str, remote_traceback: str = "") -> None:
+        text = f"worker {rank}: {summary}"
+        super().__init__(f"{text}\n\n{remote_traceback.rstrip()}" if remote_traceback else text)
+        self.rank = rank
+        self.remote_traceback = remote_traceback
+
+
+class EnvironmentFailure(HeadwaterError):
+    """The machine, the network or time is to blame."""
+
+
+class ConnectionLostError(EnvironmentFailure, ConnectionError):
+    """A connection closed, or could not be made."""
+
+
+class StalledError(EnvironmentFailure, TimeoutError):
+    """A wait passed its deadline, or could never have ended; the text says for whom."""
+
+
+class EngineError(EnvironmentFailure):
+    """A node could not be started, or ended without being asked to."""
+
+
+def named(name: str, reason: str, default: type[HeadwaterError]) -> HeadwaterError:
+    """The error a peer named, or `default` where the name is none of this tree's one-text classes."""
+    found = globals().get(name)
+    known = isinstance(found, type) and issubclass(found, HeadwaterError) and found is not WorkerError
+    error: HeadwaterError = (found if known else default)(reason)
+    return error

@@ -1,0 +1,130 @@
+"""Named tensors ↔ one flat float32 vector ↔ equal ranges, one a server.
+
+Invariants:
+- Tensors lie one after another, ordered by (parameter group, name), so every worker that declares
+  the same tensors in any order gets the same vector.
+- A tensor starts at a multiple of 64 bytes (a cache line and a vector register); the gap stays zero.
+- Ranges are multiples of 4,096 bytes (a page), so that a server can map just its own.
+- The vector does not depend on the number of servers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater.errors import RegistrationError
+from headwater.messages import TensorSpec
+
+PAGE = 1024
+"""Elements in a page of 4,096 bytes: ranges start and stop at multiples of it."""
+
+LINE = 16
+"""Elements in a cache line of 64 bytes: tensors start at multiples of it."""
+
+DTYPES = ("float32", "float16", "bfloat16")
+"""What a parameter may be; all are float32 in the vector."""
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+class Layout:
+    """Where each tensor of a model lies in its vector.
+
+    Attributes:
+        tensors: in vector order.
+        starts, stops: int64[tensors], each tensor's elements, without the gap after it.
+        groups: int64[tensors], each tensor's parameter group.
+        elements: length of the vector, a multiple of `PAGE`.
+        index: tensor name → position in `tensors`.
+
+    Raises:
+        RegistrationError: no tensors, a repeated name, an impossible shape or dtype.
+    """
+
+    __slots__ = ("elements", "groups", "index", "starts", "stops", "tensors")
+
+    def __init__(self, tensors: Iterable[TensorSpec]) -> None:
+        self.tensors = tuple(sorted(tensors, key=lambda tensor: (tensor.group, tensor.name)))
+        if not self.tensors:
+            raise RegistrationError("a model needs at least one tensor, got none")
+        self.index = {tensor.name: i for i, tensor in enumerate(self.tensors)}
+        if len(self.index) < len(self.tensors):
+            raise RegistrationError(f"tensor names must differ, got {[t.name for t in self.tensors]}")
+        starts, stops, end = [], [], 0
+        for tensor in self.tensors:
+            _check(tensor)
+            starts.append(end)
+            stops.append(end + math.prod(tensor.shape))
+            end = _round_up(stops[-1], LINE)
+        self.starts = np.array(starts, dtype=np.int64)
+        self.stops = np.array(stops, dtype=np.int64)
+        self.groups = np.array([tensor.group for tensor in self.tensors], dtype=np.int64)
+        self.elements = _round_up(max(end, 1), PAGE)
+
+    def cut(self, servers: int) -> list[tuple[int, int]]:
+        """The vector's ranges [start, stop) for that many servers, in order; the last may be empty."""
+        return ranges(self.elements, servers)
+
+    def views(self, vector: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Each tensor as a view of `vector` (float32[elements]) in its shape; `vector` owns the memory."""
+        return {
+            tensor.name: vector[start:stop].reshape(tensor.shape)
+            for tensor, start, stop in zip(self.tensors, self.starts, self.stops, strict=True)
+        }
+
+    def mask(self, names: Iterable[str]) -> bytes:
+        """A bit a tensor, little-endian, set for the given ones."""
+        bits = np.zeros(len(self.tensors), dtype=np.uint8)
+        for name in names:
+            bits[self.index[name]] = 1
+        return np.packbits(bits, bitorder="little").tobytes()
+
+    def unmask(self, mask: bytes) -> NDArray[np.bool_]:
+        """bool[tensors]: the inverse of `mask`."""
+        bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
+        return bits[: len(self.tensors)].astype(np.bool_)
+
+    def runs(self, carried: NDArray[np.bool_], start: int, stop: int) -> list[tuple[int, int]]:
+        """The stretches within [start, stop) that cover the carried tensors, merged where they touch."""
+        merged: list[tuple[int, int]] = []
+        for i in np.flatnonzero(carried):
+            low = max(int(self.starts[i]), start)
+            high = min(_round_up(int(self.stops[i]), LINE), stop)
+            if low >= high:
+                continue
+            if merged and merged[-1][1] == low:
+                merged[-1] = (merged[-1][0], high)
+            else:
+                merged.append((low, high))
+        return merged
+
+
+def ranges(elements: int, servers: int) -> list[tuple[int, int]]:
+    """Cut `elements` (a multiple of `PAGE`) into `servers` ranges that differ by a page at most."""
+    pages = elements // PAGE
+    bounds = [i * pages // servers * PAGE for i in range(servers + 1)]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def describe(tensors: Sequence[TensorSpec]) -> str:
+    """`weight float32[10, 64], bias float32[10]`, shortened after the fourth."""
+    shown = [f"{t.name} {t.dtype}{list(t.shape)}" for t in tensors[:4]]
+    return ", ".join(shown) + (f" and {len(tensors) - 4} more" if len(tensors) > 4 else "")
+
+
+def _check(tensor: TensorSpec) -> None:
+    if any(size < 0 for size in tensor.shape):
+        raise RegistrationError(f"tensor {tensor.name!r} has an impossible shape {tensor.shape}")
+    if tensor.dtype == "float64":
+        raise RegistrationError(
+            f"tensor {tensor.name!r} is float64, but models are kept in float32: "
+            f"convert it first, for example array.astype('float32') or module.float()"
+        )
+    if tensor.dtype not in DTYPES:
+        raise RegistrationError(f"tensor {tensor.name!r} has dtype {tensor.dtype}, expected {DTYPES}")

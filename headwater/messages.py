@@ -1,0 +1,484 @@
+"""Every message that crosses a connection, and every entry of the log, as frozen structs.
+
+Nothing here encodes, sends or decides. Each union is closed: a decoder given one of them can
+produce only the structs listed. Ids:
+
+- `member` names one incarnation of a node (a restarted worker has the same rank, another member);
+- `number` counts the exchanges of one member from 1; `step` counts its steps from 1;
+- `model` is the position of a model's register entry in the log, so it is the same on all servers.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+Scalar: TypeAlias = bool | int | float | str | None
+Role: TypeAlias = Literal["worker", "server", "observer"]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """What all of them share: immutable, tagged with the class name, strict."""
+
+
+# ── the roster ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One incarnation of a node. `index` is a server's index or a worker's rank; -1 for observers."""
+
+    id: int
+    role: Role
+    index: int
+    pid: int
+    host: str
+    addresses: tuple[str, ...] = ()
+
+
+class Join(Message):
+    """A node asks the coordinator to become a member; `index` None takes the next free one."""
+
+    role: Role
+    index: int | None
+    pid: int
+    host: str
+    addresses: tuple[str, ...] = ()
+
+
+class Welcome(Message):
+    """The coordinator's answer to Join, once every server knows the new member."""
+
+    member: Member
+    term: int
+    servers: tuple[Member, ...]
+    workers: int
+    sync: str
+    settings: dict[str, Scalar]
+    patience: float
+    deadline: float
+
+
+class Roster(Message):
+    """Who is a member in this term; from the coordinator to every server."""
+
+    term: int
+    workers: int
+    members: tuple[Member, ...]
+
+
+class Progress(Message):
+    """A worker's own statistics, to the coordinator. `waiting` and `elapsed` in seconds."""
+
+    member: int
+    steps: int
+    version: int
+    samples: int
+    waiting: float
+    elapsed: float
+    staleness: dict[int, int]
+    metrics: dict[str, float]
+
+
+class Departed(Message):
+    """A member has left the log and will close; its connection's end is not a death."""
+
+    member: int
+
+
+class Acknowledged(Message):
+    """Done."""
+
+
+class Refused(Message):
+    """Not done, and why; `error` is the name of a class in `headwater.errors`."""
+
+    error: str
+    reason: str
+
+
+# ── models ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A named tensor of a model and the parameter group it belongs to."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    group: int = 0
+
+
+class RuleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A rule by name, with its settings; the receiver looks the name up among its loaded rules.
+
+    A setting that is itself a named object (a schedule) is a RuleSpec of its own.
+    """
+
+    name: str
+    settings: dict[str, Scalar | RuleSpec]
+
+
+class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a model is: tensors in order, and one rule per parameter group."""
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+    rules: tuple[RuleSpec, ...]
+
+
+class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A descriptor that travels with the message: `size` bytes, gradients first, parameters second."""
+
+    generation: int
+    size: int
+
+
+class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Elements [start, stop) of a model's flat vector whose float32 values are in the payload."""
+
+    model: int
+    start: int
+    stop: int
+
+
+# ── from a worker to each server: one exchange at a time ────────────────────────────────────────
+
+
+class Hello(Message):
+    """First message on every connection to a server."""
+
+    member: int
+    role: Literal["worker", "server", "observer", "coordinator"]
+    term: int
+
+
+class Register(Message):
+    """Declare a model; its initial values are in the window's parameters, or are the payload."""
+
+    number: int
+    spec: ModelSpec
+    window: WindowSpec | None
+
+
+class Attach(Message):
+    """A reader or a repeating worker gives (another) window, or asks for answers by payload."""
+
+    number: int
+    model: int
+    window: WindowSpec | None
+
+
+class Carried(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which tensors of a model a step carries: bit i of `tensors` (little-endian) is tensor i."""
+
+    model: int
+    tensors: bytes
+
+
+class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """New scalars for the rule of one parameter group of a model (-1: all groups)."""
+
+    model: int
+    group: int
+    values: dict[str, float]
+
+
+class Step(Message):
+    """One turn. `seen` is the version the gradients were computed on; `read` asks for values."""
+
+    number: int
+    step: int
+    seen: int
+    carried: tuple[Carried, ...]
+    settings: tuple[Setting, ...]
+    read: bool
+    payload: tuple[Run, ...] = ()
+
+
+class Pull(Message):
+    """Ask for the values of `models`, unless they have not changed since version `have`."""
+
+    number: int
+    models: tuple[int, ...]
+    have: int
+
+
+class Assign(Message):
+    """Set the carried tensors to what lies in the window's parameters or in the payload."""
+
+    number: int
+    carried: Carried
+    payload: tuple[Run, ...] = ()
+
+
+class Meet(Message):
+    """Wait until every other member is here too; `values` are added up in rank order."""
+
+    number: int
+    kind: Literal["barrier", "sum"]
+    values: dict[str, float]
+
+
+class End(Message):
+    """The worker's batches are over: rounds no longer wait for it."""
+
+    number: int
+
+
+class Stop(Message):
+    """End everybody's batches with their next answer."""
+
+    number: int
+
+
+class Leave(Message):
+    """The worker goes for good."""
+
+    number: int
+
+
+class Describe(Message):
+    """Which models are there? Answered at once, outside the log."""
+
+    number: int
+
+
+Request: TypeAlias = Register | Attach | Step | Pull | Assign | Meet | End | Stop | Leave
+
+
+class StepResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What became of a step."""
+
+    version: int
+    applied: bool
+    contributors: int
+    staleness: int
+
+
+class Answer(Message):
+    """The end of an exchange. `version` is that of the values now in the window or the payload.
+
+    `values`: the models whose values were written (or follow, in this order, each this server's
+    whole range); `result`: of a step; `model`: the id given to a registered model.
+    """
+
+    number: int
+    version: int
+    values: tuple[int, ...] = ()
+    result: StepResult | None = None
+    model: int | None = None
+    sums: dict[str, float] | None = None
+    stopped: bool = False
+    failure: Refused | None = None
+
+
+class Waiting(Message):
+    """Not an answer yet, and whom it waits for; sent each time another `patience` has passed."""
+
+    number: int
+    reason: str
+
+
+class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A registered model with its id."""
+
+    model: int
+    spec: ModelSpec
+
+
+class Description(Message):
+    """Answer to Describe."""
+
+    number: int
+    version: int
+    models: tuple[ModelInfo, ...]
+
+
+# ── the log ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A server holds exchange `number` of `member` completely."""
+
+    member: int
+    number: int
+    kind: Literal["register", "attach", "step", "pull", "assign", "barrier", "sum", "end", "stop", "leave"]
+    name: str = ""
+
+
+class Reports(Message):
+    """From a server to the sequencer."""
+
+    server: int
+    held: tuple[Held, ...]
+
+
+class Entry(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """One position of the log; every server processes entries strictly in order."""
+
+    position: int
+
+
+class Ticket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Names one exchange of one member."""
+
+    member: int
+    number: int
+
+
+class Registered(Entry):
+    """A model comes into being with the values of `source`, whose registration this answers."""
+
+    source: Ticket
+
+
+class Committed(Entry):
+    """Updates, in rank order, applied as one; those in `answered` get their answer here."""
+
+    version: int
+    updates: tuple[Ticket, ...]
+    answered: tuple[Ticket, ...]
+
+
+class Served(Entry):
+    """Answer this exchange with the values as of this position."""
+
+    ticket: Ticket
+
+
+class Assigned(Entry):
+    """Values set by a worker; a version of its own."""
+
+    version: int
+    source: Ticket
+
+
+class Activated(Entry):
+    """From here on rounds wait for these members."""
+
+    members: tuple[int, ...]
+
+
+class Retired(Entry):
+    """From here on rounds do not wait for this member; `gone` means for good."""
+
+    member: int
+    gone: bool
+    reason: str
+    answered: Ticket | None = None
+
+
+class Met(Entry):
+    """Everybody is at the same barrier or sum: all are answered, all active again."""
+
+    tickets: tuple[Ticket, ...]
+
+
+class Stopped(Entry):
+    """Answers of steps from here on tell the worker to end its batches."""
+
+    ticket: Ticket
+
+
+class Stalled(Entry):
+    """These exchanges wait for each other and fail with this reason."""
+
+    tickets: tuple[Ticket, ...]
+    reason: str
+
+
+AnyEntry: TypeAlias = (
+    Registered | Committed | Served | Assigned | Activated | Retired | Met | Stopped | Stalled
+)
+
+
+class Entries(Message):
+    """From the sequencer to a server."""
+
+    entries: tuple[AnyEntry, ...]
+
+
+# ── what a person sees ──────────────────────────────────────────────────────────────────────────
+
+
+class Ask(Message):
+    """Ask the coordinator or a server for its statistics."""
+
+
+class ModelStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One model on one server; sizes in bytes."""
+
+    name: str
+    rule: str
+    tensors: int
+    elements: int
+    updates: int
+    resident: int
+
+
+class ServerStatistics(Message):
+    """One server. `waits` maps a member to whom its exchange waits for (server 0 only)."""
+
+    index: int
+    version: int
+    position: int
+    term: int
+    exchanges: int
+    models: tuple[ModelStatistics, ...]
+    waits: dict[int, str]
+
+
+class NodeStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One node in the coordinator's answer; exactly one of `index` and `rank` is set."""
+
+    role: str
+    pid: int
+    address: str
+    term: int
+    version: int
+    waits_for: str | None
+    index: int | msgspec.UnsetType = msgspec.UNSET
+    rank: int | msgspec.UnsetType = msgspec.UNSET
+
+
+class ClusterStatistics(Message):
+    """The coordinator's answer to Ask."""
+
+    term: int
+    version: int
+    workers: int
+    sync: str
+    nodes: tuple[NodeStatistics, ...]
+    models: tuple[ModelStatistics, ...]
+    progress: tuple[Progress, ...]
+
+
+AnyMessage: TypeAlias = (
+    Join
+    | Welcome
+    | Roster
+    | Progress
+    | Departed
+    | Acknowledged
+    | Refused
+    | Hello
+    | Register
+    | Attach
+    | Step
+    | Pull
+    | Assign
+    | Meet
+    | End
+    | Stop
+    | Leave
+    | Describe
+    | Answer
+    | Waiting
+    | Description
+    | Reports
+    | Entries
+    | Ask
+    | ServerStatistics
+    | ClusterStatistics
+)

@@ -1,0 +1,113 @@
+"""The memory side of a member's connection to a server: where its values come in and go out.
+
+With a window the values lie in memory that both share and nothing crosses the connection; without
+one they are the payload, and a private buffer takes the window's place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater import messages as m
+from headwater.errors import ProtocolError
+from headwater.layout import Layout
+from headwater.shard import Shard, Staging
+from headwater.wire.window import WindowView
+
+Array = NDArray[np.float32]
+
+
+class Intake:
+    """For one member's connection to the server that hosts `shard`."""
+
+    def __init__(self, shard: Shard, member: int) -> None:
+        self._shard = shard
+        self._member = member
+        self._initial: Array | None = None
+
+    def place(self, message: m.AnyMessage, length: int) -> Sequence[Array]:
+        """Where the `length` bytes of payload that follow `message` go.
+
+        Raises:
+            ProtocolError: the message has no payload, or its runs leave this server's range.
+        """
+        if isinstance(message, m.Register) and message.window is None:
+            start, stop = self._shard.range_of(Layout(message.spec.tensors))
+            if length != 4 * (stop - start):
+                raise ProtocolError(f"initial values of {length} bytes, expected {4 * (stop - start)}")
+            self._initial = np.zeros(stop - start, dtype=np.float32)
+            return [self._initial]
+        if isinstance(message, m.Step):
+            return [self._run(run).gradients[self._within(run)] for run in message.payload]
+        if isinstance(message, m.Assign):
+            return [self._run(run).parameters[self._within(run)] for run in message.payload]
+        raise ProtocolError(f"{type(message).__name__} with a payload of {length} bytes, expected none")
+
+    def _run(self, run: m.Run) -> Staging:
+        staging = self._shard.staging(self._member, run.model)
+        if not is_private(staging):
+            raise ProtocolError(f"payload for model {run.model}, whose values are in a window")
+        return staging
+
+    def _within(self, run: m.Run) -> slice:
+        vector = self._shard.vectors[run.model]
+        if not vector.start <= run.start <= run.stop <= vector.stop:
+            raise ProtocolError(
+                f"payload for elements [{run.start}, {run.stop}), this server has [{vector.start}, {vector.stop})"
+            )
+        return slice(run.start - vector.start, run.stop - vector.start)
+
+    def staging(self, message: m.Request, descriptors: list[int]) -> Staging | None:
+        """The memory that comes with Register and Attach; takes over the descriptors.
+
+        Raises:
+            ProtocolError: the window is not what the message says.
+        """
+        try:
+            if isinstance(message, m.Register | m.Attach):
+                return self._memory(message, descriptors)
+            if descriptors:
+                raise ProtocolError(f"{type(message).__name__} came with a descriptor, expected none")
+            return None
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _memory(self, message: m.Register | m.Attach, descriptors: list[int]) -> Staging:
+        layout = self._layout_of(message)
+        start, stop = self._shard.range_of(layout)
+        if message.window is None:
+            initial, self._initial = self._initial, None
+            if initial is None or len(initial) != stop - start:
+                initial = np.zeros(stop - start, dtype=np.float32)
+            return Staging(initial, initial)
+        if len(descriptors) != 1:
+            raise ProtocolError(f"a window came with {len(descriptors)} descriptors, expected 1")
+        view = WindowView(
+            descriptors.pop(), size=message.window.size, elements=layout.elements, start=start, stop=stop
+        )
+        return Staging(view.gradients, view.parameters)
+
+    def _layout_of(self, message: m.Register | m.Attach) -> Layout:
+        if isinstance(message, m.Register):
+            return Layout(message.spec.tensors)
+        vector = self._shard.vectors.get(message.model)
+        if vector is None:
+            raise ProtocolError(f"there is no model {message.model}, known are {sorted(self._shard.vectors)}")
+        return vector.layout
+
+    def payload(self, answer: m.Answer | m.Description) -> list[Array]:
+        """What follows `answer`: this server's range of each model that has no window."""
+        if not isinstance(answer, m.Answer):
+            return []
+        stagings = [self._shard.staging(self._member, model) for model in answer.values]
+        return [staging.parameters for staging in stagings if is_private(staging)]
+
+
+def is_private(staging: Staging) -> bool:
+    """Whether values come and go as payload."""
+    return staging.gradients is staging.parameters

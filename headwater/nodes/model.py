@@ -1,0 +1,373 @@
+"""A worker's handle on a registered model: its window, what is staged there, and checked arrays in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater import messages as m
+from headwater.errors import (
+    ConfigurationError,
+    GradientError,
+    NonFiniteError,
+    RegistrationError,
+    UsageError,
+)
+from headwater.kernels import finite, stage
+from headwater.layout import Layout
+from headwater.nodes.session import Session
+from headwater.rules import Rule, from_spec
+from headwater.wire.channel import Outgoing
+from headwater.wire.window import Window, windows_possible
+
+Array: TypeAlias = NDArray[np.float32]
+NonFinite: TypeAlias = Literal["raise", "skip", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors of a model that have a rule with other settings than the model's own.
+
+    Raises:
+        ConfigurationError: no names.
+    """
+
+    names: Sequence[str]
+    rule: Rule
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ConfigurationError("Group: names is empty: leave the group out")
+
+
+@dataclass(slots=True, eq=False)
+class _Memory:
+    """Stands in for a window where memory cannot be shared."""
+
+    gradients: Array
+    parameters: Array
+
+
+def specify(
+    name: str, params: Mapping[str, Any], rule: Rule, groups: Sequence[Group]
+) -> tuple[m.ModelSpec, dict[str, NDArray[Any]]]:
+    """The spec of a model and its initial values as arrays.
+
+    Raises:
+        RegistrationError: what it names is not a model.
+    """
+    if not isinstance(rule, Rule):
+        raise RegistrationError(f"model {name!r}: rule must be a Rule such as hw.SGD(lr=0.1), got {rule!r}")
+    if not params:
+        raise RegistrationError(f"model {name!r} has no tensors: pass at least one")
+    group_of: dict[str, int] = {}
+    for i, group in enumerate(groups, start=1):
+        for tensor in group.names:
+            if tensor not in params:
+                raise RegistrationError(
+                    f"model {name!r}: a group names {tensor!r}, the tensors are {_names(params)}"
+                )
+            if group_of.setdefault(tensor, i) != i:
+                raise RegistrationError(f"model {name!r}: tensor {tensor!r} is in two groups")
+        if type(group.rule) is not type(rule):
+            raise RegistrationError(
+                f"model {name!r}: all groups have one kind of rule, got {rule.name} and {group.rule.name}"
+            )
+    arrays = {tensor: as_array(tensor, value, RegistrationError) for tensor, value in params.items()}
+    specs = tuple(
+        m.TensorSpec(tensor, array.shape, _dtype(params[tensor], array), group_of.get(tensor, 0))
+        for tensor, array in arrays.items()
+    )
+    rules = tuple(one.to_spec() for one in (rule, *(group.rule for group in groups)))
+    return m.ModelSpec(name, Layout(specs).tensors, rules), arrays
+
+
+class Model:
+    """A model on the servers, as one worker sees it. Not thread-safe, like its worker.
+
+    Attributes:
+        name, layout: as registered.
+        gradients: by name, float32 views of the window that the next `step` sends if `carry`-ed;
+            between `step` and its return they belong to the servers.
+        parameters: by name, writable float32 views of the window that answers overwrite.
+    """
+
+    def __init__(
+        self, session: Session, spec: m.ModelSpec, names: Iterable[str] = (), nonfinite: NonFinite = "raise"
+    ) -> None:
+        if nonfinite not in ("raise", "skip", "off"):
+            raise ConfigurationError(f"nonfinite must be 'raise', 'skip' or 'off', got {nonfinite!r}")
+        self.name = spec.name
+        self.spec = spec
+        self.layout = Layout(spec.tensors)
+        self.id = -1
+        self._session = session
+        self._nonfinite = nonfinite
+        self._cuts = self.layout.cut(len(session.channels))
+        self._shared = [channel.can_pass_descriptors and windows_possible() for channel in session.channels]
+        self._memory = self._allocate()
+        order = list(names) or [tensor.name for tensor in spec.tensors]
+        gradients = self.layout.views(self._memory.gradients)
+        parameters = self.layout.views(self._memory.parameters)
+        self.gradients = {name: gradients[name] for name in order}
+        self.parameters = {name: parameters[name] for name in order}
+        self._read_only = {name: _read_only(view) for name, view in self.parameters.items()}
+        self._staged: set[str] = set()
+        self._settings: dict[int, dict[str, float]] = {}
+        self._skip = False
+        self._fresh = False
+
+    def _allocate(self) -> Window | _Memory:
+        if any(self._shared):
+            return Window(self.layout.elements)
+        return _Memory(*(np.zeros(self.layout.elements, dtype=np.float32) for _ in range(2)))
+
+    # ── the user's calls ────────────────────────────────────────────────────────────────────────
+
+    def pull(self, copy: bool = False) -> dict[str, Array]:
+        """Current values by name, all of one version; blocks for an exchange.
+
+        Right after a step of a synchronous worker the values are there already. Without `copy` the
+        arrays are read-only views that the next step or pull overwrites.
+
+        Raises:
+            ClosedError: the worker has left.
+            StalledError: no answer within the deadline.
+        """
+        if not (self._fresh and self._session.sync.rounds and self._session.usable()):
+            have = self._session.version if self._fresh else -1
+            self._session.ask(lambda number: m.Pull(number, (self.id,), have), "pull")
+        self._fresh = False
+        return {name: view.copy() if copy else view for name, view in self._read_only.items()}
+
+    def push(self, grads: Mapping[str, Any]) -> None:
+        """Stage gradients by tensor name for the next `step`; a second push of a tensor adds.
+
+        Copies; takes anything with `__dlpack__` or `__array__` of a real dtype and the tensor's
+        shape. All or nothing: on an error no tensor is staged. Does not block.
+
+        Raises:
+            GradientError: an unknown name, a wrong shape or dtype; lists what was expected.
+            NonFiniteError: NaN or infinity, with `nonfinite="raise"`.
+            ClosedError: the worker has left.
+        """
+        self._session.check_open("push")
+        arrays = self._checked(grads)
+        bad = [name for name in arrays if name in self._staged and not self._is_finite(arrays[name])]
+        fresh = {name: array for name, array in arrays.items() if name not in self._staged}
+        bad += [name for name, array in fresh.items() if not self._stage(name, array)]
+        if bad and self._nonfinite != "off":
+            self._report_nonfinite(bad)
+            return
+        for name in arrays.keys() - fresh.keys():
+            self.gradients[name] += arrays[name]
+        self._staged.update(arrays)
+
+    def assign(self, values: Mapping[str, Any]) -> None:
+        """Set tensors to `values` on the servers, a version of its own; blocks for an exchange.
+
+        The rule's state stays. Other workers see it with their next answer.
+
+        Raises:
+            GradientError: an unknown name, a wrong shape or dtype; nothing was assigned.
+        """
+        self._session.check_open("assign")
+        for name, array in self._checked(values).items():
+            self.parameters[name][...] = array
+        self.assign_local(values.keys())
+
+    def set(self, *, group: int | None = None, **values: float) -> None:
+        """Change scalars of the rule, such as `lr`, with the next `step` that this worker makes.
+
+        `group`: the parameter group, all by default. Of several workers in one round the lowest rank wins.
+
+        Raises:
+            ConfigurationError: the rule has no such setting, or there is no such group.
+        """
+        rules = self.rules
+        if group is not None and not 0 <= group < len(rules):
+            raise ConfigurationError(f"model {self.name!r} has groups 0 to {len(rules) - 1}, got {group}")
+        for rule in rules if group is None else [rules[group]]:
+            rule.with_settings(**values)
+        self._settings.setdefault(-1 if group is None else group, {}).update(values)
+
+    # ── for adapters ────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def rules(self) -> list[Rule]:
+        """The rule of each parameter group, as registered."""
+        return [from_spec(rule) for rule in self.spec.rules]
+
+    def carry(self, name: str) -> None:
+        """The next step carries this tensor: its gradient is in `gradients` and was tested."""
+        self._staged.add(name)
+
+    def is_carried(self, name: str) -> bool:
+        """Whether the next step carries this tensor."""
+        return name in self._staged
+
+    def discard(self) -> None:
+        """Forget what is staged."""
+        self._staged.clear()
+
+    def skip(self) -> None:
+        """Make the next step an empty turn: a gradient was not finite."""
+        self._skip = True
+
+    def assign_local(self, names: Iterable[str]) -> None:
+        """Set tensors on the servers to what is in `parameters`; blocks for an exchange."""
+        carried = m.Carried(self.id, self.layout.mask(names))
+
+        def outgoing(server: int, number: int) -> Outgoing:
+            runs, buffers = self._payload(server, carried.tensors, self._memory.parameters)
+            return Outgoing(m.Assign(number, carried, runs), buffers)
+
+        self._session.settle(self._session.call(outgoing, "assign"))
+
+    # ── for the worker ──────────────────────────────────────────────────────────────────────────
+
+    def register(self, initial: Mapping[str, NDArray[Any]]) -> None:
+        """Declare the model with these values, or join one that exists; blocks for an exchange."""
+        for name, value in initial.items():
+            self.parameters[name][...] = value
+
+        def outgoing(server: int, number: int) -> Outgoing:
+            window, descriptors = self._window(server)
+            start, stop = self._cuts[server]
+            values = [] if window is not None or start == stop else [self._memory.parameters[start:stop]]
+            return Outgoing(m.Register(number, self.spec, window), values, descriptors)
+
+        self._join(outgoing, "register")
+
+    def attach(self, model: int) -> None:
+        """Read a model that exists; blocks for an exchange."""
+
+        def outgoing(server: int, number: int) -> Outgoing:
+            window, descriptors = self._window(server)
+            return Outgoing(m.Attach(number, model, window), (), descriptors)
+
+        self._join(outgoing, "attach")
+
+    def take_staged(self) -> tuple[m.Carried | None, tuple[m.Setting, ...], bool]:
+        """What the next step carries, its settings, and whether it must be an empty turn; clears all."""
+        carried = m.Carried(self.id, self.layout.mask(self._staged)) if self._staged else None
+        settings = tuple(m.Setting(self.id, group, values) for group, values in self._settings.items())
+        skip = self._skip
+        self._staged, self._settings, self._skip = set(), {}, False
+        return carried, settings, skip
+
+    def gradient_payload(self, server: int, mask: bytes) -> tuple[tuple[m.Run, ...], list[Array]]:
+        """The runs and arrays of staged gradients for a server without a window."""
+        return self._payload(server, mask, self._memory.gradients)
+
+    def written(self, fresh: bool) -> None:
+        """Note whether the window holds the values of the last answer's version."""
+        self._fresh = fresh
+
+    def range_of(self, server: int) -> Array:
+        """float32 memory of a server's range of the parameters."""
+        start, stop = self._cuts[server]
+        return self._memory.parameters[start:stop]
+
+    def release(self) -> None:
+        """Give the window's descriptor back; its memory lives as long as arrays made from it."""
+        if isinstance(self._memory, Window):
+            self._memory.release()
+
+    # ── inside ──────────────────────────────────────────────────────────────────────────────────
+
+    def _join(self, outgoing: Callable[[int, int], Outgoing], what: str) -> None:
+        self._session.joining = self
+        try:
+            answer = self._session.settle(self._session.call(outgoing, f"{what} {self.name!r}"))
+        finally:
+            self._session.joining = None
+        assert answer.model is not None
+        self.id = answer.model
+        self._session.receivers[self.id] = self
+        self._fresh = True
+
+    def _window(self, server: int) -> tuple[m.WindowSpec | None, tuple[int, ...]]:
+        if not self._shared[server] or not isinstance(self._memory, Window):
+            return None, ()
+        return m.WindowSpec(self._memory.generation, self._memory.size), (self._memory.descriptor,)
+
+    def _payload(self, server: int, mask: bytes, memory: Array) -> tuple[tuple[m.Run, ...], list[Array]]:
+        if self._shared[server]:
+            return (), []
+        runs = self.layout.runs(self.layout.unmask(mask), *self._cuts[server])
+        return tuple(m.Run(self.id, *run) for run in runs), [memory[low:high] for low, high in runs]
+
+    def _checked(self, values: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, value in values.items():
+            if name not in self.gradients:
+                raise GradientError(
+                    f"model {self.name!r} has no tensor {name!r}, it has {_names(self.gradients)}"
+                )
+            array = as_array(name, value)
+            if array.shape != self.gradients[name].shape:
+                raise GradientError(
+                    f"tensor {name!r} of model {self.name!r} has shape {self.gradients[name].shape}, "
+                    f"got {array.shape}"
+                )
+            arrays[name] = array
+        return arrays
+
+    def _is_finite(self, array: NDArray[Any]) -> bool:
+        return bool(np.isfinite(array).all())
+
+    def _stage(self, name: str, array: NDArray[Any]) -> bool:
+        """Copy into the window; whether all was finite."""
+        target = self.gradients[name]
+        if array.dtype == np.float32 and array.flags.c_contiguous:
+            return bool(stage(array.reshape(-1), target.reshape(-1), False))
+        target[...] = array
+        return bool(finite(target.reshape(-1)))
+
+    def _report_nonfinite(self, names: Sequence[str]) -> None:
+        if self._nonfinite == "skip":
+            self._skip = True
+            return
+        raise NonFiniteError(
+            f"the gradient of {_names(names)} of model {self.name!r} holds NaN or infinity: nothing was staged "
+            f"and the turn was not taken; pass nonfinite='skip' to make such a step an empty turn"
+        )
+
+
+def as_array(name: str, value: Any, error: type[UsageError] = GradientError) -> NDArray[Any]:
+    """`value` as an array of a real dtype, without a copy where its memory can be read.
+
+    Raises:
+        error: it is none; names the tensor.
+    """
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            value = value.float() if _dtype(value) == "bfloat16" else value
+        only_dlpack = hasattr(value, "__dlpack__") and not hasattr(value, "__array__")
+        array = np.from_dlpack(value) if only_dlpack else np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, BufferError) as cause:
+        raise error(f"tensor {name!r}: cannot read a {type(value).__name__} as an array: {cause}") from cause
+    if array.dtype.kind not in "fiu":
+        raise error(f"tensor {name!r} must be of a real dtype such as float32, got {array.dtype}")
+    return array
+
+
+def _dtype(value: Any, otherwise: Any = None) -> str:
+    return str(getattr(value, "dtype", getattr(otherwise, "dtype", None))).removeprefix("torch.")
+
+
+def _read_only(array: Array) -> Array:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _names(names: Iterable[str]) -> str:
+    shown = list(names)
+    return ", ".join(map(repr, shown[:6])) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")

@@ -1,0 +1,287 @@
+"""A worker: joins a cluster, registers models, takes steps; the user's side of everything."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from headwater import messages as m
+from headwater.errors import ConfigurationError, HeadwaterError
+from headwater.nodes.fetch import fetch, length_of
+from headwater.nodes.model import Group, Model, NonFinite, specify
+from headwater.nodes.session import Session
+from headwater.rules import Rule
+from headwater.splits import static_batches
+from headwater.wire.channel import Outgoing
+
+_PROGRESS_S = 0.25
+"""How often at most the coordinator is told of progress, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatistics:
+    """What a worker counted. `waiting` and `elapsed` in seconds; `staleness`: value → number of steps."""
+
+    rank: int
+    steps: int
+    skipped: int
+    version: int
+    samples: int
+    waiting: float
+    elapsed: float
+    staleness: dict[int, int]
+    metrics: dict[str, float]
+
+
+class Worker:
+    """A member of a cluster that computes gradients. A context manager: leaving is part of the protocol.
+
+    Not thread-safe; used by one thread at a time.
+
+    Attributes:
+        rank: which worker this is, from 0.
+        workers: how many were declared.
+        settings: what `run(settings=…)` was given.
+    """
+
+    def __init__(self, address: str, rank: int | None = None) -> None:
+        self._session = Session(address, "worker", rank)
+        welcome = self._session.welcome
+        self.rank = welcome.member.index
+        self.workers = welcome.workers
+        self.settings = dict(welcome.settings)
+        self._models: dict[str, Model] = {}
+        self._step = 0
+        self._skipped = 0
+        self._samples = 0
+        self._stopped = False
+        self._staleness: Counter[int] = Counter()
+        self._metrics: dict[str, float] = {}
+        self._began = time.monotonic()
+        self._told = 0.0
+
+    @property
+    def version(self) -> int:
+        """Version of the last answer; never decreases."""
+        return self._session.version
+
+    @property
+    def sync(self) -> str:
+        """The cluster's mode, such as "sync" or "ssp:3"."""
+        return str(self._session.sync)
+
+    # ── models ──────────────────────────────────────────────────────────────────────────────────
+
+    def model(
+        self,
+        name: str,
+        params: Mapping[str, Any],
+        rule: Rule,
+        *,
+        groups: Sequence[Group] = (),
+        nonfinite: NonFinite = "raise",
+    ) -> Model:
+        """Register a model, or join the one that has this name; blocks until the lowest rank declared it.
+
+        The lowest active rank's `params` (name → array of float32, float16 or bfloat16) are the initial
+        values. `groups` give tensors a rule of their own with other settings. Later calls with the
+        same name return the same object.
+
+        Raises:
+            RegistrationError: not a model, or another one than already registered; names both.
+        """
+        self._session.check_open("model")
+        spec, initial = specify(name, params, rule, groups)
+        model = Model(self._session, spec, params, nonfinite)
+        known = self._models.get(name)
+        if known is None or known.spec != spec:
+            model.register(initial)
+        if known is not None:
+            model.release()
+            return known
+        self._models[name] = model
+        return model
+
+    # ── the turn ────────────────────────────────────────────────────────────────────────────────
+
+    def step(self, *, read: bool = True) -> m.StepResult:
+        """End the turn: what was pushed leaves as one update; blocks as the mode says.
+
+        With `read` the values of all this worker's models are those of the answer afterwards. With
+        nothing pushed it is this worker's turn all the same.
+
+        Raises:
+            StalledError: no answer within the deadline; names whom it waited for; final for this worker.
+            ClosedError: the worker has left.
+        """
+        self._session.check_open("step")
+        taken = {model: model.take_staged() for model in self._models.values()}
+        skip = any(skipped for _, _, skipped in taken.values())
+        carried = {model: c for model, (c, _, _) in taken.items() if c is not None and not skip}
+        settings = tuple(setting for _, changed, _ in taken.values() for setting in changed)
+
+        def outgoing(server: int, number: int) -> Outgoing:
+            payload = [model.gradient_payload(server, c.tensors) for model, c in carried.items()]
+            step = m.Step(
+                number,
+                self._step + 1,
+                self.version,
+                tuple(carried.values()),
+                settings,
+                read,
+                tuple(run for runs, _ in payload for run in runs),
+            )
+            return Outgoing(step, [array for _, arrays in payload for array in arrays])
+
+        answer = self._session.settle(self._session.call(outgoing, f"step {self._step + 1}"))
+        assert answer.result is not None
+        self._step += 1
+        self._skipped += skip
+        self._staleness[answer.result.staleness] += 1
+        self._stopped |= answer.stopped
+        for model in self._models.values():
+            model.written(read)
+        self._tell()
+        return answer.result
+
+    def batches(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        epochs: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+    ) -> Iterator[Any]:
+        """This worker's batches: every `workers`-th sample of an order that depends on (seed, epoch).
+
+        `dataset`: an array, a tuple of arrays, or anything with `__len__` and `__getitem__`. Parts may
+        be uneven: from its last batch on, rounds do not wait for this worker until it steps again.
+
+        Raises:
+            ConfigurationError: impossible arguments.
+        """
+        if batch_size < 1 or epochs < 0:
+            raise ConfigurationError(
+                f"batches: got batch_size={batch_size}, epochs={epochs}: expected ≥ 1 and ≥ 0"
+            )
+        return self._batches(dataset, length_of(dataset), batch_size, epochs, shuffle, seed)
+
+    def _batches(
+        self, dataset: Any, length: int, batch_size: int, epochs: int, shuffle: bool, seed: int
+    ) -> Iterator[Any]:
+        self._stopped = False
+        try:
+            for epoch in range(epochs):
+                for indices in static_batches(
+                    length,
+                    batch_size=batch_size,
+                    rank=self.rank % self.workers,
+                    workers=self.workers,
+                    shuffle=shuffle,
+                    seed=seed,
+                    epoch=epoch,
+                ):
+                    yield fetch(dataset, indices)
+                    self._samples += len(indices)
+                    if self._stopped:
+                        return
+        finally:
+            if self._session.usable():
+                self._session.ask(m.End, "end of batches")
+
+    # ── together with the others ────────────────────────────────────────────────────────────────
+
+    def barrier(self) -> None:
+        """Block until every worker of the cluster is in a barrier, or has left.
+
+        Raises:
+            StalledError: it could never end, because another waits in something else; or the deadline passed.
+        """
+        self._meet("barrier", {})
+
+    def sum(self, **scalars: float) -> dict[str, float]:
+        """Add scalars over all workers, in rank order; blocks like `barrier` until all have called it."""
+        return self._meet("sum", {name: float(value) for name, value in scalars.items()})
+
+    def _meet(self, kind: Any, values: dict[str, float]) -> dict[str, float]:
+        answer = self._session.ask(lambda number: m.Meet(number, kind, values), kind)
+        for model in self._models.values():
+            model.written(False)
+        assert answer.sums is not None
+        return answer.sums
+
+    def stop(self) -> None:
+        """End everybody's `batches` after their next step; blocks for an exchange."""
+        self._session.ask(m.Stop, "stop")
+
+    def log(self, **metrics: float) -> None:
+        """Show these numbers in the worker's line of `headwater run`; costs no exchange."""
+        self._metrics.update({name: float(value) for name, value in metrics.items()})
+
+    def statistics(self) -> WorkerStatistics:
+        """A snapshot of this worker's counters."""
+        return WorkerStatistics(
+            rank=self.rank,
+            steps=self._step,
+            skipped=self._skipped,
+            version=self.version,
+            samples=self._samples,
+            waiting=self._session.waiting,
+            elapsed=time.monotonic() - self._began,
+            staleness=dict(self._staleness),
+            metrics=dict(self._metrics),
+        )
+
+    def _tell(self, now: bool = False) -> None:
+        """Tell the coordinator of progress, not more often than every `_PROGRESS_S`."""
+        if not now and time.monotonic() - self._told < _PROGRESS_S:
+            return
+        self._told = time.monotonic()
+        own = self.statistics()
+        self._session.membership.send(
+            m.Progress(
+                member=self._session.welcome.member.id,
+                steps=own.steps,
+                version=own.version,
+                samples=own.samples,
+                waiting=own.waiting,
+                elapsed=own.elapsed,
+                staleness=own.staleness,
+                metrics=own.metrics,
+            )
+        )
+
+    # ── the end ─────────────────────────────────────────────────────────────────────────────────
+
+    def leave(self) -> None:
+        """Leave the cluster; idempotent. Arrays and tensors got from it stay valid."""
+        if self._session.usable():
+            try:
+                self._session.ask(m.Leave, "leave")
+                self._tell(now=True)
+                self._session.membership.send(m.Departed(self._session.welcome.member.id))
+            finally:
+                self._close()
+        self._close()
+
+    def _close(self) -> None:
+        self._session.close()
+        for model in self._models.values():
+            model.release()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.leave()
+        except HeadwaterError:
+            if error is None:
+                raise

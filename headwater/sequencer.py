@@ -1,0 +1,383 @@
+"""The sequencer: decides the one order in which everything that changes shared state happens.
+
+A state machine without I/O, time or randomness. Servers report which exchanges they hold; what every
+server holds may become an entry; the entries that a call returns continue the log and must reach
+every server in that order. What it decides depends only on the order of its inputs.
+
+Invariants:
+- An exchange becomes an entry only when every server holds it, and at most once.
+- Nothing is committed before the declared workers have joined.
+- The version grows by one with each entry that changes values (Committed, Assigned), never otherwise.
+- A worker that waits does so for a reason `waits` can name; waits that wait for each other fail at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from headwater.messages import (
+    Activated,
+    AnyEntry,
+    Assigned,
+    Committed,
+    Held,
+    Member,
+    Met,
+    Registered,
+    Retired,
+    Roster,
+    Served,
+    Stalled,
+    Stopped,
+    Ticket,
+)
+from headwater.sync import Sync
+
+Standing: TypeAlias = Literal["new", "active", "ended", "meeting", "observer"]
+"""`new`: joined, not yet activated; `ended`: its batches are over; `meeting`: in a barrier or sum."""
+
+
+@dataclass(slots=True, eq=False)
+class _Seat:
+    """What the sequencer knows of one member."""
+
+    member: Member
+    standing: Standing = "new"
+    clock: int = 0
+    held: Held | None = None
+    holders: set[int] = field(default_factory=set)
+    waiting: bool = False
+    committed: bool = False
+
+    @property
+    def ticket(self) -> Ticket:
+        assert self.held is not None
+        return Ticket(self.member.id, self.held.number)
+
+
+class Sequencer:
+    """The log's writer for `servers` servers under one synchronisation mode.
+
+    Attributes:
+        version: of the last commit.
+        position: of the last entry; the first is 1.
+    """
+
+    def __init__(self, servers: int, sync: Sync) -> None:
+        self.version = 0
+        self.position = 0
+        self._servers = servers
+        self._sync = sync
+        self._seats: dict[int, _Seat] = {}
+        self._declared = 0
+        self._ranks: set[int] = set()
+        self._started = False
+        self._active = 0
+        self._ready = 0
+        self._present = 0
+        self._waiting = 0
+        self._blocked: dict[int, _Seat] = {}
+        self._models: set[str] = set()
+        self._registering: set[int] = set()
+        self._entries: list[AnyEntry] = []
+        self._on_held: dict[str, Callable[[_Seat], None]] = {
+            "register": self._register,
+            "attach": self._serve,
+            "step": self._step,
+            "pull": self._pull,
+            "assign": self._assign,
+            "barrier": self._meet,
+            "sum": self._meet,
+            "end": self._end,
+            "stop": self._stop,
+            "leave": self._leave,
+        }
+
+    # ── inputs ──────────────────────────────────────────────────────────────────────────────────
+
+    def roster(self, roster: Roster) -> list[AnyEntry]:
+        """Take over a new roster: new members get a seat, missing ones are retired for good."""
+        self._declared = roster.workers
+        members = {member.id: member for member in roster.members if member.role != "server"}
+        for gone in [seat for id, seat in self._seats.items() if id not in members]:
+            self._remove(gone, reason="its process ended or its connection was lost")
+        for id, member in members.items():
+            if id not in self._seats:
+                self._seats[id] = _Seat(member, "observer" if member.role == "observer" else "new")
+                if member.role == "worker":
+                    self._ranks.add(member.index)
+                    self._present += 1
+        self._start()
+        return self._settle()
+
+    def report(self, server: int, held: Iterable[Held]) -> list[AnyEntry]:
+        """Note what `server` holds; a report of an unknown member is of one that is already gone."""
+        for one in held:
+            seat = self._seats.get(one.member)
+            if seat is None:
+                continue
+            if seat.held is None or one.number > seat.held.number:
+                self._done(seat)
+                seat.held, seat.holders = one, set()
+            elif one.number < seat.held.number:
+                continue
+            seat.holders.add(server)
+            if len(seat.holders) == self._servers and not seat.waiting:
+                seat.waiting = True
+                self._waiting += seat.standing != "observer"
+                self._on_held[one.kind](seat)
+        return self._settle()
+
+    # ── what becomes of an exchange that every server holds ─────────────────────────────────────
+
+    def _serve(self, seat: _Seat) -> None:
+        self._write(Served(self._next(), seat.ticket))
+        self._done(seat)
+
+    def _register(self, seat: _Seat) -> None:
+        assert seat.held is not None
+        name = seat.held.name
+        if name in self._models:
+            self._serve(seat)
+        elif self._may_supply(seat):
+            self._models.add(name)
+            self._write(Registered(self._next(), seat.ticket))
+            self._done(seat)
+            for other in self._workers():
+                if _waits_in(other, "register") and other.held and other.held.name == name:
+                    self._serve(other)
+        else:
+            self._registering.add(seat.member.id)
+
+    def _may_supply(self, seat: _Seat) -> bool:
+        """The lowest active rank supplies initial values; before all have joined that is rank 0."""
+        if not self._started:
+            return seat.member.index == 0
+        active = [other.member.index for other in self._workers() if other.standing == "active"]
+        return seat.member.index <= min(active, default=seat.member.index)
+
+    def _step(self, seat: _Seat) -> None:
+        if seat.standing in ("new", "ended") or not self._started:
+            self._resume(seat)
+        elif self._sync.rounds:
+            self._ready += 1
+            self._close_round()
+        else:
+            self._commit([seat])
+
+    def _resume(self, seat: _Seat) -> None:
+        """A step of a worker that ended its batches makes it active again; in rounds only together
+        with everybody, since who is in a round must not depend on timing."""
+        if self._started and not self._sync.rounds:
+            self._activate([seat])
+            self._commit([seat])
+
+    def _close_round(self) -> None:
+        if self._active and self._sync.may_commit(self._ready, self._active):
+            ready = [s for s in self._workers() if s.standing == "active" and _waits_in(s, "step")]
+            self._ready = 0
+            self._commit(ready)
+
+    def _commit(self, seats: list[_Seat]) -> None:
+        self.version += 1
+        for seat in seats:
+            seat.clock += 1
+            seat.committed = True
+        slowest = self._slowest()
+        may_read = [seat for seat in seats if self._sync.may_read(seat.clock, slowest)]
+        self._write(Committed(self._next(), self.version, _tickets(seats), _tickets(may_read)))
+        self._blocked.update((seat.member.id, seat) for seat in seats)
+        for seat in may_read:
+            self._done(seat)
+
+    def _pull(self, seat: _Seat) -> None:
+        if seat.standing != "active" or self._sync.may_read(seat.clock, self._slowest()):
+            self._serve(seat)
+        else:
+            self._blocked[seat.member.id] = seat
+
+    def _release_blocked(self) -> None:
+        """Answer those whose lead the others have caught up with."""
+        slowest = self._slowest() if self._blocked else 0
+        for seat in list(self._blocked.values()):
+            if self._sync.may_read(seat.clock, slowest):
+                self._serve(seat)
+
+    def _assign(self, seat: _Seat) -> None:
+        if self._started:
+            self.version += 1
+            self._write(Assigned(self._next(), self.version, seat.ticket))
+            self._done(seat)
+
+    def _meet(self, seat: _Seat) -> None:
+        if self._started:
+            assert seat.held is not None
+            self._deactivate(seat, "meeting")
+            self._write(Retired(self._next(), seat.member.id, False, f"waits in a {seat.held.kind}"))
+
+    def _end(self, seat: _Seat) -> None:
+        self._deactivate(seat, "ended")
+        self._write(Retired(self._next(), seat.member.id, False, "its batches are over", seat.ticket))
+        self._done(seat)
+
+    def _stop(self, seat: _Seat) -> None:
+        self._write(Stopped(self._next(), seat.ticket))
+        self._done(seat)
+
+    def _leave(self, seat: _Seat) -> None:
+        self._remove(seat, "it left", seat.ticket)
+
+    # ── membership ──────────────────────────────────────────────────────────────────────────────
+
+    def _start(self) -> None:
+        """Activate newcomers, all at once the first time: when the declared workers have joined."""
+        if not self._started:
+            self._started = self._declared > 0 and self._ranks >= set(range(self._declared))
+        if self._started:
+            newcomers = [seat for seat in self._workers() if seat.standing == "new"]
+            self._activate(newcomers)
+            for seat in newcomers:
+                if seat.waiting and seat.held is not None:
+                    self._on_held[seat.held.kind](seat)
+
+    def _activate(self, seats: list[_Seat]) -> None:
+        if not seats:
+            return
+        clock = self._slowest()
+        for seat in seats:
+            seat.standing, seat.clock = "active", clock
+        self._active += len(seats)
+        self._write(Activated(self._next(), tuple(seat.member.id for seat in seats)))
+
+    def _deactivate(self, seat: _Seat, standing: Standing) -> None:
+        if seat.standing == "active":
+            self._active -= 1
+            if _waits_in(seat, "step") and self._sync.rounds:
+                self._ready -= 1
+        seat.standing = standing
+
+    def _remove(self, seat: _Seat, reason: str, answered: Ticket | None = None) -> None:
+        if seat.standing != "observer":
+            self._present -= 1
+            self._deactivate(seat, "ended")
+        self._write(Retired(self._next(), seat.member.id, True, reason, answered))
+        self._done(seat)
+        del self._seats[seat.member.id]
+
+    # ── what follows when somebody became inactive ──────────────────────────────────────────────
+
+    def _settle(self) -> list[AnyEntry]:
+        """Draw the consequences of the last input until there are none; return the new entries."""
+        if self._started:
+            if self._sync.rounds:
+                self._close_round()
+            self._release_blocked()
+            for id in list(self._registering):
+                self._register(self._seats[id])
+            if self._all_wait() and not self._active:
+                self._release_meeting()
+            if self._all_wait():
+                self._fail_stalled()
+        entries, self._entries = self._entries, []
+        return entries
+
+    def _all_wait(self) -> bool:
+        return self._waiting > 0 and self._waiting == self._present
+
+    def _release_meeting(self) -> None:
+        """All wait, nobody is active: end a barrier or sum that all are in, or let the rest resume."""
+        workers = self._workers()
+        kinds = {seat.held.kind for seat in workers if seat.held is not None}
+        if kinds == {"barrier"} or kinds == {"sum"}:
+            clock = max(seat.clock for seat in workers)
+            self._write(Met(self._next(), _tickets(workers)))
+            for seat in workers:
+                seat.standing, seat.clock = "active", clock
+                self._done(seat)
+            self._active = len(workers)
+        elif resuming := [seat for seat in workers if _waits_in(seat, "step")]:
+            self._activate(resuming)
+            for seat in resuming:
+                self._step(seat)
+
+    def _fail_stalled(self) -> None:
+        """Everybody waits and nothing followed: nothing ever will."""
+        workers = self._workers()
+        reason = "everybody waits for each other: " + "; ".join(
+            f"worker {seat.member.index} waits in {_what(seat)}" for seat in workers
+        )
+        self._write(Stalled(self._next(), _tickets(workers), reason))
+        for seat in workers:
+            self._deactivate(seat, "ended")
+            self._done(seat)
+
+    # ── what a person sees ──────────────────────────────────────────────────────────────────────
+
+    def waits(self) -> dict[int, str]:
+        """For each member that waits, by id: for what and for whom."""
+        return {id: self._why(seat) for id, seat in self._seats.items() if seat.held is not None}
+
+    def _why(self, seat: _Seat) -> str:
+        what = _what(seat)
+        if not seat.waiting:
+            missing = sorted(set(range(self._servers)) - seat.holders)
+            return f"{what} waits for {_list('server', missing)}"
+        if not self._started:
+            return f"{what} waits for {_list('worker', sorted(set(range(self._declared)) - self._ranks))} to join"
+        return f"{what} waits for {self._whom(seat)}"
+
+    def _whom(self, seat: _Seat) -> str:
+        others = [other for other in self._workers() if other is not seat]
+        if _waits_in(seat, "register"):
+            lowest = [other.member.index for other in others if other.standing == "active"][:1]
+            return f"{_list('worker', lowest)} to declare the model"
+        if seat.committed or _waits_in(seat, "pull"):
+            slowest = self._slowest()
+            behind = [o.member.index for o in others if o.standing == "active" and o.clock == slowest]
+            return f"{_list('worker', behind)}: {self._sync.may_read(seat.clock, slowest).reason}"
+        return _list("worker", [other.member.index for other in others if not other.waiting])
+
+    # ── small things ────────────────────────────────────────────────────────────────────────────
+
+    def _workers(self) -> list[_Seat]:
+        """In rank order."""
+        seats = [seat for seat in self._seats.values() if seat.standing != "observer"]
+        return sorted(seats, key=lambda seat: seat.member.index)
+
+    def _done(self, seat: _Seat) -> None:
+        """Its exchange is over."""
+        self._waiting -= seat.waiting and seat.standing != "observer"
+        self._blocked.pop(seat.member.id, None)
+        self._registering.discard(seat.member.id)
+        seat.held, seat.waiting, seat.committed = None, False, False
+
+    def _slowest(self) -> int:
+        return min((seat.clock for seat in self._seats.values() if seat.standing == "active"), default=0)
+
+    def _next(self) -> int:
+        self.position += 1
+        return self.position
+
+    def _write(self, entry: AnyEntry) -> None:
+        self._entries.append(entry)
+
+
+def _waits_in(seat: _Seat, kind: str) -> bool:
+    return seat.waiting and seat.held is not None and seat.held.kind == kind
+
+
+def _what(seat: _Seat) -> str:
+    assert seat.held is not None
+    return f"{seat.held.kind} {seat.held.name}".rstrip()
+
+
+def _tickets(seats: Iterable[_Seat]) -> tuple[Ticket, ...]:
+    return tuple(seat.ticket for seat in seats)
+
+
+def _list(noun: str, indices: list[int]) -> str:
+    if not indices:
+        return "nobody"
+    return f"{noun}{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"

@@ -1,0 +1,158 @@
+"""Value objects made of named settings: what rules and schedules have in common.
+
+Invariants:
+- A `Settings` is checked where it is made; one that exists is possible.
+- It travels as a `RuleSpec` (its class name and scalars) and comes back equal, to the last bit.
+- A tuple setting `betas` travels, and is set, as the scalars `beta1`, `beta2`, ….
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Self
+
+from headwater.errors import ConfigurationError
+from headwater.messages import RuleSpec, Scalar
+
+
+class Settings:
+    """Base of frozen dataclasses with fields of float, int, bool, str, other Settings, or tuples of floats.
+
+    Numbers of any kind (int, numpy) become plain float or int, so equality and travel are exact.
+
+    Raises:
+        ConfigurationError: on construction, a field of the wrong type, or what `check` refuses.
+    """
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        for field, hint in field_types(type(self)).items():
+            object.__setattr__(self, field, _converted(self, field, hint, getattr(self, field)))
+        self.check()
+
+    def check(self) -> None:
+        """Refuse values that have the right type but cannot be; called when the object is made."""
+
+    @property
+    def name(self) -> str:
+        """The class name: what stands in specs and messages."""
+        return type(self).__name__
+
+    def to_spec(self) -> RuleSpec:
+        """This object as a message."""
+        flat = self.flat()
+        return RuleSpec(
+            self.name,
+            {key: value.to_spec() if isinstance(value, Settings) else value for key, value in flat.items()},
+        )
+
+    def flat(self) -> dict[str, Scalar | Settings]:
+        """Every setting under the name it travels by."""
+        flat: dict[str, Scalar | Settings] = {}
+        for field in field_types(type(self)):
+            value = getattr(self, field)
+            elements = value if isinstance(value, tuple) else ()
+            flat.update(
+                zip(_element_names(field, len(elements)), elements, strict=True)
+                if elements
+                else {field: value}
+            )
+        return flat
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, object]) -> Self:
+        """The object whose `flat` this is (or with a tuple whole); what is left out has its default.
+
+        Raises:
+            ConfigurationError: an unknown, missing or ill-typed setting.
+        """
+        arguments = dict(flat)
+        for field, hint in field_types(cls).items():
+            names = _element_names(field, _tuple_length(hint))
+            if names and any(name in arguments for name in names):
+                arguments[field] = tuple(arguments.pop(name, None) for name in names)
+        refuse_unknown(f"{cls.__name__} has no setting", arguments, field_types(cls))
+        missing = [name for name in _required(cls) if name not in arguments]
+        if missing:
+            raise ConfigurationError(f"{cls.__name__} needs {', '.join(missing)}: it has no default")
+        return cls(**arguments)
+
+
+def require(valid: bool, owner: Settings, setting: str, expected: str) -> None:
+    """Raise ConfigurationError unless `valid`: `owner`'s `setting` must be `expected`."""
+    if not valid:
+        got = getattr(owner, setting)
+        raise ConfigurationError(f"{owner.name}: {setting}={got!r} is impossible: pass {setting} {expected}")
+
+
+def refuse_unknown(problem: str, got: typing.Iterable[str], valid: typing.Iterable[str]) -> None:
+    """Raise ConfigurationError naming what of `got` is not in `valid`, and all of `valid`."""
+    known = list(valid)
+    unknown = [name for name in got if name not in known]
+    if unknown:
+        raise ConfigurationError(f"{problem} {', '.join(map(repr, unknown))}: choose from {', '.join(known)}")
+
+
+def field_types(cls: type) -> Mapping[str, Any]:
+    """Field name → type, in declaration order.
+
+    Raises:
+        ConfigurationError: not a frozen dataclass, or annotations that cannot be evaluated.
+    """
+    parameters = cls.__dict__.get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        raise ConfigurationError(f"{cls.__name__} is not a frozen dataclass: add @dataclass(frozen=True)")
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls)
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError as error:
+        raise ConfigurationError(
+            f"{cls.__name__}: {error} in the type of a field: import it in that module"
+        ) from error
+    return {field.name: hints[field.name] for field in fields}
+
+
+def _required(cls: type) -> list[str]:
+    """Names of the fields without a default."""
+    none = dataclasses.MISSING
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls)
+    return [field.name for field in fields if field.default is none and field.default_factory is none]
+
+
+def _tuple_length(hint: Any) -> int:
+    return len(typing.get_args(hint)) if typing.get_origin(hint) is tuple else 0
+
+
+def _element_names(field: str, length: int) -> list[str]:
+    return [f"{field.removesuffix('s')}{i + 1}" for i in range(length)]
+
+
+def _converted(owner: Settings, field: str, hint: Any, value: object) -> object:
+    """`value` as exactly the type `hint` says, or ConfigurationError."""
+    length = _tuple_length(hint)
+    if length and isinstance(value, tuple | list) and len(value) == length:
+        return tuple(_converted(owner, field, float, element) for element in value)
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for choice in choices:
+        if choice is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+            if math.isfinite(value):
+                return float(value)
+        elif choice is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            return int(value)
+        elif isinstance(choice, type) and choice not in (float, int) and isinstance(value, choice):
+            return value
+    raise ConfigurationError(f"{owner.name}: {field} must be {_described(hint)}, got {value!r}")
+
+
+def _described(hint: Any) -> str:
+    if _tuple_length(hint):
+        return f"{_tuple_length(hint)} finite numbers"
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    words = {float: "a finite number", int: "a whole number", bool: "True or False", str: "a string"}
+    return " or ".join(words.get(choice, f"a {choice.__name__}") for choice in choices)

@@ -1,0 +1,6 @@
+"""A server's part of the shared state, as a state machine: entries of the log in, answers out."""
+
+from headwater.shard.shard import Shard
+from headwater.shard.vector import Staging, Vector
+
+__all__ = ["Shard", "Staging", "Vector"]

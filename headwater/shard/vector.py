@@ -1,0 +1,154 @@
+"""A server's range of one model: parameters, the rule's state, and the passes over them.
+
+Invariants:
+- What happens to an element depends on its tensor's history alone, never on where a range is cut.
+- A tensor that no update carries is not touched; one that some carry is divided by all contributors.
+- State lies in parallel vectors; the gaps between tensors stay zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater.kernels import copy_out, dense
+from headwater.layout import Layout
+from headwater.messages import ModelSpec, ModelStatistics
+from headwater.rules import Rule, from_spec
+
+Array = NDArray[np.float32]
+
+_ITEM = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Staging:
+    """Where one member's gradients are read and its parameters written, for this server's range.
+
+    Both are float32[stop - start]. In a window they are two places that the member shares; for a
+    member elsewhere they are one private buffer, read before it is written.
+    """
+
+    gradients: Array
+    parameters: Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Update:
+    """One member's gradients for a model: where they are and which tensors they cover (bool[tensors])."""
+
+    staging: Staging
+    carried: NDArray[np.bool_]
+
+
+class Vector:
+    """The range [start, stop) of a model's vector on one server.
+
+    Attributes:
+        values: float32[stop - start].
+        updates: commits that touched this model, which schedules are evaluated at.
+        changed: version of the last change.
+    """
+
+    def __init__(self, spec: ModelSpec, start: int, stop: int, initial: Array, version: int) -> None:
+        self.spec = spec
+        self.layout = Layout(spec.tensors)
+        self.start, self.stop = start, stop
+        self.values = np.array(initial, dtype=np.float32)
+        self.updates = 0
+        self.changed = version
+        self.rules: list[Rule] = [from_spec(rule) for rule in spec.rules]
+        self.states = self._initial_states()
+        self._counts = np.zeros(len(self.layout.tensors), dtype=np.int64)
+        first = int(np.searchsorted(self.layout.stops, start, side="right"))
+        last = int(np.searchsorted(self.layout.starts, stop, side="left"))
+        self._here = slice(first, max(first, last))
+
+    def _initial_states(self) -> dict[str, Array]:
+        states: dict[str, Array] = {}
+        for group, rule in enumerate(self.rules):
+            for name, value in rule.states().items():
+                vector = states.setdefault(name, np.zeros_like(self.values))
+                for low, high in self.layout.runs(self.layout.groups == group, self.start, self.stop):
+                    vector[low - self.start : high - self.start] = value
+        return states
+
+    def set(self, group: int, values: dict[str, float]) -> None:
+        """Change scalars of the rule of one parameter group (-1: all)."""
+        for i in range(len(self.rules)) if group < 0 else (group,):
+            self.rules[i] = self.rules[i].with_settings(**values)
+
+    def apply(
+        self, updates: Sequence[Update], divisor: int, answers: Sequence[Staging], version: int
+    ) -> None:
+        """Apply the sum of `updates`, in the given order, divided by `divisor`; write all values to `answers`.
+
+        Every piece of memory is read and written once; blocks for one pass over the range.
+        """
+        carried = np.stack([update.carried for update in updates])
+        touched = carried.any(axis=0)
+        self._counts[touched] += 1
+        for low, high, tensor in self._segments(carried):
+            here = slice(low - self.start, high - self.start)
+            places = _addresses([staging.parameters for staging in answers], here.start)
+            if not touched[tensor]:
+                copy_out(self.values[here], places)
+                continue
+            rule = self.rules[self.layout.groups[tensor]]
+            by = [update.staging.gradients for update in updates if update.carried[tensor]]
+            dense(rule)(
+                _addresses(by, here.start),
+                1.0 if rule.always_sum else float(divisor),
+                self.values[here],
+                tuple(self.states[name][here] for name in rule.states()),
+                rule.scalars(self.updates, int(self._counts[tensor])),
+                places,
+            )
+        self.updates += 1
+        self.changed = version
+
+    def _segments(self, carried: NDArray[np.bool_]) -> Iterator[tuple[int, int, int]]:
+        """Cut the range where who carries, the parameter group or the count changes.
+
+        Yields (first element, one past the last, a tensor of the segment).
+        """
+        here = self._here
+        if here.start == here.stop:
+            if self.stop > self.start:
+                yield self.start, self.stop, max(here.start - 1, 0)
+            return
+        keys = np.vstack([carried[:, here], self.layout.groups[here], self._counts[here]])
+        firsts = here.start + np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0)) + 1
+        bounds = [self.start, *(int(self.layout.starts[i]) for i in firsts), self.stop]
+        for low, high, tensor in zip(bounds[:-1], bounds[1:], [here.start, *map(int, firsts)], strict=True):
+            if low < high:
+                yield low, high, tensor
+
+    def write(self, answers: Sequence[Staging]) -> None:
+        """Write all values to `answers`."""
+        copy_out(self.values, _addresses([staging.parameters for staging in answers], 0))
+
+    def assign(self, source: Staging, carried: NDArray[np.bool_], version: int) -> None:
+        """Take the carried tensors' values from `source.parameters`; the rule's state stays."""
+        for low, high in self.layout.runs(carried, self.start, self.stop):
+            here = slice(low - self.start, high - self.start)
+            self.values[here] = source.parameters[here]
+        self.changed = version
+
+    def statistics(self) -> ModelStatistics:
+        """Sizes in bytes of this range; `tensors` and `elements` of the whole model."""
+        return ModelStatistics(
+            name=self.spec.name,
+            rule=self.rules[0].name,
+            tensors=len(self.layout.tensors),
+            elements=self.layout.elements,
+            updates=self.updates,
+            resident=self.values.nbytes * (1 + len(self.states)),
+        )
+
+
+def _addresses(arrays: Sequence[Array], offset: int) -> NDArray[np.int64]:
+    return np.array([array.ctypes.data + _ITEM * offset for array in arrays], dtype=np.int64)

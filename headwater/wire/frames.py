@@ -1,0 +1,105 @@
+"""The frame: a fixed prefix, an encoded message, then raw payload bytes. No socket here.
+
+    bytes  0–3    magic "HWTR"
+           4–5    protocol version (all numbers little-endian)
+           6–7    flags: bits 0–7 count the descriptors that travel with the frame, the rest are 0
+           8–11   length of the header
+          12–19   length of the payload
+          20–27   request id, chosen by whoever asks and repeated in what answers it
+          28–     header: one struct of `messages.AnyMessage`, as MessagePack
+           …      payload: array bytes; the header says which arrays
+
+A prefix is checked against `Limits` before anything is allocated for what it announces, and every
+malformed byte raises ProtocolError, nothing else: these bytes may come from a stranger.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import msgspec
+
+from headwater.errors import ProtocolError
+from headwater.messages import AnyMessage
+
+Bytes: TypeAlias = bytes | bytearray | memoryview
+
+MAGIC = b"HWTR"
+VERSION = 1
+DESCRIPTOR_COUNT = 0xFF
+
+_PREFIX = struct.Struct("<4sHHIQQ")
+PREFIX_SIZE = _PREFIX.size
+
+_encode_message = msgspec.msgpack.Encoder().encode
+_decode_message: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one frame may announce; more is a protocol error.
+
+    Attributes:
+        header: bytes of encoded message.
+        payload: bytes of arrays.
+        descriptors: open files that travel with the frame.
+    """
+
+    header: int = 16 << 20
+    payload: int = 64 << 30
+    descriptors: int = 8
+
+
+class Prefix(NamedTuple):
+    """The fixed part of a frame: lengths in bytes, `flags` as in the module's table."""
+
+    flags: int
+    header_length: int
+    payload_length: int
+    request: int
+
+
+def encode(message: AnyMessage, *, request: int = 0, payload_length: int = 0, flags: int = 0) -> bytes:
+    """Return prefix and header of a frame; `payload_length` bytes must follow them on the wire."""
+    header = _encode_message(message)
+    return _PREFIX.pack(MAGIC, VERSION, flags, len(header), payload_length, request) + header
+
+
+def parse_prefix(data: Bytes, limits: Limits) -> Prefix:
+    """Read and check the first PREFIX_SIZE bytes of a frame.
+
+    Raises:
+        ProtocolError: too few bytes, another magic or version, unknown flags, or more announced
+            than `limits` allow.
+    """
+    if len(data) < PREFIX_SIZE:
+        raise ProtocolError(f"a frame starts with {PREFIX_SIZE} bytes, got {len(data)}")
+    magic, version, flags, header_length, payload_length, request = _PREFIX.unpack_from(data)
+    if magic != MAGIC:
+        raise ProtocolError(f"a frame starts with {MAGIC!r}, got {magic!r}: the peer is not a Headwater node")
+    if version != VERSION:
+        raise ProtocolError(
+            f"protocol version {version}, expected {VERSION}: run the same version of headwater on every node"
+        )
+    if flags > DESCRIPTOR_COUNT:
+        raise ProtocolError(f"unknown flags {flags:#06x}, known are {DESCRIPTOR_COUNT:#06x}")
+    if header_length > limits.header or payload_length > limits.payload or flags > limits.descriptors:
+        raise ProtocolError(
+            f"a frame announces {header_length} header bytes, {payload_length} payload bytes and {flags} "
+            f"descriptors, allowed are {limits.header}, {limits.payload} and {limits.descriptors}"
+        )
+    return Prefix(flags, header_length, payload_length, request)
+
+
+def decode_header(data: Bytes) -> AnyMessage:
+    """Return the message that `data`, a whole header, encodes; nothing in it refers to `data`.
+
+    Raises:
+        ProtocolError: not MessagePack, or not one of the structs of `messages.AnyMessage`.
+    """
+    try:
+        return _decode_message.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"a header of {len(data)} bytes is no known message: {error}") from error

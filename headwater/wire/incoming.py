@@ -1,0 +1,293 @@
+"""The reading half of a channel: bytes of a socket in, whole frames out, stopping and going on anywhere.
+
+Small frames are read ahead into one buffer, so prefix and header cost one system call together.
+Payload beyond what was read ahead goes straight into the arrays it belongs to. Nothing is allocated
+for a frame before its prefix has passed the limits, and descriptors are closed unless a frame that
+announced them is handed out.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+from numpy.typing import NDArray
+
+from headwater.errors import ConnectionLostError, ProtocolError
+from headwater.messages import AnyMessage
+from headwater.wire import frames
+
+Array: TypeAlias = NDArray[Any] | memoryview
+Place: TypeAlias = Callable[[AnyMessage, int], Sequence[Array]]
+PlaceOf: TypeAlias = Callable[[int, AnyMessage, int], Sequence[Array]]
+
+_READ_AHEAD = 64 << 10
+_VECTORS = 64  # arrays of one system call
+_DESCRIPTOR = array.array("i").itemsize
+_CLOSE_ON_EXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+_TRUNCATED: int = getattr(socket, "MSG_CTRUNC", 0)
+
+
+@dataclass(slots=True)
+class Received:
+    """A whole frame. Its payload lies in the arrays that `place` gave.
+
+    Attributes:
+        message: the header.
+        request: the id that the sender gave it.
+        payload_length: bytes.
+        descriptors: open files that came with it; whoever receives it closes them.
+    """
+
+    message: AnyMessage
+    request: int
+    payload_length: int
+    descriptors: list[int]
+
+
+class Span:
+    """Arrays that bytes go into or come from, one after the other, and how far that has got.
+
+    Attributes:
+        left: bytes still to go.
+    """
+
+    __slots__ = ("_at", "_views", "left")
+
+    def __init__(self, arrays: Sequence[Array]) -> None:
+        self._at = 0
+        self._views = [memoryview(cast(Any, item)).cast("B") for item in arrays if item.nbytes]
+        self.left = sum(map(len, self._views))
+
+    def views(self) -> list[memoryview]:
+        """Return what a single system call should move next."""
+        return self._views[self._at : self._at + _VECTORS]
+
+    def advance(self, count: int) -> None:
+        """Count the next `count` bytes as moved."""
+        self.left -= count
+        while count:
+            view = self._views[self._at]
+            if count < len(view):
+                self._views[self._at] = view[count:]
+                return
+            count -= len(view)
+            self._at += 1
+
+    def fill(self, data: memoryview) -> int:
+        """Copy from the front of `data` until one of the two ends; return the bytes copied."""
+        moved = 0
+        while moved < len(data) and self.left:
+            view = self._views[self._at]
+            count = min(len(view), len(data) - moved)
+            view[:count] = data[moved : moved + count]
+            self.advance(count)
+            moved += count
+        return moved
+
+
+class Incoming:
+    """What has been read from one socket and not yet handed out. One thread at a time.
+
+    Attributes:
+        failure: why nothing more can be read, "" while something can.
+    """
+
+    def __init__(self, connection: socket.socket, limits: frames.Limits, peer: str) -> None:
+        self._socket = connection
+        self._limits = limits
+        self._peer = peer
+        passes = connection.family == socket.AF_UNIX and limits.descriptors > 0
+        self._ancillary_space = socket.CMSG_SPACE(limits.descriptors * _DESCRIPTOR) if passes else 0
+        self._buffer = memoryview(bytearray(_READ_AHEAD))
+        self._start = self._end = 0  # of what was read ahead and is not yet used
+        self._prefix: frames.Prefix | None = None  # of the frame at `_start`, once it is there
+        self._frame: Received | None = None  # whose payload is being read, into `_span`
+        self._span = Span(())
+        self._descriptors: list[int] = []  # received, announced by no frame yet
+        self.failure = ""
+
+    def advance(self, place: Place | PlaceOf | None, index: int | None, flags: int) -> Received | None:
+        """Go on towards the next frame with at most one system call; None: it is not all there yet.
+
+        Args:
+            place: as for `Channel.receive`; called with `index` first unless that is None.
+            flags: of the system call; with MSG_DONTWAIT it never blocks.
+
+        Raises:
+            EOFError: the peer closed the connection, between two frames.
+            BlockingIOError: nothing there; with flags 0, not within the socket's timeout.
+            ConnectionLostError: it broke, or was closed inside a frame.
+            ProtocolError: what came is not a frame. After this and the last one, nothing can be read.
+        """
+        try:
+            if self._frame is not None:
+                return self._go_on(flags)
+            if self._end:
+                received = self._take(place, index)
+                if received is not None or self._frame is not None:
+                    return received
+            self._read_ahead(flags)
+            return self._take(place, index)
+        except (BlockingIOError, EOFError):
+            raise
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def buffered(self, place: Place | PlaceOf | None, index: int | None) -> Received | None:
+        """Return the next frame if all of it was read ahead; never a system call. Raises as `advance`."""
+        if not self._end or self._frame is not None:
+            return None
+        try:
+            return self._take(place, index)
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def close_descriptors(self) -> None:
+        """Close every descriptor that no caller has been given."""
+        waiting, self._descriptors = self._descriptors, []
+        if self._frame is not None:
+            waiting = waiting + self._frame.descriptors
+            self._frame.descriptors = []
+        for descriptor in waiting:
+            os.close(descriptor)
+
+    def _take(self, place: Place | PlaceOf | None, index: int | None) -> Received | None:
+        """Take a frame out of what was read ahead, if its header is all there, and place its payload."""
+        start, end = self._start, self._end
+        prefix = self._prefix
+        if prefix is None:
+            if end - start < frames.PREFIX_SIZE:
+                return None
+            prefix = self._prefix = frames.parse_prefix(self._buffer[start:end], self._limits)
+        body = start + frames.PREFIX_SIZE
+        stop = body + prefix.header_length
+        if end < stop:
+            return None
+        message = frames.decode_header(self._buffer[body:stop])
+        self._prefix = None
+        self._use(stop)
+        descriptors = self._claim(prefix.flags) if prefix.flags or self._descriptors else []
+        received = Received(message, prefix.request, prefix.payload_length, descriptors)
+        if prefix.payload_length:
+            return self._place(received, place, index)
+        return received
+
+    def _place(self, received: Received, place: Place | PlaceOf | None, index: int | None) -> Received | None:
+        """Ask where the payload goes and copy there what was read ahead of it."""
+        self._frame = received
+        length = received.payload_length
+        if place is None:
+            raise ProtocolError(
+                f"{type(received.message).__name__} with {length} payload bytes, expected none"
+            )
+        place_at: Any = place
+        arrays = (
+            place_at(received.message, length) if index is None else place_at(index, received.message, length)
+        )
+        span = Span(arrays)
+        if span.left != length:
+            raise ProtocolError(
+                f"{type(received.message).__name__} with {length} payload bytes, expected {span.left}"
+            )
+        self._span = span
+        if self._end:
+            self._use(self._start + span.fill(self._buffer[self._start : self._end]))
+        return None if span.left else self._finish()
+
+    def _go_on(self, flags: int) -> Received | None:
+        """Read payload into the arrays it belongs to."""
+        span = self._span
+        views = span.views()
+        try:
+            if len(views) == 1:
+                count = self._socket.recv_into(views[0], 0, flags)
+            else:
+                count = self._socket.recvmsg_into(views, 0, flags)[0]
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise ConnectionLostError(f"lost the connection to {self._peer}: {error}") from error
+        if not count:
+            raise ConnectionLostError(
+                f"{self._peer} closed the connection {span.left} bytes before a frame's end"
+            )
+        span.advance(count)
+        return None if span.left else self._finish()
+
+    def _finish(self) -> Received | None:
+        received, self._frame = self._frame, None
+        self._span = Span(())  # the arrays are the caller's alone again
+        return received
+
+    def _read_ahead(self, flags: int) -> None:
+        """Read what is there into the buffer, and the descriptors that come with it."""
+        end = self._end
+        if end:
+            self._make_room()
+            end = self._end
+        room = self._buffer[end:] if end else self._buffer
+        try:
+            if not self._ancillary_space:
+                count = self._socket.recv_into(room, 0, flags)
+            else:
+                count, ancillary, result, _ = self._socket.recvmsg_into(
+                    (room,), self._ancillary_space, flags | _CLOSE_ON_EXEC
+                )
+                if ancillary or result & _TRUNCATED:
+                    self._collect(ancillary, result)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise ConnectionLostError(f"lost the connection to {self._peer}: {error}") from error
+        if not count:
+            if not end:
+                raise EOFError
+            raise ConnectionLostError(f"{self._peer} closed the connection {end} bytes into a frame")
+        self._end = end + count
+
+    def _make_room(self) -> None:
+        """Move the begun frame to the front of the buffer, and into a larger one if its header needs it."""
+        begun = self._buffer[self._start : self._end]
+        need = frames.PREFIX_SIZE + (self._prefix.header_length if self._prefix is not None else 0)
+        if need > len(self._buffer):
+            self._buffer = memoryview(bytearray(need))
+        if self._start or need > len(begun):
+            self._buffer[: len(begun)] = begun
+        self._start, self._end = 0, len(begun)
+
+    def _use(self, stop: int) -> None:
+        """Count everything before `stop` as used."""
+        if stop < self._end:
+            self._start = stop
+            return
+        self._start = self._end = 0
+        if len(self._buffer) > _READ_AHEAD:
+            self._buffer = memoryview(bytearray(_READ_AHEAD))
+
+    def _collect(self, ancillary: list[tuple[int, int, bytes]], result: int) -> None:
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                self._descriptors += array.array("i", data[: len(data) - len(data) % _DESCRIPTOR])
+        if result & _TRUNCATED or len(self._descriptors) > 2 * self._limits.descriptors:
+            raise ProtocolError(f"more than {self._limits.descriptors} descriptors came with a frame")
+
+    def _claim(self, count: int) -> list[int]:
+        """Return the descriptors that a frame announced: they came with its first byte, or before."""
+        came = len(self._descriptors)
+        # What came with bytes that are not parsed yet may belong to the next frame.
+        if came < count or (came > count and not self._end):
+            raise ProtocolError(f"a frame announced {count} descriptors, {came} came with it")
+        claimed = self._descriptors[:count]
+        del self._descriptors[:count]
+        return claimed
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = str(error) or type(error).__name__
+        self.close_descriptors()
