@@ -16,6 +16,7 @@ from headwater.nodes.coordinator import ClusterSettings, CoordinatorNode
 from headwater.nodes.reader import read_parameters
 from headwater.nodes.server import ServerSettings
 from headwater.nodes.worker import Worker
+from headwater.rules import load_rules
 from headwater.sync import Sync, parse_sync
 
 TRANSPORTS = ("unix", "tcp")
@@ -60,6 +61,8 @@ class Cluster:
         if transport not in TRANSPORTS:
             raise ConfigurationError(f"transport: got {transport!r}, expected one of {TRANSPORTS}")
         mode = str(parse_sync(sync))
+        for module in rules:
+            load_rules(module)
         self._engine: Engine = make_engine(engine, Launch(workers, tuple(rules), output))
         self._coordinator = CoordinatorNode(
             ClusterSettings(workers, servers, mode, dict(settings or {}), patience, deadline)

@@ -5,7 +5,7 @@ produce only the structs listed. Ids:
 
 - `member` names one incarnation of a node (a restarted worker has the same rank, another member);
 - `number` counts the exchanges of one member from 1; `step` counts its steps from 1;
-- `model` is the position of a model's register entry in the log, so it is the same on all servers.
+- `model` numbers the models from 0 in the order of their register entries: the same on all servers.
 """
 
 from __future__ import annotations
@@ -68,12 +68,17 @@ class Roster(Message):
 
 
 class Progress(Message):
-    """A worker's own statistics, to the coordinator. `waiting` and `elapsed` in seconds."""
+    """A worker's own statistics, to the coordinator. `waiting` and `elapsed` in seconds.
+
+    `planned`: samples that the `batches` begun so far have in all, 0 where there were none.
+    """
 
     member: int
+    rank: int
     steps: int
     version: int
     samples: int
+    planned: int
     waiting: float
     elapsed: float
     staleness: dict[int, int]
@@ -376,9 +381,10 @@ class Met(Entry):
 
 
 class Stopped(Entry):
-    """Answers of steps from here on tell the worker to end its batches."""
+    """The next answered step of each of these members tells it to end its batches."""
 
     ticket: Ticket
+    members: tuple[int, ...]
 
 
 class Stalled(Entry):

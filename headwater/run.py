@@ -50,13 +50,14 @@ def run(
     rules: Sequence[str] = (),
     transport: str = "unix",
     output: Callable[[str], None] = print,
+    started: Callable[[str], None] | None = None,
     watch: Callable[[ClusterStatistics], None] | None = None,
 ) -> RunResult:
     """Run `train(worker)` in `workers` workers against `servers` servers; blocks until all have returned.
 
     The arguments are those of `Cluster`, with processes as the default engine. `train` may be any
-    function: of a module, a script without a guard, a notebook, a closure. `watch` gets the cluster's
-    statistics twice a second.
+    function: of a module, a script without a guard, a notebook, a closure. `started` gets the
+    cluster's address once, `watch` its statistics twice a second.
 
     Raises:
         WorkerError: `train` raised in a worker, or its process died; carries rank and traceback.
@@ -76,6 +77,8 @@ def run(
         output=output,
     )
     with cluster:
+        if started is not None:
+            started(cluster.address)
         began = time.monotonic()
         for rank in range(workers):
             cluster.start_worker(rank, train)

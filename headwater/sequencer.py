@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from headwater.clocks import Clocks
 from headwater.messages import (
     Activated,
     AnyEntry,
@@ -74,13 +75,14 @@ class Sequencer:
         self._declared = 0
         self._ranks: set[int] = set()
         self._started = False
-        self._active = 0
-        self._ready = 0
         self._present = 0
         self._waiting = 0
+        self._clocks = Clocks()
+        self._caught_up = 0
+        self._ready: dict[int, _Seat] = {}
         self._blocked: dict[int, _Seat] = {}
+        self._registering: dict[int, _Seat] = {}
         self._models: set[str] = set()
-        self._registering: set[int] = set()
         self._entries: list[AnyEntry] = []
         self._on_held: dict[str, Callable[[_Seat], None]] = {
             "register": self._register,
@@ -149,7 +151,7 @@ class Sequencer:
                 if _waits_in(other, "register") and other.held and other.held.name == name:
                     self._serve(other)
         else:
-            self._registering.add(seat.member.id)
+            self._registering[seat.member.id] = seat
 
     def _may_supply(self, seat: _Seat) -> bool:
         """The lowest active rank supplies initial values; before all have joined that is rank 0."""
@@ -159,10 +161,10 @@ class Sequencer:
         return seat.member.index <= min(active, default=seat.member.index)
 
     def _step(self, seat: _Seat) -> None:
-        if seat.standing in ("new", "ended") or not self._started:
+        if seat.standing != "active":
             self._resume(seat)
         elif self._sync.rounds:
-            self._ready += 1
+            self._ready[seat.member.id] = seat
             self._close_round()
         else:
             self._commit([seat])
@@ -175,32 +177,33 @@ class Sequencer:
             self._commit([seat])
 
     def _close_round(self) -> None:
-        if self._active and self._sync.may_commit(self._ready, self._active):
-            ready = [s for s in self._workers() if s.standing == "active" and _waits_in(s, "step")]
-            self._ready = 0
-            self._commit(ready)
+        if self._clocks and self._sync.may_commit(len(self._ready), len(self._clocks)):
+            self._commit(_by_rank(self._ready.values()))
 
     def _commit(self, seats: list[_Seat]) -> None:
         self.version += 1
         for seat in seats:
+            self._clocks.advance(seat.clock)
             seat.clock += 1
             seat.committed = True
-        slowest = self._slowest()
-        may_read = [seat for seat in seats if self._sync.may_read(seat.clock, slowest)]
+        may_read = [seat for seat in seats if self._sync.may_read(seat.clock, self._clocks.slowest)]
         self._write(Committed(self._next(), self.version, _tickets(seats), _tickets(may_read)))
         self._blocked.update((seat.member.id, seat) for seat in seats)
         for seat in may_read:
             self._done(seat)
 
     def _pull(self, seat: _Seat) -> None:
-        if seat.standing != "active" or self._sync.may_read(seat.clock, self._slowest()):
+        if seat.standing != "active" or self._sync.may_read(seat.clock, self._clocks.slowest):
             self._serve(seat)
         else:
             self._blocked[seat.member.id] = seat
 
     def _release_blocked(self) -> None:
         """Answer those whose lead the others have caught up with."""
-        slowest = self._slowest() if self._blocked else 0
+        slowest = self._clocks.slowest
+        if slowest == self._caught_up:
+            return
+        self._caught_up = slowest
         for seat in list(self._blocked.values()):
             if self._sync.may_read(seat.clock, slowest):
                 self._serve(seat)
@@ -223,7 +226,8 @@ class Sequencer:
         self._done(seat)
 
     def _stop(self, seat: _Seat) -> None:
-        self._write(Stopped(self._next(), seat.ticket))
+        told = [other.member.id for other in self._workers() if other.standing != "ended"]
+        self._write(Stopped(self._next(), seat.ticket, tuple(told)))
         self._done(seat)
 
     def _leave(self, seat: _Seat) -> None:
@@ -233,29 +237,29 @@ class Sequencer:
 
     def _start(self) -> None:
         """Activate newcomers, all at once the first time: when the declared workers have joined."""
-        if not self._started:
+        first = not self._started
+        if first:
             self._started = self._declared > 0 and self._ranks >= set(range(self._declared))
         if self._started:
-            newcomers = [seat for seat in self._workers() if seat.standing == "new"]
-            self._activate(newcomers)
-            for seat in newcomers:
+            self._activate([seat for seat in self._workers() if seat.standing == "new"])
+        if self._started and first:
+            for seat in self._workers():
                 if seat.waiting and seat.held is not None:
                     self._on_held[seat.held.kind](seat)
 
     def _activate(self, seats: list[_Seat]) -> None:
-        if not seats:
-            return
-        clock = self._slowest()
+        if seats:
+            self._count_in(seats, self._clocks.slowest)
+            self._write(Activated(self._next(), tuple(seat.member.id for seat in seats)))
+
+    def _count_in(self, seats: list[_Seat], clock: int) -> None:
         for seat in seats:
             seat.standing, seat.clock = "active", clock
-        self._active += len(seats)
-        self._write(Activated(self._next(), tuple(seat.member.id for seat in seats)))
+            self._clocks.add(clock)
 
     def _deactivate(self, seat: _Seat, standing: Standing) -> None:
         if seat.standing == "active":
-            self._active -= 1
-            if _waits_in(seat, "step") and self._sync.rounds:
-                self._ready -= 1
+            self._clocks.remove(seat.clock)
         seat.standing = standing
 
     def _remove(self, seat: _Seat, reason: str, answered: Ticket | None = None) -> None:
@@ -274,9 +278,10 @@ class Sequencer:
             if self._sync.rounds:
                 self._close_round()
             self._release_blocked()
-            for id in list(self._registering):
-                self._register(self._seats[id])
-            if self._all_wait() and not self._active:
+            for seat in _by_rank(self._registering.values()):
+                if seat.member.id in self._registering:
+                    self._register(seat)
+            if self._all_wait() and not self._clocks:
                 self._release_meeting()
             if self._all_wait():
                 self._fail_stalled()
@@ -294,9 +299,8 @@ class Sequencer:
             clock = max(seat.clock for seat in workers)
             self._write(Met(self._next(), _tickets(workers)))
             for seat in workers:
-                seat.standing, seat.clock = "active", clock
                 self._done(seat)
-            self._active = len(workers)
+            self._count_in(workers, clock)
         elif resuming := [seat for seat in workers if _waits_in(seat, "step")]:
             self._activate(resuming)
             for seat in resuming:
@@ -324,37 +328,39 @@ class Sequencer:
         if not seat.waiting:
             missing = sorted(set(range(self._servers)) - seat.holders)
             return f"{what} waits for {_list('server', missing)}"
-        if not self._started:
+        if not self._started and not (_waits_in(seat, "register") and 0 in self._ranks):
             return f"{what} waits for {_list('worker', sorted(set(range(self._declared)) - self._ranks))} to join"
         return f"{what} waits for {self._whom(seat)}"
 
     def _whom(self, seat: _Seat) -> str:
         others = [other for other in self._workers() if other is not seat]
         if _waits_in(seat, "register"):
-            lowest = [other.member.index for other in others if other.standing == "active"][:1]
+            lowest = [o.member.index for o in others if o.standing == "active" or not self._started][:1]
             return f"{_list('worker', lowest)} to declare the model"
         if seat.committed or _waits_in(seat, "pull"):
-            slowest = self._slowest()
+            slowest = self._clocks.slowest
             behind = [o.member.index for o in others if o.standing == "active" and o.clock == slowest]
             return f"{_list('worker', behind)}: {self._sync.may_read(seat.clock, slowest).reason}"
+        if seat.member.id in self._ready:
+            return _list(
+                "worker",
+                [o.member.index for o in others if o.standing == "active" and not _waits_in(o, "step")],
+            )
         return _list("worker", [other.member.index for other in others if not other.waiting])
 
     # ── small things ────────────────────────────────────────────────────────────────────────────
 
     def _workers(self) -> list[_Seat]:
         """In rank order."""
-        seats = [seat for seat in self._seats.values() if seat.standing != "observer"]
-        return sorted(seats, key=lambda seat: seat.member.index)
+        seats = (seat for seat in self._seats.values() if seat.standing != "observer")
+        return _by_rank(seats)
 
     def _done(self, seat: _Seat) -> None:
         """Its exchange is over."""
         self._waiting -= seat.waiting and seat.standing != "observer"
-        self._blocked.pop(seat.member.id, None)
-        self._registering.discard(seat.member.id)
+        for waiting in (self._ready, self._blocked, self._registering):
+            waiting.pop(seat.member.id, None)
         seat.held, seat.waiting, seat.committed = None, False, False
-
-    def _slowest(self) -> int:
-        return min((seat.clock for seat in self._seats.values() if seat.standing == "active"), default=0)
 
     def _next(self) -> int:
         self.position += 1
@@ -362,6 +368,10 @@ class Sequencer:
 
     def _write(self, entry: AnyEntry) -> None:
         self._entries.append(entry)
+
+
+def _by_rank(seats: Iterable[_Seat]) -> list[_Seat]:
+    return sorted(seats, key=lambda seat: seat.member.index)
 
 
 def _waits_in(seat: _Seat, kind: str) -> bool:

@@ -34,8 +34,11 @@ class Failure:
 
     @staticmethod
     def of(error: BaseException) -> Failure:
-        """Describe `error`, which is being handled."""
-        trace = "".join(traceback.format_exception(error))
+        """Describe `error`, which is being handled; the engine's own frames are left out of its traceback."""
+        frames = error.__traceback__
+        while frames is not None and frames.tb_frame.f_globals["__name__"].startswith("headwater.engines."):
+            frames = frames.tb_next
+        trace = "".join(traceback.format_exception(type(error), error, frames or error.__traceback__))
         return Failure(f"{type(error).__name__}: {error}", trace, error)
 
 

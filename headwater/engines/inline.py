@@ -10,7 +10,6 @@ from typing import Any
 from headwater.engines.engine import Failure, Launch, Outcome, run_worker
 from headwater.nodes.server import ServerNode, ServerSettings
 from headwater.nodes.worker import Worker
-from headwater.rules import load_rules
 
 _JOIN_S = 1.0
 
@@ -19,8 +18,6 @@ class InlineEngine:
     """Threads share the interpreter, so nothing runs faster than with one worker; nothing is pickled."""
 
     def __init__(self, launch: Launch) -> None:
-        for module in launch.rules:
-            load_rules(module)
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._servers: list[ServerNode] = []
         self._threads: list[threading.Thread] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from headwater.kernels.cache import load
-from headwater.kernels.dense import dense
+from headwater.kernels.fused import dense
 from headwater.kernels.moves import TEMPLATE
 
 

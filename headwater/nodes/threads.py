@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 
-from headwater.errors import HeadwaterError
+from headwater.errors import ConnectionLostError, HeadwaterError
 from headwater.wire.channel import Channel
 from headwater.wire.listener import Listener
 
@@ -69,7 +70,7 @@ class ConnectionThreads:
 
     def _accept(self, listener: Listener, serve: Callable[[Channel], None]) -> None:
         while (channel := listener.accept()) is not None:
-            self.start(lambda channel=self.own(channel): self._converse(channel, serve), "connection")  # type: ignore[misc]
+            self.start(partial(self._converse, self.own(channel), serve), "connection")
 
     def _converse(self, channel: Channel, serve: Callable[[Channel], None]) -> None:
         try:
@@ -82,6 +83,8 @@ class ConnectionThreads:
     def _guard(self, run: Callable[[], None]) -> None:
         try:
             run()
+        except ConnectionLostError as error:
+            _log.info("%s lost a connection: %s", self.name, error)  # the coordinator tells deaths
         except HeadwaterError as error:
             if not self._closed:
                 _log.warning("%s closes a connection: %s", self.name, error)

@@ -58,6 +58,7 @@ class Worker:
         self._step = 0
         self._skipped = 0
         self._samples = 0
+        self._planned = 0
         self._stopped = False
         self._staleness: Counter[int] = Counter()
         self._metrics: dict[str, float] = {}
@@ -175,6 +176,7 @@ class Worker:
         self, dataset: Any, length: int, batch_size: int, epochs: int, shuffle: bool, seed: int
     ) -> Iterator[Any]:
         self._stopped = False
+        self._planned += epochs * len(range(self.rank % self.workers, length, self.workers))
         try:
             for epoch in range(epochs):
                 for indices in static_batches(
@@ -246,9 +248,11 @@ class Worker:
         self._session.membership.send(
             m.Progress(
                 member=self._session.welcome.member.id,
+                rank=self.rank,
                 steps=own.steps,
                 version=own.version,
                 samples=own.samples,
+                planned=self._planned,
                 waiting=own.waiting,
                 elapsed=own.elapsed,
                 staleness=own.staleness,

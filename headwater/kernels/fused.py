@@ -8,6 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -87,5 +88,15 @@ def dense_source(rule: Rule) -> str:
     )
 
 
+_compiling = threading.Lock()
+_updates: dict[tuple[object, int, int], Update] = {}
+
+
 def dense(rule: Rule) -> Update:
-    return load(dense_source(rule)).update
+    """The compiled fused pass of `rule`; blocks while it is compiled the first time."""
+    key = rule.function(), len(rule.states()), len(rule.scalars(0, 1))
+    update = _updates.get(key)
+    if update is None:
+        with _compiling:  # Python 3.11 parses source in one thread at a time only
+            update = _updates.setdefault(key, _updates.get(key) or load(dense_source(rule)).update)
+    return update

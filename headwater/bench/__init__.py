@@ -1,0 +1,1 @@
+"""Measurements: each figure beside the limit it is held against, taken in turns in the same run."""

@@ -1,0 +1,2 @@
+"""The suites of `headwater bench` by name."""
+SUITES: dict = {}

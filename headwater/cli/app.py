@@ -1,0 +1,112 @@
+"""The commands and their options; what each does lies in a file of its own."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from headwater.bench.suites import SUITES
+from headwater.cli.bench import measure
+from headwater.cli.faults import faults_reported
+from headwater.cli.status import show_status
+from headwater.cli.training import Job, train_script
+
+app = typer.Typer(
+    name="headwater",
+    help="A parameter server for Python: train with synchronous, asynchronous or bounded-stale workers.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+@app.command()
+def run(
+    script: Annotated[
+        str,
+        typer.Argument(metavar="SCRIPT[:FUNCTION]", help="A Python file; FUNCTION(worker) is `train` unless named."),
+    ],
+    workers: Annotated[int, typer.Option(min=1, help="Processes that compute gradients.")] = 2,
+    servers: Annotated[int, typer.Option(min=1, help="Processes that hold equal parts of the model.")] = 1,
+    sync: Annotated[str, typer.Option(help="sync, async, or ssp:N (a lead of at most N steps).")] = "sync",
+    engine: Annotated[str, typer.Option(help="local (processes) or inline (threads, for debugging).")] = "local",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting for `worker.settings`; repeatable."),
+    ] = None,
+    rules: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="A module with update rules of your own; repeatable."),
+    ] = None,
+    transport: Annotated[str, typer.Option(help="unix (shared memory) or tcp (as between machines).")] = "unix",
+    patience: Annotated[float, typer.Option(help="Seconds after which a wait is reported.")] = 10.0,
+    deadline: Annotated[float, typer.Option(help="Seconds after which a wait fails.")] = 600.0,
+) -> None:
+    """Run a training function in every worker, against servers on this machine.
+
+    The script is loaded without its `if __name__ == "__main__":` block, and its folder is importable.
+
+    [bold]Examples[/bold]
+
+    headwater run train.py --workers 4 --servers 2 --sync ssp:3
+
+    headwater run train.py:fit --set epochs=3 --set lr=0.05
+
+    Exit codes: 0 done, 1 the training or the cluster failed, 2 a wrong argument, 130 interrupted.
+    """
+    with faults_reported():
+        job = Job(
+            workers=workers,
+            servers=servers,
+            sync=sync,
+            engine=engine,
+            settings=tuple(set_ or ()),
+            rules=tuple(rules or ()),
+            transport=transport,
+            patience=patience,
+            deadline=deadline,
+        )
+        train_script(script, job)
+
+
+@app.command()
+def status(
+    address: Annotated[str, typer.Argument(help="What `headwater run` printed as cluster address.")],
+    json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+) -> None:
+    """Show the nodes and models of a running cluster, and whom each node waits for.
+
+    [bold]Example[/bold]
+
+    headwater status unix:@headwater-0f3a --json
+    """
+    with faults_reported():
+        show_status(address, as_json=json)
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(help=f"One of: {', '.join(SUITES)}.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as a JSON list.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds: seconds, and less certain.")] = False,
+) -> None:
+    """Measure this machine: each figure beside the limit it is held against, taken in the same run.
+
+    dense: rounds of a ResNet-50-sized model. latency: a pull of 1 KB. kernels: update loops. memory: resident sizes.
+
+    [bold]Examples[/bold]
+
+    headwater bench dense
+
+    headwater bench kernels --quick --json > kernels.json
+    """
+    with faults_reported():
+        measure(suite, as_json=json, quick=quick)

@@ -1,0 +1,81 @@
+"""`headwater status`: one question to a coordinator, shown as tables or as JSON."""
+
+from __future__ import annotations
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from headwater.errors import ConnectionLostError, HeadwaterError, ProtocolError
+from headwater.messages import Ask, ClusterStatistics, ServerStatistics
+from headwater.wire.listener import dial
+
+_ANSWER_S = 10.0
+"""How long a coordinator may take to be reached, and again to answer, in seconds."""
+
+
+def show_status(address: str, *, as_json: bool) -> None:
+    """Print the state of the cluster at `address`; blocks for its answer.
+
+    Raises:
+        ConnectionLostError: nobody answers there.
+        ProtocolError: whoever answers is not a coordinator.
+    """
+    statistics = ask(address)
+    if as_json:
+        print(msgspec.json.format(msgspec.json.encode(statistics), indent=2).decode())
+        return
+    console = Console(highlight=False)
+    console.print(
+        f"{statistics.sync}, {statistics.workers} workers declared, "
+        f"version {statistics.version}, term {statistics.term}"
+    )
+    console.print(_nodes(statistics))
+    if statistics.models:
+        console.print(_models(statistics))
+
+
+def ask(address: str) -> ClusterStatistics:
+    """The statistics of the cluster whose coordinator is at `address`.
+
+    Raises:
+        ConnectionLostError: nobody answers there.
+        ProtocolError: whoever answers is not a coordinator.
+    """
+    channel = dial(address, timeout=_ANSWER_S)
+    try:
+        channel.send(Ask(), timeout=_ANSWER_S)
+        received = channel.receive(timeout=_ANSWER_S)
+    except (HeadwaterError, TimeoutError) as error:
+        raise ProtocolError(f"what listens at {address} is not a coordinator: {error}") from error
+    finally:
+        channel.close()
+    if received is None:
+        raise ConnectionLostError(f"{address} closed the connection without an answer")
+    if isinstance(received.message, ServerStatistics):
+        raise ProtocolError(f"{address} is server {received.message.index}: ask the coordinator of its cluster")
+    if not isinstance(received.message, ClusterStatistics):
+        raise ProtocolError(f"{address} answered {type(received.message).__name__}, expected statistics")
+    return received.message
+
+
+def _nodes(statistics: ClusterStatistics) -> Table:
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("role", "rank", "index", "pid", "term", "version", "address", "waits for"):
+        shown.add_column(heading, overflow="fold")
+    for node in statistics.nodes:
+        rank = str(node.rank) if isinstance(node.rank, int) else ""
+        index = str(node.index) if isinstance(node.index, int) else ""
+        numbers = (str(node.pid), str(node.term), str(node.version))
+        shown.add_row(node.role, rank, index, *numbers, node.address, node.waits_for or "")
+    return shown
+
+
+def _models(statistics: ClusterStatistics) -> Table:
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("model", "rule", "tensors", "elements", "updates", "on server 0"):
+        shown.add_column(heading, overflow="fold")
+    for model in statistics.models:
+        counts = (str(model.tensors), f"{model.elements:,}", str(model.updates))
+        shown.add_row(model.name, model.rule, *counts, f"{model.resident / 1e6:,.1f} MB")
+    return shown

@@ -1,0 +1,233 @@
+"""One contract for every engine, and what only processes can show."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import types
+
+import numpy as np
+import psutil
+import pytest
+
+import headwater as hw
+from headwater.engines import ENGINES
+
+ONES = {"v": np.ones(3, np.float32)}
+
+
+def add_rank(worker):
+    """By reference: this module can be imported."""
+    model = worker.model("v", ONES, hw.Accumulate())
+    model.push({"v": np.full(3, worker.rank + 1)})
+    worker.step()
+    return worker.rank, worker.settings, model.pull()["v"].tolist()
+
+
+# ── every engine ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_values_come_back_by_rank_and_parameters_as_of_the_last_version(engine):
+    result = hw.run(add_rank, workers=2, servers=2, engine=engine, settings={"epochs": 3})
+    assert result.values == [(rank, {"epochs": 3}, [4.0] * 3) for rank in range(2)]
+    assert result.parameters["v"]["v"].tolist() == [4.0] * 3
+    assert result.version == 1
+    assert [progress.steps for progress in result.statistics.progress] == [1, 1]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_exception_in_train_reaches_the_caller_with_rank_and_traceback(engine):
+    def train(worker):
+        worker.model("v", ONES, hw.Accumulate())
+        if worker.rank == 1:
+            raise KeyError("no such column")
+        worker.step()
+
+    with pytest.raises(hw.errors.WorkerError, match="worker 1: KeyError: 'no such column'") as caught:
+        hw.run(train, workers=2, engine=engine)
+    assert caught.value.rank == 1
+    assert 'raise KeyError("no such column")' in caught.value.remote_traceback
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_waits_that_wait_for_each_other_are_an_error_at_once(engine):
+    def train(worker):
+        if worker.rank == 0:
+            worker.barrier()
+        else:
+            worker.sum(x=1)
+
+    with pytest.raises(hw.errors.WorkerError, match=r"StalledError.*worker 0 waits in barrier.*worker 1 waits in sum"):
+        hw.run(train, workers=2, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_wait_past_the_deadline_names_whom_it_waits_for(engine):
+    def train(worker):
+        model = worker.model("v", ONES, hw.Accumulate())
+        if worker.rank == 0:
+            worker.step()
+        while True:
+            model.pull()
+
+    with pytest.raises(hw.errors.WorkerError, match=r"step 1 had no answer for 2 s: step 1 waits for worker 1"):
+        hw.run(train, workers=2, engine=engine, patience=0.2, deadline=2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_users_rules_are_loaded_from_the_named_module_only(engine, tmp_path, monkeypatch):
+    (tmp_path / "doubling_rule.py").write_text(
+        textwrap.dedent(
+            """
+            from dataclasses import dataclass
+            import headwater as hw
+
+            def doubling(value, gradient):
+                return value + 2 * gradient
+
+            @hw.register
+            @dataclass(frozen=True, slots=True)
+            class Doubling(hw.Rule):
+                def states(self):
+                    return {}
+
+                def function(self):
+                    return doubling
+
+                def scalars(self, updates, count):
+                    return ()
+            """
+        )
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def train(worker):
+        import doubling_rule
+
+        model = worker.model("v", ONES, doubling_rule.Doubling())
+        model.push(ONES)
+        worker.step()
+        return model.pull()["v"].tolist()
+
+    assert hw.run(train, workers=1, engine=engine, rules=["doubling_rule"]).values == [[3.0] * 3]
+    with pytest.raises(hw.errors.ConfigurationError, match="no_such_module"):
+        hw.Cluster(workers=1, engine=engine, rules=["no_such_module"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_closed_cluster_refuses_calls(engine):
+    cluster = hw.Cluster(workers=1, engine=engine)
+    worker = cluster.worker()
+    cluster.close()
+    cluster.close()
+    with pytest.raises(hw.errors.ClosedError, match="closed"):
+        cluster.worker()
+    with pytest.raises(hw.errors.ConnectionLostError):
+        worker.barrier()
+    with pytest.raises(hw.errors.ClosedError):
+        worker.step()
+    worker.leave()
+
+
+# ── processes ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_its_signal():
+    def train(worker):
+        if worker.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        worker.barrier()
+        worker.barrier()
+        return worker.rank
+
+    with pytest.raises(hw.errors.WorkerError, match="worker 1: its process ended with signal SIGKILL"):
+        hw.run(train, workers=2)
+
+
+def test_a_server_that_is_killed_ends_the_run_with_its_index():
+    with hw.Cluster(workers=1, servers=2, engine="local") as cluster:
+        worker = cluster.worker()
+        worker.model("v", ONES, hw.Accumulate())
+        nodes = cluster.statistics().nodes
+        victim = next(node for node in nodes if node.role == "server" and node.index == 1)
+        os.kill(victim.pid, signal.SIGKILL)
+        with pytest.raises(hw.errors.EngineError, match="server 1: its process ended with signal SIGKILL"):
+            cluster.next_outcome(30)
+        with pytest.raises(hw.errors.ConnectionLostError):
+            worker.step()
+        worker.leave()
+
+
+def test_functions_that_no_interpreter_could_import_run_too():
+    module = types.ModuleType("not_on_any_path")
+    exec("factor = 3\ndef train(worker):\n    return worker.rank * factor", module.__dict__)
+    module.train.__module__ = module.__name__
+    sys.modules[module.__name__] = module
+    try:
+        assert hw.run(module.train, workers=2).values == [0, 3]
+    finally:
+        del sys.modules[module.__name__]
+
+
+def test_what_cannot_be_pickled_is_named():
+    lock = threading.Lock()
+    with pytest.raises(hw.errors.EngineError, match="train cannot be sent to a worker process"):
+        hw.run(lambda worker: lock.locked(), workers=1)
+    with pytest.raises(hw.errors.WorkerError, match="the value that train returned cannot be pickled"):
+        hw.run(lambda worker: (i for i in range(3)), workers=1)
+
+
+def test_output_of_every_process_is_prefixed_with_its_name():
+    lines = []
+    hw.run(lambda worker: print("hello from", worker.rank), workers=2, output=lines.append)
+    assert sorted(lines) == ["[worker 0] hello from 0", "[worker 1] hello from 1"]
+
+
+SCRIPT = """
+import sys
+import headwater as hw
+
+FACTOR = 2
+
+def train(worker):
+    if worker.settings["wait"]:
+        print("here", flush=True)
+        if worker.rank == 0:
+            worker.barrier()
+        while True:
+            pass
+    return worker.rank * FACTOR
+
+print(hw.run(train, workers=2, servers=2, settings={"wait": "--wait" in sys.argv}).values)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+def test_a_script_needs_no_guard(script):
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[0, 2]\n", done.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_children_end_with_their_parent_however_it_ends(script, how):
+    with subprocess.Popen(
+        [sys.executable, script, "--wait"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as parent:
+        for _ in range(2):
+            parent.stdout.readline()
+        children = psutil.Process(parent.pid).children(recursive=True)
+        assert len(children) == 4
+        parent.send_signal(how)
+        parent.wait(timeout=30)
+        _, alive = psutil.wait_procs(children, timeout=30)
+        assert not alive
