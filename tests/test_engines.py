@@ -61,7 +61,9 @@ def test_waits_that_wait_for_each_other_are_an_error_at_once(engine):
         else:
             worker.sum(x=1)
 
-    with pytest.raises(hw.errors.WorkerError, match=r"StalledError.*worker 0 waits in barrier.*worker 1 waits in sum"):
+    with pytest.raises(
+        hw.errors.WorkerError, match=r"StalledError.*worker 0 waits in barrier.*worker 1 waits in sum"
+    ):
         hw.run(train, workers=2, engine=engine)
 
 
@@ -74,7 +76,9 @@ def test_a_wait_past_the_deadline_names_whom_it_waits_for(engine):
         while True:
             model.pull()
 
-    with pytest.raises(hw.errors.WorkerError, match=r"step 1 had no answer for 2 s: step 1 waits for worker 1"):
+    with pytest.raises(
+        hw.errors.WorkerError, match=r"step 1 had no answer for 2 s: step 1 waits for worker 1"
+    ):
         hw.run(train, workers=2, engine=engine, patience=0.2, deadline=2)
 
 

@@ -236,7 +236,9 @@ def test_groups_have_settings_of_their_own():
 
 def test_a_tensor_that_nobody_carries_is_untouched_and_one_that_some_carry_is_divided_by_all():
     def work(worker):
-        model = worker.model("net", filled({"a": (2,), "b": (2,), "c": (2,)}, 1), hw.AdamW(lr=0.1, weight_decay=0.5))
+        model = worker.model(
+            "net", filled({"a": (2,), "b": (2,), "c": (2,)}, 1), hw.AdamW(lr=0.1, weight_decay=0.5)
+        )
         before = model.pull(copy=True)
         model.push({"a": np.ones(2)})
         if worker.rank == 0:

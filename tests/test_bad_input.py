@@ -1,0 +1,374 @@
+"""What callers and strangers do wrong: a typed error or a closed connection, and nothing changed."""
+
+import os
+import random
+import socket
+import struct
+
+import msgspec
+import numpy as np
+import pytest
+
+import headwater as hw
+from headwater import messages as m
+from headwater.errors import (
+    ClosedError,
+    ConfigurationError,
+    ConnectionLostError,
+    GradientError,
+    NonFiniteError,
+    RefusedError,
+    RegistrationError,
+)
+from headwater.nodes.session import Session
+from headwater.wire import frames
+from headwater.wire.channel import Outgoing
+from headwater.wire.listener import dial
+from headwater.wire.window import Window
+
+SHAPES = {"w": (2, 3), "b": (3,)}
+
+
+@pytest.fixture
+def cluster():
+    with hw.Cluster(workers=1, servers=2, patience=5, deadline=30) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def worker(cluster):
+    with cluster.worker() as worker:
+        yield worker
+
+
+@pytest.fixture
+def model(worker):
+    return worker.model(
+        "net", {name: np.ones(shape).astype(np.float32) for name, shape in SHAPES.items()}, hw.SGD(lr=1.0)
+    )
+
+
+def ones(names=SHAPES):
+    return {name: np.ones(SHAPES[name], np.float32) for name in names}
+
+
+# ── what a user writes ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"workers": 0}, "workers must be an integer ≥ 1, got 0"),
+        ({"workers": 2.0}, "workers must be an integer ≥ 1, got 2.0"),
+        ({"workers": 1, "servers": -1}, "servers must be an integer ≥ 1, got -1"),
+        ({"workers": 1, "sync": "sometimes"}, "sync: got 'sometimes', expected 'sync'"),
+        ({"workers": 1, "sync": "ssp:-1"}, "sync: got 'ssp:-1'"),
+        ({"workers": 1, "sync": 3}, "sync: got 3"),
+        ({"workers": 1, "engine": "cloud"}, "engine: got 'cloud', expected one of 'inline', 'local'"),
+        ({"workers": 1, "patience": 0}, "patience and deadline must be > 0"),
+        ({"workers": 1, "transport": "pigeon"}, "transport: got 'pigeon'"),
+    ],
+)
+def test_an_impossible_cluster_is_refused_before_anything_starts(options, text):
+    with pytest.raises(ConfigurationError, match=text):
+        hw.Cluster(**options)
+
+
+@pytest.mark.parametrize(
+    ("params", "rule", "options", "text"),
+    [
+        ({}, hw.SGD(lr=1.0), {}, "model 'net' has no tensors"),
+        ({"w": np.ones(2)}, hw.SGD(lr=1.0), {}, "'w' is float64.*astype"),
+        ({"w": np.ones(2, np.int32)}, hw.SGD(lr=1.0), {}, "'w' has dtype int32"),
+        ({"w": np.ones(2, np.complex64)}, hw.SGD(lr=1.0), {}, "'w' must be of a real dtype"),
+        ({"w": object()}, hw.SGD(lr=1.0), {}, "'w'"),
+        ({"w": np.ones(2, np.float32)}, 0.1, {}, "rule must be a Rule such as"),
+        (
+            {"w": np.ones(2, np.float32)},
+            hw.SGD(lr=1.0),
+            {"groups": [hw.Group(["v"], hw.SGD(lr=2.0))]},
+            "a group names 'v', the tensors are 'w'",
+        ),
+        (
+            {"w": np.ones(2, np.float32)},
+            hw.SGD(lr=1.0),
+            {"groups": [hw.Group(["w"], hw.Adam())]},
+            "one kind of rule, got SGD and Adam",
+        ),
+    ],
+)
+def test_what_is_no_model_cannot_be_registered(worker, params, rule, options, text):
+    with pytest.raises(RegistrationError, match=text):
+        worker.model("net", params, rule, **options)
+    worker.model("net", {"w": np.ones(2, np.float32)}, hw.SGD(lr=1.0))
+
+
+@pytest.mark.parametrize(
+    ("params", "rule", "text"),
+    [
+        (
+            {"w": (2, 4), "b": (3,)},
+            hw.SGD(lr=1.0),
+            r"exists with other tensors .*w float32\[2, 3\].*w float32\[2, 4\]",
+        ),
+        ({"w": (2, 3)}, hw.SGD(lr=1.0), "exists with other tensors"),
+        (SHAPES, hw.Adam(), r"exists with rule \['SGD'\], got \['Adam'\]"),
+    ],
+)
+def test_a_second_model_of_the_name_must_be_the_same(worker, model, params, rule, text):
+    with pytest.raises(RegistrationError, match=text):
+        worker.model("net", {name: np.zeros(shape, np.float32) for name, shape in params.items()}, rule)
+    assert (model.pull()["w"] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("grads", "text"),
+    [
+        ({"x": np.ones(3)}, "model 'net' has no tensor 'x', it has 'w', 'b'"),
+        ({"w": np.ones((3, 2))}, r"'w' of model 'net' has shape \(2, 3\), got \(3, 2\)"),
+        ({"w": np.ones((2, 3)), "b": np.ones(4)}, r"'b' of model 'net' has shape \(3,\), got \(4,\)"),
+        ({"b": np.array(["a", "b", "c"])}, "'b' must be of a real dtype"),
+        ({"b": np.ones(3, np.complex64)}, "'b' must be of a real dtype"),
+        ({"b": [[1], [1, 2], [3]]}, "cannot read a list as an array"),
+    ],
+)
+def test_gradients_that_do_not_fit_are_refused_and_nothing_is_staged(worker, model, grads, text):
+    with pytest.raises(GradientError, match=text):
+        model.push(grads)
+    with pytest.raises(GradientError, match=text):
+        model.assign(grads)
+    assert worker.step().contributors == 0
+    assert all((values == 1).all() for values in model.pull().values())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_gradient_that_is_not_finite_is_refused_whole(worker, model, bad, dtype, again):
+    if again:
+        model.push(ones())
+    grads = {"b": np.ones(3, dtype), "w": np.ones((2, 3), dtype)}
+    grads["w"][1, 2] = bad
+    with pytest.raises(NonFiniteError, match="'w' of model 'net' holds NaN or infinity"):
+        model.push(grads)
+    assert worker.step().contributors == int(again)
+    assert all((values == 1 - again).all() for values in model.pull().values())
+
+
+def test_a_gradient_that_is_not_finite_can_make_an_empty_turn(worker):
+    model = worker.model("net", ones(), hw.SGD(lr=1.0), nonfinite="skip")
+    model.push(ones())
+    model.push({"b": np.full(3, np.nan)})
+    assert worker.step().contributors == 0
+    assert worker.statistics().skipped == 1
+    assert (model.pull()["b"] == 1).all()
+
+
+def test_a_gradient_that_is_not_finite_passes_when_the_test_is_off(worker):
+    model = worker.model("net", ones(), hw.SGD(lr=1.0), nonfinite="off")
+    model.push({"b": np.full(3, np.inf)})
+    worker.step()
+    assert (model.pull()["b"] == -np.inf).all()
+
+
+def test_arrays_need_not_be_contiguous(worker, model):
+    model.push({"w": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "b": np.arange(6.0)[::2]})
+    worker.step()
+    assert model.pull()["w"].tolist() == [[1, 0, -1], [-2, -3, -4]]
+    assert model.pull()["b"].tolist() == [1, -1, -3]
+
+
+def test_settings_the_rule_does_not_have_are_refused(worker, model):
+    with pytest.raises(ConfigurationError, match="lr"):
+        model.set(rate=1.0)
+    with pytest.raises(ConfigurationError, match="has groups 0 to 0, got 1"):
+        model.set(group=1, lr=1.0)
+
+
+def test_calls_after_leave_are_refused(worker, model):
+    worker.leave()
+    calls = [worker.step, worker.barrier, worker.sum, worker.stop, model.pull]
+    calls += [
+        lambda: model.push(ones()),
+        lambda: model.assign(ones()),
+        lambda: worker.model("m", ones(), hw.SGD(lr=1.0)),
+    ]
+    for call in calls:
+        with pytest.raises(ClosedError, match="worker 0 has left the cluster"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "text"),
+    [
+        (np.ones(4), {"batch_size": 0}, "batch_size=0"),
+        (np.ones(4), {"batch_size": 1, "epochs": -1}, "epochs=-1"),
+        ((np.ones(4), np.ones(5)), {"batch_size": 1}, r"one length, got \[4, 5\]"),
+        (iter([1]), {"batch_size": 1}, "needs __len__ and __getitem__"),
+    ],
+)
+def test_impossible_batches_are_refused(worker, dataset, options, text):
+    with pytest.raises(ConfigurationError, match=text):
+        worker.batches(dataset, **options)
+
+
+@pytest.mark.parametrize(
+    "address", ["nonsense", "unix:@headwater-nobody", "tcp:127.0.0.1:1", "tcp:127.0.0.1:x"]
+)
+def test_an_address_where_nobody_is_says_so(address):
+    with pytest.raises((ConnectionLostError, ConfigurationError), match=address.split(":")[-1]):
+        hw.connect(address)
+
+
+# ── what a stranger sends ───────────────────────────────────────────────────────────────────────
+
+
+def _bytes_of_strangers():
+    good = frames.encode(m.Hello(1, "worker", 1))
+    claim = struct.pack("<4sHHIQQ", b"HWTR", frames.VERSION, 0, 2**31, 0, 0)
+    payload = struct.pack("<4sHHIQQ", b"HWTR", frames.VERSION, 0, 1, 2**63, 0)
+    noise = random.Random(7)
+    yield "http", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    yield "truncated prefix", good[:5]
+    yield "truncated header", good[:-1]
+    yield "another version", good[:4] + b"\xff\xff" + good[6:]
+    yield "oversized header", claim
+    yield "oversized payload", payload
+    yield "unknown message", good[:8] + struct.pack("<IQQ", 4, 0, 0) + msgspec.msgpack.encode({"a": 1})[:4]
+    yield "nothing", b""
+    for i in range(20):
+        yield f"noise {i}", noise.randbytes(noise.randrange(1, 300))
+
+
+def _addresses(cluster):
+    return [node.address for node in cluster.statistics().nodes if node.role in ("coordinator", "server")]
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_bytes_of_strangers_close_their_connection_and_change_nothing(transport):
+    with (
+        hw.Cluster(workers=1, servers=2, transport=transport, deadline=30) as cluster,
+        cluster.worker() as worker,
+    ):
+        model = worker.model("net", ones(), hw.Accumulate())
+        for step, (_, data) in enumerate(_bytes_of_strangers(), start=1):
+            for address in _addresses(cluster):
+                with _connect(address) as stranger:
+                    stranger.sendall(data)
+                    stranger.shutdown(socket.SHUT_WR)
+                    while stranger.recv(4096):
+                        pass
+            model.push(ones())
+            assert worker.step().version == step
+        assert (model.pull()["w"] == 1 + step).all()
+
+
+def _connect(address):
+    kind, _, rest = address.partition(":")
+    if kind == "unix":
+        stranger = socket.socket(socket.AF_UNIX)
+        stranger.connect("\0" + rest.removeprefix("@") if rest.startswith("@") else rest)
+    else:
+        host, _, port = rest.rpartition(":")
+        stranger = socket.create_connection((host, int(port)))
+    stranger.settimeout(30)
+    return stranger
+
+
+def test_a_member_that_is_in_no_roster_is_refused_with_the_reason(cluster, model):
+    for address in _addresses(cluster)[1:]:
+        channel = dial(address, timeout=5)
+        channel.send(m.Hello(999, "worker", 1))
+        received = channel.receive(timeout=5)
+        assert received.message == m.Refused(
+            "RefusedError",
+            f"member 999 is not in the roster of term {cluster.statistics().term}: join the coordinator first",
+        )
+        channel.close()
+
+
+def test_a_rank_that_is_taken_is_refused(cluster, worker):
+    with pytest.raises(RefusedError, match="worker rank 0 is taken by a living worker"):
+        hw.Worker(cluster.address, rank=0)
+
+
+class _Attacker:
+    """An observer that knows the protocol and breaks it."""
+
+    def __init__(self, cluster):
+        self._session = Session(cluster.address, "observer")
+        self.channel = self._session.channels[0]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._session.close()
+
+    def is_hung_up_on(self, message, buffers=(), descriptors=()):
+        try:
+            self.channel.send(message, buffers=buffers, descriptors=descriptors)
+            return self.channel.receive(timeout=10) is None
+        except ConnectionLostError:
+            return True
+
+
+def _broken_requests():
+    step = m.Step(1, 1, 0, (), (), True)
+    carried = m.Carried(0, b"\x03")
+    yield "step of a model it did not register", msgspec.structs.replace(step, carried=(carried,))
+    yield "step out of order", msgspec.structs.replace(step, step=5)
+    yield "pull of an unknown model", m.Pull(1, (7,), 0)
+    yield "assign to an unknown model", m.Assign(1, m.Carried(7, b"\x01"))
+    yield (
+        "settings of an unknown model",
+        msgspec.structs.replace(step, settings=(m.Setting(7, 0, {"lr": 1.0}),)),
+    )
+    yield "attach to an unknown model", m.Attach(1, 7, None)
+    yield "a window without descriptor", m.Attach(1, 0, m.WindowSpec(1, 8192))
+    yield "a message no member sends", m.Entries(())
+
+
+@pytest.mark.parametrize(
+    ("what", "request_"), list(_broken_requests()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_request_that_breaks_the_protocol_ends_its_connection_only(cluster, worker, model, what, request_):
+    with _Attacker(cluster) as attacker:
+        assert attacker.is_hung_up_on(request_), what
+    model.push(ones())
+    worker.step()
+    assert (model.pull()["w"] == 0).all()
+
+
+@pytest.mark.parametrize("claim", [4096, 8192 + 4096, 2**40, 0, -1])
+def test_a_window_that_is_not_as_large_as_it_claims_ends_its_connection_only(cluster, worker, model, claim):
+    window = Window(1024)
+    with _Attacker(cluster) as attacker:
+        assert attacker.is_hung_up_on(m.Attach(1, 0, m.WindowSpec(1, claim)), descriptors=[window.descriptor])
+    window.release()
+    assert (model.pull()["w"] == 1).all()
+
+
+def test_a_descriptor_that_is_no_window_ends_its_connection_only(cluster, worker, model, tmp_path):
+    (tmp_path / "file").write_bytes(bytes(8192))
+    descriptor = os.open(tmp_path / "file", os.O_RDWR)
+    with _Attacker(cluster) as attacker:
+        assert attacker.is_hung_up_on(m.Attach(1, 0, m.WindowSpec(1, 8192)), descriptors=[descriptor])
+    os.close(descriptor)
+    assert (model.pull()["w"] == 1).all()
+
+
+@pytest.mark.parametrize("run", [(0, 2048), (-1024, 0), (5, 2), (2**62, 2**62 + 4)])
+def test_payload_outside_the_servers_range_ends_its_connection_only(run):
+    with hw.Cluster(workers=1, transport="tcp", deadline=30) as cluster, cluster.worker() as worker:
+        model = worker.model("net", ones(), hw.SGD(lr=1.0))
+        broken = m.Step(2, 1, 0, (m.Carried(0, b"\x03"),), (), True, (m.Run(0, *run),))
+        with pytest.raises(ConnectionLostError):
+            worker._session.call(
+                lambda server, number: Outgoing(
+                    broken, [np.zeros(max(1, min(run[1] - run[0], 9999)), np.float32)]
+                ),
+                "step",
+            )
+        assert (cluster.parameters()[1]["net"]["w"] == 1).all()
+        assert model
