@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -24,6 +25,9 @@ PAGE = 1024
 
 LINE = 16
 """Elements in a cache line of 64 bytes: tensors start at multiples of it."""
+
+LARGEST = 2**40
+"""Most elements a model may have: 4 TiB, so that no product of sizes overflows."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 """What a parameter may be; all are float32 in the vector."""
@@ -44,7 +48,7 @@ class Layout:
         index: tensor name → position in `tensors`.
 
     Raises:
-        RegistrationError: no tensors, a repeated name, an impossible shape or dtype.
+        RegistrationError: no tensors, a repeated name, an impossible shape, size, group or dtype.
     """
 
     __slots__ = ("elements", "groups", "index", "starts", "stops", "tensors")
@@ -62,13 +66,18 @@ class Layout:
             starts.append(end)
             stops.append(end + math.prod(tensor.shape))
             end = _round_up(stops[-1], LINE)
+            if end > LARGEST:
+                raise RegistrationError(f"a model may have {LARGEST} elements at most, got {end} and more")
         self.starts = np.array(starts, dtype=np.int64)
         self.stops = np.array(stops, dtype=np.int64)
         self.groups = np.array([tensor.group for tensor in self.tensors], dtype=np.int64)
         self.elements = _round_up(max(end, 1), PAGE)
 
     def cut(self, servers: int) -> list[tuple[int, int]]:
-        """The vector's ranges [start, stop) for that many servers, in order; the last may be empty."""
+        """The vector's ranges [start, stop) for that many servers, in order.
+
+        Some are empty where there are fewer pages than servers.
+        """
         return ranges(self.elements, servers)
 
     def views(self, vector: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
@@ -109,13 +118,17 @@ def ranges(elements: int, servers: int) -> list[tuple[int, int]]:
     """Cut `elements` (a multiple of `PAGE`) into `servers` ranges that differ by a page at most."""
     pages = elements // PAGE
     bounds = [i * pages // servers * PAGE for i in range(servers + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def describe(tensors: Sequence[TensorSpec]) -> str:
-    """`weight float32[10, 64], bias float32[10]`, shortened after the fourth."""
-    shown = [f"{t.name} {t.dtype}{list(t.shape)}" for t in tensors[:4]]
+    """`weight float32[10, 64], bias float32[10] of group 1`, shortened after the fourth."""
+    shown = [f"{t.name} {t.dtype}{list(t.shape)}{_group(t)}" for t in tensors[:4]]
     return ", ".join(shown) + (f" and {len(tensors) - 4} more" if len(tensors) > 4 else "")
+
+
+def _group(tensor: TensorSpec) -> str:
+    return f" of group {tensor.group}" if tensor.group else ""
 
 
 def _check(tensor: TensorSpec) -> None:

@@ -36,7 +36,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     addresses: tuple[str, ...] = ()
 
 
-class Join(Message):
+class Join(Message, frozen=True):
     """A node asks the coordinator to become a member; `index` None takes the next free one."""
 
     role: Role
@@ -46,7 +46,7 @@ class Join(Message):
     addresses: tuple[str, ...] = ()
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """The coordinator's answer to Join, once every server knows the new member."""
 
     member: Member
@@ -59,7 +59,7 @@ class Welcome(Message):
     deadline: float
 
 
-class Roster(Message):
+class Roster(Message, frozen=True):
     """Who is a member in this term; from the coordinator to every server."""
 
     term: int
@@ -67,7 +67,7 @@ class Roster(Message):
     members: tuple[Member, ...]
 
 
-class Progress(Message):
+class Progress(Message, frozen=True):
     """A worker's own statistics, to the coordinator. `waiting` and `elapsed` in seconds.
 
     `planned`: samples that the `batches` begun so far have in all, 0 where there were none.
@@ -85,17 +85,17 @@ class Progress(Message):
     metrics: dict[str, float]
 
 
-class Departed(Message):
+class Departed(Message, frozen=True):
     """A member has left the log and will close; its connection's end is not a death."""
 
     member: int
 
 
-class Acknowledged(Message):
+class Acknowledged(Message, frozen=True):
     """Done."""
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """Not done, and why; `error` is the name of a class in `headwater.errors`."""
 
     error: str
@@ -150,7 +150,7 @@ class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # ── from a worker to each server: one exchange at a time ────────────────────────────────────────
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """First message on every connection to a server."""
 
     member: int
@@ -158,7 +158,7 @@ class Hello(Message):
     term: int
 
 
-class Register(Message):
+class Register(Message, frozen=True):
     """Declare a model; its initial values are in the window's parameters, or are the payload."""
 
     number: int
@@ -166,7 +166,7 @@ class Register(Message):
     window: WindowSpec | None
 
 
-class Attach(Message):
+class Attach(Message, frozen=True):
     """A reader or a repeating worker gives (another) window, or asks for answers by payload."""
 
     number: int
@@ -189,7 +189,7 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     values: dict[str, float]
 
 
-class Step(Message):
+class Step(Message, frozen=True):
     """One turn. `seen` is the version the gradients were computed on; `read` asks for values."""
 
     number: int
@@ -201,7 +201,7 @@ class Step(Message):
     payload: tuple[Run, ...] = ()
 
 
-class Pull(Message):
+class Pull(Message, frozen=True):
     """Ask for the values of `models`, unless they have not changed since version `have`."""
 
     number: int
@@ -209,7 +209,7 @@ class Pull(Message):
     have: int
 
 
-class Assign(Message):
+class Assign(Message, frozen=True):
     """Set the carried tensors to what lies in the window's parameters or in the payload."""
 
     number: int
@@ -217,7 +217,7 @@ class Assign(Message):
     payload: tuple[Run, ...] = ()
 
 
-class Meet(Message):
+class Meet(Message, frozen=True):
     """Wait until every other member is here too; `values` are added up in rank order."""
 
     number: int
@@ -225,25 +225,25 @@ class Meet(Message):
     values: dict[str, float]
 
 
-class End(Message):
+class End(Message, frozen=True):
     """The worker's batches are over: rounds no longer wait for it."""
 
     number: int
 
 
-class Stop(Message):
+class Stop(Message, frozen=True):
     """End everybody's batches with their next answer."""
 
     number: int
 
 
-class Leave(Message):
+class Leave(Message, frozen=True):
     """The worker goes for good."""
 
     number: int
 
 
-class Describe(Message):
+class Describe(Message, frozen=True):
     """Which models are there? Answered at once, outside the log."""
 
     number: int
@@ -261,7 +261,7 @@ class StepResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     staleness: int
 
 
-class Answer(Message):
+class Answer(Message, frozen=True):
     """The end of an exchange. `version` is that of the values now in the window or the payload.
 
     `values`: the models whose values were written (or follow, in this order, each this server's
@@ -278,7 +278,7 @@ class Answer(Message):
     failure: Refused | None = None
 
 
-class Waiting(Message):
+class Waiting(Message, frozen=True):
     """Not an answer yet, and whom it waits for; sent each time another `patience` has passed."""
 
     number: int
@@ -292,7 +292,7 @@ class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spec: ModelSpec
 
 
-class Description(Message):
+class Description(Message, frozen=True):
     """Answer to Describe."""
 
     number: int
@@ -312,7 +312,7 @@ class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str = ""
 
 
-class Reports(Message):
+class Reports(Message, frozen=True):
     """From a server to the sequencer."""
 
     server: int
@@ -332,13 +332,13 @@ class Ticket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     number: int
 
 
-class Registered(Entry):
+class Registered(Entry, frozen=True):
     """A model comes into being with the values of `source`, whose registration this answers."""
 
     source: Ticket
 
 
-class Committed(Entry):
+class Committed(Entry, frozen=True):
     """Updates, in rank order, applied as one; those in `answered` get their answer here."""
 
     version: int
@@ -346,26 +346,26 @@ class Committed(Entry):
     answered: tuple[Ticket, ...]
 
 
-class Served(Entry):
+class Served(Entry, frozen=True):
     """Answer this exchange with the values as of this position."""
 
     ticket: Ticket
 
 
-class Assigned(Entry):
+class Assigned(Entry, frozen=True):
     """Values set by a worker; a version of its own."""
 
     version: int
     source: Ticket
 
 
-class Activated(Entry):
+class Activated(Entry, frozen=True):
     """From here on rounds wait for these members."""
 
     members: tuple[int, ...]
 
 
-class Retired(Entry):
+class Retired(Entry, frozen=True):
     """From here on rounds do not wait for this member; `gone` means for good."""
 
     member: int
@@ -374,20 +374,20 @@ class Retired(Entry):
     answered: Ticket | None = None
 
 
-class Met(Entry):
+class Met(Entry, frozen=True):
     """Everybody is at the same barrier or sum: all are answered, all active again."""
 
     tickets: tuple[Ticket, ...]
 
 
-class Stopped(Entry):
+class Stopped(Entry, frozen=True):
     """The next answered step of each of these members tells it to end its batches."""
 
     ticket: Ticket
     members: tuple[int, ...]
 
 
-class Stalled(Entry):
+class Stalled(Entry, frozen=True):
     """These exchanges wait for each other and fail with this reason."""
 
     tickets: tuple[Ticket, ...]
@@ -399,7 +399,7 @@ AnyEntry: TypeAlias = (
 )
 
 
-class Entries(Message):
+class Entries(Message, frozen=True):
     """From the sequencer to a server."""
 
     entries: tuple[AnyEntry, ...]
@@ -408,7 +408,7 @@ class Entries(Message):
 # ── what a person sees ──────────────────────────────────────────────────────────────────────────
 
 
-class Ask(Message):
+class Ask(Message, frozen=True):
     """Ask the coordinator or a server for its statistics."""
 
 
@@ -423,7 +423,7 @@ class ModelStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     resident: int
 
 
-class ServerStatistics(Message):
+class ServerStatistics(Message, frozen=True):
     """One server. `waits` maps a member to whom its exchange waits for (server 0 only)."""
 
     index: int
@@ -448,7 +448,7 @@ class NodeStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     rank: int | msgspec.UnsetType = msgspec.UNSET
 
 
-class ClusterStatistics(Message):
+class ClusterStatistics(Message, frozen=True):
     """The coordinator's answer to Ask."""
 
     term: int

@@ -66,7 +66,8 @@ class RosterBook:
         noun = "rank" if join.role == "worker" else "index"
         if index in taken:
             raise RefusedError(
-                f"{join.role} {noun} {index} is taken by a living {join.role}: leave it out to get the next free one"
+                f"{join.role} {noun} {index} is taken by a living {join.role}: "
+                f"leave it out to get the next free one"
             )
         if index < 0 or (join.role == "server" and index >= self._servers):
             raise RefusedError(f"there can be no {join.role} with {noun} {index}")

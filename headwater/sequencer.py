@@ -329,31 +329,28 @@ class Sequencer:
             missing = sorted(set(range(self._servers)) - seat.holders)
             return f"{what} waits for {_list('server', missing)}"
         if not self._started and not (_waits_in(seat, "register") and 0 in self._ranks):
-            return f"{what} waits for {_list('worker', sorted(set(range(self._declared)) - self._ranks))} to join"
+            missing = sorted(set(range(self._declared)) - self._ranks)
+            return f"{what} waits for {_list('worker', missing)} to join"
         return f"{what} waits for {self._whom(seat)}"
 
     def _whom(self, seat: _Seat) -> str:
         others = [other for other in self._workers() if other is not seat]
+        active = [other for other in others if other.standing == "active"]
         if _waits_in(seat, "register"):
-            lowest = [o.member.index for o in others if o.standing == "active" or not self._started][:1]
-            return f"{_list('worker', lowest)} to declare the model"
+            return f"{_named((active or others)[:1])} to declare the model"
         if seat.committed or _waits_in(seat, "pull"):
             slowest = self._clocks.slowest
-            behind = [o.member.index for o in others if o.standing == "active" and o.clock == slowest]
-            return f"{_list('worker', behind)}: {self._sync.may_read(seat.clock, slowest).reason}"
+            reason = self._sync.may_read(seat.clock, slowest).reason
+            return f"{_named([other for other in active if other.clock == slowest])}: {reason}"
         if seat.member.id in self._ready:
-            return _list(
-                "worker",
-                [o.member.index for o in others if o.standing == "active" and not _waits_in(o, "step")],
-            )
-        return _list("worker", [other.member.index for other in others if not other.waiting])
+            return _named([other for other in active if other.member.id not in self._ready])
+        return _named([other for other in others if not other.waiting])
 
     # ── small things ────────────────────────────────────────────────────────────────────────────
 
     def _workers(self) -> list[_Seat]:
         """In rank order."""
-        seats = (seat for seat in self._seats.values() if seat.standing != "observer")
-        return _by_rank(seats)
+        return _by_rank(seat for seat in self._seats.values() if seat.standing != "observer")
 
     def _done(self, seat: _Seat) -> None:
         """Its exchange is over."""
@@ -385,6 +382,10 @@ def _what(seat: _Seat) -> str:
 
 def _tickets(seats: Iterable[_Seat]) -> tuple[Ticket, ...]:
     return tuple(seat.ticket for seat in seats)
+
+
+def _named(workers: Iterable[_Seat]) -> str:
+    return _list("worker", [seat.member.index for seat in workers])
 
 
 def _list(noun: str, indices: list[int]) -> str:

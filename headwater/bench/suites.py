@@ -1,2 +1,18 @@
 """The suites of `headwater bench` by name."""
-SUITES: dict = {}
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from headwater.bench.dense import measure_dense
+from headwater.bench.figures import Effort, Figure
+from headwater.bench.kernels import measure_kernels
+from headwater.bench.latency import measure_latency
+from headwater.bench.memory import measure_memory
+
+SUITES: dict[str, Callable[[Effort], list[Figure]]] = {
+    "dense": measure_dense,
+    "latency": measure_latency,
+    "kernels": measure_kernels,
+    "memory": measure_memory,
+}

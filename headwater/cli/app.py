@@ -32,12 +32,16 @@ def main() -> None:
 def run(
     script: Annotated[
         str,
-        typer.Argument(metavar="SCRIPT[:FUNCTION]", help="A Python file; FUNCTION(worker) is `train` unless named."),
+        typer.Argument(
+            metavar="SCRIPT[:FUNCTION]", help="A Python file; FUNCTION(worker) is `train` unless named."
+        ),
     ],
     workers: Annotated[int, typer.Option(min=1, help="Processes that compute gradients.")] = 2,
     servers: Annotated[int, typer.Option(min=1, help="Processes that hold equal parts of the model.")] = 1,
     sync: Annotated[str, typer.Option(help="sync, async, or ssp:N (a lead of at most N steps).")] = "sync",
-    engine: Annotated[str, typer.Option(help="local (processes) or inline (threads, for debugging).")] = "local",
+    engine: Annotated[
+        str, typer.Option(help="local (processes) or inline (threads, for debugging).")
+    ] = "local",
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting for `worker.settings`; repeatable."),
@@ -46,7 +50,9 @@ def run(
         list[str] | None,
         typer.Option(metavar="MODULE", help="A module with update rules of your own; repeatable."),
     ] = None,
-    transport: Annotated[str, typer.Option(help="unix (shared memory) or tcp (as between machines).")] = "unix",
+    transport: Annotated[
+        str, typer.Option(help="unix (shared memory) or tcp (as between machines).")
+    ] = "unix",
     patience: Annotated[float, typer.Option(help="Seconds after which a wait is reported.")] = 10.0,
     deadline: Annotated[float, typer.Option(help="Seconds after which a wait fails.")] = 600.0,
 ) -> None:
@@ -100,7 +106,8 @@ def bench(
 ) -> None:
     """Measure this machine: each figure beside the limit it is held against, taken in the same run.
 
-    dense: rounds of a ResNet-50-sized model. latency: a pull of 1 KB. kernels: update loops. memory: resident sizes.
+    dense: rounds of a model of ResNet-50's size. latency: pulls of 1 KB.
+    kernels: update loops. memory: what nodes keep resident.
 
     [bold]Examples[/bold]
 

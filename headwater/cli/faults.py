@@ -1,4 +1,4 @@
-"""How errors leave the command: one clear text on standard error, and an exit code that says whose fault it was."""
+"""How errors leave the command: one text on standard error, and an exit code that says whose fault it was."""
 
 from __future__ import annotations
 

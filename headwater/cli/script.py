@@ -28,7 +28,7 @@ class ScriptError(HeadwaterError):
 
 
 def load_function(target: str) -> Callable[..., Any]:
-    """The function that SCRIPT[:FUNCTION] names. Runs the script's top level; blocks for as long as that takes.
+    """The function that SCRIPT[:FUNCTION] names; runs the script's top level.
 
     Raises:
         ConfigurationError: there is no such file, or no such function in it: lists those it has.
@@ -76,9 +76,8 @@ def _split(target: str) -> tuple[Path, str]:
 
 def _choices(module: ModuleType, path: Path) -> str:
     """The functions that the script itself defines, as advice."""
-    functions = [
-        name for name, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == MODULE
-    ]
+    own = [value for value in vars(module).values() if getattr(value, "__module__", "") == MODULE]
+    functions = [value.__name__ for value in own if inspect.isfunction(value)]
     if not functions:
         return "it defines no functions; write one that takes a worker"
     return f"it has {', '.join(functions)}; name one as {path}:{functions[0]}"

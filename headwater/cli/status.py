@@ -53,7 +53,9 @@ def ask(address: str) -> ClusterStatistics:
     if received is None:
         raise ConnectionLostError(f"{address} closed the connection without an answer")
     if isinstance(received.message, ServerStatistics):
-        raise ProtocolError(f"{address} is server {received.message.index}: ask the coordinator of its cluster")
+        raise ProtocolError(
+            f"{address} is server {received.message.index}: ask the coordinator of its cluster"
+        )
     if not isinstance(received.message, ClusterStatistics):
         raise ProtocolError(f"{address} answered {type(received.message).__name__}, expected statistics")
     return received.message

@@ -10,10 +10,10 @@ from headwater.run import RunResult
 
 def summarize(result: RunResult) -> list[str]:
     """One line on the mode and its pace, one on waiting and staleness, and what `train` returned."""
-    statistics = result.statistics
+    mode = result.statistics.sync
     lines = [
-        f"{statistics.sync}: version {result.version} after {duration(result.seconds)}{_pace(result)}",
-        f"{statistics.sync}: {_waiting(result):.0%} of the workers' time waiting, staleness {_staleness(result)}",
+        f"{mode}: version {result.version} after {duration(result.seconds)}{_pace(result)}",
+        f"{mode}: {_waiting(result):.0%} of the workers' time waiting, staleness {_staleness(result)}",
     ]
     for rank, value in enumerate(result.values):
         if value is not None:

@@ -52,7 +52,9 @@ def load(text: str) -> ModuleType:
                 _write(path, text)
             return _loaded.setdefault(name, _loaded.get(name) or _imported(name, path))
     except OSError as error:
-        raise EnvironmentFailure(f"compiled kernels cannot be stored ({error}): set XDG_CACHE_HOME") from error
+        raise EnvironmentFailure(
+            f"compiled kernels cannot be stored ({error}): set XDG_CACHE_HOME"
+        ) from error
 
 
 def _digest(text: str) -> str:

@@ -18,7 +18,16 @@ from typing import Any, NoReturn
 
 from headwater.errors import ConfigurationError
 
-STATEMENTS = (ast.FunctionDef, ast.arguments, ast.arg, ast.Return, ast.Assign, ast.AugAssign, ast.If, ast.Expr)
+STATEMENTS = (
+    ast.FunctionDef,
+    ast.arguments,
+    ast.arg,
+    ast.Return,
+    ast.Assign,
+    ast.AugAssign,
+    ast.If,
+    ast.Expr,
+)
 EXPRESSIONS = (ast.Name, ast.Constant, ast.Tuple, ast.Call, ast.Attribute, ast.IfExp, ast.BinOp, ast.UnaryOp)
 COMPARISONS = (ast.Compare, ast.BoolOp, ast.And, ast.Or, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq)
 OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.USub, ast.UAdd, ast.Not, ast.Load, ast.Store)
@@ -56,11 +65,15 @@ def _collect(function: Any, definitions: dict[FunctionType, ast.FunctionDef]) ->
 def _parsed(function: Any) -> ast.FunctionDef:
     name = getattr(function, "__qualname__", repr(function))
     if not isinstance(function, FunctionType) or function.__closure__:
-        raise ConfigurationError(f"{name}: a rule's function must be a plain function without captured variables")
+        raise ConfigurationError(
+            f"{name}: a rule's function must be a plain function without captured variables"
+        )
     try:
         definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, SyntaxError) as error:
-        raise ConfigurationError(f"{name}: its source cannot be read ({error}): define it in a file") from error
+        raise ConfigurationError(
+            f"{name}: its source cannot be read ({error}): define it in a file"
+        ) from error
     if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
         raise ConfigurationError(f"{name}: a rule's function must be a `def` without decorators")
     return definition
@@ -149,7 +162,9 @@ class _Float32(ast.NodeTransformer):
             return node.func
         function = known.get(name)
         if not isinstance(function, FunctionType) or function.__module__ != self.function.__module__:
-            self.refuse(node, f"{name} is neither math.sqrt, abs nor a function of {self.function.__module__}")
+            self.refuse(
+                node, f"{name} is neither math.sqrt, abs nor a function of {self.function.__module__}"
+            )
         if function is self.function:
             self.refuse(node, "a rule's function cannot call itself")
         self.callees.append(function)

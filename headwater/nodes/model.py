@@ -161,7 +161,7 @@ class Model:
         fresh = {name: array for name, array in arrays.items() if name not in self._staged}
         bad += [name for name, array in fresh.items() if not self._stage(name, array)]
         if bad and self._nonfinite != "off":
-            self._report_nonfinite(bad)
+            self.report_nonfinite(bad)
             return
         for name in arrays.keys() - fresh.keys():
             self.gradients[name] += arrays[name]
@@ -217,6 +217,20 @@ class Model:
     def skip(self) -> None:
         """Make the next step an empty turn: a gradient was not finite."""
         self._skip = True
+
+    def report_nonfinite(self, names: Sequence[str]) -> None:
+        """Gradients of these tensors are not finite: with `nonfinite="skip"` the next step is an empty turn.
+
+        Raises:
+            NonFiniteError: with any other; names the tensors.
+        """
+        if self._nonfinite == "skip":
+            self._skip = True
+            return
+        raise NonFiniteError(
+            f"the gradient of {_names(names)} of model {self.name!r} holds NaN or infinity: nothing was staged "
+            f"and the turn was not taken; pass nonfinite='skip' to make such a step an empty turn"
+        )
 
     def assign_local(self, names: Iterable[str]) -> None:
         """Set tensors on the servers to what is in `parameters`; blocks for an exchange."""
@@ -328,15 +342,6 @@ class Model:
             return bool(stage(array.reshape(-1), target.reshape(-1), False))
         target[...] = array
         return bool(finite(target.reshape(-1)))
-
-    def _report_nonfinite(self, names: Sequence[str]) -> None:
-        if self._nonfinite == "skip":
-            self._skip = True
-            return
-        raise NonFiniteError(
-            f"the gradient of {_names(names)} of model {self.name!r} holds NaN or infinity: nothing was staged "
-            f"and the turn was not taken; pass nonfinite='skip' to make such a step an empty turn"
-        )
 
 
 def as_array(name: str, value: Any, error: type[UsageError] = GradientError) -> NDArray[Any]:

@@ -88,15 +88,20 @@ class Shard:
     def hold(self, member: int, request: m.Request, staging: Staging | None = None) -> m.Held:
         """Hold an exchange until an entry names it; the return is for the sequencer.
 
-        `staging` comes with Register and Attach. A newer exchange of the member replaces an older one.
+        `staging` comes with Register and Attach. A member has one exchange outstanding at a time.
 
         Raises:
             UsageError: the request cannot be served; nothing is held.
             ProtocolError: the request breaks the protocol; its connection should be closed.
         """
         repeat = False
+        if member in self._outstanding:
+            number = self._outstanding[member].request.number
+            raise ProtocolError(f"member {member} sent {request.number} before {number} was answered")
         if isinstance(request, m.Register):
             self._check_spec(request.spec)
+        elif isinstance(request, m.Attach):
+            self._check_model(request.model)
         elif isinstance(request, m.Step):
             self._check_step(member, request)
             repeat = self._ledger.is_repeat(member, request.step)
@@ -122,6 +127,10 @@ class Shard:
             raise ProtocolError(f"member {member} named model {model}, but has registered only {known}")
         return found
 
+    def _check_model(self, model: int) -> None:
+        if model not in self.vectors:
+            raise ProtocolError(f"there is no model {model}, known are {sorted(self.vectors)}")
+
     def _check_spec(self, spec: m.ModelSpec) -> None:
         layout = Layout(spec.tensors)
         if not 0 <= int(layout.groups.min()) <= int(layout.groups.max()) < len(spec.rules):
@@ -133,6 +142,9 @@ class Shard:
             from_spec(rule)
 
     def _check_step(self, member: int, step: m.Step) -> None:
+        models = [carried.model for carried in step.carried]
+        if len(set(models)) < len(models):
+            raise ProtocolError(f"member {member} carries a model twice in one step: {models}")
         for carried in step.carried:
             self._check_carried(member, carried)
         for setting in step.settings:
@@ -150,6 +162,8 @@ class Shard:
             raise ProtocolError(
                 f"a mask of {len(carried.tensors)} bytes for {tensors} tensors: expected {-(-tensors // 8)}"
             )
+        if int.from_bytes(carried.tensors, "little") >> tensors:
+            raise ProtocolError(f"a mask names more than the {tensors} tensors of model {carried.model}")
 
     # ── entries ─────────────────────────────────────────────────────────────────────────────────
 
@@ -280,7 +294,8 @@ class Shard:
         return self._answer(entry.source)
 
     def _retired(self, entry: m.Retired) -> Answers:
-        self._to_stop.discard(entry.member)
+        if entry.gone or entry.answered is not None:  # not one that waits in a barrier: it goes on after it
+            self._to_stop.discard(entry.member)
         answers = self._answer(entry.answered) if entry.answered is not None else []
         if entry.gone:
             self._outstanding.pop(entry.member, None)
@@ -298,7 +313,7 @@ class Shard:
         return [answer for ticket in entry.tickets for answer in self._answer(ticket, sums=sums)]
 
     def _stopped(self, entry: m.Stopped) -> Answers:
-        self._to_stop.update(self._stagings)
+        self._to_stop.update(entry.members)
         return self._answer(entry.ticket)
 
     def _stalled(self, entry: m.Stalled) -> Answers:
@@ -328,12 +343,18 @@ def _name_of(request: m.Request) -> str:
 
 def _difference(old: m.ModelSpec, new: m.ModelSpec) -> str:
     """What keeps `new` from being the model `old`; "" when nothing does."""
-    if old.tensors != new.tensors:
+    here, there = set(old.tensors), set(new.tensors)
+    if here != there:
         return (
-            f"model {old.name!r} exists with other tensors ({describe(old.tensors)}), "
-            f"got ({describe(new.tensors)}): declare the same ones or use another name"
+            f"model {old.name!r} exists with other tensors ({_only(old, there)}), "
+            f"got ({_only(new, here)}): declare the same ones or use another name"
         )
     kinds = [rule.name for rule in old.rules], [rule.name for rule in new.rules]
     if kinds[0] != kinds[1]:
         return f"model {old.name!r} exists with rule {kinds[0]}, got {kinds[1]}: use the same or another name"
     return ""
+
+
+def _only(spec: m.ModelSpec, known: set[m.TensorSpec]) -> str:
+    """What of `spec` is not in `known`."""
+    return describe([tensor for tensor in spec.tensors if tensor not in known]) or "nothing more"

@@ -84,12 +84,12 @@ class Vector:
     def apply(
         self, updates: Sequence[Update], divisor: int, answers: Sequence[Staging], version: int
     ) -> None:
-        """Apply the sum of `updates`, in the given order, divided by `divisor`; write all values to `answers`.
+        """Apply the sum of `updates`, in the given order, over `divisor`; write all values to `answers`.
 
         Every piece of memory is read and written once; blocks for one pass over the range.
         """
         carried = np.stack([update.carried for update in updates])
-        touched = carried.any(axis=0)
+        touched: NDArray[np.bool_] = np.logical_or.reduce(carried, axis=0)
         self._counts[touched] += 1
         for low, high, tensor in self._segments(carried):
             here = slice(low - self.start, high - self.start)

@@ -30,8 +30,9 @@ __all__ = ["Array", "Channel", "Outgoing", "Place", "PlaceOf", "Received", "exch
 
 _JOINED = 16 << 10  # bytes up to which copying a payload is cheaper than handing the kernel two arrays
 _TIMEVAL = struct.Struct("ll")
-_NO_SIGNAL: int = getattr(socket, "MSG_NOSIGNAL", 0)
-_NO_WAIT = socket.MSG_DONTWAIT
+# Plain numbers: the socket module's flags are enums, and each operation on one costs most of a microsecond.
+_NO_SIGNAL = int(getattr(socket, "MSG_NOSIGNAL", 0))
+_NO_WAIT = int(socket.MSG_DONTWAIT)
 
 
 @dataclass(slots=True)

@@ -28,8 +28,9 @@ PlaceOf: TypeAlias = Callable[[int, AnyMessage, int], Sequence[Array]]
 _READ_AHEAD = 64 << 10
 _VECTORS = 64  # arrays of one system call
 _DESCRIPTOR = array.array("i").itemsize
-_CLOSE_ON_EXEC: int = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-_TRUNCATED: int = getattr(socket, "MSG_CTRUNC", 0)
+# Plain numbers: the socket module's flags are enums, and each operation on one costs most of a microsecond.
+_CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+_TRUNCATED = int(socket.MSG_CTRUNC)
 
 
 @dataclass(slots=True)

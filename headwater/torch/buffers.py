@@ -1,0 +1,86 @@
+"""A module's buffers, such as the running averages of BatchNorm: kept equal on all workers, or left alone.
+
+They are a model of their own, `NAME.buffers`, and travel with the steps of the parameters: what is sent
+is the change since the last read. Only persistent buffers of a floating type do; counters stay local.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+
+from headwater.errors import ConfigurationError
+from headwater.nodes.model import Model
+from headwater.nodes.worker import Worker
+from headwater.rules import SGD, Accumulate
+
+BufferMode: TypeAlias = Literal["rank0", "mean", "local"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class SharedBuffers:
+    """The buffers that travel, under one of these modes.
+
+    - "rank0": everybody has what rank 0 has, as torch's DistributedDataParallel.
+    - "mean": everybody's changes count. In synchronous training each buffer becomes the mean over the
+      round's contributors; in the other modes the changes add up as they come.
+    - "local": nothing travels.
+
+    Raises:
+        ConfigurationError: another mode.
+    """
+
+    def __init__(self, worker: Worker, module: torch.nn.Module, name: str, mode: BufferMode) -> None:
+        if mode not in ("rank0", "mean", "local"):
+            raise ConfigurationError(f"buffers must be 'rank0', 'mean' or 'local', got {mode!r}")
+        self._module = module
+        self._names = [] if mode == "local" else _travelling(module)
+        self._sends = mode == "mean" or worker.rank == 0
+        self._sign = 1.0 if mode == "rank0" else -1.0
+        self.model: Model | None = None
+        if self._names:
+            if mode == "mean" and worker.sync == "sync:reduce=sum":
+                self._sign /= worker.workers
+            rule = Accumulate() if mode == "rank0" else SGD(lr=1.0)
+            values = {name: self._buffer(name) for name in self._names}
+            self.model = worker.model(name, values, rule, nonfinite="off")
+            self.load()
+
+    def carry(self) -> None:
+        """Have the next step, which carries a gradient, carry what changed here too.
+
+        What is not finite stays here; the next answer repairs it.
+        """
+        if self.model is None or not self._sends:
+            return
+        for name in self._names:
+            last = torch.from_numpy(self.model.parameters[name])
+            change = torch.from_numpy(self.model.gradients[name])
+            torch.sub(self._buffer(name).to("cpu", torch.float32), last, out=change)
+            if change.any() and change.isfinite().all():
+                change.mul_(self._sign)
+                self.model.carry(name)
+
+    def load(self) -> None:
+        """Copy what the servers have into the module's buffers."""
+        if self.model is not None:
+            for name in self._names:
+                self._buffer(name).copy_(torch.from_numpy(self.model.parameters[name]))
+
+    def push(self) -> None:
+        """Assign the module's buffers to the servers; blocks for an exchange."""
+        if self.model is not None:
+            for name in self._names:
+                torch.from_numpy(self.model.parameters[name]).copy_(self._buffer(name))
+            self.model.assign_local(self._names)
+
+    def _buffer(self, name: str) -> torch.Tensor:
+        """Looked up each time: a module may replace its buffers."""
+        return self._module.get_buffer(name).detach()
+
+
+def _travelling(module: torch.nn.Module) -> list[str]:
+    persistent = module.state_dict(keep_vars=True).keys()
+    return [name for name, buffer in module.named_buffers() if name in persistent and buffer.dtype in _DTYPES]

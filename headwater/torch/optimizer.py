@@ -1,0 +1,304 @@
+"""The optimizer that stands in a torch loop: its step is the worker's step.
+
+Invariants:
+- A step sends what `parameter.grad` is at that moment, wherever it came from; None is not sent.
+- Parameters are written only inside `step`, `flush` and `pull_parameters`, and autograd is told.
+- Nothing is sent, and the turn is not taken, when a step raises UsageError.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.graph import increment_version
+from torch.utils.hooks import RemovableHandle
+
+from headwater.errors import ConfigurationError, UsageError
+from headwater.messages import StepResult
+from headwater.nodes.model import Group, NonFinite
+from headwater.nodes.worker import Worker
+from headwater.rules import Rule
+from headwater.torch.buffers import BufferMode, SharedBuffers
+from headwater.torch.groups import make_groups, settings
+from headwater.torch.parameters import BoundParameter, find_parameters, wait_for_copies
+
+
+class DistributedOptimizer(torch.optim.Optimizer):
+    """Trains `module` on the servers: `step` pushes gradients and pulls parameters.
+
+    Construction registers the model; all workers then have the initial values of the lowest rank. It
+    blocks until that one has declared them. Parameters that need no gradient then are no part of it and
+    must be equal on all workers by the user's doing. Afterwards:
+
+    - float32 parameters on the CPU lie in memory shared with the servers, and so do their gradients: keep
+      a gradient beyond the next backward with `clone()` where you took a view of it. Parameters of a GPU,
+      of float16 or bfloat16 stay where they are; the servers hold float32 values of them.
+    - A change of `param_groups`, as torch's schedulers make, travels with the next step. In synchronous
+      training the lowest rank's counts, otherwise the last that arrives.
+    - A `torch.amp.GradScaler` that finds infinity makes the step an empty turn.
+
+    Args:
+        worker: joined, used by this thread.
+        module: its parameters are trained; on its device and of its dtype from here on.
+        rule: what the servers do with a gradient.
+        name: of the model.
+        groups: dicts as torch's, with parameters or names under "params" and other settings of `rule`;
+            all other parameters have `rule` itself and come first in `param_groups`.
+        push_every, pull_every: steps between pushes of the accumulated gradients and between reads, with
+            p −= lr · g on the local copy in each step (Dean et al. 2012, DistBelief, n_push and n_fetch).
+        buffers: "rank0", "mean" or "local", see `SharedBuffers`.
+        nonfinite: what a NaN or infinite gradient does: "raise", "skip" (an empty turn) or "off".
+
+    Attributes:
+        result: of the last step that was sent; None before.
+
+    Raises:
+        ConfigurationError: an impossible argument.
+        RegistrationError: nothing to train, a float64 parameter, or another model of that name.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        worker: Worker,
+        module: torch.nn.Module,
+        rule: Rule,
+        *,
+        name: str = "model",
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        push_every: int = 1,
+        pull_every: int = 1,
+        buffers: BufferMode = "rank0",
+        nonfinite: NonFinite = "raise",
+    ) -> None:
+        module = getattr(module, "_orig_mod", module)  # what torch.compile wraps: names must not depend on it
+        self._accumulates = _check_periods(worker, rule, push_every, pull_every)
+        trained = find_parameters(module)
+        self._groups = make_groups(module, trained, rule, groups or ())
+        self._worker = worker
+        self._push_every, self._pull_every = push_every, pull_every
+        self._nonfinite = nonfinite
+        self._taken = 0
+        self._accrued: set[str] = set()
+        self.result: StepResult | None = None
+        values = {one: parameter.detach() for one, parameter in trained.items()}
+        own = [Group(group.names, group.rule) for group in self._groups if group.index]
+        self._model = worker.model(name, values, rule, groups=own, nonfinite=nonfinite)
+        self._buffers = SharedBuffers(worker, module, f"{name}.buffers", buffers)
+        self._bounds = {
+            one: BoundParameter(module, one, p, self._model.gradients[one], self._model.parameters[one])
+            for one, p in trained.items()
+        }
+        self._values_arrived()
+        if not self._accumulates:
+            handles = [bound.watch() for bound in self._bounds.values() if bound.mapped]
+            weakref.finalize(self, _remove, handles)
+        self._fixed = False
+        super().__init__(
+            [
+                {"params": [trained[one] for one in group.names], "param_names": group.names, **group.shown}
+                for group in self._groups
+            ],
+            settings(rule),
+        )
+        self._fixed = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Not possible: a model's tensors are fixed when it is registered.
+
+        Raises:
+            UsageError: always, once constructed.
+        """
+        if self.__dict__.get("_fixed"):
+            raise UsageError(
+                "add_param_group: a model's tensors are fixed; pass groups=… when you make the "
+                "DistributedOptimizer, or make another one with another name"
+            )
+        super().add_param_group(param_group)
+
+    # ── the step ────────────────────────────────────────────────────────────────────────────────
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """End the turn: send the gradients there are, get the new values; blocks as the mode says.
+
+        Returns what `closure` returns, which is called first, or None. Without any gradient it is this
+        worker's turn all the same.
+
+        Raises:
+            NonFiniteError: a gradient holds NaN or infinity, with `nonfinite="raise"`.
+            UsageError: a parameter was moved or replaced, or a gradient is sparse; names it.
+            ClosedError: the worker has left.
+            StalledError: no answer within the deadline.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check()
+        self._send_settings()
+        pushed = [bound for bound in self._bounds.values() if bound.parameter.grad is not None]
+        overflowed = self._unscale(pushed)
+        if self._accumulates:
+            self._step_locally([] if overflowed else pushed)
+        else:
+            self._step_together(pushed, overflowed)
+        return loss
+
+    def _step_together(self, pushed: Sequence[BoundParameter], overflowed: bool) -> None:
+        if overflowed:
+            self._model.skip()
+        else:
+            hosts = [bound.to_host() for bound in pushed]
+            wait_for_copies(pushed)
+            bad = [bound.name for bound, host in zip(pushed, hosts, strict=True) if not bound.stage(host)]
+            if bad and self._nonfinite != "off":
+                self._model.report_nonfinite(bad)
+            self._carry([bound.name for bound in pushed])
+        self.result = self._worker.step()
+        self._values_arrived()
+        self._buffers.load()
+
+    def _carry(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._model.carry(name)
+        if names:
+            self._buffers.carry()
+
+    def _unscale(self, pushed: Sequence[BoundParameter]) -> bool:
+        """Undo the scale that a GradScaler left on the gradients; whether it found infinity."""
+        if float(getattr(self, "found_inf", 0.0)):
+            return True
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            inverse = 1.0 / float(scale)
+            for bound in pushed:
+                assert bound.parameter.grad is not None
+                bound.parameter.grad.mul_(inverse)
+        return False
+
+    def _send_settings(self) -> None:
+        for known, group in zip(self._groups, self.param_groups, strict=True):
+            changes = known.take_changes(group)
+            if changes and known.index is not None:
+                self._model.set(group=known.index, **changes)
+
+    # ── steps on the local copy (DistBelief) ────────────────────────────────────────────────────
+
+    def _step_locally(self, pushed: Sequence[BoundParameter]) -> None:
+        """Add the gradients to what is to be pushed, descend on the local copy, push and read when due."""
+        hosts = [bound.to_host() for bound in pushed]
+        wait_for_copies(pushed)
+        bad = [b.name for b, host in zip(pushed, hosts, strict=True) if not host.isfinite().all()]
+        if bad and self._nonfinite == "raise":
+            self._model.report_nonfinite(bad)
+        self._taken += 1
+        if not bad or self._nonfinite == "off":
+            for bound, host in zip(pushed, hosts, strict=True):
+                bound.stage(host, add=bound.name in self._accrued)
+                self._accrued.add(bound.name)
+            self._descend()
+        push, pull = self._taken % self._push_every == 0, self._taken % self._pull_every == 0
+        if push:
+            self._push_accrued(read=pull)
+        elif pull:
+            self.pull_parameters()
+
+    def _descend(self) -> None:
+        """p −= lr · g"""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.add_(parameter.grad, alpha=-float(group["lr"]))
+
+    def _push_accrued(self, read: bool) -> None:
+        for name in self._accrued:
+            self._model.carry(name)
+        if self._accrued and read:
+            self._buffers.carry()
+        self._accrued.clear()
+        self.result = self._worker.step(read=read)
+        if read:
+            self._values_arrived()
+            self._buffers.load()
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Send the gradients that `push_every` still holds back and read; blocks as a step.
+
+        Does nothing where nothing is held back.
+        """
+        if self._accrued:
+            self._check()
+            self._push_accrued(read=True)
+
+    # ── values ──────────────────────────────────────────────────────────────────────────────────
+
+    @torch.no_grad()
+    def pull_parameters(self) -> None:
+        """Get the servers' current parameters and buffers into the module; blocks for an exchange.
+
+        After a barrier, this is how every worker evaluates the same version.
+        """
+        self._check()
+        for model in (self._model, self._buffers.model):
+            if model is not None:
+                model.written(False)  # what is in the window may have been changed here
+                model.pull()
+        self._values_arrived()
+        self._buffers.load()
+
+    @torch.no_grad()
+    def push_parameters(self) -> None:
+        """Set the servers' parameters and buffers to the module's, a version of its own; blocks for it.
+
+        For one worker to call, after `module.load_state_dict` for example; the others see it with their
+        next step. The rule's state stays.
+        """
+        self._check()
+        for bound in self._bounds.values():
+            bound.store()
+        self._model.assign_local(self._bounds)
+        self._buffers.push()
+
+    def _values_arrived(self) -> None:
+        """Complete what the servers wrote into the window: copies, and word to autograd."""
+        bounds = list(self._bounds.values())
+        wait_for_copies(bounds)
+        for bound in bounds:
+            bound.load()
+        increment_version([bound.parameter for bound in bounds])
+
+    def _check(self) -> None:
+        for bound in self._bounds.values():
+            bound.check()
+
+
+def _check_periods(worker: Worker, rule: Rule, push_every: int, pull_every: int) -> bool:
+    """Whether there are steps on the local copy alone.
+
+    Raises:
+        ConfigurationError: the periods are impossible, here or at all.
+    """
+    for name, value in (("push_every", push_every), ("pull_every", pull_every)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigurationError(f"{name} must be an integer ≥ 1, got {value!r}")
+    if push_every == pull_every == 1:
+        return False
+    if worker.sync.startswith("sync"):
+        raise ConfigurationError(
+            f"push_every={push_every}, pull_every={pull_every} need sync='async' or 'ssp:N': synchronous "
+            f"workers have one version, which local steps would leave"
+        )
+    if not hasattr(rule, "lr"):
+        raise ConfigurationError(f"push_every and pull_every need a rule with lr, got {rule!r}")
+    return True
+
+
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
