@@ -56,7 +56,7 @@ class Cluster:
     ) -> None:
         _check_count("workers", workers)
         _check_count("servers", servers)
-        if not 0 < patience or not 0 < deadline:
+        if not (patience > 0 and deadline > 0):
             raise ConfigurationError(f"patience and deadline must be > 0 seconds, got {patience}, {deadline}")
         if transport not in TRANSPORTS:
             raise ConfigurationError(f"transport: got {transport!r}, expected one of {TRANSPORTS}")

@@ -94,6 +94,6 @@ class EngineError(EnvironmentFailure):
 def named(name: str, reason: str, default: type[HeadwaterError]) -> HeadwaterError:
     """The error a peer named, or `default` where the name is none of this tree's one-text classes."""
     found = globals().get(name)
-    known = isinstance(found, type) and issubclass(found, HeadwaterError) and found is not WorkerError
-    error: HeadwaterError = (found if known else default)(reason)
-    return error
+    if isinstance(found, type) and issubclass(found, HeadwaterError) and found is not WorkerError:
+        return found(reason)
+    return default(reason)

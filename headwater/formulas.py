@@ -39,6 +39,15 @@ def adagrad(value, gradient, squares, lr, eps, weight_decay):
     return value - lr * gradient / (math.sqrt(squares) + eps), squares
 
 
+def rowwise_adagrad(value, gradient, squares, lr, eps):
+    """value −= lr · g / (√squares + eps), after squares += mean of the row's g²
+
+    One sum a row for Adagrad's one an element (Mudigere et al. 2022, section 4.1.4; TorchRec's
+    RowWiseAdagrad).
+    """
+    return value - lr * gradient / (math.sqrt(squares) + eps)
+
+
 def rmsprop(value, gradient, square_avg, lr, eps, weight_decay, alpha, rest):
     """square_avg = alpha · square_avg + (1 − alpha) · g²;  value −= lr · g / (√square_avg + eps)
 

@@ -134,6 +134,8 @@ def _group(tensor: TensorSpec) -> str:
 def _check(tensor: TensorSpec) -> None:
     if any(size < 0 for size in tensor.shape):
         raise RegistrationError(f"tensor {tensor.name!r} has an impossible shape {tensor.shape}")
+    if not 0 <= tensor.group <= LARGEST:
+        raise RegistrationError(f"tensor {tensor.name!r} has an impossible parameter group {tensor.group}")
     if tensor.dtype == "float64":
         raise RegistrationError(
             f"tensor {tensor.name!r} is float64, but models are kept in float32: "

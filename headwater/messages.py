@@ -132,6 +132,18 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rules: tuple[RuleSpec, ...]
 
 
+class TableSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a table is: `dim` float32 a row, its rule, and how its rows begin and end (None: at once, never)."""
+
+    name: str
+    dim: int
+    rule: RuleSpec
+    initializer: RuleSpec
+    seed: int
+    admission: RuleSpec | None
+    expiry: RuleSpec | None
+
+
 class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A descriptor that travels with the message: `size` bytes, gradients first, parameters second."""
 
@@ -190,14 +202,17 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Step(Message, frozen=True):
-    """One turn. `seen` is the version the gradients were computed on; `read` asks for values."""
+    """One turn. `seen` is the version the gradients were computed on.
+
+    `read` asks for values: of all the member's models, of none, or of these.
+    """
 
     number: int
     step: int
     seen: int
     carried: tuple[Carried, ...]
     settings: tuple[Setting, ...]
-    read: bool
+    read: bool | tuple[int, ...]
     payload: tuple[Run, ...] = ()
 
 
@@ -421,6 +436,31 @@ class ModelStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     elements: int
     updates: int
     resident: int
+
+
+class TableStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One table on one server, since it exists.
+
+    `rows`: that exist now, expired ones that were not swept yet included. `resident`: bytes. `refused`: ids
+    whose gradient admission dropped; `expired`: rows that expiry ended; `pulled`: ids that were pulled, `hits`
+    of them had a row.
+    """
+
+    name: str
+    dim: int
+    rule: str
+    rows: int
+    resident: int
+    updates: int
+    refused: int
+    expired: int
+    pulled: int
+    hits: int
+
+    @property
+    def hit_ratio(self) -> float:
+        """Share of pulled ids that had a row; 1 before the first pull."""
+        return self.hits / self.pulled if self.pulled else 1.0
 
 
 class ServerStatistics(Message, frozen=True):

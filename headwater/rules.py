@@ -32,11 +32,15 @@ class Rule(Settings):
 
     Attributes:
         always_sum: gradients of several workers are added up, never averaged.
+        rows_only: for tables only: its one state is one float a row, to which each update adds the mean of
+            the row's squared gradients, and its function takes the sum as `(value, gradient, state,
+            *scalars) -> value`.
     """
 
     __slots__ = ()
 
     always_sum: ClassVar[bool] = False
+    rows_only: ClassVar[bool] = False
 
     def states(self) -> dict[str, float]:
         """State name → initial value of each element, in the order the function takes them."""
@@ -53,6 +57,16 @@ class Rule(Settings):
         tensor or row has had, this one included (from 1; for bias correction).
         """
         return ()
+
+    @property
+    def counted(self) -> bool:
+        """Whether `scalars` may differ with `count`; a table asks once for all rows where it does not."""
+        return True
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether `scalars` may differ with `updates`; a table keeps them by count where it does not."""
+        return True
 
     def with_settings(self, **values: float) -> Self:
         """A copy with other scalars (`lr=…`, `beta1=…`); a number replaces a schedule.
@@ -134,6 +148,18 @@ def _at(lr: Rate, updates: int) -> float:
     return lr.at(updates) if isinstance(lr, Schedule) else lr
 
 
+class _Rated(Rule):
+    """A rule whose `scalars` differ with `updates` only where its learning rate is a schedule."""
+
+    __slots__ = ()
+
+    lr: Rate
+
+    @property
+    def scheduled(self) -> bool:
+        return isinstance(self.lr, Schedule)
+
+
 def _check_lr(rule: Rule, lr: Rate) -> None:
     require(isinstance(lr, Schedule) or lr >= 0, rule, "lr", "at least 0, or a schedule")
 
@@ -148,7 +174,7 @@ def _check_not_negative(rule: Rule, *settings: str) -> None:
 
 @register
 @dataclass(frozen=True, slots=True)
-class SGD(Rule):
+class SGD(_Rated):
     """Stochastic gradient descent, as torch.optim.SGD; without momentum it has no state.
 
     Raises:
@@ -178,6 +204,11 @@ class SGD(Rule):
         """`sgd` or `sgd_momentum`."""
         return formulas.sgd_momentum if self.momentum else formulas.sgd
 
+    @property
+    def counted(self) -> bool:
+        """The first update starts the momentum buffer."""
+        return bool(self.momentum)
+
     def scalars(self, updates: int, count: int) -> tuple[float, ...]:
         """lr, weight_decay and, with momentum, the four weights of `sgd_momentum`."""
         if not self.momentum:
@@ -192,7 +223,7 @@ class SGD(Rule):
 
 @register
 @dataclass(frozen=True, slots=True)
-class Adagrad(Rule):
+class Adagrad(_Rated):
     """Adagrad, as torch.optim.Adagrad.
 
     Raises:
@@ -218,6 +249,11 @@ class Adagrad(Rule):
         """`adagrad`."""
         return formulas.adagrad
 
+    @property
+    def counted(self) -> bool:
+        """Where lr decays with the count."""
+        return bool(self.lr_decay)
+
     def scalars(self, updates: int, count: int) -> tuple[float, ...]:
         """The decayed lr, eps, weight_decay."""
         return _at(self.lr, updates) / (1.0 + (count - 1) * self.lr_decay), self.eps, self.weight_decay
@@ -225,7 +261,45 @@ class Adagrad(Rule):
 
 @register
 @dataclass(frozen=True, slots=True)
-class RMSprop(Rule):
+class RowwiseAdagrad(_Rated):
+    """Adagrad with one sum a row instead of one an element; for tables only.
+
+    Raises:
+        ConfigurationError: a negative setting.
+    """
+
+    rows_only: ClassVar[bool] = True
+
+    lr: Rate = 1e-2
+    initial_accumulator_value: float = 0.0
+    eps: float = 1e-10
+
+    def check(self) -> None:
+        """As Adagrad."""
+        _check_lr(self, self.lr)
+        _check_not_negative(self, "initial_accumulator_value", "eps")
+
+    def states(self) -> dict[str, float]:
+        """The sum of the means of a row's squared gradients: one float a row."""
+        return {"sum": self.initial_accumulator_value}
+
+    def function(self) -> Callable[..., Any]:
+        """`rowwise_adagrad`."""
+        return formulas.rowwise_adagrad
+
+    @property
+    def counted(self) -> bool:
+        """Never."""
+        return False
+
+    def scalars(self, updates: int, count: int) -> tuple[float, ...]:
+        """lr, eps."""
+        return _at(self.lr, updates), self.eps
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class RMSprop(_Rated):
     """RMSprop, as torch.optim.RMSprop.
 
     Raises:
@@ -257,6 +331,11 @@ class RMSprop(Rule):
             return formulas.rmsprop_centered_momentum if self.momentum else formulas.rmsprop_centered
         return formulas.rmsprop_momentum if self.momentum else formulas.rmsprop
 
+    @property
+    def counted(self) -> bool:
+        """Never."""
+        return False
+
     def scalars(self, updates: int, count: int) -> tuple[float, ...]:
         """lr, eps, weight_decay, alpha, 1 − alpha and, where there is any, momentum."""
         momentum = (self.momentum,) if self.momentum else ()
@@ -265,7 +344,7 @@ class RMSprop(Rule):
 
 @register
 @dataclass(frozen=True, slots=True)
-class Adam(Rule):
+class Adam(_Rated):
     """Adam, as torch.optim.Adam; weight decay is added to the gradient.
 
     Raises:
@@ -323,7 +402,7 @@ class AdamW(Adam):
 
 @register
 @dataclass(frozen=True, slots=True)
-class Ftrl(Rule):
+class Ftrl(_Rated):
     """Follow the regularised leader, per coordinate, as TensorFlow has it (power −½); `l1` makes zeros.
 
     Its first update forgets most of a tensor's initial value: start from zeros.
@@ -351,6 +430,11 @@ class Ftrl(Rule):
     def function(self) -> Callable[..., Any]:
         """`ftrl`."""
         return formulas.ftrl
+
+    @property
+    def counted(self) -> bool:
+        """Never."""
+        return False
 
     def scalars(self, updates: int, count: int) -> tuple[float, ...]:
         """1 / lr, l1, ridge."""

@@ -42,10 +42,11 @@ Standing: TypeAlias = Literal["new", "active", "ended", "meeting", "observer"]
 
 @dataclass(slots=True, eq=False)
 class _Seat:
-    """What the sequencer knows of one member."""
+    """What the sequencer knows of one member. `over`: its batches are, until it is active again."""
 
     member: Member
     standing: Standing = "new"
+    over: bool = False
     clock: int = 0
     held: Held | None = None
     holders: set[int] = field(default_factory=set)
@@ -72,6 +73,7 @@ class Sequencer:
         self._servers = servers
         self._sync = sync
         self._seats: dict[int, _Seat] = {}
+        self._left: set[int] = set()
         self._declared = 0
         self._ranks: set[int] = set()
         self._started = False
@@ -100,13 +102,17 @@ class Sequencer:
     # ── inputs ──────────────────────────────────────────────────────────────────────────────────
 
     def roster(self, roster: Roster) -> list[AnyEntry]:
-        """Take over a new roster: new members get a seat, missing ones are retired for good."""
+        """Take over a new roster: new members get a seat, missing ones are retired for good.
+
+        One that has left may still be in it, when the coordinator has not heard of that yet.
+        """
         self._declared = roster.workers
         members = {member.id: member for member in roster.members if member.role != "server"}
         for gone in [seat for id, seat in self._seats.items() if id not in members]:
             self._remove(gone, reason="its process ended or its connection was lost")
+        self._left &= members.keys()
         for id, member in members.items():
-            if id not in self._seats:
+            if id not in self._seats and id not in self._left:
                 self._seats[id] = _Seat(member, "observer" if member.role == "observer" else "new")
                 if member.role == "worker":
                     self._ranks.add(member.index)
@@ -222,11 +228,12 @@ class Sequencer:
 
     def _end(self, seat: _Seat) -> None:
         self._deactivate(seat, "ended")
+        seat.over = True
         self._write(Retired(self._next(), seat.member.id, False, "its batches are over", seat.ticket))
         self._done(seat)
 
     def _stop(self, seat: _Seat) -> None:
-        told = [other.member.id for other in self._workers() if other.standing != "ended"]
+        told = [other.member.id for other in self._workers() if not other.over]
         self._write(Stopped(self._next(), seat.ticket, tuple(told)))
         self._done(seat)
 
@@ -254,7 +261,7 @@ class Sequencer:
 
     def _count_in(self, seats: list[_Seat], clock: int) -> None:
         for seat in seats:
-            seat.standing, seat.clock = "active", clock
+            seat.standing, seat.clock, seat.over = "active", clock, False
             self._clocks.add(clock)
 
     def _deactivate(self, seat: _Seat, standing: Standing) -> None:
@@ -269,6 +276,7 @@ class Sequencer:
         self._write(Retired(self._next(), seat.member.id, True, reason, answered))
         self._done(seat)
         del self._seats[seat.member.id]
+        self._left.add(seat.member.id)
 
     # ── what follows when somebody became inactive ──────────────────────────────────────────────
 

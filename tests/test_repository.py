@@ -104,7 +104,7 @@ def test_every_test_that_the_guarantees_name_exists():
 
 
 @pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("docs/**/*.md")) + [ROOT / "README.md"], ids=lambda p: p.name
+    "path", [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))], ids=lambda p: p.name
 )
 def test_links_between_pages_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", path.read_text()):

@@ -12,6 +12,9 @@ from headwater.bench.figures import FULL, QUICK, Figure, machine
 from headwater.bench.suites import SUITES
 from headwater.errors import ConfigurationError, EnvironmentFailure
 
+_WIDTH = 120
+"""Columns of a report that does not go to a terminal."""
+
 
 def measure(suite: str, *, as_json: bool, quick: bool) -> None:
     """Run a suite and print its figures; blocks for seconds (`quick`) to minutes.
@@ -34,7 +37,7 @@ def measure(suite: str, *, as_json: bool, quick: bool) -> None:
             ).decode()
         )
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
     console.print(_table(figures))
     console.print(about)
 

@@ -33,7 +33,9 @@ _BOOTSTRAP = "import sys; sys.path[:] = {path!r}; from headwater.engines.child i
 class _Child:
     """One process, the threads that read its output and its result, and its prefix."""
 
-    def __init__(self, role: str, index: int, start: bytes, launch: Launch, done: Callable[[Outcome], None]):
+    def __init__(
+        self, role: str, index: int, start: bytes, launch: Launch, done: Callable[[Outcome], None]
+    ) -> None:
         self.role, self.index = role, index
         self._output = launch.output
         self._done = done

@@ -1,23 +1,12 @@
-"""Compiled loops."""
+"""Compiled loops: each is generated, compiled once a machine, and has a plain NumPy reference.
+
+The only place that knows numba; it is imported with the first kernel that is used, not before.
+"""
 
 from __future__ import annotations
 
-from headwater.kernels.cache import load
-from headwater.kernels.fused import dense
-from headwater.kernels.moves import TEMPLATE
+from headwater.kernels.fused import Update, dense
+from headwater.kernels.moves import copy_out, finite, stage
 
 
-def _moves():
-    return load(TEMPLATE)
-
-
-def copy_out(values, answers):
-    _moves().copy_out(values, answers)
-
-
-def stage(source, destination, add):
-    return _moves().stage(source, destination, add)
-
-
-def finite(array):
-    return _moves().finite(array)
+__all__ = ["Update", "copy_out", "dense", "finite", "stage"]

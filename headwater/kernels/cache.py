@@ -59,9 +59,9 @@ def load(text: str) -> ModuleType:
 
 def _digest(text: str) -> str:
     """Of the text, of the functions that it imports from here, and of what compiles them."""
-    primitives = (Path(__file__).parent / "primitives.py").read_text()
+    imported = "".join((Path(__file__).parent / name).read_text() for name in ("primitives.py", "memory.py"))
     versions = [importlib.metadata.version(package) for package in ("numba", "llvmlite")]
-    parts = "\0".join([text, primitives, *versions, sys.version])
+    parts = "\0".join([text, imported, *versions, sys.version])
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 

@@ -1,102 +1,156 @@
 """The fused pass over a model's range: sum of gradients, rule, answers.
 
 Invariants:
-- Each element is computed alone and the same way, wherever it lies in a piece: no result depends on how
-  a range is cut.
-- A piece's gradients are read before its answers are written, so an answer may overwrite a gradient.
+- Each element is computed alone and in the same way wherever it lies: no result depends on how a range is
+  cut, and a gradient is summed in the order given.
+- A block's gradients are read before its answers are written, so an answer may overwrite a gradient.
+- Nothing is allocated: the pass cannot fail halfway.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from headwater.kernels.cache import load
 from headwater.kernels.source import float32_source
 from headwater.rules import Rule
 
-Update: TypeAlias = Callable[..., None]
 
-TEMPLATE = '''"""Dense loop of a rule."""
-import math
+class Update(Protocol):
+    """One update of n elements by w gradients, in one pass; releases the GIL.
 
-import numpy as np
-from numba import float32
-from headwater.kernels.primitives import floats, inner, outer
+    values −→ rule(values, (gradients[0] + gradients[1] + …) / divisor, states, scalars), and its copies.
 
-PIECE = 4096
+    Args:
+        gradients: int64[w], addresses of float32[n], w ≥ 1; the caller keeps them alive.
+        divisor: what the sum of gradients is divided by, rounded to float32.
+        values: float32[n], contiguous, changed in place.
+        states: one float32[n] for each of the rule's states, in its order, changed in place.
+        scalars: what `Rule.scalars` gave for this update.
+        answers: int64[k], addresses of float32[n] that the new values are written to, k ≥ 0. One may be the
+            address of a gradient. Otherwise no two of all these vectors overlap.
 
+    Raises:
+        TypeError: an array of another dtype, or not contiguous, or another number of states or scalars.
+        ValueError: w is 0, or a state's length is not n. Nothing was changed.
+    """
 
-{rule}
-
-
-@inner
-def apply_one(a, divisor, values, states, scalars, start, stop):
-{unpack}
-    for i in range(stop - start):
-        gradient = a[i] / divisor
-        {targets} = {name}({arguments})
-
-
-@inner
-def apply_two(a, b, divisor, values, states, scalars, start, stop):
-{unpack}
-    for i in range(stop - start):
-        gradient = (a[i] + b[i]) / divisor
-        {targets} = {name}({arguments})
-
-
-@outer("void(int64[::1], float64, float32[::1], {states_type}, {scalars_type}, int64[::1])")
-def update(gradients, divisor, values, states, scalars, answers):
-    w = len(gradients)
-    scale = float32(divisor)
-    scratch = np.empty(PIECE if w > 2 else 0, np.float32)
-    for start in range(0, len(values), PIECE):
-        stop = min(start + PIECE, len(values))
-        a = floats(gradients[0], start, stop)
-        if w == 1:
-            apply_one(a, scale, values, states, scalars, start, stop)
-        else:
-            for k in range(1, w - 1):
-                b = floats(gradients[k], start, stop)
-                for i in range(stop - start):
-                    scratch[i] = a[i] + b[i]
-                a = scratch[:stop - start]
-            b = floats(gradients[w - 1], start, stop)
-            apply_two(a, b, scale, values, states, scalars, start, stop)
-        for answer in answers:
-            floats(answer, start, stop)[:] = values[start:stop]
-'''
+    def __call__(
+        self,
+        gradients: NDArray[np.int64],
+        divisor: float,
+        values: NDArray[np.float32],
+        states: tuple[NDArray[np.float32], ...],
+        scalars: tuple[float, ...],
+        answers: NDArray[np.int64],
+        /,
+    ) -> None: ...
 
 
-def dense_source(rule: Rule) -> str:
-    """The module text whose `update` is the fused pass of `rule`."""
+FIRST_STATE = 2
+"""The lane of a rule's first state; WINDOWS and VALUES of `primitives` come before it."""
+
+_compiling = threading.Lock()
+_compiled: dict[tuple[Callable[..., Any], int, int], Update] = {}
+
+
+def dense(rule: Rule) -> Update:
+    """The fused pass of a rule, the same one for all settings that share its function.
+
+    Returns at once what it returned before; else blocks while it is compiled, or loaded from the cache.
+
+    Raises:
+        ConfigurationError: the rule's function is not one that can be compiled.
+        EnvironmentFailure: the cache cannot be written.
+    """
+    key = rule.function(), len(rule.states()), len(rule.scalars(0, 1))
+    update = _compiled.get(key)
+    if update is None:
+        with _compiling:  # Python 3.11 parses source in one thread at a time only
+            update = _compiled[key] = _compiled.get(key) or load(_module_text(rule)).update
+    return update
+
+
+def _module_text(rule: Rule) -> str:
+    """The generated module: the rule's function, and its loop over blocks."""
     function, states, scalars = rule.function(), len(rule.states()), len(rule.scalars(0, 1))
-    here = [f"state{k}[i]" for k in range(states)]
-    unpack = [f"    value = values[start:stop]"]
-    unpack += [f"    state{k} = states[{k}][start:stop]" for k in range(states)]
-    unpack += [f"    scalar{k} = float32(scalars[{k}])" for k in range(scalars)]
+    state_names = [f"state{k}" for k in range(states)]
+    scalar_names = [f"scalar{k}" for k in range(scalars)]
+    new_names = [f"new{k}" for k in range(states)]
+    loads = [f"load({name}, i, {lane})" for lane, name in enumerate(state_names, FIRST_STATE)]
+    stores = [f"store({name}, i, new{k}, {FIRST_STATE + k})" for k, name in enumerate(state_names)]
     return TEMPLATE.format(
-        rule=float32_source(function, states, scalars),
+        function=float32_source(function, states, scalars),
         name=function.__name__,
-        unpack="\n".join(unpack),
-        targets=", ".join(["value[i]", *here]),
-        arguments=", ".join(["value[i]", "gradient", *here, *(f"scalar{k}" for k in range(scalars))]),
+        results=", ".join(["value", *new_names]),
+        arguments=", ".join(["load(values, i, VALUES)", "gradient / divisor", *loads, *scalar_names]),
+        stores="\n        ".join(["store(values, i, value, VALUES)", *stores]),
+        vectors=", ".join(["values", *state_names]),
+        scalars="".join(f", {name}" for name in scalar_names),
+        moved=", ".join(f"{name} + at" for name in ["values", *state_names]),
+        addresses="\n    ".join(f"{name} = address_of(states[{k}], n)" for k, name in enumerate(state_names)),
+        rounded="\n    ".join(f"{name} = float32(scalars[{k}])" for k, name in enumerate(scalar_names)),
         states_type=f"UniTuple(float32[::1], {states})" if states else "Tuple(())",
         scalars_type=f"UniTuple(float64, {scalars})" if scalars else "Tuple(())",
     )
 
 
-_compiling = threading.Lock()
-_updates: dict[tuple[object, int, int], Update] = {}
+TEMPLATE = '''"""Generated by headwater.kernels.fused: one rule's pass over a range."""
+
+import math
+
+from numba import float32
+
+from headwater.kernels.primitives import *
 
 
-def dense(rule: Rule) -> Update:
-    """The compiled fused pass of `rule`; blocks while it is compiled the first time."""
-    key = rule.function(), len(rule.states()), len(rule.scalars(0, 1))
-    update = _updates.get(key)
-    if update is None:
-        with _compiling:  # Python 3.11 parses source in one thread at a time only
-            update = _updates.setdefault(key, _updates.get(key) or load(dense_source(rule)).update)
-    return update
+{function}
+
+
+@inner
+def apply_one(first, size, divisor, {vectors}{scalars}):
+    for i in range(size):
+        gradient = load(first, i, WINDOWS)
+        {results} = {name}({arguments})
+        {stores}
+
+
+@inner
+def apply_two(first, second, size, divisor, {vectors}{scalars}):
+    for i in range(size):
+        gradient = load(first, i, WINDOWS) + load(second, i, WINDOWS)
+        {results} = {name}({arguments})
+        {stores}
+
+
+@outer("void(int64[::1], float64, float32[::1], {states_type}, {scalars_type}, int64[::1])")
+def update(gradients, divisor_, values_, states, scalars, answers):
+    if len(gradients) == 0:
+        raise ValueError("an update needs at least one gradient")
+    n = len(values_)
+    values = address_of(values_, n)
+    {addresses}
+    divisor = float32(divisor_)
+    {rounded}
+    sums = block_of_sums()
+    streamed = n >= STREAMED
+    for start in range(0, n, BLOCK):
+        at = 4 * start
+        size = min(BLOCK, n - start)
+        last = gradients[len(gradients) - 1] + at
+        if len(gradients) == 1:
+            apply_one(last, size, divisor, {moved}{scalars})
+        elif len(gradients) == 2:
+            apply_two(gradients[0] + at, last, size, divisor, {moved}{scalars})
+        else:
+            add_up(sums, gradients, at, size)
+            apply_two(sums, last, size, divisor, {moved}{scalars})
+        send(answers, values, at, size, streamed)
+    if streamed:
+        fence()
+'''

@@ -1,39 +1,184 @@
-"""What generated loops need beyond Python, and how they are compiled.
+"""What generated loops need beyond Python: float32 memory at raw addresses, and how to compile.
 
 Imported only by generated modules, so that numba is loaded with the first kernel and not before.
 
 Invariants:
-- Never fastmath, never parallel: the same bits whatever the machine, the length and the number of pieces.
-- `floats` makes no copy and owns nothing: who passes an address keeps the memory alive.
+- Never fastmath, never parallel: the same bits whatever the machine, the length and the cut.
+- An address belongs to one *lane*; memory of different lanes never overlaps. That is the promise that
+  lets loops over any number of vectors run in vector registers without checks.
+- Nothing here owns or checks memory: who passes an address keeps it alive and long enough.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 inner = njit(error_model="numpy")
-"""For functions that only other compiled functions call."""
+"""For functions that only compiled functions call."""
 
 outer = functools.partial(njit, cache=True, nogil=True, error_model="numpy")
 """For kernels, with the one signature they are compiled for: `@outer("void(int64)")`."""
 
+LINE = 16
+"""Elements in a cache line of 64 bytes."""
 
-@intrinsic
-def _pointer(typing_context: Any, address: Any) -> Any:
-    """float32* of an int64 address."""
+BLOCK = 128
+"""Elements that pass through the cache at once: enough to hide the loops' own cost."""
+
+STREAMED = 1 << 20
+"""Answers of at least so many elements (4 MiB) bypass the cache: the reader would find no trace of them there
+anyway, and memory need not be read before it is overwritten. Smaller ones are read from the cache."""
+
+WINDOWS, VALUES, LANES = 0, 1, 32
+"""Lanes: gradients, sums and answers; a model's values; from 2 on one for each state."""
+
+_FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_FLOATS = ir.VectorType(_FLOAT, LINE)
+
+
+def _at(builder: Any, address: Any, index: Any, element: Any = _FLOAT) -> Any:
+    """Pointer to `element` at float32 number `index` from `address`."""
+    place = builder.gep(builder.inttoptr(address, _FLOAT.as_pointer()), [index])
+    return builder.bitcast(place, element.as_pointer())
+
+
+def _in_lane(builder: Any, instruction: Any, lane: Any) -> Any:
+    """Tell LLVM that a load or store of this lane touches no other lane's memory."""
+    module = builder.module
+    domain = module.add_metadata(["headwater"])
+    scopes = [module.add_metadata([f"lane {number}", domain]) for number in range(LANES)]
+    own = scopes.pop(lane.literal_value)
+    instruction.set_metadata("alias.scope", module.add_metadata([own]))
+    instruction.set_metadata("noalias", module.add_metadata(scopes))
+    return instruction
+
+
+@intrinsic(prefer_literal=True)
+def load(typing_context: Any, address: Any, index: Any, lane: Any) -> Any:
+    """The float32 number `index` from `address`; `lane` is a constant."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.FloatType().as_pointer())
+        return _in_lane(builder, builder.load(_at(builder, *arguments[:2]), align=4), lane)
 
-    return types.CPointer(types.float32)(types.int64), generate
+    return types.float32(types.int64, types.int64, lane), generate
+
+
+@intrinsic(prefer_literal=True)
+def store(typing_context: Any, address: Any, index: Any, value: Any, lane: Any) -> Any:
+    """Set the float32 number `index` from `address` to `value`, rounded; `lane` is a constant."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _in_lane(builder, builder.store(arguments[2], _at(builder, *arguments[:2]), align=4), lane)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32, lane), generate
+
+
+def _line_operation(emit: Callable[[Any, Any, Any], None]) -> Callable[..., Any]:
+    """`operation(destination, source, index)` on the `LINE` elements from number `index` on."""
+
+    def operation(typing_context: Any, destination: Any, source: Any, index: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            destination, source, index = arguments
+            line = builder.load(_at(builder, source, index, _FLOATS), align=4)
+            emit(builder, _at(builder, destination, index, _FLOATS), line)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), generate
+
+    return intrinsic(operation)
+
+
+def _copy(builder: Any, destination: Any, line: Any) -> None:
+    builder.store(line, destination, align=4)
+
+
+def _add(builder: Any, destination: Any, line: Any) -> None:
+    builder.store(builder.fadd(builder.load(destination, align=4), line), destination, align=4)
+
+
+def _stream(builder: Any, destination: Any, line: Any) -> None:
+    bypassing = builder.store(line, destination, align=4 * LINE)
+    bypassing.set_metadata("nontemporal", builder.module.add_metadata([_INT32(1)]))
+
+
+copy_line = _line_operation(_copy)
+add_line = _line_operation(_add)
+stream_line = _line_operation(_stream)
+"""Like copy_line, but past the cache; `destination` is a multiple of 64, and `fence` comes after the last."""
+
+
+@intrinsic
+def fence(typing_context: Any) -> Any:
+    """Make streamed lines visible to other processes before anything that follows."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def block_of_sums(typing_context: Any) -> Any:
+    """Address of `BLOCK` elements on the caller's stack."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = cgutils.alloca_once(builder, ir.ArrayType(_FLOAT, BLOCK))
+        place.align = 4 * LINE
+        return builder.ptrtoint(place, _INT64)
+
+    return types.int64(), generate
 
 
 @inner
-def floats(address: Any, start: Any, stop: Any) -> Any:
-    """float32[stop − start] at `address` + 4 · `start` bytes."""
-    return carray(_pointer(address + 4 * start), (stop - start,))
+def address_of(array: Any, n: Any) -> Any:
+    """The address of float32[n].
+
+    Raises:
+        ValueError: another length.
+    """
+    if len(array) != n:
+        raise ValueError("vectors of one model differ in length")
+    return array.ctypes.data
+
+
+@inner
+def add_up(sums: Any, gradients: Any, at: Any, size: Any) -> None:
+    """sums = gradients[0] + gradients[1] + … up to the last but one, `size` elements at byte `at` of each."""
+    lines = size - size % LINE
+    first = gradients[0] + at
+    for i in range(0, lines, LINE):
+        copy_line(sums, first, i)
+    for i in range(lines, size):
+        store(sums, i, load(first, i, WINDOWS), WINDOWS)
+    for gradient in gradients[1:-1]:
+        here = gradient + at
+        for i in range(0, lines, LINE):
+            add_line(sums, here, i)
+        for i in range(lines, size):
+            store(sums, i, load(sums, i, WINDOWS) + load(here, i, WINDOWS), WINDOWS)
+
+
+@inner
+def send(answers: Any, values: Any, at: Any, size: Any, streamed: Any) -> None:
+    """Copy `size` elements at byte `at` of `values` to the same place of each of the answers."""
+    here = values + at
+    lines = size - size % LINE
+    for answer in answers:
+        there = answer + at
+        if streamed and there % (4 * LINE) == 0:
+            for i in range(0, lines, LINE):
+                stream_line(there, here, i)
+        else:
+            for i in range(0, lines, LINE):
+                copy_line(there, here, i)
+        for i in range(lines, size):
+            store(there, i, load(here, i, VALUES), WINDOWS)

@@ -57,7 +57,8 @@ class Intake:
         vector = self._shard.vectors[run.model]
         if not vector.start <= run.start <= run.stop <= vector.stop:
             raise ProtocolError(
-                f"payload for elements [{run.start}, {run.stop}), this server has [{vector.start}, {vector.stop})"
+                f"payload for elements [{run.start}, {run.stop}), "
+                f"this server has [{vector.start}, {vector.stop})"
             )
         return slice(run.start - vector.start, run.stop - vector.start)
 

@@ -1,4 +1,4 @@
-"""A worker's handle on a registered model: its window, what is staged there, and checked arrays in and out."""
+"""A worker's handle on a registered model: its window, what is staged there, arrays in and out."""
 
 from __future__ import annotations
 

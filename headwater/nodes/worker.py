@@ -109,11 +109,11 @@ class Worker:
 
     # ── the turn ────────────────────────────────────────────────────────────────────────────────
 
-    def step(self, *, read: bool = True) -> m.StepResult:
+    def step(self, *, read: bool | Sequence[Model] = True) -> m.StepResult:
         """End the turn: what was pushed leaves as one update; blocks as the mode says.
 
-        With `read` the values of all this worker's models are those of the answer afterwards. With
-        nothing pushed it is this worker's turn all the same.
+        With `read` the values of all this worker's models, or of the given ones, are those of the answer
+        afterwards. With nothing pushed it is this worker's turn all the same.
 
         Raises:
             StalledError: no answer within the deadline; names whom it waited for; final for this worker.
@@ -124,6 +124,7 @@ class Worker:
         skip = any(skipped for _, _, skipped in taken.values())
         carried = {model: c for model, (c, _, _) in taken.items() if c is not None and not skip}
         settings = tuple(setting for _, changed, _ in taken.values() for setting in changed)
+        ids = read if isinstance(read, bool) else tuple(model.id for model in read)
 
         def outgoing(server: int, number: int) -> Outgoing:
             payload = [model.gradient_payload(server, c.tensors) for model, c in carried.items()]
@@ -133,7 +134,7 @@ class Worker:
                 self.version,
                 tuple(carried.values()),
                 settings,
-                read,
+                ids,
                 tuple(run for runs, _ in payload for run in runs),
             )
             return Outgoing(step, [array for _, arrays in payload for array in arrays])
@@ -145,7 +146,7 @@ class Worker:
         self._staleness[answer.result.staleness] += 1
         self._stopped |= answer.stopped
         for model in self._models.values():
-            model.written(read)
+            model.written(read if isinstance(read, bool) else model in read)
         self._tell()
         return answer.result
 

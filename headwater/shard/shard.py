@@ -147,6 +147,8 @@ class Shard:
             raise ProtocolError(f"member {member} carries a model twice in one step: {models}")
         for carried in step.carried:
             self._check_carried(member, carried)
+        for model in step.read if isinstance(step.read, tuple) else ():
+            self.staging(member, model)
         for setting in step.settings:
             self.staging(member, setting.model)
             rules = self.vectors[setting.model].rules
@@ -204,7 +206,7 @@ class Shard:
         contributors = sum(any(any(c.tensors) for c in step.carried) for _, step in steps)
         self._change_settings([step for _, step in steps])
         readers = {
-            ticket.member: self._stagings.get(ticket.member, {})
+            ticket.member: self._read_by(ticket.member, self._step_of(ticket))
             for ticket in entry.answered
             if self._step_of(ticket).read
         }
@@ -217,6 +219,13 @@ class Shard:
         for ticket in entry.answered:
             answers += self._answer_step(ticket, tuple(readers.get(ticket.member, ())))
         return answers
+
+    def _read_by(self, member: int, step: m.Step) -> dict[int, Staging]:
+        """Where the values that a step asks for are to be written, by model."""
+        stagings = self._stagings.get(member, {})
+        if isinstance(step.read, tuple):
+            return {model: stagings[model] for model in step.read}
+        return stagings if step.read else {}
 
     def _step_of(self, ticket: m.Ticket) -> m.Step:
         request = self._take(ticket).request
@@ -264,7 +273,7 @@ class Shard:
         if isinstance(request, m.Attach):
             return self._attach(entry.ticket, request, held.staging)
         if isinstance(request, m.Step):
-            values = self._write(mine, mine if request.read else (), -1)
+            values = self._write(mine, self._read_by(entry.ticket.member, request), -1)
             return self._answer_step(entry.ticket, values)
         assert isinstance(request, m.Pull)
         return self._answer(entry.ticket, values=self._write(mine, request.models, request.have))

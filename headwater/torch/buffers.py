@@ -20,6 +20,12 @@ BufferMode: TypeAlias = Literal["rank0", "mean", "local"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def check_mode(mode: str) -> None:
+    """Raise ConfigurationError unless `mode` is a BufferMode."""
+    if mode not in ("rank0", "mean", "local"):
+        raise ConfigurationError(f"buffers must be 'rank0', 'mean' or 'local', got {mode!r}")
+
+
 class SharedBuffers:
     """The buffers that travel, under one of these modes.
 
@@ -27,14 +33,9 @@ class SharedBuffers:
     - "mean": everybody's changes count. In synchronous training each buffer becomes the mean over the
       round's contributors; in the other modes the changes add up as they come.
     - "local": nothing travels.
-
-    Raises:
-        ConfigurationError: another mode.
     """
 
     def __init__(self, worker: Worker, module: torch.nn.Module, name: str, mode: BufferMode) -> None:
-        if mode not in ("rank0", "mean", "local"):
-            raise ConfigurationError(f"buffers must be 'rank0', 'mean' or 'local', got {mode!r}")
         self._module = module
         self._names = [] if mode == "local" else _travelling(module)
         self._sends = mode == "mean" or worker.rank == 0

@@ -21,7 +21,7 @@ from headwater.messages import StepResult
 from headwater.nodes.model import Group, NonFinite
 from headwater.nodes.worker import Worker
 from headwater.rules import Rule
-from headwater.torch.buffers import BufferMode, SharedBuffers
+from headwater.torch.buffers import BufferMode, SharedBuffers, check_mode
 from headwater.torch.groups import make_groups, settings
 from headwater.torch.parameters import BoundParameter, find_parameters, wait_for_copies
 
@@ -76,6 +76,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         nonfinite: NonFinite = "raise",
     ) -> None:
         module = getattr(module, "_orig_mod", module)  # what torch.compile wraps: names must not depend on it
+        check_mode(buffers)
         self._accumulates = _check_periods(worker, rule, push_every, pull_every)
         trained = find_parameters(module)
         self._groups = make_groups(module, trained, rule, groups or ())
@@ -89,6 +90,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         own = [Group(group.names, group.rule) for group in self._groups if group.index]
         self._model = worker.model(name, values, rule, groups=own, nonfinite=nonfinite)
         self._buffers = SharedBuffers(worker, module, f"{name}.buffers", buffers)
+        self._models = [self._model, *([self._buffers.model] if self._buffers.model else [])]
         self._bounds = {
             one: BoundParameter(module, one, p, self._model.gradients[one], self._model.parameters[one])
             for one, p in trained.items()
@@ -113,12 +115,18 @@ class DistributedOptimizer(torch.optim.Optimizer):
         Raises:
             UsageError: always, once constructed.
         """
-        if self.__dict__.get("_fixed"):
+        if self._fixed:
             raise UsageError(
                 "add_param_group: a model's tensors are fixed; pass groups=… when you make the "
                 "DistributedOptimizer, or make another one with another name"
             )
-        super().add_param_group(param_group)
+        self.param_groups.append(param_group)  # torch's own method would import its compiler: a second
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, or make them zeros, which the next step then sends."""
+        for bound in self._bounds.values():
+            grad = bound.parameter.grad
+            bound.parameter.grad = None if set_to_none or grad is None else grad.detach_().zero_()
 
     # ── the step ────────────────────────────────────────────────────────────────────────────────
 
@@ -159,7 +167,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             if bad and self._nonfinite != "off":
                 self._model.report_nonfinite(bad)
             self._carry([bound.name for bound in pushed])
-        self.result = self._worker.step()
+        self.result = self._worker.step(read=self._models)
         self._values_arrived()
         self._buffers.load()
 
@@ -221,7 +229,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._accrued and read:
             self._buffers.carry()
         self._accrued.clear()
-        self.result = self._worker.step(read=read)
+        self.result = self._worker.step(read=self._models if read else False)
         if read:
             self._values_arrived()
             self._buffers.load()
@@ -245,10 +253,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         After a barrier, this is how every worker evaluates the same version.
         """
         self._check()
-        for model in (self._model, self._buffers.model):
-            if model is not None:
-                model.written(False)  # what is in the window may have been changed here
-                model.pull()
+        for model in self._models:
+            model.written(False)  # what is in the window may have been changed here
+            model.pull()
         self._values_arrived()
         self._buffers.load()
 

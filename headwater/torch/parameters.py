@@ -47,6 +47,7 @@ class BoundParameter:
         self.parameter = parameter
         self._gradients = gradient.reshape(-1)
         self.value = torch.from_numpy(value)
+        self._address = self.value.data_ptr()  # `share_memory_` changes that of every tensor of the storage
         self._kind = (parameter.device, parameter.dtype)
         self.mapped = self._kind == (torch.device("cpu"), torch.float32)
         on_gpu = parameter.device.type == "cuda"
@@ -165,7 +166,7 @@ class BoundParameter:
                 f"{_kind(*self._kind)} when the DistributedOptimizer was made: convert and move the module "
                 f"before you make it"
             )
-        if self.mapped and parameter.data_ptr() != self.value.data_ptr():
+        if self.mapped and parameter.data_ptr() != self._address:
             raise UsageError(
                 f"parameter {self.name!r} was moved off the memory that the servers write to (by .data = …, "
                 f"share_memory or the like): copy into it instead, with torch.no_grad() and copy_"

@@ -12,7 +12,6 @@ import array
 import math
 import select
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,12 +23,11 @@ from headwater.messages import AnyMessage
 from headwater.wire.fork import close_in_child
 from headwater.wire.frames import Limits, encode
 from headwater.wire.incoming import Array, Incoming, Place, PlaceOf, Received, Span
-from headwater.wire.security import peer_credentials
+from headwater.wire.sockets import peer_name, timeval
 
 __all__ = ["Array", "Channel", "Outgoing", "Place", "PlaceOf", "Received", "exchange"]
 
 _JOINED = 16 << 10  # bytes up to which copying a payload is cheaper than handing the kernel two arrays
-_TIMEVAL = struct.Struct("ll")
 # Plain numbers: the socket module's flags are enums, and each operation on one costs most of a microsecond.
 _NO_SIGNAL = int(getattr(socket, "MSG_NOSIGNAL", 0))
 _NO_WAIT = int(socket.MSG_DONTWAIT)
@@ -55,7 +53,7 @@ class Channel:
     def __init__(self, connection: socket.socket, limits: Limits | None = None) -> None:
         connection.settimeout(None)
         self._socket = connection
-        self.peer = _peer_name(connection)
+        self.peer = peer_name(connection)
         self.can_pass_descriptors = connection.family == socket.AF_UNIX
         self._incoming = Incoming(connection, limits or Limits(), self.peer)
         self._receive_timeout: float | None = None  # what the kernel has been told
@@ -66,7 +64,8 @@ class Channel:
         self._closed = False
         self._passing: Sequence[tuple[int, int, array.array[int]]] = ()  # descriptors of the frame being sent
         close_in_child(self)
-        _tune(connection)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def fileno(self) -> int:
         """Return the socket's descriptor, -1 once it is closed."""
@@ -93,11 +92,14 @@ class Channel:
             ConnectionLostError: the connection is closed, or the peer took nothing for `timeout`
                 seconds: as part of a frame may be out, the connection is then closed here.
         """
-        if not self._writing.acquire(timeout=-1 if timeout is None else timeout):
+        if timeout is None:
+            self._writing.acquire()
+        elif not self._writing.acquire(timeout=timeout):
             self.close()
-            raise ConnectionLostError(f"{self.peer} took nothing for {timeout} s: connection given up")
+            raise self._given_up(timeout)
         try:
-            self._check_open()
+            if self._closed:
+                raise self._is_closed()
             if timeout != self._send_timeout:
                 self._send_timeout = self._tell_kernel(socket.SO_SNDTIMEO, timeout)
             unsent = self._start(message, buffers, descriptors, request, 0)
@@ -105,14 +107,14 @@ class Channel:
                 unsent = self._push(unsent, 0)
         except BlockingIOError as error:
             self.close()
-            raise ConnectionLostError(
-                f"{self.peer} took nothing for {timeout} s: connection given up"
-            ) from error
+            raise self._given_up(timeout) from error
         except BaseException:
             self.close()
             raise
         finally:
-            self._leave(self._writing)
+            self._writing.release()
+            if self._closed:
+                self._reap()
 
     def receive(self, place: Place | None = None, timeout: float | None = None) -> Received | None:
         """Return the next frame, or None where the peer, or `close`, ended the connection between frames.
@@ -135,13 +137,17 @@ class Channel:
         try:
             if self._closed:
                 return None
+            if self._incoming.failure:
+                raise self._is_broken()
             return self._receive(place, None, timeout)
         except EOFError:
             return None
         except BlockingIOError:
             raise TimeoutError(f"no frame from {self.peer} within {timeout} s") from None
         finally:
-            self._leave(self._reading)
+            self._reading.release()
+            if self._closed:
+                self._reap()
 
     def close(self) -> None:
         """End the connection; a thread that is blocked in it wakes up. May be called twice."""
@@ -203,43 +209,59 @@ class Channel:
         return unsent if unsent.left else None
 
     def _receive(self, place: Place | PlaceOf | None, index: int | None, timeout: float | None) -> Received:
-        """Block until a frame is there; BlockingIOError after `timeout` seconds, else as `Incoming.advance`."""
-        advance = self._incoming.advance
-        if self._incoming.failure:
-            raise ConnectionLostError(f"nothing more can be read from {self.peer}: {self._incoming.failure}")
-        flags: int = 0
-        until = math.inf
-        if timeout is not None and timeout <= 0:
-            flags = _NO_WAIT
-        else:
-            if timeout is not None:
-                until = time.monotonic() + timeout
-            if timeout != self._receive_timeout:
-                self._receive_timeout = self._tell_kernel(socket.SO_RCVTIMEO, timeout)
-        while (received := advance(place, index, flags)) is None:
-            if until != math.inf:
-                self._wait_at_most(until - time.monotonic())
+        """Block until a frame is there; BlockingIOError: not within `timeout` seconds."""
+        incoming = self._incoming
+        if timeout is None:
+            if self._receive_timeout is not None:
+                self._receive_timeout = self._tell_kernel(socket.SO_RCVTIMEO, None)
+            while (received := incoming.advance(place, index, 0)) is None:
+                pass
+            return received
+        flags = self._wait_at_most(timeout)
+        until = time.monotonic() + timeout
+        while (received := incoming.advance(place, index, flags)) is None:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise BlockingIOError
+            self._wait_at_most(left)
         return received
 
-    def _wait_at_most(self, left: float) -> None:
-        """Shorten the kernel's timeout to `left` seconds, unless it is about that already."""
+    def _wait_at_most(self, left: float) -> int:
+        """Have the next read wait for about `left` seconds; return the flags for it.
+
+        The kernel keeps what it was told last, so it is told again only where that is off by a tenth.
+        """
         if left <= 0:
-            raise BlockingIOError
-        if self._receive_timeout is None or left < 0.9 * self._receive_timeout:
+            return _NO_WAIT
+        told = self._receive_timeout
+        if told is None or not 0.9 * told < left <= told:
             self._receive_timeout = self._tell_kernel(socket.SO_RCVTIMEO, left)
+        return 0
 
     def _tell_kernel(self, option: int, timeout: float | None) -> float | None:
         self._socket.setsockopt(socket.SOL_SOCKET, option, timeval(timeout))
         return timeout
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ConnectionLostError(f"the connection to {self.peer} is closed")
+    def _is_broken(self) -> ConnectionLostError:
+        return ConnectionLostError(f"nothing more can be read from {self.peer}: {self._incoming.failure}")
 
-    def _leave(self, *held: threading.Lock) -> None:
-        """Release locks, and close the socket if `close` had to leave that to the last one out."""
-        for lock in held:
-            lock.release()
+    def _is_closed(self) -> ConnectionLostError:
+        return ConnectionLostError(f"the connection to {self.peer} is closed")
+
+    def _is_ended(self) -> ConnectionLostError:
+        return ConnectionLostError(f"{self.peer} closed the connection before it answered")
+
+    def _given_up(self, timeout: float | None) -> ConnectionLostError:
+        return ConnectionLostError(f"{self.peer} took nothing for {timeout} s: connection given up")
+
+    def _enter(self) -> None:
+        """Take both sides, for `exchange`."""
+        self._reading.acquire()
+        self._writing.acquire()
+
+    def _leave(self) -> None:
+        self._writing.release()
+        self._reading.release()
         if self._closed:
             self._reap()
 
@@ -280,20 +302,59 @@ def exchange(
     entered: list[Channel] = []
     try:
         for channel in channels:
-            channel._reading.acquire()
-            channel._writing.acquire()
+            channel._enter()
             entered.append(channel)
-            channel._check_open()
-        turn = _Turn(channels, on_received, place, deadline_s)
-        turn.send(outgoing, request)
-        turn.listen()
+            if channel._closed:
+                raise channel._is_closed()
+            if channel._incoming.failure:
+                raise channel._is_broken()
+        unsent: dict[int, Span] = {}
+        lost: dict[int, ConnectionLostError] = {}
+        for index, frame in enumerate(outgoing):
+            try:
+                rest = channels[index]._start(
+                    frame.message, frame.buffers, frame.descriptors, request, _NO_WAIT
+                )
+            except ConnectionLostError as error:
+                lost[index] = error
+            else:
+                if rest is not None:
+                    unsent[index] = rest
+        if len(channels) == 1 and not unsent and not lost:
+            _listen(channels[0], on_received, place, deadline_s)
+        else:
+            _Turn(channels, on_received, place, deadline_s, unsent, lost).drive()
     finally:
         for channel in entered:
-            channel._leave(channel._reading, channel._writing)
+            channel._leave()
+
+
+def _listen(
+    channel: Channel, on_received: Callable[[int, Received], bool], place: PlaceOf, deadline_s: float | None
+) -> None:
+    """Wait for the answer of a single channel: no poll, as its read may block."""
+    until = math.inf if deadline_s is None else time.monotonic() + deadline_s
+    left = deadline_s
+    while True:
+        try:
+            received = channel._receive(place, 0, left)
+        except BlockingIOError:
+            raise _stalled((channel,), deadline_s) from None
+        except EOFError:
+            raise channel._is_ended() from None
+        if on_received(0, received):
+            return
+        if left is not None:
+            left = until - time.monotonic()
 
 
 class _Turn:
-    """One `exchange`: what is still unsent, and which channels have not given their answer."""
+    """An `exchange` that needs a poll: several channels, or frames too large to go out at once.
+
+    Args:
+        unsent: what is left of the frame of a channel.
+        lost: why a channel cannot be written to; what it still says may tell more.
+    """
 
     def __init__(
         self,
@@ -301,81 +362,60 @@ class _Turn:
         on_received: Callable[[int, Received], bool],
         place: PlaceOf,
         deadline_s: float | None,
+        unsent: dict[int, Span],
+        lost: dict[int, ConnectionLostError],
     ) -> None:
         self._channels = channels
         self._on_received = on_received
         self._place = place
         self._deadline_s = deadline_s
         self._until = math.inf if deadline_s is None else time.monotonic() + deadline_s
-        self._unsent: dict[int, Span] = {}
-        self._lost: dict[int, ConnectionLostError] = {}  # not writable any more, but perhaps it said why
+        self._unsent = unsent
+        self._lost = lost
         self._unanswered = set(range(len(channels)))
 
-    def send(self, outgoing: Sequence[Outgoing], request: int) -> None:
-        """Send every frame as far as its socket takes it without waiting."""
-        for index, (channel, frame) in enumerate(zip(self._channels, outgoing, strict=True)):
-            try:
-                unsent = channel._start(frame.message, frame.buffers, frame.descriptors, request, _NO_WAIT)
-            except ConnectionLostError as error:
-                self._lost[index] = error
-            else:
-                if unsent is not None:
-                    self._unsent[index] = unsent
-                    self._push(index)
-
-    def listen(self) -> None:
-        """Go on until everything is sent and answered."""
-        for index in range(len(self._channels)):
-            self._take(index, self._channels[index]._incoming.buffered(self._place, index))
-        if len(self._channels) == 1 and not self._unsent:
-            self._listen_alone()
-        else:
-            self._drive()
-
-    def _listen_alone(self) -> None:
-        """A single channel needs no poll: it may block in the read."""
-        while self._unanswered:
-            left = None if self._deadline_s is None else self._until - time.monotonic()
-            try:
-                self._take(0, self._channels[0]._receive(self._place, 0, left))
-            except BlockingIOError:
-                raise self._stalled() from None
-            except (ConnectionLostError, EOFError) as error:
-                raise self._ended(0, error) from error
-
-    def _drive(self) -> None:
-        """Read and write whatever is ready."""
+    def drive(self) -> None:
+        """Read and write whatever is ready, until everything is sent and answered."""
         poller = select.poll()
-        index_of = {channel.fileno(): index for index, channel in enumerate(self._channels)}
-        for descriptor, index in index_of.items():
-            if self._wanted(index):
-                poller.register(descriptor, self._wanted(index))
+        index_of: dict[int, int] = {}
+        for index, channel in enumerate(self._channels):
+            self._take(index, channel._incoming.buffered(self._place, index))
+            if events := self._wanted(index):
+                index_of[channel.fileno()] = index
+                poller.register(channel, events)
         while self._unanswered or self._unsent:
             ready = poller.poll(self._milliseconds_left())
             if not ready:
-                raise self._stalled()
+                waiting = sorted(self._unanswered | set(self._unsent))
+                raise _stalled([self._channels[index] for index in waiting], self._deadline_s)
             for descriptor, events in ready:
                 index = index_of[descriptor]
                 if index in self._unanswered and events & ~select.POLLOUT:
                     self._read(index)
                 if index in self._unsent and events & ~select.POLLIN:
                     self._push(index)
-                if self._wanted(index):
-                    poller.modify(descriptor, self._wanted(index))
+                if wanted := self._wanted(index):
+                    poller.modify(descriptor, wanted)
                 else:
                     poller.unregister(descriptor)
 
     def _wanted(self, index: int) -> int:
+        """Return what poll should watch a channel for, 0 once it is done."""
         reading = select.POLLIN if index in self._unanswered else 0
         return reading | select.POLLOUT if index in self._unsent else reading
 
     def _read(self, index: int) -> None:
+        channel = self._channels[index]
         try:
-            received = self._channels[index]._incoming.advance(self._place, index, _NO_WAIT)
+            received = channel._incoming.advance(self._place, index, _NO_WAIT)
         except BlockingIOError:
             return
-        except (ConnectionLostError, EOFError) as error:
-            raise self._ended(index, error) from error
+        except EOFError:
+            raise self._lost.get(index) or channel._is_ended() from None
+        except ConnectionLostError as error:
+            if index in self._lost:
+                raise self._lost[index] from error  # it could not be written to before it could not be read
+            raise
         self._take(index, received)
 
     def _take(self, index: int, received: Received | None) -> None:
@@ -401,43 +441,7 @@ class _Turn:
             return None
         return max(0, math.ceil((self._until - time.monotonic()) * 1000))
 
-    def _stalled(self) -> StalledError:
-        peers = ", ".join(
-            self._channels[index].peer for index in sorted(self._unanswered | set(self._unsent))
-        )
-        return StalledError(f"no answer from {peers} within {self._deadline_s} s")
 
-    def _ended(self, index: int, error: Exception) -> ConnectionLostError:
-        if index in self._lost:
-            return self._lost[index]
-        if isinstance(error, ConnectionLostError):
-            return error
-        return ConnectionLostError(f"{self._channels[index].peer} closed the connection before it answered")
-
-
-def _peer_name(connection: socket.socket) -> str:
-    if connection.family == socket.AF_UNIX:
-        credentials = peer_credentials(connection)
-        return f"unix pid {credentials[0]}" if credentials is not None else "unix"
-    try:
-        return tcp_address(connection.getpeername())
-    except OSError:
-        return "tcp, already gone"
-
-
-def tcp_address(name: tuple[str, int] | tuple[str, int, int, int]) -> str:
-    """Return "tcp:host:port" for what `getsockname` gives, with IPv6 in brackets."""
-    host, port = name[0], name[1]
-    return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
-
-
-def timeval(timeout: float | None) -> bytes:
-    """Return `timeout` seconds as the kernel's socket options take them; None never ends."""
-    whole, part = divmod(0.0 if timeout is None else max(timeout, 1e-6), 1.0)
-    return _TIMEVAL.pack(int(whole), int(part * 1e6))
-
-
-def _tune(connection: socket.socket) -> None:
-    if connection.family == socket.AF_UNIX:
-        return
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def _stalled(channels: Sequence[Channel], deadline_s: float | None) -> StalledError:
+    peers = ", ".join(channel.peer for channel in channels)
+    return StalledError(f"no answer from {peers} within {deadline_s} s")

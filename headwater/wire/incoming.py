@@ -60,9 +60,12 @@ class Span:
     __slots__ = ("_at", "_views", "left")
 
     def __init__(self, arrays: Sequence[Array]) -> None:
-        self._at = 0
-        self._views = [memoryview(cast(Any, item)).cast("B") for item in arrays if item.nbytes]
-        self.left = sum(map(len, self._views))
+        self._at = self.left = 0
+        self._views: list[memoryview] = []
+        for item in arrays:
+            if item.nbytes:
+                self._views.append(memoryview(cast(Any, item)).cast("B"))
+                self.left += item.nbytes
 
     def views(self) -> list[memoryview]:
         """Return what a single system call should move next."""
@@ -82,12 +85,14 @@ class Span:
     def fill(self, data: memoryview) -> int:
         """Copy from the front of `data` until one of the two ends; return the bytes copied."""
         moved = 0
-        while moved < len(data) and self.left:
-            view = self._views[self._at]
-            count = min(len(view), len(data) - moved)
-            view[:count] = data[moved : moved + count]
-            self.advance(count)
+        for view in self._views[self._at :]:
+            count = len(view)
+            if count > len(data) - moved:
+                count = len(data) - moved
+                view = view[:count]
+            view[:] = data[moved : moved + count]
             moved += count
+        self.advance(moved)
         return moved
 
 
@@ -132,6 +137,7 @@ class Incoming:
                 received = self._take(place, index)
                 if received is not None or self._frame is not None:
                     return received
+                self._make_room()
             self._read_ahead(flags)
             return self._take(place, index)
         except (BlockingIOError, EOFError):
@@ -166,41 +172,47 @@ class Incoming:
         if prefix is None:
             if end - start < frames.PREFIX_SIZE:
                 return None
-            prefix = self._prefix = frames.parse_prefix(self._buffer[start:end], self._limits)
+            prefix = self._prefix = frames.parse_prefix(self._buffer, self._limits, start)
+        flags, header_length, payload_length, request = prefix
         body = start + frames.PREFIX_SIZE
-        stop = body + prefix.header_length
+        stop = body + header_length
         if end < stop:
             return None
         message = frames.decode_header(self._buffer[body:stop])
         self._prefix = None
         self._use(stop)
-        descriptors = self._claim(prefix.flags) if prefix.flags or self._descriptors else []
-        received = Received(message, prefix.request, prefix.payload_length, descriptors)
-        if prefix.payload_length:
-            return self._place(received, place, index)
-        return received
-
-    def _place(self, received: Received, place: Place | PlaceOf | None, index: int | None) -> Received | None:
-        """Ask where the payload goes and copy there what was read ahead of it."""
+        descriptors = self._claim(flags) if flags or self._descriptors else []
+        received = Received(message, request, payload_length, descriptors)
+        if not payload_length:
+            return received
         self._frame = received
-        length = received.payload_length
+        return self._place(message, payload_length, place, index)
+
+    def _place(
+        self, message: AnyMessage, length: int, place: Place | PlaceOf | None, index: int | None
+    ) -> Received | None:
+        """Ask where the payload goes and copy there what was read ahead of it."""
         if place is None:
-            raise ProtocolError(
-                f"{type(received.message).__name__} with {length} payload bytes, expected none"
-            )
-        place_at: Any = place
-        arrays = (
-            place_at(received.message, length) if index is None else place_at(index, received.message, length)
-        )
-        span = Span(arrays)
-        if span.left != length:
-            raise ProtocolError(
-                f"{type(received.message).__name__} with {length} payload bytes, expected {span.left}"
-            )
-        self._span = span
-        if self._end:
-            self._use(self._start + span.fill(self._buffer[self._start : self._end]))
-        return None if span.left else self._finish()
+            raise ProtocolError(f"{type(message).__name__} with {length} payload bytes, expected none")
+        asked: Any = place
+        arrays = asked(message, length) if index is None else asked(index, message, length)
+        room = 0
+        for item in arrays:
+            room += item.nbytes
+        if room != length:
+            raise ProtocolError(f"{type(message).__name__} with {length} payload bytes, expected {room}")
+        start, stop = self._start, self._start + length
+        if stop > self._end:
+            self._span = Span(arrays)
+            self._use(start + self._span.fill(self._buffer[start : self._end]))
+            return None
+        for item in arrays:
+            if item.nbytes:
+                memoryview(item).cast("B")[:] = self._buffer[start : start + item.nbytes]
+                start += item.nbytes
+        self._use(stop)
+        received, self._frame = self._frame, None
+        return received
 
     def _go_on(self, flags: int) -> Received | None:
         """Read payload into the arrays it belongs to."""
@@ -230,9 +242,6 @@ class Incoming:
     def _read_ahead(self, flags: int) -> None:
         """Read what is there into the buffer, and the descriptors that come with it."""
         end = self._end
-        if end:
-            self._make_room()
-            end = self._end
         room = self._buffer[end:] if end else self._buffer
         try:
             if not self._ancillary_space:

@@ -19,10 +19,11 @@ from collections.abc import Callable
 from typing import Literal
 
 from headwater.errors import ConfigurationError, ConnectionLostError, RefusedError
-from headwater.wire.channel import Channel, tcp_address, timeval
+from headwater.wire.channel import Channel
 from headwater.wire.fork import close_in_child
 from headwater.wire.frames import Limits
 from headwater.wire.security import Security
+from headwater.wire.sockets import tcp_address, timeval
 
 _BACKLOG = 1024
 _log = logging.getLogger(__name__)

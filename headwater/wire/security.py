@@ -8,12 +8,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-import struct
 from dataclasses import dataclass
 
 from headwater.errors import ConfigurationError, RefusedError
-
-_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+from headwater.wire.sockets import peer_credentials
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +45,6 @@ class Security:
                 f"process {credentials[0]} belongs to user {credentials[1]}, expected user {os.geteuid()}: "
                 "nodes on one machine must run as the same user"
             )
-
-
-def peer_credentials(connection: socket.socket) -> tuple[int, int] | None:
-    """Return (pid, uid) of the process that connected or listened, None where the system cannot tell."""
-    if connection.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
-        return None
-    pid, uid, _ = _CREDENTIALS.unpack(
-        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    )
-    return pid, uid
 
 
 def _addresses(host: str) -> list[str]:

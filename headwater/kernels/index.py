@@ -1,0 +1,168 @@
+"""The id index: id → row, one small open-addressing table for each virtual slot.
+
+Invariants:
+- Any int64 is a legal id.
+- Growth rehashes one slot and adds pages to it; no page is ever given back or left unused, so memory is
+  16 bytes for an entry at a load between 0.56 (right after growth) and 0.7.
+- Layout and row numbers depend on the order of claims and removals within a slot and on nothing else
+  that differs between numbers of servers.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater.errors import EnvironmentFailure
+from headwater.kernels.cache import load
+from headwater.kernels.slabs import Slabs
+
+Ids = NDArray[np.int64]
+Rows = NDArray[np.int32]
+
+PAGE = 512
+PENDING = 128
+"""Ids of one virtual slot whose updates are counted before admission: 16 buckets of 8."""
+
+_NEXT_ROW, _FREE, _NEXT_PAGE, _ROWS, _REFUSED, _FRESH, _WANTED = range(7)
+_BUCKETS, _WAYS = 16, 8
+_MOST_ROWS = 2**31 - 2
+_PAGES_A_CHUNK_SHIFT = 15
+
+
+class Claim(NamedTuple):
+    """What `Index.claim` found or made, for n ids.
+
+    Attributes:
+        rows: int32[n], −1 where admission refused the id.
+        counts: int32[n], the row's updates with this one; 0 where refused.
+        fresh: int32[…], positions of the ids whose row is new.
+        refused: how many were refused.
+    """
+
+    rows: Rows
+    counts: NDArray[np.int32]
+    fresh: NDArray[np.int32]
+    refused: int
+
+
+class Index:
+    """The index of the virtual slots `slots`; an id becomes an entry at its `needed`-th claim.
+
+    Pending counts are bounded: each slot remembers `PENDING` ids that it has not admitted, in buckets of
+    8 by hash, and a new one displaces the one of its bucket that was not claimed for longest. A displaced id
+    starts from nothing, so admission may come later than at the `needed`-th claim, never earlier.
+    """
+
+    def __init__(self, slots: range, needed: int = 1) -> None:
+        self._first = slots.start
+        self._needed = needed
+        count = len(slots)
+        self._memory = Slabs([PAGE])
+        assert self._memory.shift == _PAGES_A_CHUNK_SHIFT
+        self._memory.reserve(max(count, 1))
+        self._pages = np.ones(count, dtype=np.int32)
+        self._used = np.zeros(count, dtype=np.int32)
+        self._directory = np.zeros((count, 4), dtype=np.int32)
+        self._directory[:, 0] = np.arange(count)
+        self._counters = np.zeros(7, dtype=np.int64)
+        self._counters[_NEXT_PAGE] = count
+        self._free = np.empty(0, dtype=np.int32)
+        buckets = count * _BUCKETS if needed > 1 else 0
+        self._pending_ids = np.zeros((buckets, _WAYS), dtype=np.int64)
+        self._pending_counts = np.zeros((buckets, _WAYS), dtype=np.int32)
+        _loops().clear_pages(0, count, self._chunks)
+
+    @property
+    def _chunks(self) -> NDArray[np.int64]:
+        return self._memory.addresses[0]
+
+    def __len__(self) -> int:
+        return int(self._counters[_ROWS])
+
+    @property
+    def high_water(self) -> int:
+        """Rows are numbered below this."""
+        return int(self._counters[_NEXT_ROW])
+
+    @property
+    def used(self) -> NDArray[np.int32]:
+        """int32[slots]: entries of each slot. Not to be written."""
+        return self._used
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use."""
+        arrays = (self._pages, self._used, self._directory, self._free, self._pending_ids, self._pending_counts)
+        return int(self._counters[_NEXT_PAGE]) * PAGE + sum(array.nbytes for array in arrays)
+
+    def stranger(self, ids: Ids) -> int | None:
+        """The first id that belongs to another server. All other methods take only ids of this one."""
+        position = _loops().stranger(ids, self._first, len(self._pages))
+        return None if position < 0 else int(ids[position])
+
+    def find(self, ids: Ids) -> tuple[Rows, int]:
+        """int32[n]: the row of each id, −1 where it has none; and how many have one."""
+        rows = np.empty(len(ids), dtype=np.int32)
+        found = _loops().find(ids, self._first, self._pages, self._directory, self._chunks, rows)
+        return rows, found
+
+    def claim(self, ids: Ids) -> Claim:
+        """Find each id or, where it is admitted, make its entry; `ids` differ from each other.
+
+        Raises:
+            EnvironmentFailure: there could be more than 2³¹ − 2 rows; nothing changed.
+        """
+        if self.high_water + len(ids) > _MOST_ROWS:
+            raise EnvironmentFailure(f"a server holds at most {_MOST_ROWS} rows of a table: use more servers")
+        rows, counts, fresh = (np.empty(len(ids), dtype=np.int32) for _ in range(3))
+        counters = self._counters
+        counters[[_FRESH, _REFUSED]] = 0
+        done = 0
+        while True:
+            done = _loops().claim(
+                ids, done, self._first, self._pages, self._used, self._directory, self._chunks, counters,
+                self._free, self._needed, self._pending_ids, self._pending_counts, rows, counts, fresh,
+            )  # fmt: skip
+            if done == len(ids):
+                return Claim(rows, counts, fresh[: counters[_FRESH]], int(counters[_REFUSED]))
+            self._make_room(int(counters[_WANTED]))
+
+    def _make_room(self, pages: int) -> None:
+        """So that one slot can have `pages` pages."""
+        self._memory.reserve(int(self._counters[_NEXT_PAGE]) + pages)
+        width = self._directory.shape[1]
+        if pages > width:
+            wider = np.zeros((len(self._pages), max(pages, width * 3 // 2)), dtype=np.int32)
+            wider[:, :width] = self._directory
+            self._directory = wider
+
+    def remove(self, ids: Ids) -> int:
+        """Drop entries and pending counts of ids; their rows are claimed again. Returns how many had one."""
+        free = int(self._counters[_FREE])
+        if free + len(ids) > len(self._free):
+            larger = np.empty(max(free + len(ids), len(self._free) * 3 // 2), dtype=np.int32)
+            larger[:free] = self._free[:free]
+            self._free = larger
+        removed: int = _loops().remove(
+            ids, self._first, self._pages, self._used, self._directory, self._chunks, self._counters,
+            self._free, self._pending_ids, self._pending_counts,
+        )  # fmt: skip
+        return removed
+
+    def entries(self, start: int, stop: int) -> tuple[Ids, Rows]:
+        """Ids and rows of the slots at positions [start, stop), one slot after the other."""
+        count = int(self._used[start:stop].sum())
+        ids, rows = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int32)
+        _loops().entries(start, stop, self._pages, self._directory, self._chunks, ids, rows)
+        return ids, rows
+
+
+@functools.cache
+def _loops() -> ModuleType:
+    return load(Path(__file__).with_name("index_loops.py").read_text())

@@ -1,0 +1,180 @@
+# ruff: noqa: ANN001, ANN201
+# mypy: allow-untyped-defs, allow-untyped-calls
+"""Loops over rows of any rule; compiled from this text by `headwater.kernels.rows`, never imported.
+
+Invariants:
+- Rows lie in slabs (`headwater.kernels.slabs`), whose chunks come as arrays of addresses.
+- A row number of −1 is skipped.
+- A row's memory is asked for `AHEAD` rows before it is used.
+- Nothing is rounded but by the operations that stand here: `headwater.initializers` computes the same bits.
+"""
+
+import math
+
+import numpy as np
+
+from headwater.kernels.memory import (
+    bits_of,
+    disjoint,
+    float_of,
+    mix,
+    place_of,
+    prefetch,
+    read_int,
+    write_int,
+)
+from headwater.kernels.primitives import inner, outer
+
+AHEAD = 16
+LINE = 64
+
+(read_source, write_source), (read_target, write_target) = disjoint(2)
+
+
+@inner
+def ask_for(address, size):
+    for line in range(0, size, LINE):
+        prefetch(address + line)
+
+
+@outer("void(int32[::1], int64[::1], int64, int64, int64)")
+def gather(rows, addresses, shift, dim, target):
+    """Copy rows to float32[n, dim] at address `target`."""
+    size = 4 * dim
+    for i in range(len(rows)):
+        if i + AHEAD < len(rows) and rows[i + AHEAD] >= 0:
+            ask_for(place_of(np.int64(rows[i + AHEAD]), addresses, shift, size), size)
+        if rows[i] >= 0:
+            row = place_of(np.int64(rows[i]), addresses, shift, size)
+            for j in range(dim):
+                write_target(target, i * dim + j, read_source(row, j))
+
+
+@outer("void(int64[::1], int64, int64, int64, uint8[::1])")
+def combine(inverse, source, dim, target, seen):
+    """Add row i of `source` to row inverse[i] of `target`, in order of i; one not yet `seen` is copied."""
+    size = 4 * dim
+    for i in range(len(inverse)):
+        if i + AHEAD < len(inverse):
+            ask_for(target + inverse[i + AHEAD] * size, size)
+        row, place = source + i * size, target + inverse[i] * size
+        if seen[inverse[i]]:
+            for j in range(dim):
+                write_target(place, j, read_target(place, j) + read_source(row, j))
+        else:
+            seen[inverse[i]] = 1
+            for j in range(dim):
+                write_target(place, j, read_source(row, j))
+
+
+@outer("void(int64[::1], int64, float32)")
+def fill(addresses, width, value):
+    """Set `width` float32 at each address."""
+    for address in addresses:
+        for j in range(width):
+            write_target(address, j, value)
+
+
+@outer("void(int32[::1], int64[::1], int64, int32)")
+def stamp(rows, addresses, shift, now):
+    """Set the int32 of each row."""
+    for i in range(len(rows)):
+        if i + AHEAD < len(rows) and rows[i + AHEAD] >= 0:
+            prefetch(place_of(np.int64(rows[i + AHEAD]), addresses, shift, 4))
+        if rows[i] >= 0:
+            write_int(place_of(np.int64(rows[i]), addresses, shift, 4), 0, now)
+
+
+@outer("void(int32[::1], int64[::1], int64, uint32, uint32[::1])")
+def ages(rows, addresses, shift, now, out):
+    """now − the row's stamp, modulo 2³²; 0 for a row of −1."""
+    for i in range(len(rows)):
+        if i + AHEAD < len(rows) and rows[i + AHEAD] >= 0:
+            prefetch(place_of(np.int64(rows[i + AHEAD]), addresses, shift, 4))
+        out[i] = 0
+        if rows[i] >= 0:
+            out[i] = now - np.uint32(read_int(place_of(np.int64(rows[i]), addresses, shift, 4), 0))
+
+
+# ── initial values: see headwater.initializers for the formulas ─────────────────────────────────
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+CONSTANT, UNIFORM, NORMAL, TRUNCATED = range(4)
+BELOW_2, WITHIN_2 = 0.022750131948179212, 0.9544997361036416
+
+
+@inner
+def uniform_of(key, column):
+    bits = mix(key + np.uint64(column + 1) * GOLDEN)
+    return (float(np.int64(bits >> np.uint64(33))) + 0.5) * 4.656612873077393e-10
+
+
+@inner
+def negative_log(p):
+    """−ln p for 0 < p < 1."""
+    bits = bits_of(p)
+    exponent = (bits >> 52) - 1022
+    mantissa = float_of((bits & 0xFFFFFFFFFFFFF) | 0x3FE0000000000000)
+    small = mantissa < 0.7071067811865476
+    mantissa = mantissa * 2.0 if small else mantissa
+    power = float(exponent) - (1.0 if small else 0.0)
+    s = (mantissa - 1.0) / (mantissa + 1.0)
+    t = s * s
+    series = 1.0 + t * (
+        1.0 / 3.0 + t * (1.0 / 5.0 + t * (1.0 / 7.0 + t * (1.0 / 9.0 + t * (1.0 / 11.0 + t * (1.0 / 13.0)))))
+    )
+    return -(power * 0.6931471805599453 + 2.0 * s * series)
+
+
+@inner
+def quantile(p):
+    """Inverse of the normal distribution function (Wichura 1988, AS 241, PPND7)."""
+    q = p - 0.5
+    r = 0.180625 - q * q
+    central = (
+        q
+        * (3.3871327179 + r * (50.434271938 + r * (159.29113202 + r * 59.109374720)))
+        / (1.0 + r * (17.895169469 + r * (78.757757664 + r * 67.187563600)))
+    )
+    r = math.sqrt(negative_log(p if q < 0.0 else 1.0 - p)) - 1.6
+    tail = (1.4234372777 + r * (2.7568153900 + r * (1.3067284816 + r * 0.17023821103))) / (
+        1.0 + r * (0.73700164250 + r * 0.12021132975)
+    )
+    tail = -tail if q < 0.0 else tail
+    return central if abs(q) <= 0.425 else tail
+
+
+@inner
+def write_normal(address, dim, key, mean, std):
+    for j in range(dim):
+        write_target(address, j, np.float32(mean + std * quantile(uniform_of(key, j))))
+
+
+@inner
+def write_truncated(address, dim, key, mean, std):
+    for j in range(dim):
+        z = quantile(BELOW_2 + uniform_of(key, j) * WITHIN_2)
+        write_target(address, j, np.float32(mean + std * min(max(z, -2.0), 2.0)))
+
+
+@inner
+def write_uniform(address, dim, key, low, width):
+    for j in range(dim):
+        write_target(address, j, np.float32(low + width * uniform_of(key, j)))
+
+
+@outer("void(int64[::1], int64[::1], int64, int64, int64, float64, float64)")
+def initial(ids, addresses, dim, seed, kind, location, scale):
+    """Write the initial row of each id at its address."""
+    seeded = mix(np.uint64(seed))
+    for i in range(len(ids)):
+        key = mix(np.uint64(ids[i]) ^ seeded)
+        if kind == NORMAL:
+            write_normal(addresses[i], dim, key, location, scale)
+        elif kind == TRUNCATED:
+            write_truncated(addresses[i], dim, key, location, scale)
+        elif kind == UNIFORM:
+            write_uniform(addresses[i], dim, key, location, scale)
+        else:
+            for j in range(dim):
+                write_target(addresses[i], j, np.float32(location))

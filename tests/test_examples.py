@@ -1,0 +1,134 @@
+"""The examples: as programs, by the command, and what they say about wrong arguments."""
+
+import gzip
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import headwater as hw
+from headwater.cli import app
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def program(name, *arguments):
+    """What an example prints."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def module(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded  # dataclasses look their module up
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def data_folder():
+    """Where data files are: the folder that HEADWATER_DATA names, or one beside the repository."""
+    return Path(os.environ.get("HEADWATER_DATA", EXAMPLES.parent.parent / "shared" / "data"))
+
+
+def accuracy_in(output):
+    printed = re.findall(r"test accuracy (0\.\d+|1\.0+)", output)
+    assert len(printed) == 1, output
+    return float(printed[0])
+
+
+def test_numpy_only_finds_the_weights():
+    assert "w = [ 3.  -2.   0.5]" in program("numpy_only.py")
+
+
+def test_digits_reaches_97_percent_in_synchronous_training():
+    assert accuracy_in(program("digits.py", "--workers", 4, "--servers", 2)) >= 0.97
+
+
+@pytest.mark.parametrize("sync", ["async", "ssp:3"])
+def test_digits_reaches_95_percent_without_rounds(sync, capfd):
+    command = ["run", EXAMPLES / "digits.py", "--workers", 4, "--servers", 2, "--sync", sync]
+    arguments = [*command, "--engine", "inline", "--set", "epochs=5"]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    assert accuracy_in(result.output + capfd.readouterr().out) >= 0.95
+
+
+def test_logistic_reaches_84_and_a_half_percent_on_a9a():
+    train, test = data_folder() / "a9a.libsvm.gz", data_folder() / "a9a.test.libsvm.gz"
+    if not (train.exists() and test.exists()):
+        pytest.skip(f"no a9a.libsvm.gz in {data_folder()}: set HEADWATER_DATA to a folder that has it")
+    output = program("logistic.py", train, "--test", test, "--workers", 2, "--servers", 2)
+    assert accuracy_in(output) >= 0.845
+    assert float(re.search(r"area under the curve (0\.\d+)", output)[1]) >= 0.89
+
+
+def libsvm(path, rows=400):
+    """A file whose label is the sign of feature 3 less that of feature 9; some rows have no feature."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for a, b in rng.standard_normal((rows, 2)):
+        lines.append(f"{'+1' if a > b else '-1'} 3:{a:.3f} 9:{b:.3f} 12:1")
+    lines.append("-1")
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    return path
+
+
+def test_logistic_separates_generated_rows_and_holds_out_a_fifth(tmp_path):
+    logistic = module("logistic")
+    settings = {"train": str(libsvm(tmp_path / "rows.gz")), "test": None, "epochs": 10, "lr": 0.5}
+    rows, test = logistic.load(settings)
+    assert (len(rows.labels), len(test.labels)) == (320, 81)
+    result = hw.run(logistic.train, workers=2, engine="inline", settings=settings)
+    accuracy, area = result.values[0]
+    assert accuracy > 0.95
+    assert area > 0.99
+
+
+def test_gradient_and_area_of_logistic_are_those_of_the_definition():
+    logistic = module("logistic")
+    rng = np.random.default_rng(1)
+    dense = rng.standard_normal((6, 4)) * (rng.random((6, 4)) < 0.5)
+    at, columns = np.nonzero(dense)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(at, minlength=6))])
+    labels = np.array([0.0, 1, 1, 0, 1, 0])
+    rows = logistic.Rows(labels, starts, columns, dense[at, columns])
+    picked = np.array([4, 0, 5])
+    weight = rng.standard_normal(4)
+    margins = dense[picked] @ weight + 0.5
+    errors = (1 / (1 + np.exp(-margins)) - labels[picked]) / 3
+    by_weight, by_bias = rows.take(picked).gradient(weight, 0.5)
+    np.testing.assert_allclose(by_weight, dense[picked].T @ errors)
+    assert by_bias == pytest.approx(errors.sum())
+    assert logistic.area_under_curve(np.array([0, 1, 0, 1.0]), np.array([1.0, 2, 2, 3])) == 3.5 / 4
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("digits", ["--workers", "none"], "argument --workers: invalid int value"),
+        ("digits", ["--workers", "0"], "workers must be an integer ≥ 1, got 0"),
+        ("digits", ["--sync", "sometimes"], "sync: got 'sometimes', expected"),
+        ("logistic", [], "the following arguments are required: train"),
+        ("logistic", ["/no/such/file"], "No such file or directory: '/no/such/file'"),
+        ("logistic", [__file__], "line 1: expected LABEL INDEX:VALUE"),
+    ],
+)
+def test_wrong_arguments_give_a_message_and_exit_code_2(name, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        module(name).main()
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err

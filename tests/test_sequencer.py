@@ -1,0 +1,334 @@
+"""The sequencer alone: what each report leads to, and what it says of those who wait."""
+
+import pytest
+from machines import Desk
+
+from headwater import messages as m
+from headwater.sequencer import Sequencer
+from headwater.sync import parse_sync
+
+MODES = ["sync", "async", "ssp:1"]
+
+
+def kinds(entries):
+    return [type(entry).__name__ for entry in entries]
+
+
+def committed(entries):
+    (entry,) = entries
+    assert isinstance(entry, m.Committed)
+    return entry
+
+
+# ── commits ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_round_is_committed_exactly_when_every_server_holds_every_active_workers_update():
+    desk = Desk("sync", workers=2, servers=2)
+    assert desk.hold(0, "step", "1", servers=[0]) == []
+    assert desk.hold(1, "step", "1", servers=[1, 0]) == []
+    tickets = (desk.ticket(0), desk.ticket(1))
+    assert desk.also(0, "step", "1", servers=[1]) == [m.Committed(2, 1, tickets, tickets)]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_a_round_is_in_rank_order_however_it_arrived(order):
+    desk = Desk("sync", workers=3)
+    *_, last = [desk.hold(rank, "step", "1") for rank in order]
+    assert committed(last).updates == tuple(desk.ticket(rank) for rank in range(3))
+
+
+@pytest.mark.parametrize("mode", ["async", "ssp:1"])
+def test_an_update_is_committed_as_soon_as_all_servers_hold_it(mode):
+    desk = Desk(mode, workers=2, servers=2)
+    assert desk.hold(1, "step", "1", servers=[1]) == []
+    assert committed(desk.also(1, "step", "1", servers=[0])).answered == (desk.ticket(1),)
+
+
+def test_a_server_that_reports_twice_counts_once():
+    desk = Desk("async", workers=1, servers=2)
+    assert desk.hold(0, "step", "1", servers=[0, 0]) == []
+    assert kinds(desk.also(0, "step", "1", servers=[1])) == ["Committed"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_committed_before_the_declared_workers_have_joined(mode):
+    desk = Desk(mode, workers=2, joined=1)
+    assert desk.opening == []
+    assert desk.hold(0, "step", "1") == []
+    assert desk.waits(0) == "step 1 waits for worker 1 to join"
+    entries = desk.join()
+    assert kinds(entries) == ["Activated"] + ["Committed"] * (mode != "sync")
+    assert entries[0].members == (desk.ids[0], desk.ids[1])
+
+
+@pytest.mark.parametrize("kind", ["assign", "barrier", "sum", "step"])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_waits_for_the_start_goes_on_then_even_after_the_end_of_batches(mode, kind):
+    """A worker whose part of the data is empty ends its batches before the others have joined."""
+    desk = Desk(mode, workers=2, joined=1)
+    assert kinds(desk.hold(0, "end")) == ["Retired"]
+    assert desk.hold(0, kind) == []
+    entries = desk.join() + desk.hold(1, "step", "1")
+    answered = [entry for entry in entries if isinstance(entry, m.Assigned | m.Committed)]
+    assert answered
+    assert kinds(desk.hold(1, "leave"))[0] == "Retired"
+    assert desk.sequencer.waits() == {}
+
+
+def test_the_version_grows_with_commits_and_assignments_only():
+    desk = Desk("async", workers=2)
+    for version, kind in [(1, "step"), (1, "pull"), (2, "assign"), (2, "end"), (2, "stop"), (3, "step")]:
+        desk.hold(0, kind)
+        assert desk.sequencer.version == version
+    assert desk.sequencer.position == 8  # and two Activated
+
+
+# ── who is in a round ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["end", "barrier", "sum", "leave"])
+def test_a_round_does_not_wait_for_one_that_ended_meets_or_left(kind):
+    desk = Desk("sync", workers=2)
+    assert desk.hold(0, "step", "1") == []
+    entries = desk.hold(1, kind)
+    assert kinds(entries) == ["Retired", "Committed"]
+    assert entries[1].updates == (desk.ticket(0),)
+
+
+def test_a_round_does_not_wait_for_the_dead():
+    desk = Desk("sync", workers=3, servers=2)
+    desk.hold(0, "step", "1")
+    desk.hold(1, "step", "1")
+    desk.hold(2, "step", "1", servers=[0])
+    entries = desk.die(2)
+    assert kinds(entries) == ["Retired", "Committed"]
+    assert entries[0] == m.Retired(2, desk.ids[2], True, "its process ended or its connection was lost")
+    assert entries[1].updates == (desk.ticket(0), desk.ticket(1))
+
+
+def test_a_dead_workers_complete_update_is_not_in_the_round():
+    desk = Desk("sync", workers=3)
+    desk.hold(0, "step", "1")
+    desk.hold(2, "step", "1")
+    desk.die(2)
+    assert committed(desk.hold(1, "step", "1")).updates == (desk.ticket(0), desk.ticket(1))
+
+
+def test_a_step_after_the_end_waits_until_nobody_is_active():
+    desk = Desk("sync", workers=3)
+    desk.hold(0, "end")
+    assert desk.hold(0, "step", "1") == []
+    for step in "12":
+        assert desk.hold(1, "step", step) == []
+        assert committed(desk.hold(2, "step", step)).updates == (desk.ticket(1), desk.ticket(2))
+    desk.hold(1, "end")
+    desk.hold(2, "end")
+    assert desk.waits(0) == "step 1 waits for workers 1, 2"
+    assert desk.hold(1, "step", "3") == []  # who goes on is decided when worker 2 has chosen, too
+    entries = desk.hold(2, "leave")
+    assert kinds(entries) == ["Retired", "Activated", "Committed"]
+    assert entries[2].updates == (desk.ticket(0), desk.ticket(1))
+
+
+def test_a_step_after_the_end_does_not_wait_without_rounds():
+    desk = Desk("async", workers=2)
+    desk.hold(0, "end")
+    assert kinds(desk.hold(0, "step", "1")) == ["Activated", "Committed"]
+
+
+def test_one_that_left_does_not_come_back_with_a_roster_that_is_older_than_its_leaving():
+    desk = Desk("sync", workers=2)
+    desk.hold(0, "leave")
+    entries = desk.join(rank=2)
+    assert [entry.members for entry in entries] == [(desk.ids[2],)]
+    desk.hold(1, "step", "1")
+    assert committed(desk.hold(2, "step", "1")).updates == (desk.ticket(1), desk.ticket(2))
+
+
+# ── bounded staleness ───────────────────────────────────────────────────────────────────────────
+
+
+def test_an_answer_is_held_until_the_others_have_caught_up():
+    desk = Desk("ssp:1", workers=2)
+    assert committed(desk.hold(0, "step", "1")).answered == (desk.ticket(0),)
+    assert committed(desk.hold(0, "step", "2")).answered == ()
+    assert desk.waits(0) == "step 2 waits for worker 1: leads the slowest worker by 2 steps, allowed 1"
+    assert desk.hold(1, "step", "1")[1:] == [m.Served(5, desk.ticket(0))]
+    assert desk.sequencer.waits() == {}
+
+
+@pytest.mark.parametrize("how", ["end", "barrier", "leave", "die"])
+def test_one_that_is_no_longer_active_blocks_nobody(how):
+    desk = Desk("ssp:0", workers=2)
+    desk.hold(0, "step", "1")
+    entries = desk.die(1) if how == "die" else desk.hold(1, how)
+    assert kinds(entries) == ["Retired", "Served"]
+
+
+def test_joiners_and_returning_workers_get_the_smallest_active_clock():
+    desk = Desk("ssp:2", workers=3)
+    for step, ranks in enumerate([(0, 1, 2), (0, 1, 2), (0, 1), (0,)], start=1):
+        for rank in ranks:
+            desk.hold(rank, "step", str(step))
+    desk.hold(2, "end")  # clocks 4, 3 and, no longer active, 2
+    desk.join()
+    desk.hold(2, "step", "3")  # it returns with 3 and finishes 4
+    for step in (5, 6):
+        assert committed(desk.hold(0, "step", str(step))).answered == (desk.ticket(0),) * (step < 6)
+    assert desk.waits(0).startswith("step 6 waits for workers 1, 3: leads the slowest worker by 3 steps")
+    desk.hold(3, "step", "1")
+    assert desk.waits(0).startswith("step 6 waits for worker 1:")
+    assert kinds(desk.hold(1, "step", "4")) == ["Committed", "Served"]
+
+
+def test_a_repeat_of_a_step_whose_answer_is_held_is_held_too():
+    desk = Desk("ssp:0", workers=2)
+    desk.hold(0, "step", "1")
+    assert desk.hold(0, "pull", "1") == []  # this is how a shard reports a repeat
+    assert desk.waits(0) == "pull 1 waits for worker 1: leads the slowest worker by 1 steps, allowed 0"
+    assert kinds(desk.hold(1, "step", "1")) == ["Committed", "Served"]
+
+
+# ── meetings ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["barrier", "sum"])
+def test_a_meeting_ends_when_every_worker_is_there_and_makes_all_active(mode, kind):
+    desk = Desk(mode, workers=3)
+    desk.hold(1, "end")
+    desk.hold(2, kind)
+    desk.hold(0, kind)
+    assert desk.waits(2) == f"{kind} waits for worker 1"
+    assert desk.hold(1, kind)[1:] == [m.Met(6, tuple(desk.ticket(rank) for rank in range(3)))]
+    if mode == "sync":
+        assert desk.hold(0, "step", "1") == []
+        assert desk.waits(0) == "step 1 waits for workers 1, 2"
+
+
+def test_a_meeting_ends_when_the_last_one_missing_leaves_or_dies():
+    for how in ("leave", "die"):
+        desk = Desk("async", workers=2)
+        desk.hold(0, "barrier")
+        entries = desk.die(1) if how == "die" else desk.hold(1, "leave")
+        assert kinds(entries) == ["Retired", "Met"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_barrier_against_a_sum_stalls_at_once_and_names_both(mode):
+    desk = Desk(mode, workers=2)
+    desk.hold(0, "barrier")
+    *_, last = desk.hold(1, "sum")
+    assert last.tickets == (desk.ticket(0), desk.ticket(1))
+    assert last.reason == ("everybody waits for each other: worker 0 waits in barrier; worker 1 waits in sum")
+    assert desk.sequencer.waits() == {}
+
+
+def test_a_registration_that_waits_for_one_who_waits_stalls_at_once():
+    desk = Desk("sync", workers=2)
+    desk.hold(0, "step", "1")
+    (entry,) = desk.hold(1, "register", "m")
+    assert isinstance(entry, m.Stalled)
+    assert "worker 0 waits in step 1; worker 1 waits in register m" in entry.reason
+
+
+# ── registration ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_lowest_active_rank_supplies_a_model_and_the_others_join_it():
+    desk = Desk("async", workers=3)
+    assert desk.hold(2, "register", "m") == []
+    assert desk.hold(1, "register", "m") == []
+    assert desk.waits(2) == "register m waits for worker 0 to declare the model"
+    entries = desk.hold(0, "register", "m")
+    assert entries == [
+        m.Registered(2, desk.ticket(0)),
+        m.Served(3, desk.ticket(1)),
+        m.Served(4, desk.ticket(2)),
+    ]
+
+
+def test_rank_0_supplies_a_model_before_all_have_joined():
+    desk = Desk("async", workers=3, joined=2)
+    assert desk.hold(1, "register", "m") == []
+    assert desk.waits(1) == "register m waits for worker 0 to declare the model"
+    assert kinds(desk.hold(0, "register", "m")) == ["Registered", "Served"]
+
+
+@pytest.mark.parametrize("how", ["end", "leave", "die"])
+def test_the_next_rank_supplies_a_model_when_the_lowest_is_no_longer_active(how):
+    """Both that wait are served, though the first of them brings the second along."""
+    desk = Desk("async", workers=3)
+    desk.hold(1, "register", "m")
+    desk.hold(2, "register", "m")
+    entries = desk.die(0) if how == "die" else desk.hold(0, how)
+    assert entries[1:] == [m.Registered(3, desk.ticket(1)), m.Served(4, desk.ticket(2))]
+
+
+# ── stop ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_stop_tells_all_but_those_whose_batches_are_over():
+    desk = Desk("async", workers=5)
+    desk.hold(1, "end")
+    desk.hold(2, "end")
+    desk.hold(2, "barrier")
+    desk.hold(3, "barrier")
+    desk.join("observer")
+    (entry,) = desk.hold(0, "stop")
+    assert entry.members == (desk.ids[0], desk.ids[3], desk.ids[4])
+
+
+# ── observers ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_observer_is_answered_at_once_and_waited_for_by_nobody():
+    desk = Desk("sync", workers=2, joined=1)
+    assert desk.join("observer") == []
+    assert kinds(desk.hold(-1, "attach")) == ["Served"]
+    desk.join()
+    for rank in (0, 1):
+        desk.hold(rank, "barrier")
+    assert kinds(desk.hold(-1, "pull") + desk.hold(-1, "leave")) == ["Served", "Retired"]
+    assert desk.sequencer.waits() == {}
+
+
+# ── waits ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_wait_names_the_servers_that_do_not_hold_the_exchange():
+    desk = Desk("sync", workers=1, servers=4)
+    desk.hold(0, "step", "7", servers=[1, 3])
+    assert desk.waits(0) == "step 7 waits for servers 0, 2"
+
+
+def test_a_round_names_the_active_workers_whose_update_is_missing():
+    desk = Desk("sync", workers=5, servers=2)
+    desk.hold(1, "end")
+    desk.hold(2, "step", "1")
+    desk.hold(3, "step", "1", servers=[0])
+    desk.hold(4, "register", "m")
+    assert desk.waits(2) == "step 1 waits for workers 0, 3, 4"
+    assert desk.waits(3) == "step 1 waits for server 1"
+    assert desk.waits(4) == "register m waits for worker 0 to declare the model"
+
+
+# ── many ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_thousand_workers_on_four_servers_take_ten_steps_each(mode):
+    workers, servers, steps = 1000, 4, 10
+    sequencer = Sequencer(servers, parse_sync(mode))
+    members = tuple(m.Member(id, "worker", id - 1, 0, "here") for id in range(1, workers + 1))
+    sequencer.roster(m.Roster(1, workers, members))
+    answers = 0
+    for step in range(1, steps + 1):
+        for server in range(servers):
+            held = [m.Held(member.id, step, "step", str(step)) for member in members]
+            entries = sequencer.report(server, held)
+            answers += sum(len(e.answered) if isinstance(e, m.Committed) else 1 for e in entries)
+    assert answers == workers * steps
+    assert sequencer.version == (steps if mode == "sync" else workers * steps)
+    assert sequencer.waits() == {}
