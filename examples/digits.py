@@ -9,7 +9,6 @@ Prints the accuracy on a fixed fifth of the images that no worker trains on.
 import argparse
 
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
 
@@ -18,6 +17,8 @@ import headwater as hw
 
 def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Images float32[n, 1, 8, 8] in [0, 1] and labels int64[n], for training and then for testing."""
+    from sklearn.datasets import load_digits  # slow to import, and only workers need it
+
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
     labels = torch.from_numpy(digits.target).long()

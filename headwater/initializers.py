@@ -30,6 +30,7 @@ CONSTANT, UNIFORM, NORMAL, TRUNCATED = range(4)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _BELOW_2, _WITHIN_2 = 0.022750131948179212, 0.9544997361036416
+_ROOT_2, _LN_2 = 1.4142135623730951, 0.6931471805599453
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -175,17 +176,15 @@ def _uniforms(seed: int, ids: NDArray[np.int64], dim: int) -> Doubles:
 
 
 def _negative_log(p: Doubles) -> Doubles:
-    """−ln p for 0 < p < 1: 2 artanh((m − 1) / (m + 1)) of the mantissa m in [√½, √2), seven terms."""
+    """−ln p for 0 < p < 1: ln √2 + 2 artanh((m − √2) / (m + √2)) of the mantissa m in [1, 2), seven terms."""
     mantissa, exponent = np.frexp(p)
-    small = mantissa < 0.7071067811865476
-    mantissa = np.where(small, mantissa * 2.0, mantissa)
-    power = exponent.astype(np.float64) - np.where(small, 1.0, 0.0)
-    s = (mantissa - 1.0) / (mantissa + 1.0)
+    mantissa, power = mantissa * 2.0, exponent - 1.0
+    s = (mantissa - _ROOT_2) / (mantissa + _ROOT_2)
     t = s * s
     series = np.full_like(t, 1.0 / 13.0)
     for odd in (11.0, 9.0, 7.0, 5.0, 3.0, 1.0):
         series = 1.0 / odd + t * series
-    result: Doubles = -(power * 0.6931471805599453 + 2.0 * s * series)
+    result: Doubles = -((power + 0.5) * _LN_2 + 2.0 * s * series)
     return result
 
 
@@ -198,7 +197,7 @@ def _quantile(p: Doubles) -> Doubles:
         * (3.3871327179 + r * (50.434271938 + r * (159.29113202 + r * 59.109374720)))
         / (1.0 + r * (17.895169469 + r * (78.757757664 + r * 67.187563600)))
     )
-    r = np.sqrt(_negative_log(np.where(q < 0.0, p, 1.0 - p))) - 1.6
+    r = np.sqrt(_negative_log(0.5 - np.abs(q))) - 1.6
     tail = (1.4234372777 + r * (2.7568153900 + r * (1.3067284816 + r * 0.17023821103))) / (
         1.0 + r * (0.73700164250 + r * 0.12021132975)
     )

@@ -300,15 +300,17 @@ class Sequencer:
         return self._waiting > 0 and self._waiting == self._present
 
     def _release_meeting(self) -> None:
-        """All wait, nobody is active: end a barrier or sum that all are in, or let the rest resume."""
+        """All wait, nobody is active: end a barrier or sum that all are in, or let the rest resume.
+
+        Clocks say who leads whom, so after a meeting all begin at 0.
+        """
         workers = self._workers()
         kinds = {seat.held.kind for seat in workers if seat.held is not None}
         if kinds == {"barrier"} or kinds == {"sum"}:
-            clock = max(seat.clock for seat in workers)
             self._write(Met(self._next(), _tickets(workers)))
             for seat in workers:
                 self._done(seat)
-            self._count_in(workers, clock)
+            self._count_in(workers, 0)
         elif resuming := [seat for seat in workers if _waits_in(seat, "step")]:
             self._activate(resuming)
             for seat in resuming:

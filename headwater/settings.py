@@ -9,6 +9,7 @@ Invariants:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import numbers
 import types
@@ -55,32 +56,30 @@ class Settings:
     def flat(self) -> dict[str, Scalar | Settings]:
         """Every setting under the name it travels by."""
         flat: dict[str, Scalar | Settings] = {}
-        for field in field_types(type(self)):
+        for field, hint in field_types(type(self)).items():
             value = getattr(self, field)
-            elements = value if isinstance(value, tuple) else ()
             flat.update(
-                zip(_element_names(field, len(elements)), elements, strict=True)
-                if elements
-                else {field: value}
+                zip(_flat_names(field, hint), value if isinstance(value, tuple) else [value], strict=True)
             )
         return flat
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, object]) -> Self:
-        """The object whose `flat` this is (or with a tuple whole); what is left out has its default.
+        """The object whose `flat` this is; what is left out has its default.
 
         Raises:
             ConfigurationError: an unknown, missing or ill-typed setting.
         """
-        arguments = dict(flat)
-        for field, hint in field_types(cls).items():
-            names = _element_names(field, _tuple_length(hint))
-            if names and any(name in arguments for name in names):
-                arguments[field] = tuple(arguments.pop(name, None) for name in names)
-        refuse_unknown(f"{cls.__name__} has no setting", arguments, field_types(cls))
-        missing = [name for name in _required(cls) if name not in arguments]
-        if missing:
-            raise ConfigurationError(f"{cls.__name__} needs {', '.join(missing)}: it has no default")
+        names = {field: _flat_names(field, hint) for field, hint in field_types(cls).items()}
+        refuse_unknown(f"{cls.__name__} has no setting", flat, itertools.chain(*names.values()))
+        arguments: dict[str, object] = {}
+        for field, parts in names.items():
+            missing = [part for part in parts if part not in flat]
+            if not missing:
+                values = tuple(flat[part] for part in parts)
+                arguments[field] = values[0] if parts == [field] else values
+            elif len(missing) < len(parts) or field in _required(cls):
+                raise ConfigurationError(f"{cls.__name__} needs {', '.join(missing)} too")
         return cls(**arguments)
 
 
@@ -129,8 +128,8 @@ def _tuple_length(hint: Any) -> int:
     return len(typing.get_args(hint)) if typing.get_origin(hint) is tuple else 0
 
 
-def _element_names(field: str, length: int) -> list[str]:
-    return [f"{field.removesuffix('s')}{i + 1}" for i in range(length)]
+def _flat_names(field: str, hint: Any) -> list[str]:
+    return [f"{field.removesuffix('s')}{i + 1}" for i in range(_tuple_length(hint))] or [field]
 
 
 def _converted(owner: Settings, field: str, hint: Any, value: object) -> object:

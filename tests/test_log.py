@@ -156,6 +156,24 @@ def test_a_reader_gets_one_version_and_disturbs_nobody(mode, workers, count, pri
 
 @few
 @given(modes, servers, st.booleans(), seeds)
+def test_an_empty_turn_reads_what_the_others_pushed_meanwhile(mode, count, private, seed):
+    def program(me):
+        yield me.register()
+        yield me.register(model_spec("second", {"x": (5,)}))
+        if me.rank == 0:
+            for model in (0, 1):
+                me.push(5, model=model)
+                yield me.step()
+        yield me.barrier()
+        yield me.step()
+        return [me.read(0), me.read(1)]
+
+    cluster = Cluster(mode, workers=2, servers=count, seed=seed, private=private)
+    assert cluster.run(*[program] * 2) == [[5, 5]] * 2
+
+
+@few
+@given(modes, servers, st.booleans(), seeds)
 def test_an_assignment_is_a_version_of_its_own_and_keeps_the_rest(mode, count, private, seed):
     def program(me):
         yield me.register(value=7)
@@ -613,7 +631,7 @@ def visiting(me):
     yield me.leave()
 
 
-@settings(some, max_examples=60)
+@settings(some, max_examples=40)
 @given(
     modes,
     servers,
@@ -714,7 +732,7 @@ def chaos(seed):
     return program
 
 
-@settings(some, max_examples=60)
+@settings(some, max_examples=40)
 @given(modes, servers, st.booleans(), seeds, st.lists(st.sampled_from(["kill", "join"]), max_size=3))
 def test_whatever_workers_do_nobody_waits_for_ever_and_servers_agree(mode, count, private, seed, events):
     cluster = Cluster(mode, workers=3, servers=count, seed=seed, private=private)

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 
-from headwater.bench.figures import Effort, Figure, rounds_per_second
+from headwater.bench.figures import Effort, Figure, complain, rounds_per_second
 from headwater.bench.plain import (
     make_meeting,
     make_socket_copy,
     new_meeting_name,
     peers,
-    shared_file,
     shared_vectors,
 )
 from headwater.bench.turns import Times, take_turns
+from headwater.kernels import dense
 from headwater.layout import Layout
 from headwater.messages import TensorSpec
 from headwater.nodes.worker import Worker
@@ -31,12 +32,11 @@ _SERVERS = 2
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What both workers are told. `file`: five vectors shared by them; `peers`: of a plain socket copy."""
+    """What both workers are told. `peers`: for a plain socket copy, without them memory is the limit."""
 
     effort: Effort
     elements: int
     meeting: str
-    file: str
     peers: tuple[str, ...] = ()
 
 
@@ -46,15 +46,15 @@ def measure_dense(effort: Effort) -> list[Figure]:
 
 
 def _windows(sync: str, effort: Effort) -> list[Figure]:
-    elements = _elements(effort)
-    with shared_file(5 * 4 * elements) as file:
-        times = _run(sync, "unix", _Plan(effort, elements, new_meeting_name(), file))
-    name = f"dense, {sync}, windows"
-    bare, target = ("bare fused loop", 1.15) if sync == "sync" else ("bare update and write-back", 1.2)
+    plan = _Plan(effort, _elements(effort), new_meeting_name())
+    times = _run(sync, "unix", plan)
+    target = 1.15 if sync == "sync" else 1.2
+    placed, pushed = f"dense, {sync}, windows, gradients in place", f"dense, {sync}, windows, arrays pushed"
     return [
-        rounds_per_second(f"{name}, gradients in place", times["ready"], bare, times["bare"], target),
-        rounds_per_second(f"{name}, gradients in place", times["ready"], "copy of the model", times["copy"]),
-        rounds_per_second(f"{name}, arrays pushed", times["pushed"], bare, times["bare"]),
+        rounds_per_second(placed, times["placed"], "bare kernel", times["kernel"], target),
+        rounds_per_second(placed, times["placed"], "plain loop", times["loop"]),
+        rounds_per_second(placed, times["placed"], "copy of the model", times["copy"]),
+        rounds_per_second(pushed, times["pushed"], "bare kernel", times["kernel"]),
     ]
 
 
@@ -62,16 +62,16 @@ def _sockets(effort: Effort) -> list[Figure]:
     elements = _elements(effort)
     with peers("tcp", _SERVERS, 4 * elements // _SERVERS) as addresses:
         places = tuple(address for address, _ in addresses)
-        times = _run("sync", "tcp", _Plan(effort, elements, new_meeting_name(), "", places))
-    socket, ready = median(times["socket"]), median(times["ready"])
+        times = _run("sync", "tcp", _Plan(effort, elements, new_meeting_name(), places))
+    socket, placed = median(times["socket"]), median(times["placed"])
     return [
         Figure(
             case="dense, sync, loopback TCP",
-            figure=1 / ready,
+            figure=1 / placed,
             unit="rounds/s",
             limit_name="plain socket copy",
             limit=1 / socket,
-            ratio=socket / ready,
+            ratio=socket / placed,
             target=0.8,
             at_most=False,
         )
@@ -85,7 +85,7 @@ def _elements(effort: Effort) -> int:
 
 def _run(sync: str, transport: str, plan: _Plan) -> Times:
     train = functools.partial(_train, plan)
-    result = run(train, workers=_WORKERS, servers=_SERVERS, sync=sync, transport=transport)
+    result = run(train, workers=_WORKERS, servers=_SERVERS, sync=sync, transport=transport, output=complain)
     times: Times = result.values[0]
     return times
 
@@ -100,7 +100,7 @@ def _train(plan: _Plan, worker: Worker) -> Times:
     worker.step()
     meet = make_meeting(plan.meeting, worker.rank, worker.barrier)
 
-    def ready() -> None:
+    def placed() -> None:
         for name in model.gradients:
             model.carry(name)
         worker.step()
@@ -109,21 +109,22 @@ def _train(plan: _Plan, worker: Worker) -> Times:
         model.push(gradients)
         worker.step()
 
-    cases: dict[str, Callable[[], object]] = {"ready": ready}
-    if plan.file:
-        cases |= {"pushed": pushed, **_bare_loops(plan, worker, meet)}
+    cases: dict[str, Callable[[], object]] = {"placed": placed}
+    if not plan.peers:
+        cases |= {"pushed": pushed, **_bare(plan, worker, meet)}
     else:
         cases["socket"] = make_socket_copy(list(plan.peers), 4 * plan.elements // _SERVERS)
     return take_turns(cases, repeats=plan.effort.repeats, rounds=plan.effort.rounds, meet=meet)
 
 
-def _bare_loops(plan: _Plan, worker: Worker, meet: Callable[[], None]) -> dict[str, Callable[[], object]]:
-    """What the servers do, done here by each worker for one half of the vector."""
-    half = slice(worker.rank * plan.elements // _WORKERS, (worker.rank + 1) * plan.elements // _WORKERS)
-    a, b, values, first, second = (vector[half] for vector in shared_vectors(plan.file, 5, plan.elements))
+def _bare(plan: _Plan, worker: Worker, meet: Callable[[], None]) -> dict[str, Callable[[], object]]:
+    """What a server does in a round, done here by each worker for one half of the vector."""
     from headwater.bench.loops import fused, update  # numba takes half a second
 
-    lr = np.float32(0.01)
+    half, lr = plan.elements // _WORKERS, np.float32(0.01)
+    a, b, first, second = shared_vectors(4, half)
+    values, rule = np.ones(half, np.float32), SGD(lr=0.01)
+    kernel, scalars = dense(rule), rule.scalars(0, 1)
 
     def both_at_once() -> None:
         fused(a, b, values, first, second, lr)
@@ -134,8 +135,23 @@ def _bare_loops(plan: _Plan, worker: Worker, meet: Callable[[], None]) -> dict[s
         update(b, values, second, lr)
         meet()
 
+    def kernel_at_once() -> None:
+        kernel(_addresses(a, b), 2.0, values, (), scalars, _addresses(first, second))
+        meet()
+
+    def kernel_one_by_one() -> None:
+        kernel(_addresses(a), 1.0, values, (), scalars, _addresses(first))
+        kernel(_addresses(b), 1.0, values, (), scalars, _addresses(second))
+        meet()
+
     def copy() -> None:
         np.copyto(values, a)
         meet()
 
-    return {"bare": both_at_once if worker.sync == "sync" else one_by_one, "copy": copy}
+    if worker.sync == "sync":
+        return {"kernel": kernel_at_once, "loop": both_at_once, "copy": copy}
+    return {"kernel": kernel_one_by_one, "loop": one_by_one, "copy": copy}
+
+
+def _addresses(*vectors: NDArray[np.float32]) -> NDArray[np.int64]:
+    return np.array([vector.ctypes.data for vector in vectors], dtype=np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -68,6 +69,11 @@ def rounds_per_second(
     """From seconds a round; the ratio is of times and `target` its most."""
     figure, best = median(seconds), median(limit)
     return Figure(case, 1 / figure, "rounds/s", limit_name, 1 / best, figure / best, target)
+
+
+def complain(line: str) -> None:
+    """Take what a node prints: standard output is the report's."""
+    print(line, file=sys.stderr)
 
 
 def machine() -> dict[str, str]:

@@ -41,10 +41,10 @@ def _update(rule: Rule, elements: int) -> Callable[[], None]:
     """One update of values and states by one gradient, all of it touched before."""
     values, gradient = (np.full(elements, 0.5, dtype=np.float32) for _ in range(2))
     states = tuple(np.full(elements, 0.5, dtype=np.float32) for _ in rule.states())
-    gradients = np.array([gradient.ctypes.data], dtype=np.int64)
     kernel, scalars = dense(rule), rule.scalars(0, 1)
 
-    def update(_owner: object = gradient) -> None:
+    def update() -> None:
+        gradients = np.array([gradient.ctypes.data], dtype=np.int64)
         kernel(gradients, 1.0, values, states, scalars, _NOBODY)
 
     return update

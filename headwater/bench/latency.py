@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 
 from headwater.bench import peer
-from headwater.bench.figures import Effort, Figure
+from headwater.bench.figures import Effort, Figure, complain
 from headwater.bench.plain import connect_peer, peers
 from headwater.cluster import Cluster
 from headwater.nodes.worker import Worker
@@ -37,7 +37,7 @@ def measure_latency(effort: Effort) -> list[Figure]:
 def _measure(pinning: str, cores: tuple[int, int], effort: Effort) -> list[Figure]:
     with (
         peers("unix", 1, 4 * _ELEMENTS) as [(echo, echo_pid)],
-        Cluster(workers=1, servers=1, sync="async", engine="local") as cluster,
+        Cluster(workers=1, servers=1, sync="async", engine="local", output=complain) as cluster,
     ):
         cluster.parameters()  # returns when the server is up
         pids = [node.pid for node in cluster.statistics().nodes if node.role == "server"]

@@ -1,4 +1,4 @@
-"""Plain loops over float32 vectors: what the servers' passes are held against; imports numba."""
+"""Plain loops over float32 vectors, beside which the generated kernels are shown; imports numba."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.bench.figures import Effort, Figure
+from headwater.bench.figures import Effort, Figure, complain
 from headwater.cluster import Cluster
 from headwater.nodes.worker import Worker
 from headwater.rules import Adam
@@ -23,7 +23,7 @@ _SERVERS = 2
 
 def measure_memory(effort: Effort) -> list[Figure]:
     """Growth in MB of one server of two, and of a worker, with Adam."""
-    with Cluster(workers=1, servers=_SERVERS, engine="local") as cluster:
+    with Cluster(workers=1, servers=_SERVERS, engine="local", output=complain) as cluster:
         cluster.parameters()  # returns when the servers are up
         pids = [node.pid for node in cluster.statistics().nodes if node.role == "server"]
         cluster.start_worker(0, functools.partial(_train, effort, pids[0]))

@@ -1,7 +1,4 @@
-"""The limits: shared memory and sockets without any protocol, between processes of the same number.
-
-Everything that two processes share lies in one anonymous file, which they open through /proc.
-"""
+"""The limits: memory and sockets without any protocol, in as many processes."""
 
 from __future__ import annotations
 
@@ -25,21 +22,14 @@ from headwater.bench import peer
 Array = NDArray[np.float32]
 
 
-@contextmanager
-def shared_file(size: int) -> Iterator[str]:
-    """The path of `size` bytes of memory that other processes of this user can map, while the block runs."""
+def shared_vectors(count: int, elements: int) -> list[Array]:
+    """`count` vectors of float32[elements] in such memory as windows are; mapped while any of them lives."""
     descriptor = os.memfd_create("headwater-bench")
     try:
-        os.posix_fallocate(descriptor, 0, size)
-        yield f"/proc/{os.getpid()}/fd/{descriptor}"
+        os.posix_fallocate(descriptor, 0, 4 * count * elements)
+        memory = mmap.mmap(descriptor, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
     finally:
         os.close(descriptor)
-
-
-def shared_vectors(path: str, count: int, elements: int) -> list[Array]:
-    """`count` vectors of float32[elements] in a shared file, populated; mapped while any of them lives."""
-    with open(path, "r+b") as file:
-        memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
     flat = np.frombuffer(memory, dtype=np.float32)
     return [flat[i * elements : (i + 1) * elements] for i in range(count)]
 

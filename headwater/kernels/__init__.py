@@ -8,5 +8,4 @@ from __future__ import annotations
 from headwater.kernels.fused import Update, dense
 from headwater.kernels.moves import copy_out, finite, stage
 
-
 __all__ = ["Update", "copy_out", "dense", "finite", "stage"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -25,7 +26,6 @@ from types import ModuleType
 
 from headwater.errors import ConfigurationError, EnvironmentFailure
 
-
 _loaded: dict[str, ModuleType] = {}
 """By name. The lock of `_only_one_process` keeps threads apart too, as each opens the file anew."""
 
@@ -36,7 +36,7 @@ def load(text: str) -> ModuleType:
     Blocks while another process compiles the same module.
 
     Raises:
-        ConfigurationError: the cache directory is not this user's alone.
+        ConfigurationError: the cache directory is not this user's alone, or the text cannot be compiled.
         EnvironmentFailure: the cache cannot be written.
     """
     digest = _digest(text)
@@ -68,10 +68,10 @@ def _digest(text: str) -> str:
 def _cache_directory() -> Path:
     """`$XDG_CACHE_HOME/headwater/kernels`, or one in the temporary directory where that cannot be written."""
     configured = os.environ.get("XDG_CACHE_HOME", "")
-    home = Path(configured) if os.path.isabs(configured) else Path("~/.cache").expanduser()
     try:
+        home = Path(configured) if os.path.isabs(configured) else Path("~/.cache").expanduser()
         return _private(home / "headwater" / "kernels")
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
         return _private(Path(tempfile.gettempdir()) / f"headwater-kernels-{os.getuid()}")
 
 
@@ -123,7 +123,9 @@ def _imported(name: str, path: Path) -> ModuleType:
     sys.modules[name] = module  # before it runs: numba stores and finds its functions by the module's name
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, importlib.import_module("numba.core.errors").NumbaError):
+            raise ConfigurationError(f"{path} cannot be compiled: {error}") from error
         raise
     return module

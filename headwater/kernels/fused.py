@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.kernels.cache import load
-from headwater.kernels.source import float32_source
+from headwater.kernels.source import float32_source, generated_name
 from headwater.rules import Rule
 
 
@@ -86,7 +86,7 @@ def _module_text(rule: Rule) -> str:
     stores = [f"store({name}, i, new{k}, {FIRST_STATE + k})" for k, name in enumerate(state_names)]
     return TEMPLATE.format(
         function=float32_source(function, states, scalars),
-        name=function.__name__,
+        name=generated_name(function),
         results=", ".join(["value", *new_names]),
         arguments=", ".join(["load(values, i, VALUES)", "gradient / divisor", *loads, *scalar_names]),
         stores="\n        ".join(["store(values, i, value, VALUES)", *stores]),

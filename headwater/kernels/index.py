@@ -3,7 +3,7 @@
 Invariants:
 - Any int64 is a legal id.
 - Growth rehashes one slot and adds pages to it; no page is ever given back or left unused, so memory is
-  16 bytes for an entry at a load between 0.56 (right after growth) and 0.7.
+  16 bytes for an entry at a load between 0.53 (right after growth) and 0.75, once slots have 5 pages.
 - Layout and row numbers depend on the order of claims and removals within a slot and on nothing else
   that differs between numbers of servers.
 """
@@ -33,6 +33,8 @@ _NEXT_ROW, _FREE, _NEXT_PAGE, _ROWS, _REFUSED, _FRESH, _WANTED = range(7)
 _BUCKETS, _WAYS = 16, 8
 _MOST_ROWS = 2**31 - 2
 _PAGES_A_CHUNK_SHIFT = 15
+
+_NONE = np.empty(0, dtype=np.int32)
 
 
 class Claim(NamedTuple):
@@ -120,18 +122,23 @@ class Index:
         """
         if self.high_water + len(ids) > _MOST_ROWS:
             raise EnvironmentFailure(f"a server holds at most {_MOST_ROWS} rows of a table: use more servers")
-        rows, counts, fresh = (np.empty(len(ids), dtype=np.int32) for _ in range(3))
-        counters = self._counters
+        rows, counts = np.empty(len(ids), dtype=np.int32), np.empty(len(ids), dtype=np.int32)
+        known = _loops().count(
+            ids, self._first, self._pages, self._directory, self._chunks, rows, counts
+        )  # fmt: skip
+        absent = np.flatnonzero(rows < 0).astype(np.int32) if known < len(ids) else _NONE
+        fresh, counters = np.empty_like(absent), self._counters
         counters[[_FRESH, _REFUSED]] = 0
         done = 0
-        while True:
+        while done < len(absent):
             done = _loops().claim(
-                ids, done, self._first, self._pages, self._used, self._directory, self._chunks, counters,
-                self._free, self._needed, self._pending_ids, self._pending_counts, rows, counts, fresh,
+                ids, absent, done, self._first, self._pages, self._used, self._directory, self._chunks,
+                counters, self._free, self._needed, self._pending_ids, self._pending_counts, rows, counts,
+                fresh,
             )  # fmt: skip
-            if done == len(ids):
-                return Claim(rows, counts, fresh[: counters[_FRESH]], int(counters[_REFUSED]))
-            self._make_room(int(counters[_WANTED]))
+            if done < len(absent):
+                self._make_room(int(counters[_WANTED]))
+        return Claim(rows, counts, fresh[: counters[_FRESH]], int(counters[_REFUSED]))
 
     def _make_room(self, pages: int) -> None:
         """So that one slot can have `pages` pages."""

@@ -3,11 +3,12 @@
 """The loops of the id index; compiled from this text by `headwater.kernels.index`, never imported.
 
 Invariants:
-- A virtual slot's table is open addressing with linear probing over `pages[slot]` pages of `ENTRIES`
-  entries; page k of the slot is number `directory[slot, k]`.
-- An entry is int64 id, int32 row, int32 count; row −1 marks it empty. Between an id's home and its entry
-  none is empty, so a removal moves the entries after it back and leaves no mark.
-- Ids are hashed a group at a time and their first lines asked for, before the first is probed.
+- A virtual slot's table is a row of cache lines, `LINES` in each of its `pages[slot]` pages; page k of the
+  slot is number `directory[slot, k]`.
+- A line has `WIDTH` entries: int64 ids, then int32 rows, then int32 counts; row −1 marks an entry empty.
+- All lines from an id's home to the one before its own are full, so a search ends at a line that is not, and
+  a removal fills the gap that it leaves in a full line.
+- Ids are hashed a group at a time and their home lines asked for, before the first is searched.
 """
 
 import numpy as np
@@ -23,23 +24,27 @@ from headwater.kernels.memory import (
 )
 from headwater.kernels.primitives import inner, outer
 
-ENTRIES_SHIFT = 5
-ENTRIES = 1 << ENTRIES_SHIFT
-ENTRY = 16
-PAGE = ENTRIES * ENTRY
+WIDTH = 4
+LINE = 64
+LINES_SHIFT = 3
+LINES = 1 << LINES_SHIFT
+PAGE = LINE * LINES
 PAGE_SHIFT = 15
+ROWS_HERE, COUNTS = 8, 12
 SLOTS = 4096
-GROUP = 16
+GROUP = 64
+AHEAD = 16
+MOST_COUNT = 2**31 - 1
 
 NEXT_ROW, FREE, NEXT_PAGE, ROWS, REFUSED, FRESH, WANTED = range(7)
-WAYS = 8
 BUCKETS = 16
+PLACES = 8
 
 
 @inner
-def home_of(hashed, capacity):
-    """First position to look at: the upper half of the hash, scaled to the capacity."""
-    return np.int64(((hashed >> np.uint64(32)) * np.uint64(capacity)) >> np.uint64(32))
+def home_of(hashed, lines):
+    """Where a search begins: the upper half of the hash, scaled to the number of lines."""
+    return np.int64(((hashed >> np.uint64(32)) * np.uint64(lines)) >> np.uint64(32))
 
 
 @inner
@@ -48,36 +53,121 @@ def slot_of(hashed, first):
 
 
 @inner
-def entry_at(position, slot, directory, chunks):
-    page = np.int64(directory[slot, position >> ENTRIES_SHIFT])
-    return place_of(page, chunks, PAGE_SHIFT, PAGE) + (position & (ENTRIES - 1)) * ENTRY
+def lines_of(slot, pages):
+    return np.int64(pages[np.uint64(slot)]) << LINES_SHIFT
 
 
 @inner
-def probe(wanted, hashed, slot, pages, directory, chunks):
-    """Position and address of the id's entry, or of the empty entry where it would go."""
-    capacity = np.int64(pages[slot]) * ENTRIES
-    position = home_of(hashed, capacity)
-    address = entry_at(position, slot, directory, chunks)
-    while read_int(address, 2) >= 0 and read_long(address, 0) != wanted:
-        position += 1
-        address += ENTRY
-        if position & (ENTRIES - 1) == 0:
-            position = position if position < capacity else 0
-            address = entry_at(position, slot, directory, chunks)
-    return position, address
+def line_at(position, slot, directory, chunks):
+    """Address of the slot's line at `position`."""
+    page = np.int64(directory[np.uint64(slot), np.uint64(position >> LINES_SHIFT)])
+    return place_of(page, chunks, PAGE_SHIFT, PAGE) + (position & (LINES - 1)) * LINE
 
 
 @inner
-def ask_for(ids, start, stop, first, pages, directory, chunks, hashes):
-    """Hash ids [start, stop) into `hashes` and prefetch where each is looked for first."""
-    for i in range(start, stop):
-        hashes[i - start] = mix(np.uint64(ids[i]))
-    for i in range(start, stop):
-        hashed = hashes[i - start]
-        slot = slot_of(hashed, first)
-        position = home_of(hashed, np.int64(pages[slot]) * ENTRIES)
-        prefetch(entry_at(position, slot, directory, chunks))
+def way_of(line, wanted):
+    """Which entry of the line has the id, or −1. Without branches, which would be guessed wrong."""
+    way = -1
+    for w in range(WIDTH):
+        here = (read_long(line, w) == wanted) & (read_int(line, ROWS_HERE + w) >= 0)
+        way = w if here else way
+    return way
+
+
+@inner
+def empty_way(line):
+    """An empty entry of the line, or −1."""
+    way = -1
+    for w in range(WIDTH):
+        way = w if read_int(line, ROWS_HERE + w) < 0 else way
+    return way
+
+
+@inner
+def after(position, lines):
+    return position + 1 if position + 1 < lines else 0
+
+
+@inner
+def search(wanted, hashed, slot, pages, directory, chunks):
+    """(position, line, way) of the id's entry; way −1 and the first line with an empty one where it has none."""
+    lines = lines_of(slot, pages)
+    position = home_of(hashed, lines)
+    line = line_at(position, slot, directory, chunks)
+    way = way_of(line, wanted)
+    while way < 0 and empty_way(line) < 0:
+        position = after(position, lines)
+        line = line_at(position, slot, directory, chunks)
+        way = way_of(line, wanted)
+    return position, line, way
+
+
+@inner
+def ask_for(hashed, beyond, first, pages, directory, chunks):
+    """Address of the line where the id is searched first, or of the one after it; prefetched."""
+    slot = slot_of(hashed, first)
+    lines = lines_of(slot, pages)
+    home = home_of(hashed, lines)
+    line = line_at(after(home, lines) if beyond else home, slot, directory, chunks)
+    prefetch(line)
+    return line
+
+
+@inner
+def take(line, wanted, i, rows, counts, counting):
+    """rows[i] = the id's row in this line, or −1, and count it; whether to search on. Without branches."""
+    way, full = -1, True
+    for w in range(WIDTH):
+        lives = read_int(line, ROWS_HERE + w) >= 0
+        full = full & lives
+        way = w if lives & (read_long(line, w) == wanted) else way
+    found = way >= 0
+    row = read_int(line, ROWS_HERE + (way & (WIDTH - 1)))
+    rows[i] = row if found else np.int32(-1)
+    if counting:
+        place = COUNTS + (way & (WIDTH - 1))
+        count = read_int(line, place)
+        counts[i] = count + np.int32(found & (count < MOST_COUNT))
+        write_int(line, place, counts[i])
+    return full & (not found)
+
+
+@inner
+def look_up(ids, first, pages, directory, chunks, rows, counts, counting):
+    """Fill `rows` and, where counting, add to and fill `counts`; returns how many ids have a row.
+
+    Ids that are not in their home line, about one in twelve, are put off to a second round: waiting for
+    the line after it, or guessing whether that is needed, would cost more than all the rest.
+    """
+    lines = np.empty(GROUP, np.int64)
+    later = np.empty(len(ids) + 1, np.int32)
+    late = 0
+    for start in range(0, len(ids), GROUP):
+        stop = min(start + GROUP, len(ids))
+        for i in range(start, stop):
+            hashed = mix(np.uint64(ids[np.uint64(i)]))
+            lines[np.uint64(i - start)] = ask_for(hashed, False, first, pages, directory, chunks)
+        for i in range(start, stop):
+            place = np.uint64(i)
+            on = take(lines[np.uint64(i - start)], ids[place], place, rows, counts, counting)
+            later[np.uint64(late)] = i
+            late += on
+    for start in range(0, late, GROUP):
+        stop = min(start + GROUP, late)
+        for k in range(start, stop):
+            hashed = mix(np.uint64(ids[np.uint64(later[np.uint64(k)])]))
+            lines[np.uint64(k - start)] = ask_for(hashed, True, first, pages, directory, chunks)
+        for k in range(start, stop):
+            i = np.uint64(later[np.uint64(k)])
+            if take(lines[np.uint64(k - start)], ids[i], i, rows, counts, counting):
+                hashed = mix(np.uint64(ids[i]))
+                slot = slot_of(hashed, first)
+                position = search(ids[i], hashed, slot, pages, directory, chunks)[0]
+                take(line_at(position, slot, directory, chunks), ids[i], i, rows, counts, counting)
+    found = 0
+    for i in range(len(ids)):
+        found += rows[i] >= 0
+    return found
 
 
 @outer("int64(int64[::1], int64, int64)")
@@ -92,25 +182,21 @@ def stranger(ids, first, slots):
 @outer("int64(int64[::1], int64, int32[::1], int32[:, ::1], int64[::1], int32[::1])")
 def find(ids, first, pages, directory, chunks, rows):
     """rows[i] = the row of ids[i], or −1; returns how many there are."""
-    hashes = np.empty(GROUP, np.uint64)
-    found = 0
-    for start in range(0, len(ids), GROUP):
-        stop = min(start + GROUP, len(ids))
-        ask_for(ids, start, stop, first, pages, directory, chunks, hashes)
-        for i in range(start, stop):
-            hashed = hashes[i - start]
-            address = probe(ids[i], hashed, slot_of(hashed, first), pages, directory, chunks)[1]
-            row = read_int(address, 2)
-            rows[i] = row
-            found += row >= 0
-    return found
+    return look_up(ids, first, pages, directory, chunks, rows, rows, False)
+
+
+@outer("int64(int64[::1], int64, int32[::1], int32[:, ::1], int64[::1], int32[::1], int32[::1])")
+def count(ids, first, pages, directory, chunks, rows, counts):
+    """As `find`, and counts one update of each that has a row: counts[i], this one included."""
+    return look_up(ids, first, pages, directory, chunks, rows, counts, True)
 
 
 @inner
 def clear(page, chunks):
-    address = place_of(page, chunks, PAGE_SHIFT, PAGE)
-    for entry in range(ENTRIES):
-        write_int(address + entry * ENTRY, 2, np.int32(-1))
+    first = place_of(page, chunks, PAGE_SHIFT, PAGE)
+    for line in range(first, first + PAGE, LINE):
+        for way in range(WIDTH):
+            write_int(line, ROWS_HERE + way, np.int32(-1))
 
 
 @outer("void(int64, int64, int64[::1])")
@@ -121,33 +207,51 @@ def clear_pages(start, stop, chunks):
 
 
 @inner
+def write_entry(line, way, wanted, row, count):
+    write_long(line, way, wanted)
+    write_int(line, ROWS_HERE + way, row)
+    write_int(line, COUNTS + way, count)
+
+
+@inner
+def copy_entries(slot, pages, directory, chunks, ids, rows, counts):
+    """The slot's entries, in the order of its lines; returns how many."""
+    found = 0
+    for position in range(lines_of(slot, pages)):
+        line = line_at(position, slot, directory, chunks)
+        for way in range(WIDTH):
+            if read_int(line, ROWS_HERE + way) >= 0:
+                ids[found] = read_long(line, way)
+                rows[found] = read_int(line, ROWS_HERE + way)
+                counts[found] = read_int(line, COUNTS + way)
+                found += 1
+    return found
+
+
+@inner
 def grow(slot, pages, used, directory, chunks, counters):
-    """Give the slot a quarter more pages; False, nothing changed, where pages or directory end first."""
+    """Give the slot two fifths more pages; False, nothing changed, where pages or directory end first."""
     old = np.int64(pages[slot])
-    new = old + max(1, old // 4)
+    new = old + max(1, old * 2 // 5)
     if counters[NEXT_PAGE] + new - old > len(chunks) << PAGE_SHIFT or new > directory.shape[1]:
         counters[WANTED] = new
         return False
-    moved = np.empty((np.int64(used[slot]), 2), np.int64)
-    count = 0
-    for page in range(old):
-        address = entry_at(page * ENTRIES, slot, directory, chunks)
-        for entry in range(ENTRIES):
-            if read_int(address + entry * ENTRY, 2) >= 0:
-                moved[count, 0] = read_long(address + entry * ENTRY, 0)
-                moved[count, 1] = read_long(address + entry * ENTRY, 1)
-                count += 1
-        clear(np.int64(directory[slot, page]), chunks)
+    moved = np.empty((np.int64(used[slot]), 3), np.int64)
+    copy_entries(slot, pages, directory, chunks, moved[:, 0], moved[:, 1], moved[:, 2])
     for page in range(old, new):
         directory[slot, page] = np.int32(counters[NEXT_PAGE])
-        clear(counters[NEXT_PAGE], chunks)
         counters[NEXT_PAGE] += 1
+    for page in range(new):
+        clear(np.int64(directory[slot, page]), chunks)
     pages[slot] = np.int32(new)
-    for i in range(count):
-        hashed = mix(np.uint64(moved[i, 0]))
-        address = probe(moved[i, 0], hashed, slot, pages, directory, chunks)[1]
-        write_long(address, 0, moved[i, 0])
-        write_long(address, 1, moved[i, 1])
+    lines = lines_of(slot, pages)
+    for i in range(len(moved)):
+        position = home_of(mix(np.uint64(moved[i, 0])), lines)
+        line = line_at(position, slot, directory, chunks)
+        while empty_way(line) < 0:
+            position = after(position, lines)
+            line = line_at(position, slot, directory, chunks)
+        write_entry(line, empty_way(line), moved[i, 0], np.int32(moved[i, 1]), np.int32(moved[i, 2]))
     return True
 
 
@@ -157,21 +261,21 @@ def bucket_of(hashed, slot):
 
 
 @inner
-def way_of(wanted, bucket, pending_ids, pending_counts):
-    """Where the id is counted in its bucket, or `WAYS`."""
-    for way in range(WAYS):
-        if pending_counts[bucket, way] > 0 and pending_ids[bucket, way] == wanted:
-            return way
-    return WAYS
+def pending_place(wanted, bucket, pending_ids, pending_counts):
+    """Where the id is counted in its bucket, or `PLACES`."""
+    for place in range(PLACES):
+        if pending_counts[bucket, place] > 0 and pending_ids[bucket, place] == wanted:
+            return place
+    return PLACES
 
 
 @inner
-def drop_way(bucket, way, pending_ids, pending_counts):
+def drop_pending(bucket, place, pending_ids, pending_counts):
     """Forget one count; those behind it move up."""
-    for behind in range(way, WAYS - 1):
+    for behind in range(place, PLACES - 1):
         pending_ids[bucket, behind] = pending_ids[bucket, behind + 1]
         pending_counts[bucket, behind] = pending_counts[bucket, behind + 1]
-    pending_counts[bucket, WAYS - 1] = 0
+    pending_counts[bucket, PLACES - 1] = 0
 
 
 @inner
@@ -180,14 +284,14 @@ def admits(wanted, bucket, pending_ids, pending_counts, needed):
 
     A bucket lists its ids from the last pushed to the longest not pushed, which a new one displaces.
     """
-    way = way_of(wanted, bucket, pending_ids, pending_counts)
+    place = pending_place(wanted, bucket, pending_ids, pending_counts)
     count = np.int32(1)
-    if way < WAYS:
-        count += pending_counts[bucket, way]
+    if place < PLACES:
+        count += pending_counts[bucket, place]
         if count >= needed:
-            drop_way(bucket, way, pending_ids, pending_counts)
+            drop_pending(bucket, place, pending_ids, pending_counts)
             return True
-    for behind in range(min(way, WAYS - 1), 0, -1):
+    for behind in range(min(place, PLACES - 1), 0, -1):
         pending_ids[bucket, behind] = pending_ids[bucket, behind - 1]
         pending_counts[bucket, behind] = pending_counts[bucket, behind - 1]
     pending_ids[bucket, 0] = wanted
@@ -196,11 +300,12 @@ def admits(wanted, bucket, pending_ids, pending_counts, needed):
 
 
 @outer(
-    "int64(int64[::1], int64, int64, int32[::1], int32[::1], int32[:, ::1], int64[::1], int64[::1], "
+    "int64(int64[::1], int32[::1], int64, int64, int32[::1], int32[::1], int32[:, ::1], int64[::1], int64[::1], "
     "int32[::1], int64, int64[:, ::1], int32[:, ::1], int32[::1], int32[::1], int32[::1])"
 )
 def claim(
     ids,
+    absent,
     begin,
     first,
     pages,
@@ -216,68 +321,71 @@ def claim(
     counts,
     fresh,
 ):
-    """Find or make the entries of ids from `begin` on, and count an update of each.
+    """Make entries with a count of 1 for ids[i], i in `absent` from `begin` on, where they are admitted.
 
-    rows[i]: its row, −1 where admission refuses it; counts[i]: its updates, this one included; the
-    positions of new rows are appended to `fresh`. Returns where it stopped for want of pages, or the end.
+    rows[i]: the new row, −1 where refused; the positions of new ones are appended to `fresh`. Returns where in
+    `absent` it stopped for want of pages, or its end.
     """
-    hashes = np.empty(GROUP, np.uint64)
-    for start in range(begin, len(ids), GROUP):
-        stop = min(start + GROUP, len(ids))
-        ask_for(ids, start, stop, first, pages, directory, chunks, hashes)
-        for i in range(start, stop):
-            hashed = hashes[i - start]
-            slot = slot_of(hashed, first)
-            address = probe(ids[i], hashed, slot, pages, directory, chunks)[1]
-            row = read_int(address, 2)
-            if row < 0:
-                if np.int64(used[slot]) * 10 >= np.int64(pages[slot]) * (ENTRIES * 7):
-                    if not grow(slot, pages, used, directory, chunks, counters):
-                        return i
-                    address = probe(ids[i], hashed, slot, pages, directory, chunks)[1]
-                if needed > 1 and not admits(
-                    ids[i], bucket_of(hashed, slot), pending_ids, pending_counts, needed
-                ):
-                    rows[i] = -1
-                    counts[i] = 0
-                    counters[REFUSED] += 1
-                    continue
-                if counters[FREE] > 0:
-                    counters[FREE] -= 1
-                    row = free[counters[FREE]]
-                else:
-                    row = np.int32(counters[NEXT_ROW])
-                    counters[NEXT_ROW] += 1
-                write_long(address, 0, ids[i])
-                write_int(address, 2, row)
-                write_int(address, 3, np.int32(0))
-                used[slot] += 1
-                counters[ROWS] += 1
-                fresh[counters[FRESH]] = np.int32(i)
-                counters[FRESH] += 1
-            rows[i] = row
-            counts[i] = min(read_int(address, 3), np.int32(2147483646)) + 1
-            write_int(address, 3, counts[i])
-    return len(ids)
+    for k in range(begin, len(absent)):
+        i = absent[k]
+        if k + AHEAD < len(absent):
+            ask_for(mix(np.uint64(ids[absent[k + AHEAD]])), False, first, pages, directory, chunks)
+        hashed = mix(np.uint64(ids[i]))
+        slot = slot_of(hashed, first)
+        if np.int64(used[slot]) * 4 >= lines_of(slot, pages) * (WIDTH * 3):
+            if not grow(slot, pages, used, directory, chunks, counters):
+                return k
+        rows[i], counts[i] = -1, 0
+        if needed > 1:
+            bucket = bucket_of(hashed, slot)
+            if not admits(ids[i], bucket, pending_ids, pending_counts, needed):
+                counters[REFUSED] += 1
+                continue
+        if counters[FREE] > 0:
+            counters[FREE] -= 1
+            rows[i] = free[counters[FREE]]
+        else:
+            rows[i] = counters[NEXT_ROW]
+            counters[NEXT_ROW] += 1
+        counts[i] = 1
+        line = search(ids[i], hashed, slot, pages, directory, chunks)[1]
+        write_entry(line, empty_way(line), ids[i], rows[i], counts[i])
+        used[slot] += 1
+        counters[ROWS] += 1
+        fresh[counters[FRESH]] = i
+        counters[FRESH] += 1
+    return len(absent)
 
 
 @inner
-def close_gap(hole, slot, pages, directory, chunks):
-    """Empty the entry at position `hole`, moving back those after it that belong before it."""
-    capacity = np.int64(pages[slot]) * ENTRIES
+def passing_way(line, position, hole, lines):
+    """An entry of the line at `position` whose home is at or before `hole`, or −1."""
+    for w in range(WIDTH):
+        if read_int(line, ROWS_HERE + w) >= 0:
+            home = home_of(mix(np.uint64(read_long(line, w))), lines)
+            if (position - home) % lines >= (position - hole) % lines:
+                return w
+    return -1
+
+
+@inner
+def close_gap(hole, line, way, slot, pages, directory, chunks):
+    """Empty entry `way` of `line`, at position `hole`, and keep every search that went past it whole."""
+    lines = lines_of(slot, pages)
     position = hole
-    while True:
-        position = position + 1 if position + 1 < capacity else 0
-        address = entry_at(position, slot, directory, chunks)
-        if read_int(address, 2) < 0:
+    past = empty_way(line) < 0
+    while past:
+        position = after(position, lines)
+        if position == hole:
             break
-        home = home_of(mix(np.uint64(read_long(address, 0))), capacity)
-        if (position - home) % capacity >= (position - hole) % capacity:
-            target = entry_at(hole, slot, directory, chunks)
-            write_long(target, 0, read_long(address, 0))
-            write_long(target, 1, read_long(address, 1))
-            hole = position
-    write_int(entry_at(hole, slot, directory, chunks), 2, np.int32(-1))
+        other = line_at(position, slot, directory, chunks)
+        past = empty_way(other) < 0
+        mover = passing_way(other, position, hole, lines)
+        if mover >= 0:
+            count = read_int(other, COUNTS + mover)
+            write_entry(line, way, read_long(other, mover), read_int(other, ROWS_HERE + mover), count)
+            hole, line, way = position, other, mover
+    write_int(line, ROWS_HERE + way, np.int32(-1))
 
 
 @outer(
@@ -292,15 +400,14 @@ def remove(ids, first, pages, used, directory, chunks, counters, free, pending_i
         slot = slot_of(hashed, first)
         if len(pending_ids) > 0:
             bucket = bucket_of(hashed, slot)
-            way = way_of(ids[i], bucket, pending_ids, pending_counts)
-            if way < WAYS:
-                drop_way(bucket, way, pending_ids, pending_counts)
-        position, address = probe(ids[i], hashed, slot, pages, directory, chunks)
-        row = read_int(address, 2)
-        if row >= 0:
-            free[counters[FREE]] = row
+            place = pending_place(ids[i], bucket, pending_ids, pending_counts)
+            if place < PLACES:
+                drop_pending(bucket, place, pending_ids, pending_counts)
+        position, line, way = search(ids[i], hashed, slot, pages, directory, chunks)
+        if way >= 0:
+            free[counters[FREE]] = read_int(line, ROWS_HERE + way)
             counters[FREE] += 1
-            close_gap(position, slot, pages, directory, chunks)
+            close_gap(position, line, way, slot, pages, directory, chunks)
             used[slot] -= 1
             removed += 1
     counters[ROWS] -= removed
@@ -311,13 +418,7 @@ def remove(ids, first, pages, used, directory, chunks, counters, free, pending_i
 def entries(start, stop, pages, directory, chunks, ids, rows):
     """Ids and rows of the entries of slots [start, stop), one slot after the other; returns how many."""
     count = 0
+    counts = np.empty(len(rows), np.int32)
     for slot in range(start, stop):
-        for page in range(np.int64(pages[slot])):
-            address = entry_at(page * ENTRIES, slot, directory, chunks)
-            for entry in range(ENTRIES):
-                row = read_int(address + entry * ENTRY, 2)
-                if row >= 0:
-                    ids[count] = read_long(address + entry * ENTRY, 0)
-                    rows[count] = row
-                    count += 1
+        count += copy_entries(slot, pages, directory, chunks, ids[count:], rows[count:], counts[count:])
     return count

@@ -130,4 +130,4 @@ def mix(value: Any) -> Any:
 def place_of(row: Any, addresses: Any, shift: Any, row_bytes: Any) -> Any:
     """Address of a row in slabs (`headwater.shard.slabs`)."""
     chunk = row >> shift
-    return addresses[chunk] + (row - (chunk << shift)) * row_bytes
+    return addresses[np.uint64(chunk)] + (row - (chunk << shift)) * row_bytes

@@ -39,6 +39,9 @@ anyway, and memory need not be read before it is overwritten. Smaller ones are r
 WINDOWS, VALUES, LANES = 0, 1, 32
 """Lanes: gradients, sums and answers; a model's values; from 2 on one for each state."""
 
+_intrinsic: Callable[..., Any] = intrinsic(prefer_literal=True)
+"""For operations of which an argument, the lane, must be a constant."""
+
 _FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _FLOATS = ir.VectorType(_FLOAT, LINE)
 
@@ -60,7 +63,7 @@ def _in_lane(builder: Any, instruction: Any, lane: Any) -> Any:
     return instruction
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def load(typing_context: Any, address: Any, index: Any, lane: Any) -> Any:
     """The float32 number `index` from `address`; `lane` is a constant."""
 
@@ -70,7 +73,7 @@ def load(typing_context: Any, address: Any, index: Any, lane: Any) -> Any:
     return types.float32(types.int64, types.int64, lane), generate
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic
 def store(typing_context: Any, address: Any, index: Any, value: Any, lane: Any) -> Any:
     """Set the float32 number `index` from `address` to `value`, rounded; `lane` is a constant."""
 

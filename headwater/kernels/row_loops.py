@@ -99,6 +99,7 @@ def ages(rows, addresses, shift, now, out):
 # ── initial values: see headwater.initializers for the formulas ─────────────────────────────────
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+ROOT_2, LN_2 = 1.4142135623730951, 0.6931471805599453
 CONSTANT, UNIFORM, NORMAL, TRUNCATED = range(4)
 BELOW_2, WITHIN_2 = 0.022750131948179212, 0.9544997361036416
 
@@ -113,22 +114,19 @@ def uniform_of(key, column):
 def negative_log(p):
     """−ln p for 0 < p < 1."""
     bits = bits_of(p)
-    exponent = (bits >> 52) - 1022
-    mantissa = float_of((bits & 0xFFFFFFFFFFFFF) | 0x3FE0000000000000)
-    small = mantissa < 0.7071067811865476
-    mantissa = mantissa * 2.0 if small else mantissa
-    power = float(exponent) - (1.0 if small else 0.0)
-    s = (mantissa - 1.0) / (mantissa + 1.0)
+    power = float((bits >> 52) - 1023)
+    mantissa = float_of((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000)
+    s = (mantissa - ROOT_2) / (mantissa + ROOT_2)
     t = s * s
-    series = 1.0 + t * (
-        1.0 / 3.0 + t * (1.0 / 5.0 + t * (1.0 / 7.0 + t * (1.0 / 9.0 + t * (1.0 / 11.0 + t * (1.0 / 13.0)))))
-    )
-    return -(power * 0.6931471805599453 + 2.0 * s * series)
+    series = 1.0 / 11.0 + t * (1.0 / 13.0)
+    series = 1.0 / 7.0 + t * (1.0 / 9.0 + t * series)
+    series = 1.0 + t * (1.0 / 3.0 + t * (1.0 / 5.0 + t * series))
+    return -((power + 0.5) * LN_2 + 2.0 * s * series)
 
 
 @inner
 def quantile(p):
-    """Inverse of the normal distribution function (Wichura 1988, AS 241, PPND7)."""
+    """Both branches of AS 241, blended: a loop of it is vectorised, which a choice would prevent."""
     q = p - 0.5
     r = 0.180625 - q * q
     central = (
@@ -136,12 +134,12 @@ def quantile(p):
         * (3.3871327179 + r * (50.434271938 + r * (159.29113202 + r * 59.109374720)))
         / (1.0 + r * (17.895169469 + r * (78.757757664 + r * 67.187563600)))
     )
-    r = math.sqrt(negative_log(p if q < 0.0 else 1.0 - p)) - 1.6
+    r = math.sqrt(negative_log(0.5 - abs(q))) - 1.6
     tail = (1.4234372777 + r * (2.7568153900 + r * (1.3067284816 + r * 0.17023821103))) / (
         1.0 + r * (0.73700164250 + r * 0.12021132975)
     )
-    tail = -tail if q < 0.0 else tail
-    return central if abs(q) <= 0.425 else tail
+    inside = float(np.int64(abs(q) <= 0.425))
+    return inside * central + (1.0 - inside) * (1.0 - 2.0 * float(np.int64(q < 0.0))) * tail
 
 
 @inner

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from headwater.initializers import Initializer
 from headwater.kernels.cache import load
 from headwater.kernels.slabs import Slabs
-from headwater.kernels.source import float32_source
+from headwater.kernels.source import float32_source, generated_name
 from headwater.rules import Rule
 
 Array = NDArray[np.float32]
@@ -99,7 +99,7 @@ def row_source(rule: Rule) -> str:
     targets = [f"new{k}" for k in places]
     writes = ["write0(place0, j, new0)", *(f"write{1 + k}(place{k}, j, new{k})" for k in places[1:])]
     loop = (ROWWISE if rule.rows_only else EACH).format(
-        name=function.__name__,
+        name=generated_name(function),
         arguments=", ".join([*arguments, *(f"scalar{k}" for k in range(scalars))]),
         targets=", ".join(targets),
         writes="\n".join(" " * 12 + write for write in writes),

@@ -31,13 +31,14 @@ STATEMENTS = (
 EXPRESSIONS = (ast.Name, ast.Constant, ast.Tuple, ast.Call, ast.Attribute, ast.IfExp, ast.BinOp, ast.UnaryOp)
 COMPARISONS = (ast.Compare, ast.BoolOp, ast.And, ast.Or, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq)
 OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.USub, ast.UAdd, ast.Not, ast.Load, ast.Store)
+VOCABULARY = "+ - * /, math.sqrt, abs, comparisons and if"
 ALLOWED = STATEMENTS + EXPRESSIONS + COMPARISONS + OPERATORS
 
 
 def float32_source(function: Callable[..., Any], states: int, scalars: int) -> str:
     """Definitions of `function` and of the functions that it calls, callees first, each under `@inner`.
 
-    The text needs the names `inner`, `float32` and `math`.
+    They are named as `generated_name` says. The text needs the names `inner`, `float32` and `math`.
 
     Args:
         function: takes value, gradient, `states` states and `scalars` scalars; returns the value, or a
@@ -46,28 +47,35 @@ def float32_source(function: Callable[..., Any], states: int, scalars: int) -> s
     Raises:
         ConfigurationError: it is not such a function, or says what no rule may.
     """
-    definitions: dict[FunctionType, ast.FunctionDef] = {}
-    _collect(function, definitions)
-    assert isinstance(function, FunctionType)
+    definitions: dict[Callable[..., Any], ast.FunctionDef] = {}
+    _collect(function, definitions, ())
     _check_shape(definitions[function], states, scalars)
     return "\n\n\n".join(f"@inner\n{ast.unparse(definition)}" for definition in definitions.values())
 
 
-def _collect(function: Any, definitions: dict[FunctionType, ast.FunctionDef]) -> None:
+def generated_name(function: Callable[..., Any]) -> str:
+    """What `function` is called in generated text: a name that nothing else there has."""
+    return f"rule_{function.__name__}"
+
+
+def _collect(
+    function: Any, definitions: dict[Callable[..., Any], ast.FunctionDef], callers: tuple[Any, ...]
+) -> None:
+    if function in callers:
+        raise ConfigurationError(f"{function.__qualname__} calls itself, which no function of a rule may")
+    definition = _parsed(function)
     rewriter = _Float32(function)
-    definition = rewriter.visit(_parsed(function))
+    rewriter.visit(definition)
     for callee in rewriter.callees:
         if callee not in definitions:
-            _collect(callee, definitions)
+            _collect(callee, definitions, (*callers, function))
     definitions[function] = definition
 
 
 def _parsed(function: Any) -> ast.FunctionDef:
     name = getattr(function, "__qualname__", repr(function))
-    if not isinstance(function, FunctionType) or function.__closure__:
-        raise ConfigurationError(
-            f"{name}: a rule's function must be a plain function without captured variables"
-        )
+    if not isinstance(function, FunctionType) or "<" in name:
+        raise ConfigurationError(f"{name}: a rule's function must be a plain function of a module")
     try:
         definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, SyntaxError) as error:
@@ -103,17 +111,23 @@ class _Float32(ast.NodeTransformer):
     def __init__(self, function: FunctionType) -> None:
         self.function = function
         self.callees: list[FunctionType] = []
-        code = function.__code__
-        self.local = {*code.co_varnames}
+        self.local = set(function.__code__.co_varnames)
+        taken = self.local & {"float32", "math", "abs"}
+        if taken:
+            raise ConfigurationError(
+                f"{function.__qualname__}: no variable of a rule may be called {taken.pop()}"
+            )
 
     def visit(self, node: ast.AST) -> Any:
-        if not isinstance(node, ALLOWED):
-            self.refuse(node, f"{type(node).__name__} is not among + - * / math.sqrt abs, comparisons and if")
+        if isinstance(node, ast.stmt | ast.expr):
+            strange = [part for part in (node, *ast.iter_child_nodes(node)) if not isinstance(part, ALLOWED)]
+            if strange:
+                self.refuse(node, f"{type(strange[0]).__name__} is not among {VOCABULARY}")
         return super().visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         node.returns = None
-        node.name = self.function.__name__
+        node.name = generated_name(self.function)
         self.generic_visit(node)
         return node
 
@@ -130,24 +144,24 @@ class _Float32(ast.NodeTransformer):
         return node
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
-        if type(node.value) not in (int, float):
-            self.refuse(node, "only numbers")
-        return _number(node.value)
+        return self.number(node, node.value, "only finite numbers")
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         if node.id in self.local:
             return node
         value = self.function.__globals__.get(node.id)
-        if type(value) not in (int, float):
-            self.refuse(node, f"{node.id} is neither a parameter, a variable nor a number of the module")
-        return _number(value)
+        return self.number(node, value, "neither a parameter, a variable nor a finite number of the module")
+
+    def number(self, node: ast.expr, value: object, otherwise: str) -> ast.expr:
+        """`value` as float32, or refuse `node`."""
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            self.refuse(node, otherwise)
+        return ast.parse(f"float32({float(value)!r})", mode="eval").body
 
     def visit_Attribute(self, node: ast.Attribute) -> NoReturn:
         self.refuse(node, "attributes may only be called, as math.sqrt is")
 
     def visit_Call(self, node: ast.Call) -> ast.Call:
-        if node.keywords or any(isinstance(argument, ast.Starred) for argument in node.args):
-            self.refuse(node, "only plain arguments")
         node.args = [self.visit(argument) for argument in node.args]
         node.func = self.callee(node)
         return node
@@ -156,7 +170,7 @@ class _Float32(ast.NodeTransformer):
         """What is called, by a name that the generated module knows."""
         name = ast.unparse(node.func)
         known = self.function.__globals__
-        if name == "math.sqrt" and known.get("math") is math or known.get(name) is math.sqrt:
+        if (name == "math.sqrt" and known.get("math") is math) or known.get(name) is math.sqrt:
             return ast.parse("math.sqrt", mode="eval").body
         if name == "abs" and name not in known:
             return node.func
@@ -165,17 +179,11 @@ class _Float32(ast.NodeTransformer):
             self.refuse(
                 node, f"{name} is neither math.sqrt, abs nor a function of {self.function.__module__}"
             )
-        if function is self.function:
-            self.refuse(node, "a rule's function cannot call itself")
         self.callees.append(function)
-        return ast.Name(function.__name__)
+        return ast.Name(generated_name(function))
 
     def refuse(self, node: ast.AST, reason: str) -> NoReturn:
         raise ConfigurationError(
             f"{self.function.__qualname__}, line {getattr(node, 'lineno', 1)}: "
             f"{ast.unparse(node)!r} cannot be in a rule: {reason}"
         )
-
-
-def _number(value: float) -> ast.expr:
-    return ast.parse(f"float32({float(value)!r})", mode="eval").body

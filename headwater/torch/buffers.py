@@ -47,7 +47,6 @@ class SharedBuffers:
             rule = Accumulate() if mode == "rank0" else SGD(lr=1.0)
             values = {name: self._buffer(name) for name in self._names}
             self.model = worker.model(name, values, rule, nonfinite="off")
-            self.load()
 
     def carry(self) -> None:
         """Have the next step, which carries a gradient, carry what changed here too.

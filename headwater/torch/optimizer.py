@@ -169,7 +169,6 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._carry([bound.name for bound in pushed])
         self.result = self._worker.step(read=self._models)
         self._values_arrived()
-        self._buffers.load()
 
     def _carry(self, names: Sequence[str]) -> None:
         for name in names:
@@ -232,7 +231,6 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.result = self._worker.step(read=self._models if read else False)
         if read:
             self._values_arrived()
-            self._buffers.load()
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -248,7 +246,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def pull_parameters(self) -> None:
-        """Get the servers' current parameters and buffers into the module; blocks for an exchange.
+        """Get the servers' current parameters and buffers into the module; blocks for an exchange each.
 
         After a barrier, this is how every worker evaluates the same version.
         """
@@ -257,11 +255,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
             model.written(False)  # what is in the window may have been changed here
             model.pull()
         self._values_arrived()
-        self._buffers.load()
 
     @torch.no_grad()
     def push_parameters(self) -> None:
-        """Set the servers' parameters and buffers to the module's, a version of its own; blocks for it.
+        """Set the servers' parameters and buffers to the module's, a version each; blocks for them.
 
         For one worker to call, after `module.load_state_dict` for example; the others see it with their
         next step. The rule's state stays.
@@ -279,6 +276,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         for bound in bounds:
             bound.load()
         increment_version([bound.parameter for bound in bounds])
+        self._buffers.load()
 
     def _check(self) -> None:
         for bound in self._bounds.values():

@@ -133,11 +133,13 @@ class Incoming:
         try:
             if self._frame is not None:
                 return self._go_on(flags)
-            if self._end:
+            if self._start < self._end:
                 received = self._take(place, index)
                 if received is not None or self._frame is not None:
                     return received
                 self._make_room()
+            else:
+                self._start = self._end = 0
             self._read_ahead(flags)
             return self._take(place, index)
         except (BlockingIOError, EOFError):
@@ -148,7 +150,7 @@ class Incoming:
 
     def buffered(self, place: Place | PlaceOf | None, index: int | None) -> Received | None:
         """Return the next frame if all of it was read ahead; never a system call. Raises as `advance`."""
-        if not self._end or self._frame is not None:
+        if self._start == self._end or self._frame is not None:
             return None
         try:
             return self._take(place, index)
@@ -180,7 +182,9 @@ class Incoming:
             return None
         message = frames.decode_header(self._buffer[body:stop])
         self._prefix = None
-        self._use(stop)
+        self._start = stop
+        if header_length > _READ_AHEAD:  # nothing else is in a buffer that was made for it
+            self._start, self._end, self._buffer = 0, 0, memoryview(bytearray(_READ_AHEAD))
         descriptors = self._claim(flags) if flags or self._descriptors else []
         received = Received(message, request, payload_length, descriptors)
         if not payload_length:
@@ -204,13 +208,13 @@ class Incoming:
         start, stop = self._start, self._start + length
         if stop > self._end:
             self._span = Span(arrays)
-            self._use(start + self._span.fill(self._buffer[start : self._end]))
+            self._start = start + self._span.fill(self._buffer[start : self._end])
             return None
         for item in arrays:
             if item.nbytes:
                 memoryview(item).cast("B")[:] = self._buffer[start : start + item.nbytes]
                 start += item.nbytes
-        self._use(stop)
+        self._start = stop
         received, self._frame = self._frame, None
         return received
 
@@ -268,18 +272,8 @@ class Incoming:
         need = frames.PREFIX_SIZE + (self._prefix.header_length if self._prefix is not None else 0)
         if need > len(self._buffer):
             self._buffer = memoryview(bytearray(need))
-        if self._start or need > len(begun):
-            self._buffer[: len(begun)] = begun
+        self._buffer[: len(begun)] = begun
         self._start, self._end = 0, len(begun)
-
-    def _use(self, stop: int) -> None:
-        """Count everything before `stop` as used."""
-        if stop < self._end:
-            self._start = stop
-            return
-        self._start = self._end = 0
-        if len(self._buffer) > _READ_AHEAD:
-            self._buffer = memoryview(bytearray(_READ_AHEAD))
 
     def _collect(self, ancillary: list[tuple[int, int, bytes]], result: int) -> None:
         for level, kind, data in ancillary:
@@ -292,7 +286,7 @@ class Incoming:
         """Return the descriptors that a frame announced: they came with its first byte, or before."""
         came = len(self._descriptors)
         # What came with bytes that are not parsed yet may belong to the next frame.
-        if came < count or (came > count and not self._end):
+        if came < count or (came > count and self._start == self._end):
             raise ProtocolError(f"a frame announced {count} descriptors, {came} came with it")
         claimed = self._descriptors[:count]
         del self._descriptors[:count]

@@ -132,7 +132,7 @@ class Listener:
 def dial(
     address: str, *, timeout: float, security: Security | None = None, limits: Limits | None = None
 ) -> Channel:
-    """Connect to a listener; blocks for at most `timeout` seconds.
+    """Connect to a listener; blocks for at most `timeout` seconds, finding the address of a name aside.
 
     Raises:
         ConfigurationError: `address` is not one.
