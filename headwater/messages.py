@@ -224,6 +224,13 @@ class Pull(Message, frozen=True):
     have: int
 
 
+class ReadState(Message, frozen=True):
+    """Ask for the rule's state of a model, as payload."""
+
+    number: int
+    model: int
+
+
 class Assign(Message, frozen=True):
     """Set the carried tensors to what lies in the window's parameters or in the payload."""
 
@@ -264,7 +271,7 @@ class Describe(Message, frozen=True):
     number: int
 
 
-Request: TypeAlias = Register | Attach | Step | Pull | Assign | Meet | End | Stop | Leave
+Request: TypeAlias = Register | Attach | Step | Pull | ReadState | Assign | Meet | End | Stop | Leave
 
 
 class StepResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -280,7 +287,8 @@ class Answer(Message, frozen=True):
     """The end of an exchange. `version` is that of the values now in the window or the payload.
 
     `values`: the models whose values were written (or follow, in this order, each this server's
-    whole range); `result`: of a step; `model`: the id given to a registered model.
+    whole range); `result`: of a step; `model`: the id given to a registered model. `states`: names of
+    the rule's state vectors whose range follows, in this order; `counts`: updates of each tensor.
     """
 
     number: int
@@ -289,6 +297,8 @@ class Answer(Message, frozen=True):
     result: StepResult | None = None
     model: int | None = None
     sums: dict[str, float] | None = None
+    states: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
     stopped: bool = False
     failure: Refused | None = None
 
@@ -323,7 +333,7 @@ class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     member: int
     number: int
-    kind: Literal["register", "attach", "step", "pull", "assign", "barrier", "sum", "end", "stop", "leave"]
+    kind: Literal["register", "attach", "step", "pull", "state", "assign", "barrier", "sum", "end", "stop", "leave"]
     name: str = ""
 
 
@@ -513,6 +523,7 @@ AnyMessage: TypeAlias = (
     | Attach
     | Step
     | Pull
+    | ReadState
     | Assign
     | Meet
     | End

@@ -91,6 +91,7 @@ class Sequencer:
             "attach": self._serve,
             "step": self._step,
             "pull": self._pull,
+            "state": self._serve,
             "assign": self._assign,
             "barrier": self._meet,
             "sum": self._meet,

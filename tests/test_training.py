@@ -390,3 +390,21 @@ def test_a_death_retires_the_worker_and_the_others_go_on():
         assert first.step().contributors == 1
         assert_all(models[0].pull(), 1)
         first.leave()
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_the_rules_state_can_be_read_by_tensor_name(transport):
+    def work(worker):
+        model = worker.model("net", zeros({"w": (3000,), "b": (2,), "idle": (1,)}), hw.Adam(betas=(0.5, 0.75)))
+        for names in (["w", "b"], ["w"]):
+            model.push({name: np.ones(sizes[name]) for name in names})
+            worker.step()
+        return model.state()
+
+    sizes = {"w": 3000, "b": 2}
+    state = train(work, workers=1, servers=3, transport=transport).values[0]
+    assert {name: one["step"] for name, one in state.items()} == {"w": 2, "b": 1, "idle": 0}
+    assert_all({"w": state["w"]["exp_avg"]}, 0.75)
+    assert_all({"w": state["w"]["exp_avg_sq"]}, 0.4375)
+    assert_all({"b": state["b"]["exp_avg"], "idle": state["idle"]["exp_avg"] + 0.5}, 0.5)
+    assert state["b"]["exp_avg_sq"].shape == (2,)

@@ -14,6 +14,7 @@ Invariants:
 import numpy as np
 
 from headwater.kernels.memory import (
+    inlined,
     mix,
     place_of,
     prefetch,
@@ -34,37 +35,37 @@ ROWS_HERE, COUNTS = 8, 12
 SLOTS = 4096
 GROUP = 64
 AHEAD = 16
-MOST_COUNT = 2**31 - 1
+MOST_COUNT = np.int32(2**31 - 1)
 
 NEXT_ROW, FREE, NEXT_PAGE, ROWS, REFUSED, FRESH, WANTED = range(7)
 BUCKETS = 16
 PLACES = 8
 
 
-@inner
+@inlined
 def home_of(hashed, lines):
     """Where a search begins: the upper half of the hash, scaled to the number of lines."""
     return np.int64(((hashed >> np.uint64(32)) * np.uint64(lines)) >> np.uint64(32))
 
 
-@inner
+@inlined
 def slot_of(hashed, first):
     return np.int64(hashed & np.uint64(SLOTS - 1)) - first
 
 
-@inner
+@inlined
 def lines_of(slot, pages):
     return np.int64(pages[np.uint64(slot)]) << LINES_SHIFT
 
 
-@inner
+@inlined
 def line_at(position, slot, directory, chunks):
     """Address of the slot's line at `position`."""
     page = np.int64(directory[np.uint64(slot), np.uint64(position >> LINES_SHIFT)])
     return place_of(page, chunks, PAGE_SHIFT, PAGE) + (position & (LINES - 1)) * LINE
 
 
-@inner
+@inlined
 def way_of(line, wanted):
     """Which entry of the line has the id, or −1. Without branches, which would be guessed wrong."""
     way = -1
@@ -74,7 +75,7 @@ def way_of(line, wanted):
     return way
 
 
-@inner
+@inlined
 def empty_way(line):
     """An empty entry of the line, or −1."""
     way = -1
@@ -83,7 +84,7 @@ def empty_way(line):
     return way
 
 
-@inner
+@inlined
 def after(position, lines):
     return position + 1 if position + 1 < lines else 0
 
@@ -102,7 +103,7 @@ def search(wanted, hashed, slot, pages, directory, chunks):
     return position, line, way
 
 
-@inner
+@inlined
 def ask_for(hashed, beyond, first, pages, directory, chunks):
     """Address of the line where the id is searched first, or of the one after it; prefetched."""
     slot = slot_of(hashed, first)
@@ -113,26 +114,25 @@ def ask_for(hashed, beyond, first, pages, directory, chunks):
     return line
 
 
-@inner
+@inlined
 def take(line, wanted, i, rows, counts, counting):
     """rows[i] = the id's row in this line, or −1, and count it; whether to search on. Without branches."""
-    way, full = -1, True
+    row, full = np.int32(-1), True
     for w in range(WIDTH):
-        lives = read_int(line, ROWS_HERE + w) >= 0
-        full = full & lives
-        way = w if lives & (read_long(line, w) == wanted) else way
-    found = way >= 0
-    row = read_int(line, ROWS_HERE + (way & (WIDTH - 1)))
-    rows[i] = row if found else np.int32(-1)
-    if counting:
-        place = COUNTS + (way & (WIDTH - 1))
-        count = read_int(line, place)
-        counts[i] = count + np.int32(found & (count < MOST_COUNT))
-        write_int(line, place, counts[i])
-    return full & (not found)
+        here = read_int(line, ROWS_HERE + w)
+        full = full & (here >= 0)
+        match = here if read_long(line, w) == wanted else np.int32(-1)
+        row = max(row, match)
+        if counting:
+            more = np.int32(match >= 0)
+            count = min(read_int(line, COUNTS + w), MOST_COUNT - more) + more
+            write_int(line, COUNTS + w, count)
+            counts[i] = count if match >= 0 else counts[i]
+    rows[i] = row
+    return full & (row < 0)
 
 
-@inner
+@inlined
 def look_up(ids, first, pages, directory, chunks, rows, counts, counting):
     """Fill `rows` and, where counting, add to and fill `counts`; returns how many ids have a row.
 
@@ -206,7 +206,7 @@ def clear_pages(start, stop, chunks):
         clear(page, chunks)
 
 
-@inner
+@inlined
 def write_entry(line, way, wanted, row, count):
     write_long(line, way, wanted)
     write_int(line, ROWS_HERE + way, row)
@@ -255,7 +255,7 @@ def grow(slot, pages, used, directory, chunks, counters):
     return True
 
 
-@inner
+@inlined
 def bucket_of(hashed, slot):
     return slot * BUCKETS + np.int64((hashed >> np.uint64(12)) & np.uint64(BUCKETS - 1))
 

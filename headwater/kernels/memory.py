@@ -13,10 +13,8 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
-
-from headwater.kernels.primitives import inner
 
 BYTE, INT, LONG, FLOAT, DOUBLE = (
     ir.IntType(8),
@@ -25,6 +23,9 @@ BYTE, INT, LONG, FLOAT, DOUBLE = (
     ir.FloatType(),
     ir.DoubleType(),
 )
+
+inlined = njit(error_model="numpy", forceinline=True)
+"""For small functions within the innermost loops."""
 
 
 @intrinsic
@@ -118,7 +119,7 @@ read_int, write_int = _accessors(types.int32, INT)
 read_long, write_long = _accessors(types.int64, LONG)
 
 
-@inner
+@inlined
 def mix(value: Any) -> Any:
     """uint64 → uint64, one to one (the finaliser of splitmix64, Steele et al. 2014)."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -126,7 +127,7 @@ def mix(value: Any) -> Any:
     return value ^ (value >> np.uint64(31))
 
 
-@inner
+@inlined
 def place_of(row: Any, addresses: Any, shift: Any, row_bytes: Any) -> Any:
     """Address of a row in slabs (`headwater.shard.slabs`)."""
     chunk = row >> shift

@@ -102,9 +102,11 @@ class Intake:
         return vector.layout
 
     def payload(self, answer: m.Answer | m.Description) -> list[Array]:
-        """What follows `answer`: this server's range of each model that has no window."""
+        """What follows `answer`: this server's range of state vectors, or of each model without a window."""
         if not isinstance(answer, m.Answer):
             return []
+        if answer.states:
+            return self._shard.take_state_copies(self._member)
         stagings = [self._shard.staging(self._member, model) for model in answer.values]
         return [staging.parameters for staging in stagings if is_private(staging)]
 

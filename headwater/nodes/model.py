@@ -195,6 +195,31 @@ class Model:
             rule.with_settings(**values)
         self._settings.setdefault(-1 if group is None else group, {}).update(values)
 
+    def state(self) -> dict[str, dict[str, Any]]:
+        """The rule's state on the servers by tensor name, at one version; blocks for an exchange.
+
+        Each tensor has `step`, its number of updates, and a float32 array of its shape for each of the
+        rule's state vectors, under torch's names. The arrays are the caller's.
+
+        Raises:
+            ClosedError: the worker has left.
+        """
+        vectors: dict[str, Array] = {}
+
+        def place(server: int, answer: m.Answer) -> list[Array]:
+            for name in answer.states:
+                vectors.setdefault(name, np.zeros(self.layout.elements, dtype=np.float32))
+            start, stop = self._cuts[server]
+            return [vectors[name][start:stop] for name in answer.states]
+
+        answer = self._call(lambda _, number: Outgoing(m.ReadState(number, self.id)), "state", place)
+        views = {name: self.layout.views(vector) for name, vector in vectors.items()}
+        state: dict[str, dict[str, Any]] = {}
+        for tensor, count in zip(self.layout.tensors, answer.counts, strict=True):
+            own = self.rules[tensor.group].states()
+            state[tensor.name] = {"step": count, **{name: views[name][tensor.name] for name in own}}
+        return {name: state[name] for name in self.gradients}
+
     # ── for adapters ────────────────────────────────────────────────────────────────────────────
 
     @property
@@ -295,15 +320,24 @@ class Model:
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
     def _join(self, outgoing: Callable[[int, int], Outgoing], what: str) -> None:
-        self._session.joining = self
-        try:
-            answer = self._session.settle(self._session.call(outgoing, f"{what} {self.name!r}"))
-        finally:
-            self._session.joining = None
+        answer = self._call(outgoing, f"{what} {self.name!r}", lambda server, _: [self.range_of(server)])
         assert answer.model is not None
         self.id = answer.model
         self._session.receivers[self.id] = self
         self._fresh = True
+
+    def _call(
+        self,
+        outgoing: Callable[[int, int], Outgoing],
+        what: str,
+        place: Callable[[int, m.Answer], Sequence[Array]],
+    ) -> m.Answer:
+        """An exchange whose answers' payload goes where `place` says."""
+        self._session.placing = place
+        try:
+            return self._session.settle(self._session.call(outgoing, what))
+        finally:
+            self._session.placing = None
 
     def _window(self, server: int) -> tuple[m.WindowSpec | None, tuple[int, ...]]:
         if not self._shared[server] or not isinstance(self._memory, Window):

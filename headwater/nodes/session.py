@@ -34,7 +34,7 @@ class Session:
         welcome: what the coordinator said.
         version: of the last answer; never decreases.
         waiting: seconds spent in exchanges.
-        receivers: by model id, where values arrive; `joining` is the one whose id is not known yet.
+        receivers: by model id, where values arrive; while `placing` is set, it says so instead.
     """
 
     def __init__(self, coordinator: str, role: m.Role, rank: int | None = None) -> None:
@@ -43,7 +43,7 @@ class Session:
         self.version = 0
         self.waiting = 0.0
         self.receivers: dict[int, Receiver] = {}
-        self.joining: Receiver | None = None
+        self.placing: Callable[[int, m.Answer], Sequence[Any]] | None = None
         self.channels: list[Channel] = []
         self.number = 0
         self._broken: HeadwaterError | None = None
@@ -139,6 +139,8 @@ class Session:
         return ConnectionLostError(f"{what} was interrupted by {type(error).__name__}")
 
     def _place(self, server: int, message: m.AnyMessage, length: int) -> Sequence[Any]:
-        models = message.values if isinstance(message, m.Answer) else ()
-        receivers = [self.receivers.get(model, self.joining) for model in models]
-        return [receiver.range_of(server) for receiver in receivers if receiver is not None]
+        if not isinstance(message, m.Answer):
+            return []
+        if self.placing is not None:
+            return self.placing(server, message)
+        return [self.receivers[model].range_of(server) for model in message.values]

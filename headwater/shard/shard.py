@@ -19,7 +19,7 @@ from headwater.errors import HeadwaterError, ProtocolError, RegistrationError
 from headwater.layout import Layout, describe
 from headwater.rules import from_spec
 from headwater.shard.ledger import Ledger
-from headwater.shard.vector import Staging, Update, Vector
+from headwater.shard.vector import Array, Staging, Update, Vector
 from headwater.sync import Reduce
 
 Answers: TypeAlias = list[tuple[int, m.Answer]]
@@ -30,6 +30,7 @@ _KINDS: dict[type, Any] = {
     m.Attach: "attach",
     m.Step: "step",
     m.Pull: "pull",
+    m.ReadState: "state",
     m.Assign: "assign",
     m.End: "end",
     m.Stop: "stop",
@@ -66,6 +67,7 @@ class Shard:
         self._ledger = Ledger()
         self._outstanding: dict[int, _Outstanding] = {}
         self._stagings: dict[int, dict[int, Staging]] = {}
+        self._state_copies: dict[int, list[Array]] = {}
         self._to_stop: set[int] = set()
         self._on_entry: dict[type, Callable[[Any], Answers]] = {
             m.Registered: self._registered,
@@ -110,6 +112,8 @@ class Shard:
         elif isinstance(request, m.Pull):
             for model in request.models:
                 self.staging(member, model)
+        elif isinstance(request, m.ReadState):
+            self.staging(member, request.model)
         self._outstanding[member] = _Outstanding(request, staging, repeat)
         self.exchanges += 1
         kind = "pull" if repeat else request.kind if isinstance(request, m.Meet) else _KINDS[type(request)]
@@ -130,6 +134,10 @@ class Shard:
     def _check_model(self, model: int) -> None:
         if model not in self.vectors:
             raise ProtocolError(f"there is no model {model}, known are {sorted(self.vectors)}")
+
+    def take_state_copies(self, member: int) -> list[Array]:
+        """The copies made for an answer that names `states`, once; they are the caller's then."""
+        return self._state_copies.pop(member, [])
 
     def _check_spec(self, spec: m.ModelSpec) -> None:
         layout = Layout(spec.tensors)
@@ -275,6 +283,12 @@ class Shard:
         if isinstance(request, m.Step):
             values = self._write(mine, self._read_by(entry.ticket.member, request), -1)
             return self._answer_step(entry.ticket, values)
+        if isinstance(request, m.ReadState):
+            vector = self.vectors[request.model]
+            self._state_copies[entry.ticket.member] = [state.copy() for state in vector.states.values()]
+            return self._answer(
+                entry.ticket, states=tuple(vector.states), counts=tuple(vector.counts.tolist())
+            )
         assert isinstance(request, m.Pull)
         return self._answer(entry.ticket, values=self._write(mine, request.models, request.have))
 
@@ -309,6 +323,7 @@ class Shard:
         if entry.gone:
             self._outstanding.pop(entry.member, None)
             self._stagings.pop(entry.member, None)
+            self._state_copies.pop(entry.member, None)
             self._ledger.forget(entry.member)
         return answers
 

@@ -49,6 +49,7 @@ class Vector:
 
     Attributes:
         values: float32[stop - start].
+        counts: int64[tensors], updates of each tensor.
         updates: commits that touched this model, which schedules are evaluated at.
         changed: version of the last change.
     """
@@ -62,7 +63,7 @@ class Vector:
         self.changed = version
         self.rules: list[Rule] = [from_spec(rule) for rule in spec.rules]
         self.states = self._initial_states()
-        self._counts = np.zeros(len(self.layout.tensors), dtype=np.int64)
+        self.counts = np.zeros(len(self.layout.tensors), dtype=np.int64)
         first = int(np.searchsorted(self.layout.stops, start, side="right"))
         last = int(np.searchsorted(self.layout.starts, stop, side="left"))
         self._here = slice(first, max(first, last))
@@ -90,7 +91,7 @@ class Vector:
         """
         carried = np.stack([update.carried for update in updates])
         touched: NDArray[np.bool_] = np.logical_or.reduce(carried, axis=0)
-        self._counts[touched] += 1
+        self.counts[touched] += 1
         for low, high, tensor in self._segments(carried):
             here = slice(low - self.start, high - self.start)
             places = _addresses([staging.parameters for staging in answers], here.start)
@@ -104,7 +105,7 @@ class Vector:
                 1.0 if rule.always_sum else float(divisor),
                 self.values[here],
                 tuple(self.states[name][here] for name in rule.states()),
-                rule.scalars(self.updates, int(self._counts[tensor])),
+                rule.scalars(self.updates, int(self.counts[tensor])),
                 places,
             )
         self.updates += 1
@@ -120,7 +121,7 @@ class Vector:
             if self.stop > self.start:
                 yield self.start, self.stop, max(here.start - 1, 0)
             return
-        keys = np.vstack([carried[:, here], self.layout.groups[here], self._counts[here]])
+        keys = np.vstack([carried[:, here], self.layout.groups[here], self.counts[here]])
         firsts = here.start + np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0)) + 1
         bounds = [self.start, *(int(self.layout.starts[i]) for i in firsts), self.stop]
         for low, high, tensor in zip(bounds[:-1], bounds[1:], [here.start, *map(int, firsts)], strict=True):

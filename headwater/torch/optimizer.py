@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 from torch.utils.hooks import RemovableHandle
@@ -121,6 +122,24 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 "DistributedOptimizer, or make another one with another name"
             )
         self.param_groups.append(param_group)  # torch's own method would import its compiler: a second
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameter groups as torch gives them, and the rule's state on the servers by tensor name.
+
+        Blocks for an exchange. Each tensor has `step` and the rule's state vectors under torch's names.
+        """
+        state = {
+            name: {
+                key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+                for key, value in one.items()
+            }
+            for name, one in self._model.state().items()
+        }
+        return {**super().state_dict(), "state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the parameter groups, such as a learning rate; the rule's state on the servers stays."""
+        super().load_state_dict({**state_dict, "state": {}})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, or make them zeros, which the next step then sends."""

@@ -215,7 +215,7 @@ class Channel:
     def _receive(
         self, place: Place | PlaceOf | None, index: int | None, left: float | None, until: float
     ) -> Received:
-        """Block until a frame is there; BlockingIOError: not in the `left` seconds, None for ever, to `until`."""
+        """Block until a frame is there; BlockingIOError: not in the `left` seconds (None: for ever)."""
         flags = self._wait_at_most(left)
         advance = self._incoming.advance
         while (received := advance(place, index, flags)) is None:
