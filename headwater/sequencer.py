@@ -51,7 +51,6 @@ class _Seat:
     held: Held | None = None
     holders: set[int] = field(default_factory=set)
     waiting: bool = False
-    committed: bool = False
 
     @property
     def ticket(self) -> Ticket:
@@ -90,7 +89,7 @@ class Sequencer:
             "register": self._register,
             "attach": self._serve,
             "step": self._step,
-            "pull": self._pull,
+            "pull": self._serve,
             "state": self._serve,
             "assign": self._assign,
             "barrier": self._meet,
@@ -127,11 +126,9 @@ class Sequencer:
             seat = self._seats.get(one.member)
             if seat is None:
                 continue
-            if seat.held is None or one.number > seat.held.number:
-                self._done(seat)
+            if seat.held is None:
                 seat.held, seat.holders = one, set()
-            elif one.number < seat.held.number:
-                continue
+            assert seat.held.number == one.number, f"{one} while {seat.held} is outstanding"
             seat.holders.add(server)
             if len(seat.holders) == self._servers and not seat.waiting:
                 seat.waiting = True
@@ -192,18 +189,11 @@ class Sequencer:
         for seat in seats:
             self._clocks.advance(seat.clock)
             seat.clock += 1
-            seat.committed = True
         may_read = [seat for seat in seats if self._sync.may_read(seat.clock, self._clocks.slowest)]
         self._write(Committed(self._next(), self.version, _tickets(seats), _tickets(may_read)))
         self._blocked.update((seat.member.id, seat) for seat in seats)
         for seat in may_read:
             self._done(seat)
-
-    def _pull(self, seat: _Seat) -> None:
-        if seat.standing != "active" or self._sync.may_read(seat.clock, self._clocks.slowest):
-            self._serve(seat)
-        else:
-            self._blocked[seat.member.id] = seat
 
     def _release_blocked(self) -> None:
         """Answer those whose lead the others have caught up with."""
@@ -349,7 +339,7 @@ class Sequencer:
         active = [other for other in others if other.standing == "active"]
         if _waits_in(seat, "register"):
             return f"{_named((active or others)[:1])} to declare the model"
-        if seat.committed or _waits_in(seat, "pull"):
+        if seat.member.id in self._blocked:
             slowest = self._clocks.slowest
             reason = self._sync.may_read(seat.clock, slowest).reason
             return f"{_named([other for other in active if other.clock == slowest])}: {reason}"
@@ -368,7 +358,7 @@ class Sequencer:
         self._waiting -= seat.waiting and seat.standing != "observer"
         for waiting in (self._ready, self._blocked, self._registering):
             waiting.pop(seat.member.id, None)
-        seat.held, seat.waiting, seat.committed = None, False, False
+        seat.held, seat.waiting = None, False
 
     def _next(self) -> int:
         self.position += 1

@@ -269,3 +269,31 @@ def test_a_backward_through_values_that_a_step_replaced_is_an_error():
             loss.backward()
 
     train(work)
+
+
+def test_state_dict_has_the_rules_state_by_name_as_torch_has_it_by_position():
+    plain = network()
+    own = torch.optim.Adam(plain.parameters(), lr=0.01)
+
+    def work(worker):
+        net = network()
+        opt = optimizer(worker, net, hw.Adam(lr=0.01))
+        for step in range(3):
+            opt.zero_grad()
+            loss_of(net, step, 0).backward()
+            opt.step()
+        saved = opt.state_dict()
+        opt.load_state_dict(saved)
+        return saved
+
+    got = train(work, workers=1).values[0]
+    for step in range(3):
+        own.zero_grad()
+        loss_of(plain, step, 0).backward()
+        own.step()
+    expected = own.state_dict()
+    assert got["param_groups"][0]["lr"] == expected["param_groups"][0]["lr"]
+    for index, (name, _) in enumerate(plain.named_parameters()):
+        assert got["state"][name]["step"] == int(expected["state"][index]["step"])
+        for key in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(got["state"][name][key], expected["state"][index][key])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from headwater.errors import ConnectionLostError, ProtocolError
 from headwater.messages import AnyMessage
-from headwater.wire import frames
+from headwater.wire.frames import PREFIX_SIZE, Limits, Prefix, decode_header, parse_prefix
 
 Array: TypeAlias = NDArray[Any] | memoryview
 Place: TypeAlias = Callable[[AnyMessage, int], Sequence[Array]]
@@ -103,7 +103,7 @@ class Incoming:
         failure: why nothing more can be read, "" while something can.
     """
 
-    def __init__(self, connection: socket.socket, limits: frames.Limits, peer: str) -> None:
+    def __init__(self, connection: socket.socket, limits: Limits, peer: str) -> None:
         self._socket = connection
         self._limits = limits
         self._peer = peer
@@ -111,7 +111,7 @@ class Incoming:
         self._ancillary_space = socket.CMSG_SPACE(limits.descriptors * _DESCRIPTOR) if passes else 0
         self._buffer = memoryview(bytearray(_READ_AHEAD))
         self._start = self._end = 0  # of what was read ahead and is not yet used
-        self._prefix: frames.Prefix | None = None  # of the frame at `_start`, once it is there
+        self._prefix: Prefix | None = None  # of the frame at `_start`, once it is there
         self._frame: Received | None = None  # whose payload is being read, into `_span`
         self._span = Span(())
         self._descriptors: list[int] = []  # received, announced by no frame yet
@@ -172,15 +172,15 @@ class Incoming:
         start, end = self._start, self._end
         prefix = self._prefix
         if prefix is None:
-            if end - start < frames.PREFIX_SIZE:
+            if end - start < PREFIX_SIZE:
                 return None
-            prefix = self._prefix = frames.parse_prefix(self._buffer, self._limits, start)
+            prefix = self._prefix = parse_prefix(self._buffer, self._limits, start)
         flags, header_length, payload_length, request = prefix
-        body = start + frames.PREFIX_SIZE
+        body = start + PREFIX_SIZE
         stop = body + header_length
         if end < stop:
             return None
-        message = frames.decode_header(self._buffer[body:stop])
+        message = decode_header(self._buffer[body:stop])
         self._prefix = None
         self._start = stop
         if header_length > _READ_AHEAD:  # nothing else is in a buffer that was made for it
@@ -269,7 +269,7 @@ class Incoming:
     def _make_room(self) -> None:
         """Move the begun frame to the front of the buffer, and into a larger one if its header needs it."""
         begun = self._buffer[self._start : self._end]
-        need = frames.PREFIX_SIZE + (self._prefix.header_length if self._prefix is not None else 0)
+        need = PREFIX_SIZE + (self._prefix.header_length if self._prefix is not None else 0)
         if need > len(self._buffer):
             self._buffer = memoryview(bytearray(need))
         self._buffer[: len(begun)] = begun
