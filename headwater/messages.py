@@ -133,7 +133,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TableSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a table is: `dim` float32 a row, its rule, and how its rows begin and end (None: at once, never)."""
+    """What a table is: `dim` float32 a row, its rule, how its rows begin and end (None: at once, never)."""
 
     name: str
     dim: int
@@ -328,12 +328,17 @@ class Description(Message, frozen=True):
 # ── the log ─────────────────────────────────────────────────────────────────────────────────────
 
 
+Kind: TypeAlias = Literal[
+    "register", "attach", "step", "pull", "state", "assign", "barrier", "sum", "end", "stop", "leave"
+]
+
+
 class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A server holds exchange `number` of `member` completely."""
 
     member: int
     number: int
-    kind: Literal["register", "attach", "step", "pull", "state", "assign", "barrier", "sum", "end", "stop", "leave"]
+    kind: Kind
     name: str = ""
 
 

@@ -280,9 +280,9 @@ def test_a_member_that_is_in_no_roster_is_refused_with_the_reason(cluster, model
         channel = dial(address, timeout=5)
         channel.send(m.Hello(999, "worker", 1))
         received = channel.receive(timeout=5)
+        term = cluster.statistics().term
         assert received.message == m.Refused(
-            "RefusedError",
-            f"member 999 is not in the roster of term {cluster.statistics().term}: join the coordinator first",
+            "RefusedError", f"member 999 is not in the roster of term {term}: join the coordinator first"
         )
         channel.close()
 
@@ -327,6 +327,8 @@ def _broken_requests():
     yield "attach to an unknown model", m.Attach(1, 7, None)
     yield "a window without descriptor", m.Attach(1, 0, m.WindowSpec(1, 8192))
     yield "a message no member sends", m.Entries(())
+    yield "a barrier of an observer", m.Meet(1, "barrier", {})
+    yield "a step of an observer", step
 
 
 @pytest.mark.parametrize(
@@ -372,3 +374,11 @@ def test_payload_outside_the_servers_range_ends_its_connection_only(run):
             )
         assert (cluster.parameters()[1]["net"]["w"] == 1).all()
         assert model
+
+
+def test_a_second_connection_of_a_member_is_refused_and_the_first_goes_on(cluster, worker, model):
+    channel = dial(_addresses(cluster)[1], timeout=5)
+    channel.send(m.Hello(worker._session.welcome.member.id, "worker", 1))
+    assert "is connected to server 0 already" in channel.receive(timeout=5).message.reason
+    channel.close()
+    assert worker.step().version == 1

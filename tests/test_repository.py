@@ -14,9 +14,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "headwater"
 
 LAYERS = [
-    ["errors", "messages", "sync", "settings", "schedules", "formulas", "rules", "layout"],
+    [
+        *["errors", "messages", "sync", "settings", "schedules", "formulas", "rules", "layout"],
+        *["initializers", "lifetime", "placement"],
+    ],
     ["kernels"],
-    ["shard", "sequencer", "roster", "splits", "exchange"],
+    ["shard", "sequencer", "clocks", "roster", "splits", "exchange"],
     ["wire"],
     ["nodes", "engines"],
     ["cluster", "run", "torch", "bench", "cli", "__main__", "__init__"],

@@ -1,8 +1,10 @@
 """Rules and schedules alone: their formulas against torch.optim, and what may be said about them."""
 
 import math
+import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from headwater import rules
 from headwater.errors import ConfigurationError
+from headwater.kernels import dense
 from headwater.messages import RuleSpec
 from headwater.rules import (
     SGD,
@@ -322,3 +325,19 @@ def test_what_is_no_rule_is_not_registered(monkeypatch):
     with pytest.raises(ConfigurationError, match="a class derived from Rule"):
         register(Plain)
     assert rules._registered["Adam"] is rules.Adam
+
+
+def test_the_rule_of_the_documentation_works(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(rules, "_registered", dict(rules._registered))
+    page = (Path(__file__).parent.parent / "docs" / "rules.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_rules.py").write_text(example)
+    load_rules("my_rules")
+    rule = from_spec(RuleSpec("Lion", {"lr": 0.5, "beta1": 0.5, "beta2": 0.25, "weight_decay": 0.5}))
+    gradients = [np.array([2.0, -2.0, 0.0], np.float32)] * 2
+    values, average = np.zeros(3, np.float32), np.zeros(3, np.float32)
+    places = np.array([gradient.ctypes.data for gradient in gradients])
+    dense(rule)(places, 2.0, values, (average,), rule.scalars(0, 1), np.array([], np.int64))
+    assert values.tolist() == [-0.5, 0.5, 0.0]
+    assert average.tolist() == [1.5, -1.5, 0.0]

@@ -74,7 +74,7 @@ def test_segments_partition_a_range_and_are_uniform(drawn, servers, workers, dat
     carried = np.stack([data.draw(carried_of(len(drawn))) for _ in range(workers)])
     counts = np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(drawn), max_size=len(drawn))))
     for vector in vectors(spec, servers, np.zeros(layout.elements, np.float32)):
-        vector._counts[:] = counts
+        vector.counts[:] = counts
         segments = list(vector._segments(carried))
         bounds = [vector.start, *(high for _, high, _ in segments)]
         assert [low for low, _, _ in segments] == bounds[:-1]
@@ -147,7 +147,7 @@ def test_gaps_stay_zero_under_a_rule_with_state():
         vector.apply([update], 1, [], version)
     assert np.count_nonzero(vector.values) == 708
     assert all(np.count_nonzero(state) == 3 + 5 for state in vector.states.values())
-    assert vector._counts.tolist() == [3, 2, 0]
+    assert vector.counts.tolist() == [3, 2, 0]
 
 
 def test_an_assignment_takes_the_carried_tensors_and_keeps_the_state():
@@ -209,6 +209,7 @@ def step(carried=(), settings=(), step=1):
         (m.Pull(2, (0, 5), -1), "model 5"),
         (m.Assign(2, m.Carried(5, b"\1")), "model 5"),
         (m.Assign(2, m.Carried(0, b"\x80")), "more than the 2 tensors"),
+        (m.ReadState(2, 5), "model 5"),
         (m.Attach(2, 5, None), r"no model 5, known are \[0\]"),
     ],
 )
@@ -260,6 +261,24 @@ def test_a_pull_of_what_has_not_changed_writes_nothing(shard):
     ((_, answer),) = shard.process(m.Served(3, m.Ticket(1, 3)))
     assert answer == m.Answer(3, 0, values=(0,))
     assert (shard.staging(1, 0).parameters == 0).all()
+
+
+def test_states_are_copied_as_of_the_answer_and_taken_once():
+    shard = Shard(0, 1, "mean")
+    shard.hold(1, m.Register(1, model_spec(shapes={"a": (3,), "b": (7,)}, rule=Adam()), None), memory())
+    shard.process(m.Registered(1, m.Ticket(1, 1)))
+    shard.hold(1, m.ReadState(2, 0))
+    ((_, answer),) = shard.process(m.Served(2, m.Ticket(1, 2)))
+    assert answer == m.Answer(2, 0, states=("exp_avg", "exp_avg_sq"), counts=(0, 0))
+    shard.staging(1, 0).gradients[:3] = 1
+    shard.hold(1, m.Step(3, 1, 0, (m.Carried(0, b"\1"),), (), True))
+    shard.process(m.Committed(3, 1, (m.Ticket(1, 3),), (m.Ticket(1, 3),)))
+    assert not any(state.any() for state in shard.take_state_copies(1))
+    assert shard.take_state_copies(1) == []
+    shard.hold(1, m.ReadState(4, 0))
+    ((_, answer),) = shard.process(m.Served(4, m.Ticket(1, 4)))
+    assert answer.counts == (1, 0)
+    assert [np.count_nonzero(state[:16]) for state in shard.take_state_copies(1)] == [3, 3]
 
 
 def test_a_step_that_asks_for_no_values_gets_none(shard):

@@ -395,7 +395,8 @@ def test_a_death_retires_the_worker_and_the_others_go_on():
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
 def test_the_rules_state_can_be_read_by_tensor_name(transport):
     def work(worker):
-        model = worker.model("net", zeros({"w": (3000,), "b": (2,), "idle": (1,)}), hw.Adam(betas=(0.5, 0.75)))
+        shapes = {"w": (3000,), "b": (2,), "idle": (1,)}
+        model = worker.model("net", zeros(shapes), hw.Adam(betas=(0.5, 0.75)))
         for names in (["w", "b"], ["w"]):
             model.push({name: np.ones(sizes[name]) for name in names})
             worker.step()
@@ -408,3 +409,36 @@ def test_the_rules_state_can_be_read_by_tensor_name(transport):
     assert_all({"w": state["w"]["exp_avg_sq"]}, 0.4375)
     assert_all({"b": state["b"]["exp_avg"], "idle": state["idle"]["exp_avg"] + 0.5}, 0.5)
     assert state["b"]["exp_avg_sq"].shape == (2,)
+
+
+def test_a_pull_is_current_whatever_else_was_exchanged_since_the_last_read():
+    with (
+        hw.Cluster(workers=2, sync="async") as cluster,
+        cluster.worker() as reader,
+        cluster.worker() as writer,
+    ):
+        mine = [reader.model(name, zeros({"v": (2,)}), hw.Accumulate()) for name in ("a", "b")]
+        theirs = [writer.model(name, zeros({"v": (2,)}), hw.Accumulate()) for name in ("a", "b")]
+        reader.step()
+        for model in theirs:
+            model.push({"v": np.ones(2)})
+        writer.step()
+        for model in mine:
+            assert_all(model.pull(), 1)
+            assert model.read_version == 2
+
+
+def test_staleness_counts_from_the_version_that_was_read():
+    with (
+        hw.Cluster(workers=2, sync="async") as cluster,
+        cluster.worker() as reader,
+        cluster.worker() as writer,
+    ):
+        mine, theirs = (worker.model("a", zeros({"v": (2,)}), hw.Accumulate()) for worker in (reader, writer))
+        for _ in range(3):
+            theirs.push({"v": np.ones(2)})
+            writer.step()
+        reader.stop()
+        mine.push({"v": np.ones(2)})
+        assert reader.step().staleness == 3
+        assert reader.step().staleness == 0

@@ -112,6 +112,7 @@ def test_renewing_often_leaks_nothing(window):
 
 def test_arrays_and_tensors_outlive_the_window():
     torch = pytest.importorskip("torch")
+    gc.collect()
     before = len(mapped())
     window = Window(ELEMENTS)
     kept = torch.from_numpy(window.parameters)[10:20]
@@ -129,6 +130,7 @@ def test_arrays_and_tensors_outlive_the_window():
 
 
 def test_a_window_that_is_dropped_gives_everything_back():
+    gc.collect()
     before = descriptors(), len(mapped())
     Window(ELEMENTS)
     gc.collect()
@@ -136,6 +138,7 @@ def test_a_window_that_is_dropped_gives_everything_back():
 
 
 def test_views_that_are_dropped_or_refused_leave_no_mapping(window):
+    gc.collect()
     before = len(mapped())
     view = view_of(window, 0, 1024)
     assert len(mapped()) == before + 2

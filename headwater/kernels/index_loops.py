@@ -8,7 +8,7 @@ Invariants:
 - A line has `WIDTH` entries: int64 ids, then int32 rows, then int32 counts; row −1 marks an entry empty.
 - All lines from an id's home to the one before its own are full, so a search ends at a line that is not, and
   a removal fills the gap that it leaves in a full line.
-- Ids are hashed a group at a time and their home lines asked for, before the first is searched.
+- The home lines of one group of ids are asked for before the group before it is searched.
 """
 
 import numpy as np
@@ -34,6 +34,7 @@ PAGE_SHIFT = 15
 ROWS_HERE, COUNTS = 8, 12
 SLOTS = 4096
 GROUP = 64
+BLOCK = 2048
 AHEAD = 16
 MOST_COUNT = np.int32(2**31 - 1)
 
@@ -104,8 +105,9 @@ def search(wanted, hashed, slot, pages, directory, chunks):
 
 
 @inlined
-def ask_for(hashed, beyond, first, pages, directory, chunks):
+def ask_for(wanted, beyond, first, pages, directory, chunks):
     """Address of the line where the id is searched first, or of the one after it; prefetched."""
+    hashed = mix(np.uint64(wanted))
     slot = slot_of(hashed, first)
     lines = lines_of(slot, pages)
     home = home_of(hashed, lines)
@@ -115,55 +117,87 @@ def ask_for(hashed, beyond, first, pages, directory, chunks):
 
 
 @inlined
-def take(line, wanted, i, rows, counts, counting):
-    """rows[i] = the id's row in this line, or −1, and count it; whether to search on. Without branches."""
+def ask_for_group(ids, start, stop, first, pages, directory, chunks, lines, half):
+    for i in range(start, stop):
+        line = ask_for(ids[np.uint64(i)], False, first, pages, directory, chunks)
+        lines[np.uint64(half + i - start)] = line
+
+
+@inlined
+def take(line, wanted):
+    """The id's row in this line, or −1, and whether to search on. Without branches."""
     row, full = np.int32(-1), True
+    for w in range(WIDTH):
+        here = read_int(line, ROWS_HERE + w)
+        full = full & (here >= 0)
+        row = max(row, here if read_long(line, w) == wanted else np.int32(-1))
+    return row, full & (row < 0)
+
+
+@inlined
+def take_counted(line, wanted):
+    """As `take`, and the id's count, one higher than it was."""
+    row, full, counted = np.int32(-1), True, np.int32(0)
     for w in range(WIDTH):
         here = read_int(line, ROWS_HERE + w)
         full = full & (here >= 0)
         match = here if read_long(line, w) == wanted else np.int32(-1)
         row = max(row, match)
-        if counting:
-            more = np.int32(match >= 0)
-            count = min(read_int(line, COUNTS + w), MOST_COUNT - more) + more
-            write_int(line, COUNTS + w, count)
-            counts[i] = count if match >= 0 else counts[i]
-    rows[i] = row
-    return full & (row < 0)
+        more = np.int32(match >= 0)
+        count = min(read_int(line, COUNTS + w), MOST_COUNT - more) + more
+        write_int(line, COUNTS + w, count)
+        counted = max(counted, count * more)
+    return row, counted, full & (row < 0)
+
+
+@inlined
+def take_late(ids, later, late, first, pages, directory, chunks, lines, rows, counts, counting):
+    """Search on for ids[i], i in later[:late]."""
+    for start in range(0, late, GROUP):
+        stop = min(start + GROUP, late)
+        for k in range(start, stop):
+            line = ask_for(ids[np.uint64(later[np.uint64(k)])], True, first, pages, directory, chunks)
+            lines[np.uint64(k - start)] = line
+        for k in range(start, stop):
+            i = np.uint64(later[np.uint64(k)])
+            line = lines[np.uint64(k - start)]
+            row, on = take(line, ids[i])
+            if on:
+                hashed = mix(np.uint64(ids[i]))
+                line = search(ids[i], hashed, slot_of(hashed, first), pages, directory, chunks)[1]
+                row = take(line, ids[i])[0]
+            rows[i] = row
+            if counting:
+                counts[i] = take_counted(line, ids[i])[1]
 
 
 @inlined
 def look_up(ids, first, pages, directory, chunks, rows, counts, counting):
     """Fill `rows` and, where counting, add to and fill `counts`; returns how many ids have a row.
 
-    Ids that are not in their home line, about one in twelve, are put off to a second round: waiting for
-    the line after it, or guessing whether that is needed, would cost more than all the rest.
+    Ids that are not in their home line, about one in twelve, are put off to the end of their block: to wait
+    for the line after it, or to guess whether it is needed, would cost as much as all the rest.
     """
-    lines = np.empty(GROUP, np.int64)
-    later = np.empty(len(ids) + 1, np.int32)
-    late = 0
-    for start in range(0, len(ids), GROUP):
-        stop = min(start + GROUP, len(ids))
-        for i in range(start, stop):
-            hashed = mix(np.uint64(ids[np.uint64(i)]))
-            lines[np.uint64(i - start)] = ask_for(hashed, False, first, pages, directory, chunks)
-        for i in range(start, stop):
-            place = np.uint64(i)
-            on = take(lines[np.uint64(i - start)], ids[place], place, rows, counts, counting)
-            later[np.uint64(late)] = i
-            late += on
-    for start in range(0, late, GROUP):
-        stop = min(start + GROUP, late)
-        for k in range(start, stop):
-            hashed = mix(np.uint64(ids[np.uint64(later[np.uint64(k)])]))
-            lines[np.uint64(k - start)] = ask_for(hashed, True, first, pages, directory, chunks)
-        for k in range(start, stop):
-            i = np.uint64(later[np.uint64(k)])
-            if take(lines[np.uint64(k - start)], ids[i], i, rows, counts, counting):
-                hashed = mix(np.uint64(ids[i]))
-                slot = slot_of(hashed, first)
-                position = search(ids[i], hashed, slot, pages, directory, chunks)[0]
-                take(line_at(position, slot, directory, chunks), ids[i], i, rows, counts, counting)
+    lines = np.empty(2 * GROUP, np.int64)
+    later = np.empty(BLOCK + 1, np.int32)
+    for base in range(0, len(ids), BLOCK):
+        end = min(base + BLOCK, len(ids))
+        late, half = 0, 0
+        ask_for_group(ids, base, min(base + GROUP, end), first, pages, directory, chunks, lines, 0)
+        for start in range(base, end, GROUP):
+            stop, ahead = min(start + GROUP, end), min(start + 2 * GROUP, end)
+            ask_for_group(ids, stop, ahead, first, pages, directory, chunks, lines, GROUP - half)
+            for i in range(start, stop):
+                place = np.uint64(i)
+                line = lines[np.uint64(half + i - start)]
+                if counting:
+                    rows[place], counts[place], on = take_counted(line, ids[place])
+                else:
+                    rows[place], on = take(line, ids[place])
+                later[np.uint64(late)] = i
+                late += on
+            half = GROUP - half
+        take_late(ids, later, late, first, pages, directory, chunks, lines, rows, counts, counting)
     found = 0
     for i in range(len(ids)):
         found += rows[i] >= 0
@@ -329,7 +363,7 @@ def claim(
     for k in range(begin, len(absent)):
         i = absent[k]
         if k + AHEAD < len(absent):
-            ask_for(mix(np.uint64(ids[absent[k + AHEAD]])), False, first, pages, directory, chunks)
+            ask_for(ids[absent[k + AHEAD]], False, first, pages, directory, chunks)
         hashed = mix(np.uint64(ids[i]))
         slot = slot_of(hashed, first)
         if np.int64(used[slot]) * 4 >= lines_of(slot, pages) * (WIDTH * 3):

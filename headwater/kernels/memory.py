@@ -1,4 +1,4 @@
-"""Access to memory by address, and the hash of ids, for generated loops.
+"""Access to memory by address for loops over ids and rows, and the hash of ids.
 
 Imported only by generated modules, as `headwater.kernels.primitives` is.
 
@@ -16,13 +16,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-BYTE, INT, LONG, FLOAT, DOUBLE = (
-    ir.IntType(8),
-    ir.IntType(32),
-    ir.IntType(64),
-    ir.FloatType(),
-    ir.DoubleType(),
-)
+BYTE, INT, LONG, DOUBLE = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.DoubleType()
 
 inlined = njit(error_model="numpy", forceinline=True)
 """For small functions within the innermost loops."""
@@ -64,55 +58,29 @@ def float_of(typing_context: Any, bits: Any) -> Any:
     return types.float64(types.int64), generate
 
 
-def _accessors(numba_type: Any, llvm_type: Any, scope: str = "", others: tuple[str, ...] = ()) -> Any:
-    """`read(address, index)` and `write(address, index, value)` of elements of one type.
-
-    With a scope, the compiler may assume that what is read or written through these never overlaps what
-    is through accessors of the `others`: without that, loops over several rows are not vectorised.
-    """
+def _accessors(numba_type: Any, llvm_type: Any) -> Any:
+    """`read(address, index)` and `write(address, index, value)` of elements of one type."""
 
     def place(builder: Any, arguments: Any) -> Any:
         pointer = builder.inttoptr(arguments[0], llvm_type.as_pointer())
         return builder.gep(pointer, [arguments[1]])
 
-    def finish(builder: Any, instruction: Any) -> Any:
-        instruction.align = 4
-        if scope:
-            _mark(builder.module, instruction, scope, others)
-        return instruction
-
     @intrinsic
     def read(typing_context: Any, address: Any, index: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return finish(builder, builder.load(place(builder, arguments)))
+            return builder.load(place(builder, arguments), align=4)
 
         return numba_type(types.int64, types.int64), generate
 
     @intrinsic
     def write(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            finish(builder, builder.store(arguments[2], place(builder, arguments)))
+            builder.store(arguments[2], place(builder, arguments), align=4)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, numba_type), generate
 
     return read, write
-
-
-def _mark(module: Any, instruction: Any, scope: str, others: tuple[str, ...]) -> None:
-    domain = module.add_metadata([ir.MetaDataString(module, "headwater")])
-    nodes = {name: module.add_metadata([ir.MetaDataString(module, name), domain]) for name in (scope, *others)}
-    instruction.set_metadata("alias.scope", module.add_metadata([nodes[scope]]))
-    instruction.set_metadata("noalias", module.add_metadata([nodes[name] for name in others]))
-
-
-def disjoint(count: int) -> list[Any]:
-    """`count` pairs of (read, write) of float32; what one pair touches no other pair touches."""
-    names = [f"memory{i}" for i in range(count)]
-    return [
-        _accessors(types.float32, FLOAT, name, tuple(other for other in names if other != name))
-        for name in names
-    ]
 
 
 read_int, write_int = _accessors(types.int32, INT)

@@ -15,7 +15,6 @@ import numpy as np
 
 from headwater.kernels.memory import (
     bits_of,
-    disjoint,
     float_of,
     mix,
     place_of,
@@ -23,13 +22,10 @@ from headwater.kernels.memory import (
     read_int,
     write_int,
 )
-from headwater.kernels.primitives import inner, outer
+from headwater.kernels.primitives import VALUES, WINDOWS, inner, load, outer, store
 
 AHEAD = 16
 LINE = 64
-
-(read_source, write_source), (read_target, write_target) = disjoint(2)
-
 
 @inner
 def ask_for(address, size):
@@ -47,7 +43,7 @@ def gather(rows, addresses, shift, dim, target):
         if rows[i] >= 0:
             row = place_of(np.int64(rows[i]), addresses, shift, size)
             for j in range(dim):
-                write_target(target, i * dim + j, read_source(row, j))
+                store(target, i * dim + j, load(row, j, VALUES), WINDOWS)
 
 
 @outer("void(int64[::1], int64, int64, int64, uint8[::1])")
@@ -60,11 +56,11 @@ def combine(inverse, source, dim, target, seen):
         row, place = source + i * size, target + inverse[i] * size
         if seen[inverse[i]]:
             for j in range(dim):
-                write_target(place, j, read_target(place, j) + read_source(row, j))
+                store(place, j, load(place, j, VALUES) + load(row, j, WINDOWS), VALUES)
         else:
             seen[inverse[i]] = 1
             for j in range(dim):
-                write_target(place, j, read_source(row, j))
+                store(place, j, load(row, j, WINDOWS), VALUES)
 
 
 @outer("void(int64[::1], int64, float32)")
@@ -72,7 +68,7 @@ def fill(addresses, width, value):
     """Set `width` float32 at each address."""
     for address in addresses:
         for j in range(width):
-            write_target(address, j, value)
+            store(address, j, value, VALUES)
 
 
 @outer("void(int32[::1], int64[::1], int64, int32)")
@@ -145,20 +141,20 @@ def quantile(p):
 @inner
 def write_normal(address, dim, key, mean, std):
     for j in range(dim):
-        write_target(address, j, np.float32(mean + std * quantile(uniform_of(key, j))))
+        store(address, j, np.float32(mean + std * quantile(uniform_of(key, j))), VALUES)
 
 
 @inner
 def write_truncated(address, dim, key, mean, std):
     for j in range(dim):
         z = quantile(BELOW_2 + uniform_of(key, j) * WITHIN_2)
-        write_target(address, j, np.float32(mean + std * min(max(z, -2.0), 2.0)))
+        store(address, j, np.float32(mean + std * min(max(z, -2.0), 2.0)), VALUES)
 
 
 @inner
 def write_uniform(address, dim, key, low, width):
     for j in range(dim):
-        write_target(address, j, np.float32(low + width * uniform_of(key, j)))
+        store(address, j, np.float32(low + width * uniform_of(key, j)), VALUES)
 
 
 @outer("void(int64[::1], int64[::1], int64, int64, int64, float64, float64)")
@@ -175,4 +171,4 @@ def initial(ids, addresses, dim, seed, kind, location, scale):
             write_uniform(addresses[i], dim, key, location, scale)
         else:
             for j in range(dim):
-                write_target(addresses[i], j, np.float32(location))
+                store(addresses[i], j, np.float32(location), VALUES)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from headwater.initializers import Initializer
 from headwater.kernels.cache import load
 from headwater.kernels.slabs import Slabs
-from headwater.kernels.source import float32_source, generated_name
+from headwater.kernels.source import float32_source, generated_name, generated_name
 from headwater.rules import Rule
 
 Array = NDArray[np.float32]
@@ -31,16 +31,19 @@ import math
 
 import numpy as np
 from numba import float32
-from headwater.kernels.memory import disjoint, place_of, prefetch
-from headwater.kernels.primitives import inner, outer
+from headwater.kernels.memory import place_of, prefetch
+from headwater.kernels.primitives import VALUES, WINDOWS, inner, load, outer, store
 
 AHEAD = 16
 LINE = 64
 
-{accessors} = disjoint({memories})
-
-
 {rule}
+
+
+@inner
+def square(gradient, j, scale):
+    g = load(gradient, j, WINDOWS) / scale
+    return g * g
 
 
 @outer("void(int32[::1], int64, float64, int64[:, ::1], int64, int64, float32[:, ::1], int32[::1])")
@@ -67,21 +70,18 @@ EACH = """\
 """
 
 ROWWISE = """\
-        a = float32(0)
-        b = float32(0)
-        c = float32(0)
-        d = float32(0)
+        a, b, c, d = float32(0), float32(0), float32(0), float32(0)
         for j in range(0, dim - 3, 4):
-            a += (read1(gradient, j) / scale) * (read1(gradient, j) / scale)
-            b += (read1(gradient, j + 1) / scale) * (read1(gradient, j + 1) / scale)
-            c += (read1(gradient, j + 2) / scale) * (read1(gradient, j + 2) / scale)
-            d += (read1(gradient, j + 3) / scale) * (read1(gradient, j + 3) / scale)
+            a += square(gradient, j, scale)
+            b += square(gradient, j + 1, scale)
+            c += square(gradient, j + 2, scale)
+            d += square(gradient, j + 3, scale)
         for j in range(dim // 4 * 4, dim):
-            a += (read1(gradient, j) / scale) * (read1(gradient, j) / scale)
-        squares = read2(place1, 0) + ((a + b) + (c + d)) / float32(dim)
-        write2(place1, 0, squares)
+            a += square(gradient, j, scale)
+        squares = load(place1, 0, 2) + ((a + b) + (c + d)) / float32(dim)
+        store(place1, 0, squares, 2)
         for j in range(dim):
-            write0(place0, j, {name}({arguments}))
+            store(place0, j, {name}({arguments}), VALUES)
 """
 
 
@@ -94,10 +94,10 @@ def row_source(rule: Rule) -> str:
     function, states, scalars = rule.function(), len(rule.states()), len(rule.scalars(0, 1))
     places = range(1 + states)
     sizes = ["size", *(["4"] if rule.rows_only else ["size"] * states)]
-    passed = ["squares"] if rule.rows_only else [f"read{2 + k}(place{1 + k}, j)" for k in range(states)]
-    arguments = ["read0(place0, j)", "read1(gradient, j) / scale", *passed]
+    passed = ["squares"] if rule.rows_only else [f"load(place{k}, j, {1 + k})" for k in places[1:]]
+    arguments = ["load(place0, j, VALUES)", "load(gradient, j, WINDOWS) / scale", *passed]
     targets = [f"new{k}" for k in places]
-    writes = ["write0(place0, j, new0)", *(f"write{1 + k}(place{k}, j, new{k})" for k in places[1:])]
+    writes = ["store(place0, j, new0, VALUES)", *(f"store(place{k}, j, new{k}, {1 + k})" for k in places[1:])]
     loop = (ROWWISE if rule.rows_only else EACH).format(
         name=generated_name(function),
         arguments=", ".join([*arguments, *(f"scalar{k}" for k in range(scalars))]),
@@ -116,8 +116,6 @@ def row_source(rule: Rule) -> str:
     ]
     unpack += [f"        scalar{k} = scalars[line, {k}]" for k in range(scalars)]
     return TEMPLATE.format(
-        accessors=", ".join(f"(read{k}, write{k})" for k in range(2 + states)),
-        memories=2 + states,
         rule=float32_source(function, *((0, 1 + scalars) if rule.rows_only else (states, scalars))),
         prefetches="\n".join(prefetches),
         unpack="\n".join(unpack),

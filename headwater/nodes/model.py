@@ -94,6 +94,7 @@ class Model:
         gradients: by name, float32 views of the window that the next `step` sends if `carry`-ed;
             between `step` and its return they belong to the servers.
         parameters: by name, writable float32 views of the window that answers overwrite.
+        read_version: that of the values in `parameters`; -1 when they are none.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Model:
         self._settings: dict[int, dict[str, float]] = {}
         self._skip = False
         self._fresh = False
+        self.read_version = -1
 
     def _allocate(self) -> Window | _Memory:
         if any(self._shared):
@@ -139,8 +141,9 @@ class Model:
             StalledError: no answer within the deadline.
         """
         if not (self._fresh and self._session.sync.rounds and self._session.usable()):
-            have = self._session.version if self._fresh else -1
+            have = self.read_version
             self._session.ask(lambda number: m.Pull(number, (self.id,), have), "pull")
+            self.read_version = self._session.version
         self._fresh = False
         return {name: view.copy() if copy else view for name, view in self._read_only.items()}
 
@@ -178,6 +181,7 @@ class Model:
         self._session.check_open("assign")
         for name, array in self._checked(values).items():
             self.parameters[name][...] = array
+        self.outdated()
         self.assign_local(values.keys())
 
     def set(self, *, group: int | None = None, **values: float) -> None:
@@ -253,8 +257,8 @@ class Model:
             self._skip = True
             return
         raise NonFiniteError(
-            f"the gradient of {_names(names)} of model {self.name!r} holds NaN or infinity: nothing was staged "
-            f"and the turn was not taken; pass nonfinite='skip' to make such a step an empty turn"
+            f"the gradient of {_names(names)} of model {self.name!r} holds NaN or infinity: nothing was "
+            f"staged and the turn was not taken; pass nonfinite='skip' to make such a step an empty turn"
         )
 
     def assign_local(self, names: Iterable[str]) -> None:
@@ -303,9 +307,17 @@ class Model:
         """The runs and arrays of staged gradients for a server without a window."""
         return self._payload(server, mask, self._memory.gradients)
 
-    def written(self, fresh: bool) -> None:
-        """Note whether the window holds the values of the last answer's version."""
-        self._fresh = fresh
+    def written(self) -> None:
+        """Note that the window holds the values of the last answer's version."""
+        self._fresh, self.read_version = True, self._session.version
+
+    def outdated(self) -> None:
+        """Note that values may have changed without this worker's step."""
+        self._fresh = False
+
+    def changed_here(self) -> None:
+        """Note that the window's parameters may differ from those of any version."""
+        self._fresh, self.read_version = False, -1
 
     def range_of(self, server: int) -> Array:
         """float32 memory of a server's range of the parameters."""
@@ -324,7 +336,7 @@ class Model:
         assert answer.model is not None
         self.id = answer.model
         self._session.receivers[self.id] = self
-        self._fresh = True
+        self.written()
 
     def _call(
         self,

@@ -24,6 +24,8 @@ from headwater.sync import parse_sync
 from headwater.wire.channel import Channel, Received
 from headwater.wire.listener import Listener, dial
 
+_READING = (m.Attach, m.Pull, m.ReadState, m.Leave)
+
 _log = logging.getLogger("headwater.server")
 
 
@@ -54,7 +56,7 @@ class ServerNode:
         self._report_link: Link[m.Held] = Link(lambda held: m.Reports(settings.index, held))
         self._outboxes: dict[int, queue.SimpleQueue[m.Answer | None]] = {}
         self._term = 0
-        self._members: frozenset[int] = frozenset()
+        self._members: dict[int, m.Member] = {}
         self._server_ids: dict[int, int] = {}
         self._welcomed = threading.Event()
         self._threads = ConnectionThreads(f"headwater-server-{settings.index}")
@@ -132,15 +134,15 @@ class ServerNode:
 
     def _take_roster(self, roster: m.Roster) -> None:
         self._term = roster.term
-        self._members = frozenset(member.id for member in roster.members)
+        self._members = {member.id: member for member in roster.members}
         if self._sequencer is not None:
             with self._deciding:
                 self._extend(self._sequencer.roster(roster))
             self._spread()
 
     def _serve_member(self, channel: Channel, member: int) -> None:
-        if member not in self._members:
-            refusal = f"member {member} is not in the roster of term {self._term}: join the coordinator first"
+        refusal = self._refusal(member)
+        if refusal:
             channel.send(m.Refused("RefusedError", refusal))
             return
         self._outboxes[member] = queue.SimpleQueue()
@@ -153,6 +155,14 @@ class ServerNode:
                 channel.send(answer, request=received.request, buffers=intake.payload(answer))
         finally:
             self._outboxes.pop(member, None)
+
+    def _refusal(self, member: int) -> str:
+        """Why this connection cannot be the member's; "" when it can."""
+        if member not in self._members:
+            return f"member {member} is not in the roster of term {self._term}: join the coordinator first"
+        if member in self._outboxes:
+            return f"member {member} is connected to server {self.settings.index} already"
+        return ""
 
     def _sequence(self, channel: Channel, member: int) -> None:
         """On server 0: another server's connection, reports in and entries out."""
@@ -185,6 +195,10 @@ class ServerNode:
                 return self._shard.describe(message.number)
         if not isinstance(message, m.Request):
             raise ProtocolError(f"a member sent {type(message).__name__}")
+        if member not in self._members:
+            raise ProtocolError(f"member {member} is no member any more")
+        if self._members[member].role == "observer" and not isinstance(message, _READING):
+            raise ProtocolError(f"an observer sent {type(message).__name__}, which only workers may")
         try:
             staging = intake.staging(message, received.descriptors)
             with self._lock:

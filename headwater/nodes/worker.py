@@ -125,13 +125,14 @@ class Worker:
         carried = {model: c for model, (c, _, _) in taken.items() if c is not None and not skip}
         settings = tuple(setting for _, changed, _ in taken.values() for setting in changed)
         ids = read if isinstance(read, bool) else tuple(model.id for model in read)
+        seen = min((model.read_version for model in carried), default=self.version)
 
         def outgoing(server: int, number: int) -> Outgoing:
             payload = [model.gradient_payload(server, c.tensors) for model, c in carried.items()]
             step = m.Step(
                 number,
                 self._step + 1,
-                self.version,
+                seen,
                 tuple(carried.values()),
                 settings,
                 ids,
@@ -146,7 +147,10 @@ class Worker:
         self._staleness[answer.result.staleness] += 1
         self._stopped |= answer.stopped
         for model in self._models.values():
-            model.written(read if isinstance(read, bool) else model in read)
+            if read is True or (not isinstance(read, bool) and model in read):
+                model.written()
+            else:
+                model.outdated()
         self._tell()
         return answer.result
 
@@ -214,7 +218,7 @@ class Worker:
     def _meet(self, kind: Any, values: dict[str, float]) -> dict[str, float]:
         answer = self._session.ask(lambda number: m.Meet(number, kind, values), kind)
         for model in self._models.values():
-            model.written(False)
+            model.outdated()
         assert answer.sums is not None
         return answer.sums
 

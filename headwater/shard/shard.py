@@ -25,7 +25,7 @@ from headwater.sync import Reduce
 Answers: TypeAlias = list[tuple[int, m.Answer]]
 """Member and its answer."""
 
-_KINDS: dict[type, Any] = {
+_KINDS: dict[type, m.Kind] = {
     m.Register: "register",
     m.Attach: "attach",
     m.Step: "step",

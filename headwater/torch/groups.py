@@ -6,6 +6,7 @@ and `momentum`; what somebody changed there is what travels.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,9 +123,12 @@ class _Names:
 
 def _with(rule: Rule, changes: Mapping[str, Any]) -> Rule:
     """The rule with some settings, under torch's names, changed."""
-    return type(rule).from_flat(
-        {**{name: getattr(rule, name) for name in field_types(type(rule))}, **changes}
-    )
+    known = field_types(type(rule))
+    if unknown := sorted(changes.keys() - known.keys()):
+        raise ConfigurationError(
+            f"{rule.name} has no setting {', '.join(map(repr, unknown))}: choose from {', '.join(known)}"
+        )
+    return dataclasses.replace(rule, **changes)
 
 
 def _plain(value: Any) -> Any:

@@ -271,7 +271,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """
         self._check()
         for model in self._models:
-            model.written(False)  # what is in the window may have been changed here
+            model.changed_here()
             model.pull()
         self._values_arrived()
 

@@ -1,0 +1,77 @@
+"""Programs whose result counts itself, over whole clusters, and what is common to tests of the log.
+
+Most add `BASE ** rank` to every element with each step, so that a value read is a number whose digits
+count the steps of each worker that it contains.
+"""
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from headwater import messages as m
+
+BASE = 16
+MODES = ["sync", "async", "ssp:0", "ssp:2"]
+
+seeds = st.integers(0, 2**32 - 1)
+servers = st.sampled_from([1, 2, 3, 5])
+modes = st.sampled_from(MODES)
+some = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+few = settings(some, max_examples=10)
+
+
+def digits(value, workers):
+    """How many steps of each worker `value` contains."""
+    whole = int(value)
+    assert whole == value
+    return [whole // BASE**rank % BASE for rank in range(workers)]
+
+
+def counting(me, steps):
+    """Take `steps` steps that count; return what each answer was, as (answer, clock, value)."""
+    seen = []
+    for _ in range(steps):
+        me.push(BASE**me.rank)
+        answer = yield me.step()
+        seen.append((answer, me.steps, me.read()))
+    return seen
+
+
+def counters(*steps):
+    """A program for each: register, take that many counted steps, leave; return what was read."""
+
+    def program(count):
+        def run(me):
+            yield me.register()
+            seen = yield from counting(me, count)
+            yield me.end()
+            yield me.leave()
+            return seen
+
+        return run
+
+    return [program(count) for count in steps]
+
+
+def value_at(cluster):
+    """Version → the value that the log says every element has then."""
+    values, value = {0: 0}, 0
+    for entry in cluster.log:
+        if isinstance(entry, m.Committed):
+            value += sum(BASE ** cluster.clients[ticket.member].rank for ticket in entry.updates)
+            values[entry.version] = value
+    return values
+
+
+def final(cluster, model=0):
+    """The model's vector, put together from all servers."""
+    vectors = [shard.vectors[model] for shard in cluster.shards]
+    assert len({vector.updates for vector in vectors}) == 1
+    whole = np.concatenate([vector.values for vector in vectors])
+    return {name: view.copy() for name, view in vectors[0].layout.views(whole).items()}
+
+
+def final_count(cluster):
+    values = {float(x) for view in final(cluster).values() for x in np.unique(view)}
+    assert len(values) == 1
+    return values.pop()
