@@ -9,8 +9,10 @@ import threading
 from typing import Any
 
 import cloudpickle
+import numpy as np
 
 from headwater.engines.engine import Failure, run_worker
+from headwater.kernels import copy_out
 from headwater.nodes.server import ServerNode, ServerSettings
 from headwater.rules import load_rules
 
@@ -55,6 +57,7 @@ def _run(role: str, rules: tuple[str, ...], start: Any) -> tuple[Any, Failure | 
 
 def _serve(settings: ServerSettings) -> None:
     sys.setswitchinterval(_SWITCH_S)
+    copy_out(np.zeros(0, np.float32), np.zeros(0, np.int64))  # load the compiler before a worker waits for it
     ServerNode(settings).start()
     threading.Event().wait()
 

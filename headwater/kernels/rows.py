@@ -40,12 +40,6 @@ LINE = 64
 {rule}
 
 
-@inner
-def square(gradient, j, scale):
-    g = load(gradient, j, WINDOWS) / scale
-    return g * g
-
-
 @outer("void(int32[::1], int64, float64, int64[:, ::1], int64, int64, float32[:, ::1], int32[::1])")
 def apply(rows, gradients, divisor, addresses, shift, dim, scalars, lines):
     scale = float32(divisor)
@@ -67,6 +61,15 @@ EACH = """\
         for j in range(dim):
             {targets} = {name}({arguments})
 {writes}
+"""
+
+SQUARE = """\
+@inner
+def square(gradient, j, scale):
+    g = load(gradient, j, WINDOWS) / scale
+    return g * g
+
+
 """
 
 ROWWISE = """\
@@ -116,7 +119,7 @@ def row_source(rule: Rule) -> str:
     ]
     unpack += [f"        scalar{k} = scalars[line, {k}]" for k in range(scalars)]
     return TEMPLATE.format(
-        rule=float32_source(function, *((0, 1 + scalars) if rule.rows_only else (states, scalars))),
+        rule=(SQUARE if rule.rows_only else "") + float32_source(function, *((0, 1 + scalars) if rule.rows_only else (states, scalars))),
         prefetches="\n".join(prefetches),
         unpack="\n".join(unpack),
         loop=loop.rstrip(),
