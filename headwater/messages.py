@@ -457,8 +457,8 @@ class TableStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One table on one server, since it exists.
 
     `rows`: that exist now, expired ones that were not swept yet included. `resident`: bytes. `refused`: ids
-    whose gradient admission dropped; `expired`: rows that expiry ended; `pulled`: ids that were pulled, `hits`
-    of them had a row.
+    whose gradient admission dropped; `expired`: rows that expiry ended; `pulled`: ids that were pulled,
+    `hits` of them had a row.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Initial rows are a function of (seed, id, column), the same bits everywhere, and distributed as they say."""
+"""Initial rows are a function of (seed, id, column), the same bits everywhere, distributed as they say."""
 
 import math
 

@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN201
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: ignore-errors
 """Loops that put ids in order; compiled from this text by `headwater.kernels.arrange`, never imported."""
 
 import numpy as np

@@ -82,7 +82,8 @@ class Index:
 
     @property
     def _chunks(self) -> NDArray[np.int64]:
-        return self._memory.addresses[0]
+        chunks: NDArray[np.int64] = self._memory.addresses[0]
+        return chunks
 
     def __len__(self) -> int:
         return int(self._counters[_ROWS])
@@ -100,7 +101,14 @@ class Index:
     @property
     def nbytes(self) -> int:
         """Bytes in use."""
-        arrays = (self._pages, self._used, self._directory, self._free, self._pending_ids, self._pending_counts)
+        arrays = (
+            self._pages,
+            self._used,
+            self._directory,
+            self._free,
+            self._pending_ids,
+            self._pending_counts,
+        )
         return int(self._counters[_NEXT_PAGE]) * PAGE + sum(array.nbytes for array in arrays)
 
     def stranger(self, ids: Ids) -> int | None:

@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN201
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: ignore-errors
 """The loops of the id index; compiled from this text by `headwater.kernels.index`, never imported.
 
 Invariants:

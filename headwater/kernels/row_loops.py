@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN201
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: ignore-errors
 """Loops over rows of any rule; compiled from this text by `headwater.kernels.rows`, never imported.
 
 Invariants:
@@ -26,6 +26,7 @@ from headwater.kernels.primitives import VALUES, WINDOWS, inner, load, outer, st
 
 AHEAD = 16
 LINE = 64
+
 
 @inner
 def ask_for(address, size):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from headwater.initializers import Initializer
 from headwater.kernels.cache import load
 from headwater.kernels.slabs import Slabs
-from headwater.kernels.source import float32_source, generated_name, generated_name
+from headwater.kernels.source import float32_source, generated_name
 from headwater.rules import Rule
 
 Array = NDArray[np.float32]
@@ -118,8 +118,10 @@ def row_source(rule: Rule) -> str:
         for k, size in zip(places, sizes, strict=True)
     ]
     unpack += [f"        scalar{k} = scalars[line, {k}]" for k in range(scalars)]
+    shape = (0, 1 + scalars) if rule.rows_only else (states, scalars)
+    definitions = (SQUARE if rule.rows_only else "") + float32_source(function, *shape)
     return TEMPLATE.format(
-        rule=(SQUARE if rule.rows_only else "") + float32_source(function, *((0, 1 + scalars) if rule.rows_only else (states, scalars))),
+        rule=definitions,
         prefetches="\n".join(prefetches),
         unpack="\n".join(unpack),
         loop=loop.rstrip(),
@@ -132,9 +134,9 @@ _compiled: dict[tuple[object, int, int], Callable[..., None]] = {}
 def row_rule(rule: Rule) -> Callable[..., None]:
     """The compiled row pass of `rule`; blocks while it is compiled the first time.
 
-    It takes rows int32[n], the address of float32[n, dim] gradients, their divisor, the addresses of the slabs
-    (values, then states), their shift, dim, scalars float32[m, k] and, unless m is 1, which of the m each row
-    takes, int32[n].
+    It takes rows int32[n], the address of float32[n, dim] gradients, their divisor, the addresses of the
+    slabs (values, then states), their shift, dim, scalars float32[m, k] and, unless m is 1, which of the m
+    each row takes, int32[n].
     """
     key = rule.function(), len(rule.states()), len(rule.scalars(0, 1))
     if key not in _compiled:

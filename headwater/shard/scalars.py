@@ -16,7 +16,9 @@ _ALL_THE_SAME = np.empty(0, dtype=np.int32)
 
 
 class Scalars:
-    """Looks up the scalars of one rule; a line is float32[k], what the rule's function takes after the states.
+    """Looks up the scalars of one rule.
+
+    A line is float32[k], what the rule's function takes after the states.
 
     Without a schedule, lines are kept by count up to `_KEPT` (at most 10 MB for Adam), so an update computes
     only those of counts that no row had before. Otherwise it computes one for each different count.
