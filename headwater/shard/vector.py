@@ -9,7 +9,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,13 @@ class Staging:
 
     gradients: Array
     parameters: Array
+    gradients_at: int = field(init=False)
+    parameters_at: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Asking NumPy for an address costs as much as a small pull's whole pass.
+        object.__setattr__(self, "gradients_at", self.gradients.ctypes.data)
+        object.__setattr__(self, "parameters_at", self.parameters.ctypes.data)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,12 +101,12 @@ class Vector:
         self.counts[touched] += 1
         for low, high, tensor in self._segments(carried):
             here = slice(low - self.start, high - self.start)
-            places = _addresses([staging.parameters for staging in answers], here.start)
+            places = _addresses([staging.parameters_at for staging in answers], here.start)
             if not touched[tensor]:
                 copy_out(self.values[here], places)
                 continue
             rule = self.rules[self.layout.groups[tensor]]
-            by = [update.staging.gradients for update in updates if update.carried[tensor]]
+            by = [update.staging.gradients_at for update in updates if update.carried[tensor]]
             dense(rule)(
                 _addresses(by, here.start),
                 1.0 if rule.always_sum else float(divisor),
@@ -130,7 +137,7 @@ class Vector:
 
     def write(self, answers: Sequence[Staging]) -> None:
         """Write all values to `answers`."""
-        copy_out(self.values, _addresses([staging.parameters for staging in answers], 0))
+        copy_out(self.values, _addresses([staging.parameters_at for staging in answers], 0))
 
     def assign(self, source: Staging, carried: NDArray[np.bool_], version: int) -> None:
         """Take the carried tensors' values from `source.parameters`; the rule's state stays."""
@@ -151,5 +158,5 @@ class Vector:
         )
 
 
-def _addresses(arrays: Sequence[Array], offset: int) -> NDArray[np.int64]:
-    return np.array([array.ctypes.data + _ITEM * offset for array in arrays], dtype=np.int64)
+def _addresses(starts: Sequence[int], offset: int) -> NDArray[np.int64]:
+    return np.array([start + _ITEM * offset for start in starts], dtype=np.int64)

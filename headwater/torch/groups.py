@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -128,7 +128,8 @@ def _with(rule: Rule, changes: Mapping[str, Any]) -> Rule:
         raise ConfigurationError(
             f"{rule.name} has no setting {', '.join(map(repr, unknown))}: choose from {', '.join(known)}"
         )
-    return dataclasses.replace(rule, **changes)
+    changed: Rule = dataclasses.replace(cast(Any, rule), **changes)
+    return changed
 
 
 def _plain(value: Any) -> Any:
