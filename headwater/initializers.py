@@ -55,7 +55,8 @@ class Initializer(Settings):
         """float32[n, dim]: the initial rows of int64[n] ids; the plain reference."""
         kind, location, scale = self.distribution()
         draws = _DRAWS[kind](_uniforms(seed, ids, dim))
-        return (location + scale * draws).astype(np.float32)
+        rows: NDArray[np.float32] = (location + scale * draws).astype(np.float32)
+        return rows
 
 
 @dataclass(frozen=True, slots=True)

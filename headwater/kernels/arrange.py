@@ -81,9 +81,7 @@ def as_ids(ids: Any) -> Ids:
     if array.size == 0 and array.dtype == np.float64 and not isinstance(ids, np.ndarray):
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu":
-        raise UsageError(
-            f"ids must be integers, got {array.dtype}: convert them first, for example by hashing"
-        )
+        raise UsageError(f"ids must be integers, got {array.dtype}: convert them, for example by hashing")
     if array.dtype.kind == "u" and array.size and int(array.max()) > np.iinfo(np.int64).max:
         raise UsageError(f"ids must fit int64, got {int(array.max())}: subtract 2**64 or hash them")
     return np.ascontiguousarray(array, dtype=np.int64).reshape(array.shape)

@@ -13,7 +13,7 @@ SLOTS = 4096
 
 @outer("int64(int64[::1], int64, int32[::1], int64[::1], int64[::1])")
 def number(ids, known, table, unique, inverse):
-    """Number ids in order of first appearance, on from `known`, with a hash table that lives from call to call.
+    """Number ids in order of first appearance, on from `known`; the hash table lives from call to call.
 
     table: int32[a power of two above the count of ids], −1 where empty; unique[k]: id number k;
     inverse[i]: number of ids[i]. Returns how many are known now.

@@ -25,14 +25,14 @@ from headwater.kernels.slabs import Slabs
 Ids = NDArray[np.int64]
 Rows = NDArray[np.int32]
 
-PAGE = 512
+PAGE = 1024
 PENDING = 128
 """Ids of one virtual slot whose updates are counted before admission: 16 buckets of 8."""
 
 _NEXT_ROW, _FREE, _NEXT_PAGE, _ROWS, _REFUSED, _FRESH, _WANTED = range(7)
 _BUCKETS, _WAYS = 16, 8
 _MOST_ROWS = 2**31 - 2
-_PAGES_A_CHUNK_SHIFT = 15
+_PAGES_A_CHUNK_SHIFT = 14
 
 _NONE = np.empty(0, dtype=np.int32)
 

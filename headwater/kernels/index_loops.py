@@ -8,7 +8,7 @@ Invariants:
 - A line has `WIDTH` entries: int64 ids, then int32 rows, then int32 counts; row −1 marks an entry empty.
 - All lines from an id's home to the one before its own are full, so a search ends at a line that is not, and
   a removal fills the gap that it leaves in a full line.
-- The home lines of one group of ids are asked for before the group before it is searched.
+- The home lines of a group of ids are asked for before the first of them is searched.
 """
 
 import numpy as np
@@ -27,14 +27,13 @@ from headwater.kernels.primitives import inner, outer
 
 WIDTH = 4
 LINE = 64
-LINES_SHIFT = 3
+LINES_SHIFT = 4
 LINES = 1 << LINES_SHIFT
 PAGE = LINE * LINES
-PAGE_SHIFT = 15
+PAGE_SHIFT = 14
 ROWS_HERE, COUNTS = 8, 12
 SLOTS = 4096
 GROUP = 64
-BLOCK = 2048
 AHEAD = 16
 MOST_COUNT = np.int32(2**31 - 1)
 
@@ -92,7 +91,7 @@ def after(position, lines):
 
 @inner
 def search(wanted, hashed, slot, pages, directory, chunks):
-    """(position, line, way) of the id's entry; way −1 and the first line with an empty one where it has none."""
+    """(position, line, way) of the id's entry; way −1, and the first line with an empty one, if none."""
     lines = lines_of(slot, pages)
     position = home_of(hashed, lines)
     line = line_at(position, slot, directory, chunks)
@@ -117,40 +116,33 @@ def ask_for(wanted, beyond, first, pages, directory, chunks):
 
 
 @inlined
-def ask_for_group(ids, start, stop, first, pages, directory, chunks, lines, half):
-    for i in range(start, stop):
-        line = ask_for(ids[np.uint64(i)], False, first, pages, directory, chunks)
-        lines[np.uint64(half + i - start)] = line
-
-
-@inlined
 def take(line, wanted):
-    """The id's row in this line, or −1, and whether to search on. Without branches."""
-    row, full = np.int32(-1), True
+    """The id's row in this line, or −1, and 1 where to search on, else 0.
+
+    In bits, since comparisons become branches, which random ids mispredict.
+    """
+    row, lowest = np.int32(-1), np.int32(0)
     for w in range(WIDTH):
         here = read_int(line, ROWS_HERE + w)
-        full = full & (here >= 0)
-        row = max(row, here if read_long(line, w) == wanted else np.int32(-1))
-    return row, full & (row < 0)
+        lowest = lowest | here
+        row = row & (here | (np.int32(read_long(line, w) == wanted) - np.int32(1)))
+    return row, np.int64((row & ~lowest) >> 31) & 1
 
 
 @inlined
-def take_counted(line, wanted):
-    """As `take`, and the id's count, one higher than it was."""
-    row, full, counted = np.int32(-1), True, np.int32(0)
+def count_one(line, wanted):
+    """The id's count, one higher than it was; 0 where it is not in this line."""
+    counted = np.int32(0)
     for w in range(WIDTH):
-        here = read_int(line, ROWS_HERE + w)
-        full = full & (here >= 0)
-        match = here if read_long(line, w) == wanted else np.int32(-1)
-        row = max(row, match)
-        more = np.int32(match >= 0)
+        lives = read_int(line, ROWS_HERE + w) >= 0
+        more = np.int32(lives & (read_long(line, w) == wanted))
         count = min(read_int(line, COUNTS + w), MOST_COUNT - more) + more
         write_int(line, COUNTS + w, count)
         counted = max(counted, count * more)
-    return row, counted, full & (row < 0)
+    return counted
 
 
-@inlined
+@inner
 def take_late(ids, later, late, first, pages, directory, chunks, lines, rows, counts, counting):
     """Search on for ids[i], i in later[:late]."""
     for start in range(0, late, GROUP):
@@ -168,36 +160,33 @@ def take_late(ids, later, late, first, pages, directory, chunks, lines, rows, co
                 row = take(line, ids[i])[0]
             rows[i] = row
             if counting:
-                counts[i] = take_counted(line, ids[i])[1]
+                counts[i] = count_one(line, ids[i])
 
 
-@inlined
+@inner
 def look_up(ids, first, pages, directory, chunks, rows, counts, counting):
     """Fill `rows` and, where counting, add to and fill `counts`; returns how many ids have a row.
 
-    Ids that are not in their home line, about one in twelve, are put off to the end of their block: to wait
-    for the line after it, or to guess whether it is needed, would cost as much as all the rest.
+    Ids that are not in their home line, about one in twelve, are put off to the end: to wait for the line
+    after it, or to guess whether it is needed, would cost as much as all the rest.
     """
-    lines = np.empty(2 * GROUP, np.int64)
-    later = np.empty(BLOCK + 1, np.int32)
-    for base in range(0, len(ids), BLOCK):
-        end = min(base + BLOCK, len(ids))
-        late, half = 0, 0
-        ask_for_group(ids, base, min(base + GROUP, end), first, pages, directory, chunks, lines, 0)
-        for start in range(base, end, GROUP):
-            stop, ahead = min(start + GROUP, end), min(start + 2 * GROUP, end)
-            ask_for_group(ids, stop, ahead, first, pages, directory, chunks, lines, GROUP - half)
+    lines = np.empty(GROUP, np.int64)
+    later = np.empty(len(ids) + 1, np.int32)
+    late = 0
+    for start in range(0, len(ids), GROUP):
+        stop = min(start + GROUP, len(ids))
+        for i in range(start, stop):
+            lines[np.uint64(i - start)] = ask_for(ids[np.uint64(i)], False, first, pages, directory, chunks)
+        for i in range(start, stop):
+            place = np.uint64(i)
+            row, on = take(lines[np.uint64(i - start)], ids[place])
+            rows[place] = row
+            later[np.uint64(late)] = i
+            late += on
+        if counting:
             for i in range(start, stop):
-                place = np.uint64(i)
-                line = lines[np.uint64(half + i - start)]
-                if counting:
-                    rows[place], counts[place], on = take_counted(line, ids[place])
-                else:
-                    rows[place], on = take(line, ids[place])
-                later[np.uint64(late)] = i
-                late += on
-            half = GROUP - half
-        take_late(ids, later, late, first, pages, directory, chunks, lines, rows, counts, counting)
+                counts[np.uint64(i)] = count_one(lines[np.uint64(i - start)], ids[np.uint64(i)])
+    take_late(ids, later, late, first, pages, directory, chunks, lines, rows, counts, counting)
     found = 0
     for i in range(len(ids)):
         found += rows[i] >= 0
@@ -334,8 +323,8 @@ def admits(wanted, bucket, pending_ids, pending_counts, needed):
 
 
 @outer(
-    "int64(int64[::1], int32[::1], int64, int64, int32[::1], int32[::1], int32[:, ::1], int64[::1], int64[::1], "
-    "int32[::1], int64, int64[:, ::1], int32[:, ::1], int32[::1], int32[::1], int32[::1])"
+    "int64(int64[::1], int32[::1], int64, int64, int32[::1], int32[::1], int32[:, ::1], int64[::1], "
+    "int64[::1], int32[::1], int64, int64[:, ::1], int32[:, ::1], int32[::1], int32[::1], int32[::1])"
 )
 def claim(
     ids,
@@ -357,8 +346,8 @@ def claim(
 ):
     """Make entries with a count of 1 for ids[i], i in `absent` from `begin` on, where they are admitted.
 
-    rows[i]: the new row, −1 where refused; the positions of new ones are appended to `fresh`. Returns where in
-    `absent` it stopped for want of pages, or its end.
+    rows[i]: the new row, −1 where refused; the positions of new ones are appended to `fresh`. Returns where
+    in `absent` it stopped for want of pages, or its end.
     """
     for k in range(begin, len(absent)):
         i = absent[k]
@@ -366,9 +355,9 @@ def claim(
             ask_for(ids[absent[k + AHEAD]], False, first, pages, directory, chunks)
         hashed = mix(np.uint64(ids[i]))
         slot = slot_of(hashed, first)
-        if np.int64(used[slot]) * 4 >= lines_of(slot, pages) * (WIDTH * 3):
-            if not grow(slot, pages, used, directory, chunks, counters):
-                return k
+        crowded = np.int64(used[slot]) * 4 >= lines_of(slot, pages) * (WIDTH * 3)
+        if crowded and not grow(slot, pages, used, directory, chunks, counters):
+            return k
         rows[i], counts[i] = -1, 0
         if needed > 1:
             bucket = bucket_of(hashed, slot)
