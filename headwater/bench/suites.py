@@ -9,10 +9,13 @@ from headwater.bench.figures import Effort, Figure
 from headwater.bench.kernels import measure_kernels
 from headwater.bench.latency import measure_latency
 from headwater.bench.memory import measure_memory
+from headwater.bench.table import measure_lookup, measure_table
 
 SUITES: dict[str, Callable[[Effort], list[Figure]]] = {
     "dense": measure_dense,
     "latency": measure_latency,
     "kernels": measure_kernels,
     "memory": measure_memory,
+    "lookup": measure_lookup,
+    "table": measure_table,
 }
