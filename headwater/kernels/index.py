@@ -3,7 +3,7 @@
 Invariants:
 - Any int64 is a legal id.
 - Growth rehashes one slot and adds pages to it; no page is ever given back or left unused, so memory is
-  16 bytes for an entry at a load between 0.53 (right after growth) and 0.75, once slots have 5 pages.
+  16 bytes for an entry at a load between 0.5 (right after growth) and 0.75, once slots have a few pages.
 - Layout and row numbers depend on the order of claims and removals within a slot and on nothing else
   that differs between numbers of servers.
 """

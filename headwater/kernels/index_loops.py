@@ -8,6 +8,7 @@ Invariants:
 - A line has `WIDTH` entries: int64 ids, then int32 rows, then int32 counts; row −1 marks an entry empty.
 - All lines from an id's home to the one before its own are full, so a search ends at a line that is not, and
   a removal fills the gap that it leaves in a full line.
+- Slots grow at loads between 42 / 64 and 49 / 64, so that they do not all grow in the same few updates.
 - The home lines of a group of ids are asked for before the first of them is searched.
 """
 
@@ -355,7 +356,7 @@ def claim(
             ask_for(ids[absent[k + AHEAD]], False, first, pages, directory, chunks)
         hashed = mix(np.uint64(ids[i]))
         slot = slot_of(hashed, first)
-        crowded = np.int64(used[slot]) * 4 >= lines_of(slot, pages) * (WIDTH * 3)
+        crowded = np.int64(used[slot]) * 64 >= lines_of(slot, pages) * WIDTH * (42 + (slot & 7))
         if crowded and not grow(slot, pages, used, directory, chunks, counters):
             return k
         rows[i], counts[i] = -1, 0

@@ -42,7 +42,7 @@ class Slabs:
             MemoryError: the machine has no more address space.
         """
         while len(self._chunks) << self.shift < rows:
-            large = False
+            large = bool(self._chunks)
             self._chunks.append([_chunk(size << self.shift, large) for size in self.row_bytes])
             self.addresses = np.array(
                 [[part.ctypes.data for part in chunk] for chunk in self._chunks], dtype=np.int64
