@@ -298,6 +298,17 @@ def test_admission_remembers_a_bounded_number_of_ids_and_admits_none_early():
     assert (pull(table, recent) == 1).mean() > 0.9
 
 
+def test_a_bucket_of_eight_counts_all_of_them_to_the_end():
+    kind = spec(Accumulate(), dim=1, admission=AfterCount(3))
+    table, plain = Table(kind, TWO_SLOTS), PlainTable(kind)
+    buckets = [plain.bucket(i) for i in POOL.tolist()]
+    eight = next(ids for b in buckets if len(ids := POOL[[other == b for other in buckets]]) >= 8)[:8]
+    for order in (eight, eight[::-1], eight[[3, 0, 7, 1, 6, 2, 5, 4]]):
+        for i in order:
+            push(table, [i])
+    assert pull(table, eight)[:, 0].tolist() == [1] * 8
+
+
 def test_a_row_expires_exactly_after_its_steps_swept_or_not():
     table = make(expiry=AfterSteps(10), initializer=Constant(100), dim=1)
     push(table, [1, 2], 1.0, step=5)

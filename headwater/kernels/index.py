@@ -65,7 +65,7 @@ class Index:
         self._first = slots.start
         self._needed = needed
         count = len(slots)
-        self._memory = Slabs([PAGE])
+        self._memory = Slabs([PAGE], large=True)
         assert self._memory.shift == _PAGES_A_CHUNK_SHIFT
         self._memory.reserve(max(count, 1))
         self._pages = np.ones(count, dtype=np.int32)

@@ -24,15 +24,19 @@ _HUGE_PAGE = 2 << 20
 class Slabs:
     """Parallel slabs: row r has `row_bytes[k]` bytes in slab k.
 
+    From the second chunk on they ask for huge pages (random rows then miss the TLB less); a small table
+    would only lose the rest of one by it. `large`: from the first on, for memory that is used all over.
+
     Attributes:
         shift: a chunk holds 2^shift rows, of every slab.
         addresses: int64[slabs, chunks], where each chunk starts; what kernels take.
     """
 
-    def __init__(self, row_bytes: Sequence[int]) -> None:
+    def __init__(self, row_bytes: Sequence[int], *, large: bool = False) -> None:
         self.row_bytes = tuple(row_bytes)
         self.shift = max(0, (CHUNK // max(row_bytes)).bit_length() - 1)
         self.addresses = np.empty((len(row_bytes), 0), dtype=np.int64)
+        self._large = large
         self._chunks: list[list[NDArray[np.uint8]]] = []
 
     def reserve(self, rows: int) -> None:
@@ -42,7 +46,7 @@ class Slabs:
             MemoryError: the machine has no more address space.
         """
         while len(self._chunks) << self.shift < rows:
-            large = bool(self._chunks)
+            large = self._large or bool(self._chunks)
             self._chunks.append([_chunk(size << self.shift, large) for size in self.row_bytes])
             self.addresses = np.array(
                 [[part.ctypes.data for part in chunk] for chunk in self._chunks], dtype=np.int64
@@ -59,11 +63,7 @@ class Slabs:
 
 
 def _chunk(size: int, large: bool) -> NDArray[np.uint8]:
-    """`size` bytes of fresh memory; the array owns it.
-
-    From the second chunk on it asks for huge pages (random rows then miss the TLB less): a small table
-    would only lose the rest of one by it.
-    """
+    """`size` bytes of fresh memory, in huge pages where `large`; the array owns it."""
     memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if large and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
