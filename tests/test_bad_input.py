@@ -21,6 +21,7 @@ from headwater.errors import (
     RegistrationError,
 )
 from headwater.nodes.session import Session
+from headwater.rules import RowwiseAdagrad
 from headwater.wire import frames
 from headwater.wire.channel import Outgoing
 from headwater.wire.listener import dial
@@ -83,6 +84,7 @@ def test_an_impossible_cluster_is_refused_before_anything_starts(options, text):
         ({"w": np.ones(2, np.complex64)}, hw.SGD(lr=1.0), {}, "'w' must be of a real dtype"),
         ({"w": object()}, hw.SGD(lr=1.0), {}, "'w'"),
         ({"w": np.ones(2, np.float32)}, 0.1, {}, "rule must be a Rule such as"),
+        ({"w": np.ones(2, np.float32)}, RowwiseAdagrad(lr=1.0), {}, "is a rule for tables' rows only"),
         (
             {"w": np.ones(2, np.float32)},
             hw.SGD(lr=1.0),

@@ -105,3 +105,25 @@ def test_a_hundred_synchronous_steps_agree_with_one_process(case, workers):
     for name, expected in values().items():
         scale = np.abs(expected).max()
         assert np.abs(result[name] - expected).max() <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_rule_gives_the_same_bits_for_any_number_of_servers(case):
+    rule, _ = CASES[case]
+    shapes = {"w": (83, 71), "b": (513,)}
+
+    def train(worker):
+        numbers = np.random.default_rng(worker.rank)
+        model = worker.model(
+            "net", {name: np.full(shape, 0.25, np.float32) for name, shape in shapes.items()}, rule
+        )
+        for _ in range(5):
+            model.push({name: numbers.standard_normal(shape) for name, shape in shapes.items()})
+            worker.step()
+
+    def bits(servers):
+        result = hw.run(train, workers=3, servers=servers, engine="inline", deadline=60)
+        return {name: array.tobytes() for name, array in result.parameters["net"].items()}
+
+    expected = bits(1)
+    assert all(bits(servers) == expected for servers in (2, 3, 5))

@@ -146,8 +146,9 @@ class Shard:
                 f"model {spec.name!r}: tensors name parameter groups {sorted(set(layout.groups.tolist()))}, "
                 f"but there are rules for {len(spec.rules)}"
             )
-        for rule in spec.rules:
-            from_spec(rule)
+        for rule in map(from_spec, spec.rules):
+            if rule.rows_only:
+                raise RegistrationError(f"model {spec.name!r}: {rule.name} is a rule for tables' rows only")
 
     def _check_step(self, member: int, step: m.Step) -> None:
         models = [carried.model for carried in step.carried]
