@@ -1,4 +1,7 @@
-"""Update loops of dense rules, against a copy of as many bytes as each must read and write."""
+"""Update loops of dense rules, against a copy, in bytes read and written a second.
+
+The copy is of twice as many bytes: where it fits the cache, the C library copies at half the speed.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +28,14 @@ def measure_kernels(effort: Effort) -> list[Figure]:
 
 def _measure(rule: Rule, elements: int, effort: Effort) -> Figure:
     moved = 4 * elements * (3 + 2 * len(rule.states()))
-    source, target = (np.ones(moved // 8, dtype=np.float32) for _ in range(2))
+    source, target = (np.ones(moved // 4, dtype=np.float32) for _ in range(2))
     cases: dict[str, Callable[[], object]] = {
         "kernel": _update(rule, elements),
         "copy": functools.partial(np.copyto, target, source),
     }
     times = take_turns(cases, repeats=effort.repeats, rounds=max(1, effort.rounds // 4))
-    figure, limit = (moved / median(times[name]) / 1e9 for name in ("kernel", "copy"))
-    return Figure(
-        f"kernel {rule.name}", figure, "GB/s", "copy of the same bytes", limit, figure / limit, 0.85, False
-    )
+    figure, limit = moved / median(times["kernel"]) / 1e9, 2 * moved / median(times["copy"]) / 1e9
+    return Figure(f"kernel {rule.name}", figure, "GB/s", "copy of memory", limit, figure / limit, 0.85, False)
 
 
 def _update(rule: Rule, elements: int) -> Callable[[], None]:

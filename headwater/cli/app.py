@@ -106,8 +106,8 @@ def bench(
 ) -> None:
     """Measure this machine: each figure beside the limit it is held against, taken in the same run.
 
-    dense: rounds of a model of ResNet-50's size. latency: pulls of 1 KB.
-    kernels: update loops. memory: what nodes keep resident.
+    dense: rounds of a model of ResNet-50's size. latency: pulls of 1 KB. kernels: update loops.
+    memory: what nodes keep resident. lookup, table: the loops of embedding tables.
 
     [bold]Examples[/bold]
 
