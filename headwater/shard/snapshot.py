@@ -1,0 +1,68 @@
+"""What a shard is at one position of the log, as plain arrays: for checkpoints and standbys.
+
+Invariants:
+- Arrays are copies: nothing that happens later changes them.
+- Models and tables stand in the order of their ids. Rows stand slot by slot, so a table's part for other
+  slots is a concatenation of pieces of these arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater.messages import ModelSpec, RuleSpec, TableSpec
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelSnapshot:
+    """Elements [start, stop) of a model.
+
+    Attributes:
+        rules: of each parameter group, with the settings of now.
+        values: float32[stop − start].
+        states: state name → float32[stop − start].
+        counts: int64[tensors], updates of each tensor, in the order of the layout.
+        updates: commits that touched the model.
+    """
+
+    spec: ModelSpec
+    rules: tuple[RuleSpec, ...]
+    start: int
+    stop: int
+    values: Array
+    states: dict[str, Array]
+    counts: NDArray[np.int64]
+    updates: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TableSnapshot:
+    """The rows of one server's slots of a table.
+
+    Attributes:
+        rule: with the settings of now.
+        ids: int64[n], in the order of virtual slots.
+        counts: int32[n], updates of each row.
+        last: int32[n], version of each row's last gradient modulo 2³², with an expiry; else int32[0].
+        values: float32[n, dim].
+        states: state name → float32[n, width], width 1 for rules with one state a row.
+        pending_ids, pending_counts: int64[m], int32[m]: what admission has counted, in the order of slots
+            and buckets, and in a bucket from the last pushed on.
+        updates: commits that touched the table.
+    """
+
+    spec: TableSpec
+    rule: RuleSpec
+    ids: NDArray[np.int64]
+    counts: NDArray[np.int32]
+    last: NDArray[np.int32]
+    values: Array
+    states: dict[str, Array]
+    pending_ids: NDArray[np.int64]
+    pending_counts: NDArray[np.int32]
+    updates: int
