@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from headwater import errors
+from headwater import errors, initializers
 from headwater.cluster import Cluster, connect
+from headwater.initializers import Normal, TruncatedNormal, Uniform, Zeros
+from headwater.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
 from headwater.messages import ClusterStatistics, StepResult
 from headwater.nodes.model import Group, Model
+from headwater.nodes.table import Table
 from headwater.nodes.worker import Worker, WorkerStatistics
 from headwater.rules import (
     SGD,
@@ -19,6 +22,7 @@ from headwater.rules import (
     Assign,
     Ftrl,
     RMSprop,
+    RowwiseAdagrad,
     Rule,
     register,
 )
@@ -34,6 +38,8 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "AfterCount",
+    "AfterSteps",
     "Assign",
     "Asynchronous",
     "Cluster",
@@ -42,9 +48,12 @@ __all__ = [
     "Cosine",
     "Ftrl",
     "Group",
+    "LeastRecentlyUsed",
     "Linear",
     "Model",
+    "Normal",
     "RMSprop",
+    "RowwiseAdagrad",
     "Rule",
     "RunResult",
     "Schedule",
@@ -52,10 +61,15 @@ __all__ = [
     "StepDecay",
     "StepResult",
     "Synchronous",
+    "Table",
+    "TruncatedNormal",
+    "Uniform",
     "Worker",
     "WorkerStatistics",
+    "Zeros",
     "connect",
     "errors",
+    "initializers",
     "register",
     "run",
 ]

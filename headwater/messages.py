@@ -145,7 +145,7 @@ class TableSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A descriptor that travels with the message: `size` bytes, gradients first, parameters second."""
+    """A descriptor that travels with the message: a window of `size` bytes, laid out as the message says."""
 
     generation: int
     size: int
@@ -157,6 +157,19 @@ class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: int
     start: int
     stop: int
+
+
+class Rows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`count` ids of a table that one server holds, each once, and a row for each.
+
+    `ids` and `rows`: byte offsets of int64[count] and float32[count, dim] in the member's scratch window.
+    Without one the ids are in the payload of the request, and rows in that of whoever writes them.
+    """
+
+    table: int
+    count: int
+    ids: int
+    rows: int
 
 
 # ── from a worker to each server: one exchange at a time ────────────────────────────────────────
@@ -171,11 +184,27 @@ class Hello(Message, frozen=True):
 
 
 class Register(Message, frozen=True):
-    """Declare a model; its initial values are in the window's parameters, or are the payload."""
+    """Declare a model; its initial values are in the window's parameters, or are the payload.
+
+    The window holds gradients in its first half and parameters in the second.
+    """
 
     number: int
     spec: ModelSpec
     window: WindowSpec | None
+
+
+class RegisterTable(Message, frozen=True):
+    """Declare a table."""
+
+    number: int
+    spec: TableSpec
+
+
+class Scratch(Message, frozen=True):
+    """From now on `Rows` of this member lie in this window; not an exchange, never answered."""
+
+    window: WindowSpec
 
 
 class Attach(Message, frozen=True):
@@ -201,10 +230,19 @@ class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     values: dict[str, float]
 
 
+class TableSetting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """New scalars for the rule of a table."""
+
+    table: int
+    values: dict[str, float]
+
+
 class Step(Message, frozen=True):
     """One turn. `seen` is the version the gradients were computed on.
 
-    `read` asks for values: of all the member's models, of none, or of these.
+    `read` asks for values: of all the member's models, of none, or of these. `pushed` are gradients of rows,
+    `pulled` rows that the answer brings. The payload has runs first, then ids and gradients of each of
+    `pushed`, then ids of each of `pulled`; that of the answer has values first, then rows.
     """
 
     number: int
@@ -214,6 +252,9 @@ class Step(Message, frozen=True):
     settings: tuple[Setting, ...]
     read: bool | tuple[int, ...]
     payload: tuple[Run, ...] = ()
+    pushed: tuple[Rows, ...] = ()
+    pulled: tuple[Rows, ...] = ()
+    table_settings: tuple[TableSetting, ...] = ()
 
 
 class Pull(Message, frozen=True):
@@ -222,6 +263,27 @@ class Pull(Message, frozen=True):
     number: int
     models: tuple[int, ...]
     have: int
+
+
+class PullRows(Message, frozen=True):
+    """Ask for rows of a table; where there is none yet, for what it would begin with."""
+
+    number: int
+    rows: Rows
+
+
+class DeleteRows(Message, frozen=True):
+    """Forget ids of a table; the answer's payload counts those that had a row, int64[1]."""
+
+    number: int
+    rows: Rows
+
+
+class CountRows(Message, frozen=True):
+    """Ask how many rows a table has; they are the answer's payload, int64[1]."""
+
+    number: int
+    table: int
 
 
 class ReadState(Message, frozen=True):
@@ -266,12 +328,27 @@ class Leave(Message, frozen=True):
 
 
 class Describe(Message, frozen=True):
-    """Which models are there? Answered at once, outside the log."""
+    """Which models and tables are there? Answered at once, outside the log."""
 
     number: int
 
 
-Request: TypeAlias = Register | Attach | Step | Pull | ReadState | Assign | Meet | End | Stop | Leave
+Request: TypeAlias = (
+    Register
+    | RegisterTable
+    | Attach
+    | Step
+    | Pull
+    | PullRows
+    | DeleteRows
+    | CountRows
+    | ReadState
+    | Assign
+    | Meet
+    | End
+    | Stop
+    | Leave
+)
 
 
 class StepResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -287,8 +364,8 @@ class Answer(Message, frozen=True):
     """The end of an exchange. `version` is that of the values now in the window or the payload.
 
     `values`: the models whose values were written (or follow, in this order, each this server's
-    whole range); `result`: of a step; `model`: the id given to a registered model. `states`: names of
-    the rule's state vectors whose range follows, in this order; `counts`: updates of each tensor.
+    whole range); `result`: of a step; `model`, `table`: the id given to what was registered. `states`: names
+    of the rule's state vectors whose range follows, in this order; `counts`: updates of each tensor.
     """
 
     number: int
@@ -296,6 +373,7 @@ class Answer(Message, frozen=True):
     values: tuple[int, ...] = ()
     result: StepResult | None = None
     model: int | None = None
+    table: int | None = None
     sums: dict[str, float] | None = None
     states: tuple[str, ...] = ()
     counts: tuple[int, ...] = ()
@@ -323,13 +401,26 @@ class Description(Message, frozen=True):
     number: int
     version: int
     models: tuple[ModelInfo, ...]
+    tables: tuple[TableSpec, ...] = ()
 
 
 # ── the log ─────────────────────────────────────────────────────────────────────────────────────
 
 
 Kind: TypeAlias = Literal[
-    "register", "attach", "step", "pull", "state", "assign", "barrier", "sum", "end", "stop", "leave"
+    "register",
+    "table",
+    "attach",
+    "step",
+    "pull",
+    "state",
+    "assign",
+    "delete",
+    "barrier",
+    "sum",
+    "end",
+    "stop",
+    "leave",
 ]
 
 
@@ -363,7 +454,7 @@ class Ticket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Registered(Entry, frozen=True):
-    """A model comes into being with the values of `source`, whose registration this answers."""
+    """A model or table comes into being as `source` declared it, whose registration this answers."""
 
     source: Ticket
 
@@ -383,7 +474,7 @@ class Served(Entry, frozen=True):
 
 
 class Assigned(Entry, frozen=True):
-    """Values set by a worker; a version of its own."""
+    """Values set or rows deleted by a worker; a version of its own."""
 
     version: int
     source: Ticket
@@ -487,6 +578,7 @@ class ServerStatistics(Message, frozen=True):
     term: int
     exchanges: int
     models: tuple[ModelStatistics, ...]
+    tables: tuple[TableStatistics, ...]
     waits: dict[int, str]
 
 
@@ -504,7 +596,7 @@ class NodeStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
 
 class ClusterStatistics(Message, frozen=True):
-    """The coordinator's answer to Ask."""
+    """The coordinator's answer to Ask; `tables` in all, over the servers."""
 
     term: int
     version: int
@@ -512,6 +604,7 @@ class ClusterStatistics(Message, frozen=True):
     sync: str
     nodes: tuple[NodeStatistics, ...]
     models: tuple[ModelStatistics, ...]
+    tables: tuple[TableStatistics, ...]
     progress: tuple[Progress, ...]
 
 
@@ -525,9 +618,14 @@ AnyMessage: TypeAlias = (
     | Refused
     | Hello
     | Register
+    | RegisterTable
+    | Scratch
     | Attach
     | Step
     | Pull
+    | PullRows
+    | DeleteRows
+    | CountRows
     | ReadState
     | Assign
     | Meet

@@ -84,14 +84,17 @@ class Sequencer:
         self._blocked: dict[int, _Seat] = {}
         self._registering: dict[int, _Seat] = {}
         self._models: set[str] = set()
+        self._tables: set[str] = set()
         self._entries: list[AnyEntry] = []
         self._on_held: dict[str, Callable[[_Seat], None]] = {
             "register": self._register,
+            "table": self._declare,
             "attach": self._serve,
             "step": self._step,
             "pull": self._serve,
             "state": self._serve,
             "assign": self._assign,
+            "delete": self._assign,
             "barrier": self._meet,
             "sum": self._meet,
             "end": self._end,
@@ -156,6 +159,16 @@ class Sequencer:
                     self._serve(other)
         else:
             self._registering[seat.member.id] = seat
+
+    def _declare(self, seat: _Seat) -> None:
+        """A table has no initial values, so whoever comes first declares it."""
+        assert seat.held is not None
+        if seat.held.name in self._tables:
+            self._serve(seat)
+        else:
+            self._tables.add(seat.held.name)
+            self._write(Registered(self._next(), seat.ticket))
+            self._done(seat)
 
     def _may_supply(self, seat: _Seat) -> bool:
         """The lowest active rank supplies initial values; before all have joined that is rank 0."""

@@ -5,7 +5,8 @@ Pure: no clock, no I/O. Every decision carries a reason fit to show a user. A mo
 - `may_commit`: the updates held everywhere, may they be committed?
 - `may_read`: a worker that finished `clock` steps, may it have its answer?
 
-`rounds` says whether a commit takes the updates of all active workers at once or of one alone.
+`rounds` says whether a commit takes the updates of all active workers at once or of one alone; `waits`
+whether a worker's answer may wait for another worker.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Synchronous:
 
     reduce: Reduce = "mean"
     rounds: ClassVar[bool] = True
+    waits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.reduce not in ("mean", "sum"):
@@ -73,6 +75,7 @@ class StaleSynchronous:
 
     bound: int
     rounds: ClassVar[bool] = False
+    waits: ClassVar[bool] = True
     reduce: ClassVar[Reduce] = "mean"
 
     def __post_init__(self) -> None:
@@ -99,6 +102,7 @@ class Asynchronous:
     """Every update is committed as soon as all servers hold it; nobody waits for another."""
 
     rounds: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
     reduce: ClassVar[Reduce] = "mean"
 
     def may_commit(self, held: int, active: int) -> Decision:

@@ -328,7 +328,7 @@ def progress(steps, elapsed, **changed):
 
 def statistics(*reports, waits_for=None):
     node = NodeStatistics("worker", 1, "host", 1, 0, waits_for, rank=0)
-    return ClusterStatistics(1, 0, 1, "async", (node,), (), reports)
+    return ClusterStatistics(1, 0, 1, "async", (node,), (), (), reports)
 
 
 def test_lines_tell_of_the_time_since_the_last_report():

@@ -60,7 +60,7 @@ def test_digits_reaches_97_percent_in_synchronous_training():
 @pytest.mark.parametrize("sync", ["async", "ssp:3"])
 def test_digits_reaches_95_percent_without_rounds(sync, capfd):
     command = ["run", EXAMPLES / "digits.py", "--workers", 4, "--servers", 2, "--sync", sync]
-    arguments = [*command, "--engine", "inline", "--set", "epochs=5"]
+    arguments = [*command, "--engine", "inline", "--set", "epochs=8"]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     assert accuracy_in(result.output + capfd.readouterr().out) >= 0.95

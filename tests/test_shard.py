@@ -273,12 +273,12 @@ def test_states_are_copied_as_of_the_answer_and_taken_once():
     shard.staging(1, 0).gradients[:3] = 1
     shard.hold(1, m.Step(3, 1, 0, (m.Carried(0, b"\1"),), (), True))
     shard.process(m.Committed(3, 1, (m.Ticket(1, 3),), (m.Ticket(1, 3),)))
-    assert not any(state.any() for state in shard.take_state_copies(1))
-    assert shard.take_state_copies(1) == []
+    assert not any(state.any() for state in shard.take_copies(1))
+    assert shard.take_copies(1) == []
     shard.hold(1, m.ReadState(4, 0))
     ((_, answer),) = shard.process(m.Served(4, m.Ticket(1, 4)))
     assert answer.counts == (1, 0)
-    assert [np.count_nonzero(state[:16]) for state in shard.take_state_copies(1)] == [3, 3]
+    assert [np.count_nonzero(state[:16]) for state in shard.take_copies(1)] == [3, 3]
 
 
 def test_a_step_that_asks_for_no_values_gets_none(shard):

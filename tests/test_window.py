@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from headwater.errors import EnvironmentFailure, ProtocolError
-from headwater.wire.window import Window, WindowView, windows_possible
+from headwater.wire.shared_memory import windows_possible
+from headwater.wire.window import Window, WindowView
 
 pytestmark = pytest.mark.skipif(not windows_possible(), reason="no memfd on this system")
 
@@ -271,6 +272,7 @@ def users_of(inode):
 def test_nothing_stays_after_kill_9():
     program = """
 import os, sys
+from headwater.wire.shared_memory import windows_possible
 from headwater.wire.window import Window, WindowView
 window = Window(1 << 20)
 view = WindowView(os.dup(window.descriptor), size=window.size, elements=1 << 20, start=0, stop=1 << 20)

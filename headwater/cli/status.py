@@ -33,6 +33,8 @@ def show_status(address: str, *, as_json: bool) -> None:
     console.print(_nodes(statistics))
     if statistics.models:
         console.print(_models(statistics))
+    if statistics.tables:
+        console.print(_tables(statistics))
 
 
 def ask(address: str) -> ClusterStatistics:
@@ -80,4 +82,25 @@ def _models(statistics: ClusterStatistics) -> Table:
     for model in statistics.models:
         counts = (str(model.tensors), f"{model.elements:,}", str(model.updates))
         shown.add_row(model.name, model.rule, *counts, f"{model.resident / 1e6:,.1f} MB")
+    return shown
+
+
+def _tables(statistics: ClusterStatistics) -> Table:
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in (
+        "table",
+        "rule",
+        "dim",
+        "rows",
+        "updates",
+        "hits",
+        "refused",
+        "expired",
+        "on all servers",
+    ):
+        shown.add_column(heading, overflow="fold")
+    for table in statistics.tables:
+        counts = (str(table.dim), f"{table.rows:,}", str(table.updates), f"{table.hit_ratio:.0%}")
+        ended = (f"{table.refused:,}", f"{table.expired:,}")
+        shown.add_row(table.name, table.rule, *counts, *ended, f"{table.resident / 1e6:,.1f} MB")
     return shown

@@ -11,6 +11,8 @@ import os
 import threading
 from dataclasses import dataclass, field
 
+import msgspec
+
 from headwater import messages as m
 from headwater.errors import HeadwaterError, ProtocolError, RefusedError
 from headwater.nodes.threads import ConnectionThreads
@@ -179,6 +181,7 @@ class CoordinatorNode:
                 *(self._node(member, reports) for member in sorted(members, key=lambda x: (x.role, x.index))),
             ),
             models=reports[0].models if 0 in reports else (),
+            tables=_in_all([report.tables for report in reports.values()]),
             progress=tuple(self.progress[rank] for rank in sorted(self.progress)),
         )
 
@@ -195,3 +198,14 @@ class CoordinatorNode:
         return m.NodeStatistics(
             member.role, member.pid, address, self._book.term, seen, waits, rank=member.index
         )
+
+
+def _in_all(parts: list[tuple[m.TableStatistics, ...]]) -> tuple[m.TableStatistics, ...]:
+    """Each table over all servers; those that not every server told of yet are left out."""
+    counted = ("rows", "resident", "refused", "expired", "pulled", "hits")
+    return tuple(
+        msgspec.structs.replace(
+            tables[0], **{name: sum(getattr(table, name) for table in tables) for name in counted}
+        )
+        for tables in zip(*parts, strict=False)
+    )

@@ -1,4 +1,4 @@
-"""The memory side of a member's connection to a server: where its values come in and go out.
+"""The memory side of a member's connection to a server: where its values and rows come in and go out.
 
 With a window the values lie in memory that both share and nothing crosses the connection; without
 one they are the payload, and a private buffer takes the window's place.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.errors import ProtocolError
 from headwater.layout import Layout
-from headwater.shard import Shard, Staging
+from headwater.nodes.rows import RowIntake
+from headwater.shard import Shard, StagedRows, Staging
 from headwater.wire.window import WindowView
 
 Array = NDArray[np.float32]
@@ -28,8 +30,9 @@ class Intake:
         self._shard = shard
         self._member = member
         self._initial: Array | None = None
+        self._rows = RowIntake(shard)
 
-    def place(self, message: m.AnyMessage, length: int) -> Sequence[Array]:
+    def place(self, message: m.AnyMessage, length: int) -> Sequence[NDArray[Any]]:
         """Where the `length` bytes of payload that follow `message` go.
 
         Raises:
@@ -42,7 +45,10 @@ class Intake:
             self._initial = np.zeros(stop - start, dtype=np.float32)
             return [self._initial]
         if isinstance(message, m.Step):
-            return [self._run(run).gradients[self._within(run)] for run in message.payload]
+            runs = [self._run(run).gradients[self._within(run)] for run in message.payload]
+            return [*runs, *self._rows.place(message)]
+        if isinstance(message, m.PullRows | m.DeleteRows):
+            return self._rows.place(message)
         if isinstance(message, m.Assign):
             return [self._run(run).parameters[self._within(run)] for run in message.payload]
         raise ProtocolError(f"{type(message).__name__} with a payload of {length} bytes, expected none")
@@ -62,8 +68,16 @@ class Intake:
             )
         return slice(run.start - vector.start, run.stop - vector.start)
 
-    def staging(self, message: m.Request, descriptors: list[int]) -> Staging | None:
-        """The memory that comes with Register and Attach; takes over the descriptors.
+    def rows(self, message: m.Request) -> Sequence[StagedRows]:
+        """The ids that a request names, and the memory of their rows.
+
+        Raises:
+            ProtocolError: no such table, memory outside of the window, or ids that did not come.
+        """
+        return self._rows.staged(message)
+
+    def staging(self, message: m.Request | m.Scratch, descriptors: list[int]) -> Staging | None:
+        """The memory that comes with Register and Attach, or stays with Scratch; takes over the descriptors.
 
         Raises:
             ProtocolError: the window is not what the message says.
@@ -71,6 +85,8 @@ class Intake:
         try:
             if isinstance(message, m.Register | m.Attach):
                 return self._memory(message, descriptors)
+            if isinstance(message, m.Scratch):
+                self._rows.map(message, descriptors)
             if descriptors:
                 raise ProtocolError(f"{type(message).__name__} came with a descriptor, expected none")
             return None
@@ -101,14 +117,14 @@ class Intake:
             raise ProtocolError(f"there is no model {message.model}, known are {sorted(self._shard.vectors)}")
         return vector.layout
 
-    def payload(self, answer: m.Answer | m.Description) -> list[Array]:
-        """What follows `answer`: this server's range of state vectors, or of each model without a window."""
-        if not isinstance(answer, m.Answer):
+    def payload(self, answer: m.Answer | m.Description) -> list[NDArray[Any]]:
+        """What follows `answer`: arrays made for it, or the values of models without a window, then rows."""
+        rows = self._rows.payload()
+        if not isinstance(answer, m.Answer) or answer.failure is not None:
             return []
-        if answer.states:
-            return self._shard.take_state_copies(self._member)
+        copies = self._shard.take_copies(self._member)
         stagings = [self._shard.staging(self._member, model) for model in answer.values]
-        return [staging.parameters for staging in stagings if is_private(staging)]
+        return [*copies, *(staging.parameters for staging in stagings if is_private(staging)), *rows]
 
 
 def is_private(staging: Staging) -> bool:

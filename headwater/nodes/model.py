@@ -22,7 +22,8 @@ from headwater.layout import Layout
 from headwater.nodes.session import Session
 from headwater.rules import Rule, from_spec
 from headwater.wire.channel import Outgoing
-from headwater.wire.window import Window, windows_possible
+from headwater.wire.shared_memory import windows_possible
+from headwater.wire.window import Window
 
 Array: TypeAlias = NDArray[np.float32]
 NonFinite: TypeAlias = Literal["raise", "skip", "off"]
@@ -77,7 +78,9 @@ def specify(
             raise RegistrationError(
                 f"model {name!r}: all groups have one kind of rule, got {rule.name} and {group.rule.name}"
             )
-    arrays = {tensor: as_array(tensor, value, RegistrationError) for tensor, value in params.items()}
+    arrays = {
+        tensor: as_array(f"tensor {tensor!r}", value, RegistrationError) for tensor, value in params.items()
+    }
     specs = tuple(
         m.TensorSpec(tensor, array.shape, _dtype(params[tensor], array), group_of.get(tensor, 0))
         for tensor, array in arrays.items()
@@ -100,8 +103,7 @@ class Model:
     def __init__(
         self, session: Session, spec: m.ModelSpec, names: Iterable[str] = (), nonfinite: NonFinite = "raise"
     ) -> None:
-        if nonfinite not in ("raise", "skip", "off"):
-            raise ConfigurationError(f"nonfinite must be 'raise', 'skip' or 'off', got {nonfinite!r}")
+        check_nonfinite(nonfinite)
         self.name = spec.name
         self.spec = spec
         self.layout = Layout(spec.tensors)
@@ -345,11 +347,7 @@ class Model:
         place: Callable[[int, m.Answer], Sequence[Array]],
     ) -> m.Answer:
         """An exchange whose answers' payload goes where `place` says."""
-        self._session.placing = place
-        try:
-            return self._session.settle(self._session.call(outgoing, what))
-        finally:
-            self._session.placing = None
+        return self._session.settle(self._session.call(outgoing, what, place))
 
     def _window(self, server: int) -> tuple[m.WindowSpec | None, tuple[int, ...]]:
         if not self._shared[server] or not isinstance(self._memory, Window):
@@ -369,7 +367,7 @@ class Model:
                 raise GradientError(
                     f"model {self.name!r} has no tensor {name!r}, it has {_names(self.gradients)}"
                 )
-            array = as_array(name, value)
+            array = as_array(f"tensor {name!r}", value)
             if array.shape != self.gradients[name].shape:
                 raise GradientError(
                     f"tensor {name!r} of model {self.name!r} has shape {self.gradients[name].shape}, "
@@ -390,11 +388,17 @@ class Model:
         return bool(finite(target.reshape(-1)))
 
 
-def as_array(name: str, value: Any, error: type[UsageError] = GradientError) -> NDArray[Any]:
+def check_nonfinite(nonfinite: str) -> None:
+    """Raise ConfigurationError unless it is a NonFinite."""
+    if nonfinite not in ("raise", "skip", "off"):
+        raise ConfigurationError(f"nonfinite must be 'raise', 'skip' or 'off', got {nonfinite!r}")
+
+
+def as_array(what: str, value: Any, error: type[UsageError] = GradientError) -> NDArray[Any]:
     """`value` as an array of a real dtype, without a copy where its memory can be read.
 
     Raises:
-        error: it is none; names the tensor.
+        error: it is none; says what of.
     """
     try:
         if hasattr(value, "detach"):
@@ -403,9 +407,9 @@ def as_array(name: str, value: Any, error: type[UsageError] = GradientError) -> 
         only_dlpack = hasattr(value, "__dlpack__") and not hasattr(value, "__array__")
         array = np.from_dlpack(value) if only_dlpack else np.asarray(value)
     except (TypeError, ValueError, RuntimeError, BufferError) as cause:
-        raise error(f"tensor {name!r}: cannot read a {type(value).__name__} as an array: {cause}") from cause
+        raise error(f"{what}: cannot read a {type(value).__name__} as an array: {cause}") from cause
     if array.dtype.kind not in "fiu":
-        raise error(f"tensor {name!r} must be of a real dtype such as float32, got {array.dtype}")
+        raise error(f"{what} must be of a real dtype such as float32, got {array.dtype}")
     return array
 
 

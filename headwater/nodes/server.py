@@ -24,7 +24,7 @@ from headwater.sync import parse_sync
 from headwater.wire.channel import Channel, Received
 from headwater.wire.listener import Listener, dial
 
-_READING = (m.Attach, m.Pull, m.ReadState, m.Leave)
+_READING = (m.Attach, m.Pull, m.PullRows, m.CountRows, m.ReadState, m.Leave)
 
 _log = logging.getLogger("headwater.server")
 
@@ -149,6 +149,9 @@ class ServerNode:
         intake = Intake(self._shard, member)
         try:
             while (received := channel.receive(intake.place)) is not None:
+                if isinstance(received.message, m.Scratch):
+                    intake.staging(received.message, received.descriptors)
+                    continue
                 answer = self._exchange(channel, member, intake, received)
                 if answer is None:
                     return
@@ -200,9 +203,9 @@ class ServerNode:
         if self._members[member].role == "observer" and not isinstance(message, _READING):
             raise ProtocolError(f"an observer sent {type(message).__name__}, which only workers may")
         try:
-            staging = intake.staging(message, received.descriptors)
+            staging, rows = intake.staging(message, received.descriptors), intake.rows(message)
             with self._lock:
-                held = self._shard.hold(member, message, staging)
+                held = self._shard.hold(member, message, staging, rows)
         except UsageError as error:
             failure = m.Refused(type(error).__name__, str(error))
             return m.Answer(message.number, self._shard.version, failure=failure)
@@ -279,5 +282,6 @@ class ServerNode:
             term=self._term,
             exchanges=self._shard.exchanges,
             models=tuple(vector.statistics() for vector in list(self._shard.vectors.values())),
+            tables=tuple(table.statistics() for table in list(self._shard.tables)),
             waits=waits,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from headwater import messages as m
 from headwater.errors import ClosedError, ConnectionLostError, HeadwaterError, StalledError
@@ -18,6 +18,14 @@ from headwater.wire.listener import dial
 _log = logging.getLogger("headwater.worker")
 
 _DIAL_S = 10.0
+
+
+PlaceAnswer: TypeAlias = Callable[[int, m.Answer], Sequence[Any]]
+"""Given a server and its answer: the arrays that its payload goes to."""
+
+
+OutgoingTo: TypeAlias = Callable[[int, int], Outgoing]
+"""Given a server and the exchange's number: the frame for it."""
 
 
 class Receiver(Protocol):
@@ -34,7 +42,7 @@ class Session:
         welcome: what the coordinator said.
         version: of the last answer; never decreases.
         waiting: seconds spent in exchanges.
-        receivers: by model id, where values arrive; while `placing` is set, it says so instead.
+        receivers: by model id, where values arrive.
     """
 
     def __init__(self, coordinator: str, role: m.Role, rank: int | None = None) -> None:
@@ -43,9 +51,9 @@ class Session:
         self.version = 0
         self.waiting = 0.0
         self.receivers: dict[int, Receiver] = {}
-        self.placing: Callable[[int, m.Answer], Sequence[Any]] | None = None
         self.channels: list[Channel] = []
         self.number = 0
+        self._begun: _Begun | None = None
         self._broken: HeadwaterError | None = None
         self._closed = False
         try:
@@ -57,18 +65,51 @@ class Session:
             self.close()
             raise
 
-    def call(self, outgoing: Callable[[int, int], Outgoing], what: str) -> Exchange:
+    def call(self, outgoing: OutgoingTo, what: str, place: PlaceAnswer | None = None) -> Exchange:
         """Send `outgoing(server, number)` to each server and block for all answers.
+
+        `place` says where the answers' payload goes; by default it is values, for `receivers`.
 
         Raises:
             ClosedError: the member has left.
             StalledError: `welcome.deadline` seconds passed; final, as is every error below.
             ConnectionLostError: a server is gone.
         """
+        self.finish()
+        begun = self._next(what, place)
+        self._drive(begun, [outgoing(server, self.number) for server in range(len(self.channels))])
+        return begun.exchange
+
+    def begin(
+        self, outgoing: OutgoingTo, what: str, place: PlaceAnswer, arrived: Callable[[m.Answer], None]
+    ) -> None:
+        """Send as `call` does and return; `finish`, or the next call, takes the answers. Raises as `call`."""
+        self.finish()
+        begun = self._next(what, place, arrived)
+        for server, channel in enumerate(self.channels):
+            frame = outgoing(server, self.number)
+            channel.send(
+                frame.message, request=self.number, buffers=frame.buffers, timeout=self.welcome.deadline
+            )
+        self._begun = begun
+
+    def finish(self) -> None:
+        """Block for the answers to what was begun, if anything was, and hand them on. Raises as `call`."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            self._drive(begun, ())
+            begun.arrived(self.settle(begun.exchange))
+
+    def _next(
+        self, what: str, place: PlaceAnswer | None, arrived: Callable[[m.Answer], None] = lambda answer: None
+    ) -> _Begun:
         self.check_open(what)
         self.number += 1
-        current = Exchange(self.number, len(self.channels))
-        messages = [outgoing(server, self.number) for server in range(len(self.channels))]
+        return _Begun(Exchange(self.number, len(self.channels)), what, place or self.places, arrived)
+
+    def _drive(self, begun: _Begun, messages: Sequence[Outgoing]) -> None:
+        """Send `messages` and take what comes until all servers have answered."""
+        current = begun.exchange
 
         def received(server: int, frame: Received) -> bool:
             done = current.received(server, frame.message)
@@ -76,21 +117,26 @@ class Session:
                 _log.warning("worker %d: %s", self.welcome.member.index, current.reason)
             return done
 
-        began = time.monotonic()
+        started = time.monotonic()
         try:
-            exchange(self.channels, messages, received, self._place, self.welcome.deadline, self.number)
+            exchange(self.channels, messages, received, begun.place, self.welcome.deadline, current.number)
         except BaseException as error:
-            self._broken = self._explain(error, what, current)
+            self._broken = self._explain(error, begun.what, current)
             if self._broken is error or not isinstance(error, HeadwaterError):
                 raise
             raise self._broken from error
         finally:
-            self.waiting += time.monotonic() - began
-        return current
+            self.waiting += time.monotonic() - started
 
-    def ask(self, request: Callable[[int], m.Request], what: str) -> m.Answer:
+    def ask(
+        self, request: Callable[[int], m.Request], what: str, place: PlaceAnswer | None = None
+    ) -> m.Answer:
         """An exchange of the same request, without payload, to every server."""
-        return self.settle(self.call(lambda server, number: Outgoing(request(number)), what))
+        return self.settle(self.call(lambda server, number: Outgoing(request(number)), what, place))
+
+    def places(self, server: int, answer: m.Answer) -> Sequence[Any]:
+        """Where the values of an answer go."""
+        return [self.receivers[model].range_of(server) for model in answer.values]
 
     def settle(self, current: Exchange) -> m.Answer:
         """The answer of an exchange; takes over its version.
@@ -138,9 +184,18 @@ class Session:
             return error
         return ConnectionLostError(f"{what} was interrupted by {type(error).__name__}")
 
-    def _place(self, server: int, message: m.AnyMessage, length: int) -> Sequence[Any]:
-        if not isinstance(message, m.Answer):
-            return []
-        if self.placing is not None:
-            return self.placing(server, message)
-        return [self.receivers[model].range_of(server) for model in message.values]
+
+class _Begun:
+    """An exchange on its way: what it is called, where its answers' payload goes, and who is told."""
+
+    def __init__(
+        self, exchange: Exchange, what: str, place: PlaceAnswer, arrived: Callable[[m.Answer], None]
+    ) -> None:
+        self.exchange = exchange
+        self.what = what
+        self.arrived = arrived
+        self._place = place
+
+    def place(self, server: int, message: m.AnyMessage, length: int) -> Sequence[Any]:
+        """As a channel asks: only answers have a payload."""
+        return self._place(server, message) if isinstance(message, m.Answer) else []

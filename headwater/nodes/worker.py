@@ -11,13 +11,18 @@ from typing import Any
 
 from headwater import messages as m
 from headwater.errors import ConfigurationError, HeadwaterError
+from headwater.initializers import Initializer, Zeros
+from headwater.lifetime import AfterCount, Expiry
 from headwater.nodes.fetch import fetch, length_of
 from headwater.nodes.model import Group, Model, NonFinite, specify
+from headwater.nodes.rowmemory import RowMemory
 from headwater.nodes.session import Session
+from headwater.nodes.table import Table, specify_table
+from headwater.nodes.turn import Turn
 from headwater.rules import Rule
 from headwater.splits import static_batches
-from headwater.wire.channel import Outgoing
 
+_ZEROS = Zeros()
 _PROGRESS_S = 0.25
 """How often at most the coordinator is told of progress, in seconds."""
 
@@ -55,6 +60,8 @@ class Worker:
         self.workers = welcome.workers
         self.settings = dict(welcome.settings)
         self._models: dict[str, Model] = {}
+        self._tables: dict[str, Table] = {}
+        self._rows = RowMemory(self._session)
         self._step = 0
         self._skipped = 0
         self._samples = 0
@@ -75,7 +82,7 @@ class Worker:
         """The cluster's mode, such as "sync" or "ssp:3"."""
         return str(self._session.sync)
 
-    # ── models ──────────────────────────────────────────────────────────────────────────────────
+    # ── models and tables ───────────────────────────────────────────────────────────────────────
 
     def model(
         self,
@@ -107,6 +114,35 @@ class Worker:
         self._models[name] = model
         return model
 
+    def table(
+        self,
+        name: str,
+        dim: int,
+        rule: Rule,
+        *,
+        initializer: Initializer = _ZEROS,
+        seed: int = 0,
+        admission: AfterCount | None = None,
+        expiry: Expiry | None = None,
+        nonfinite: NonFinite = "raise",
+    ) -> Table:
+        """Register a table, or join the one that has this name; blocks for an exchange.
+
+        A table maps any int64 to a row of float32[dim]. A row comes into being with the first gradient for
+        its id that `admission` lets in, from the value that `initializer` gives for (seed, id, column), and
+        ends as `expiry` says. Later calls with the same name return the same object.
+
+        Raises:
+            RegistrationError: not a table, or another one than already registered; names both.
+        """
+        self._session.check_open("table")
+        spec = specify_table(name, dim, rule, initializer, seed, admission, expiry)
+        table = Table(self._session, self._rows, spec, nonfinite)
+        known = self._tables.get(name)
+        if known is None or known.spec != spec:
+            table.register()
+        return self._tables.setdefault(name, table)
+
     # ── the turn ────────────────────────────────────────────────────────────────────────────────
 
     def step(self, *, read: bool | Sequence[Model] = True) -> m.StepResult:
@@ -120,39 +156,15 @@ class Worker:
             ClosedError: the worker has left.
         """
         self._session.check_open("step")
-        taken = {model: model.take_staged() for model in self._models.values()}
-        skip = any(skipped for _, _, skipped in taken.values())
-        carried = {model: c for model, (c, _, _) in taken.items() if c is not None and not skip}
-        settings = tuple(setting for _, changed, _ in taken.values() for setting in changed)
-        ids = read if isinstance(read, bool) else tuple(model.id for model in read)
-        seen = min((model.read_version for model in carried), default=self.version)
-
-        def outgoing(server: int, number: int) -> Outgoing:
-            payload = [model.gradient_payload(server, c.tensors) for model, c in carried.items()]
-            step = m.Step(
-                number,
-                self._step + 1,
-                seen,
-                tuple(carried.values()),
-                settings,
-                ids,
-                tuple(run for runs, _ in payload for run in runs),
-            )
-            return Outgoing(step, [array for _, arrays in payload for array in arrays])
-
-        answer = self._session.settle(self._session.call(outgoing, f"step {self._step + 1}"))
-        assert answer.result is not None
+        self._session.finish()
+        turn = Turn(self._session, self._rows, self._models.values(), self._tables.values())
+        result, stopped = turn.take(self._step + 1, read)
         self._step += 1
-        self._skipped += skip
-        self._staleness[answer.result.staleness] += 1
-        self._stopped |= answer.stopped
-        for model in self._models.values():
-            if read is True or (not isinstance(read, bool) and model in read):
-                model.written()
-            else:
-                model.outdated()
+        self._skipped += turn.skip
+        self._staleness[result.staleness] += 1
+        self._stopped |= stopped
         self._tell()
-        return answer.result
+        return result
 
     def batches(
         self,
@@ -280,6 +292,7 @@ class Worker:
 
     def _close(self) -> None:
         self._session.close()
+        self._rows.release()
         for model in self._models.values():
             model.release()
 

@@ -1,6 +1,7 @@
 """A server's part of the shared state, as a state machine: entries of the log in, answers out."""
 
 from headwater.shard.shard import Shard
+from headwater.shard.tables import StagedRows
 from headwater.shard.vector import Staging, Vector
 
-__all__ = ["Shard", "Staging", "Vector"]
+__all__ = ["Shard", "StagedRows", "Staging", "Vector"]

@@ -14,12 +14,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from headwater import messages as m
 from headwater.errors import HeadwaterError, ProtocolError, RegistrationError
 from headwater.layout import Layout, describe
 from headwater.rules import from_spec
 from headwater.shard.ledger import Ledger
-from headwater.shard.vector import Array, Staging, Update, Vector
+from headwater.shard.tables import StagedRows, Tables
+from headwater.shard.vector import Staging, Update, Vector
 from headwater.sync import Reduce
 
 Answers: TypeAlias = list[tuple[int, m.Answer]]
@@ -27,9 +31,13 @@ Answers: TypeAlias = list[tuple[int, m.Answer]]
 
 _KINDS: dict[type, m.Kind] = {
     m.Register: "register",
+    m.RegisterTable: "table",
     m.Attach: "attach",
     m.Step: "step",
     m.Pull: "pull",
+    m.PullRows: "pull",
+    m.CountRows: "pull",
+    m.DeleteRows: "delete",
     m.ReadState: "state",
     m.Assign: "assign",
     m.End: "end",
@@ -40,11 +48,25 @@ _KINDS: dict[type, m.Kind] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Outstanding:
-    """A member's exchange, held here. `repeat`: a step that was applied before."""
+    """A member's exchange, held here. `repeat`: a step that was applied before.
+
+    `rows`: of each `Rows` of the request, in its order.
+    """
 
     request: m.Request
     staging: Staging | None = None
+    rows: Sequence[StagedRows] = ()
     repeat: bool = False
+
+    def pushed(self) -> Sequence[StagedRows]:
+        """Of a step: its gradients."""
+        assert isinstance(self.request, m.Step)
+        return self.rows[: len(self.request.pushed)]
+
+    def pulled(self) -> Sequence[StagedRows]:
+        """Of a step: the rows that its answer brings."""
+        assert isinstance(self.request, m.Step)
+        return self.rows[len(self.request.pushed) :]
 
 
 class Shard:
@@ -62,12 +84,13 @@ class Shard:
         self.position = 0
         self.exchanges = 0
         self.vectors: dict[int, Vector] = {}
+        self.tables = Tables(index, servers)
         self._reduce = reduce
         self._ids: dict[str, int] = {}
         self._ledger = Ledger()
         self._outstanding: dict[int, _Outstanding] = {}
         self._stagings: dict[int, dict[int, Staging]] = {}
-        self._state_copies: dict[int, list[Array]] = {}
+        self._copies: dict[int, list[NDArray[Any]]] = {}
         self._to_stop: set[int] = set()
         self._on_entry: dict[type, Callable[[Any], Answers]] = {
             m.Registered: self._registered,
@@ -87,10 +110,17 @@ class Shard:
         """This server's elements [start, stop) of a model."""
         return layout.cut(self.servers)[self.index]
 
-    def hold(self, member: int, request: m.Request, staging: Staging | None = None) -> m.Held:
+    def hold(
+        self,
+        member: int,
+        request: m.Request,
+        staging: Staging | None = None,
+        rows: Sequence[StagedRows] = (),
+    ) -> m.Held:
         """Hold an exchange until an entry names it; the return is for the sequencer.
 
-        `staging` comes with Register and Attach. A member has one exchange outstanding at a time.
+        `staging` comes with Register and Attach, `rows` with requests that have `Rows`. A member has one
+        exchange outstanding at a time.
 
         Raises:
             UsageError: the request cannot be served; nothing is held.
@@ -102,10 +132,12 @@ class Shard:
             raise ProtocolError(f"member {member} sent {request.number} before {number} was answered")
         if isinstance(request, m.Register):
             self._check_spec(request.spec)
+        elif isinstance(request, m.RegisterTable):
+            self.tables.check_spec(request.spec)
         elif isinstance(request, m.Attach):
             self._check_model(request.model)
         elif isinstance(request, m.Step):
-            self._check_step(member, request)
+            self._check_step(member, request, rows)
             repeat = self._ledger.is_repeat(member, request.step)
         elif isinstance(request, m.Assign):
             self._check_carried(member, request.carried)
@@ -114,7 +146,11 @@ class Shard:
                 self.staging(member, model)
         elif isinstance(request, m.ReadState):
             self.staging(member, request.model)
-        self._outstanding[member] = _Outstanding(request, staging, repeat)
+        elif isinstance(request, m.CountRows):
+            self.tables[request.table]
+        elif isinstance(request, m.PullRows | m.DeleteRows):
+            self.tables.check(rows)
+        self._outstanding[member] = _Outstanding(request, staging, rows, repeat)
         self.exchanges += 1
         kind = "pull" if repeat else request.kind if isinstance(request, m.Meet) else _KINDS[type(request)]
         return m.Held(member, request.number, kind, _name_of(request))
@@ -135,9 +171,9 @@ class Shard:
         if model not in self.vectors:
             raise ProtocolError(f"there is no model {model}, known are {sorted(self.vectors)}")
 
-    def take_state_copies(self, member: int) -> list[Array]:
-        """The copies made for an answer that names `states`, once; they are the caller's then."""
-        return self._state_copies.pop(member, [])
+    def take_copies(self, member: int) -> list[NDArray[Any]]:
+        """The arrays made for the member's last answer, which are its payload, once; the caller's then."""
+        return self._copies.pop(member, [])
 
     def _check_spec(self, spec: m.ModelSpec) -> None:
         layout = Layout(spec.tensors)
@@ -150,7 +186,10 @@ class Shard:
             if rule.rows_only:
                 raise RegistrationError(f"model {spec.name!r}: {rule.name} is a rule for tables' rows only")
 
-    def _check_step(self, member: int, step: m.Step) -> None:
+    def _check_step(self, member: int, step: m.Step, rows: Sequence[StagedRows]) -> None:
+        self.tables.check(rows[: len(step.pushed)])
+        self.tables.check(rows[len(step.pushed) :])
+        self.tables.check_settings(step.table_settings)
         models = [carried.model for carried in step.carried]
         if len(set(models)) < len(models):
             raise ProtocolError(f"member {member} carries a model twice in one step: {models}")
@@ -191,6 +230,9 @@ class Shard:
 
     def _registered(self, entry: m.Registered) -> Answers:
         held = self._take(entry.source)
+        if isinstance(held.request, m.RegisterTable):
+            self.tables.create(held.request.spec)
+            return self._serve_table(entry.source, held.request)
         assert isinstance(held.request, m.Register)
         assert held.staging is not None
         spec = held.request.spec
@@ -209,10 +251,16 @@ class Shard:
         self.vectors[model].write([staging])
         return self._answer(ticket, values=(model,), model=model)
 
+    def _serve_table(self, ticket: m.Ticket, request: m.RegisterTable) -> Answers:
+        try:
+            return self._answer(ticket, table=self.tables.resolve(request.spec))
+        except RegistrationError as error:
+            return self._refuse(ticket, error)
+
     def _committed(self, entry: m.Committed) -> Answers:
         self.version = entry.version
         steps = [(ticket, self._step_of(ticket)) for ticket in entry.updates]
-        contributors = sum(any(any(c.tensors) for c in step.carried) for _, step in steps)
+        contributors = sum(_contributes(step) for _, step in steps)
         self._change_settings([step for _, step in steps])
         readers = {
             ticket.member: self._read_by(ticket.member, self._step_of(ticket))
@@ -220,6 +268,8 @@ class Shard:
             if self._step_of(ticket).read
         }
         self._apply(steps, contributors, list(readers.values()))
+        for ticket in entry.answered:
+            self.tables.pull(self._take(ticket).pulled(), self.version)
         for ticket, step in steps:
             staleness = entry.version - 1 - step.seen
             result = m.StepResult(entry.version, True, contributors, staleness)
@@ -246,6 +296,7 @@ class Shard:
         for step in reversed(steps):
             for setting in step.settings:
                 self.vectors[setting.model].set(setting.group, setting.values)
+            self.tables.set(step.table_settings)
 
     def _apply(
         self,
@@ -266,6 +317,7 @@ class Shard:
                 vector.apply(updates, divisor, answers, self.version)
             elif answers:
                 vector.write(answers)
+        self.tables.apply([self._take(ticket).pushed() for ticket, _ in steps], divisor, self.version)
 
     def _answer_step(self, ticket: m.Ticket, values: tuple[int, ...]) -> Answers:
         stopped = ticket.member in self._to_stop
@@ -279,14 +331,22 @@ class Shard:
         if isinstance(request, m.Register):
             assert held.staging is not None
             return self._serve_register(entry.ticket, request, held.staging)
+        if isinstance(request, m.RegisterTable):
+            return self._serve_table(entry.ticket, request)
         if isinstance(request, m.Attach):
             return self._attach(entry.ticket, request, held.staging)
+        if isinstance(request, m.PullRows):
+            self.tables.pull(held.rows, self.version)
+            return self._answer(entry.ticket)
+        if isinstance(request, m.CountRows):
+            return self._answer_number(entry.ticket, len(self.tables[request.table]))
         if isinstance(request, m.Step):
+            self.tables.pull(held.pulled(), self.version)
             values = self._write(mine, self._read_by(entry.ticket.member, request), -1)
             return self._answer_step(entry.ticket, values)
         if isinstance(request, m.ReadState):
             vector = self.vectors[request.model]
-            self._state_copies[entry.ticket.member] = [state.copy() for state in vector.states.values()]
+            self._copies[entry.ticket.member] = [state.copy() for state in vector.states.values()]
             return self._answer(
                 entry.ticket, states=tuple(vector.states), counts=tuple(vector.counts.tolist())
             )
@@ -309,9 +369,13 @@ class Shard:
         return changed
 
     def _assigned(self, entry: m.Assigned) -> Answers:
-        request = self._take(entry.source).request
-        assert isinstance(request, m.Assign)
+        held = self._take(entry.source)
+        request = held.request
         self.version = entry.version
+        if isinstance(request, m.DeleteRows):
+            (staged,) = held.rows
+            return self._answer_number(entry.source, self.tables[staged.table].delete(staged.ids))
+        assert isinstance(request, m.Assign)
         vector = self.vectors[request.carried.model]
         source = self.staging(entry.source.member, request.carried.model)
         vector.assign(source, vector.layout.unmask(request.carried.tensors), entry.version)
@@ -324,7 +388,7 @@ class Shard:
         if entry.gone:
             self._outstanding.pop(entry.member, None)
             self._stagings.pop(entry.member, None)
-            self._state_copies.pop(entry.member, None)
+            self._copies.pop(entry.member, None)
             self._ledger.forget(entry.member)
         return answers
 
@@ -351,17 +415,27 @@ class Shard:
         del self._outstanding[ticket.member]
         return [(ticket.member, m.Answer(ticket.number, self.version, **fields))]
 
+    def _answer_number(self, ticket: m.Ticket, number: int) -> Answers:
+        """With a number that each server has its own of."""
+        self._copies[ticket.member] = [np.array([number], dtype=np.int64)]
+        return self._answer(ticket)
+
     def _refuse(self, ticket: m.Ticket, error: HeadwaterError) -> Answers:
         return self._answer(ticket, failure=m.Refused(type(error).__name__, str(error)))
 
     def describe(self, number: int) -> m.Description:
-        """Which models there are, outside the log."""
+        """Which models and tables there are, outside the log."""
         models = tuple(m.ModelInfo(model, vector.spec) for model, vector in self.vectors.items())
-        return m.Description(number, self.version, models)
+        return m.Description(number, self.version, models, tuple(table.spec for table in self.tables))
+
+
+def _contributes(step: m.Step) -> bool:
+    """Whether it carries a gradient, on any server."""
+    return bool(step.pushed) or any(any(carried.tensors) for carried in step.carried)
 
 
 def _name_of(request: m.Request) -> str:
-    if isinstance(request, m.Register):
+    if isinstance(request, m.Register | m.RegisterTable):
         return request.spec.name
     return str(request.step) if isinstance(request, m.Step) else ""
 

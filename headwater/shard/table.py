@@ -74,6 +74,11 @@ class Table:
         self.rule = self.rule.with_settings(**values)
         self._scalars = Scalars(self.rule)
 
+    @property
+    def updates(self) -> int:
+        """Commits that touched this table, which schedules are evaluated at."""
+        return self._updates
+
     def check(self, ids: Ids) -> None:
         """Refuse ids that this server does not hold; `pull`, `apply` and `delete` rely on it.
 

@@ -1,0 +1,333 @@
+"""A worker's handle on a table: rows by id, in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater import messages as m
+from headwater.errors import GradientError, NonFiniteError, RegistrationError
+from headwater.initializers import Initializer
+from headwater.kernels import finite
+from headwater.kernels.arrange import Ids, Plan, arrange, as_ids
+from headwater.lifetime import AfterCount, Expiry
+from headwater.nodes.model import NonFinite, as_array, check_nonfinite
+from headwater.nodes.rowmemory import Place, RowMemory
+from headwater.nodes.session import Session
+from headwater.rules import Rule, from_spec
+from headwater.shard.table import MOST_COLUMNS
+from headwater.wire.channel import Outgoing
+
+Array = NDArray[np.float32]
+
+
+def specify_table(
+    name: str,
+    dim: int,
+    rule: Rule,
+    initializer: Initializer,
+    seed: int,
+    admission: AfterCount | None,
+    expiry: Expiry | None,
+) -> m.TableSpec:
+    """The spec of a table.
+
+    Raises:
+        RegistrationError: what it names cannot be a table.
+    """
+    what = f"table {name!r}"
+    if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= MOST_COLUMNS:
+        raise RegistrationError(f"{what} has dim {dim!r}: pass a dim from 1 to {MOST_COLUMNS}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise RegistrationError(f"{what} has seed {seed!r}: pass an integer that fits int64")
+    if not isinstance(rule, Rule):
+        raise RegistrationError(f"{what}: rule must be a Rule such as hw.Adagrad(lr=0.1), got {rule!r}")
+    if not isinstance(initializer, Initializer):
+        raise RegistrationError(
+            f"{what}: initializer must be one such as hw.Normal(std=0.01), got {initializer!r}"
+        )
+    if admission is not None and not isinstance(admission, AfterCount):
+        raise RegistrationError(f"{what}: admission must be hw.AfterCount(n) or None, got {admission!r}")
+    if expiry is not None and not isinstance(expiry, Expiry):
+        raise RegistrationError(
+            f"{what}: expiry must be hw.AfterSteps(n), hw.LeastRecentlyUsed(n) or None, got {expiry!r}"
+        )
+    ends = (None if part is None else part.to_spec() for part in (admission, expiry))
+    return m.TableSpec(name, dim, rule.to_spec(), initializer.to_spec(), seed, *ends)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ahead:
+    """Rows that came before they were asked for: float32[u, dim] of a plan, as of `version`."""
+
+    plan: Plan
+    given: Ids
+    rows: Array
+    version: int
+
+
+class Table:
+    """A table on the servers, as one worker sees it. Not thread-safe, like its worker.
+
+    Attributes:
+        name, dim: as registered.
+        read_version: version of the rows last pulled; that of the worker before.
+    """
+
+    def __init__(
+        self, session: Session, memory: RowMemory, spec: m.TableSpec, nonfinite: NonFinite = "raise"
+    ) -> None:
+        check_nonfinite(nonfinite)
+        self.name, self.dim = spec.name, spec.dim
+        self.spec = spec
+        self.id = -1
+        self.read_version = -1
+        self._session = session
+        self._memory = memory
+        self._nonfinite = nonfinite
+        self._planned: tuple[Ids, Plan] | None = None
+        self._pushed: Place | None = None
+        self._settings: dict[str, float] = {}
+        self._skip = False
+        self._wanted: tuple[Ids, Plan] | None = None
+        self._ahead: _Ahead | None = None
+
+    # ── the user's calls ────────────────────────────────────────────────────────────────────────
+
+    def pull(self, ids: Any) -> Array:
+        """Rows of `ids` (integers of any shape, with repeats): float32[*ids.shape, dim], a new array.
+
+        All of one version; blocks for an exchange, unless `prefetch` brought them. An id without a row has
+        its initial value, and nothing is stored for it.
+
+        Raises:
+            UsageError: ids that are not integers, or do not fit int64.
+            ClosedError: the worker has left.
+            StalledError: no answer within the deadline.
+        """
+        self._session.check_open("pull")
+        given, plan = self._plan(ids)
+        if not len(plan.ids):
+            return plan.scatter(np.empty((0, self.dim), dtype=np.float32))
+        ahead = self._take_ahead(given)
+        if ahead is not None:
+            self.read_version = ahead.version
+            return plan.scatter(ahead.rows)
+        self._session.finish()
+        used = self._memory.used
+        place = self._memory.take(plan, self.dim)
+        try:
+            self._memory.announce()
+            current = self._session.call(
+                lambda server, number: self._request(m.PullRows, place, server, number),
+                f"pull of table {self.name!r}",
+                lambda server, _: self._memory.incoming([place], server),
+            )
+            self.read_version = self._session.settle(current).version
+            return plan.scatter(self._memory.rows(place))
+        finally:
+            self._memory.reset(used)
+
+    def push(self, ids: Any, grads: Any) -> None:
+        """Stage gradients of rows for the next `step`; what is pushed for an id before it adds up.
+
+        Args:
+            ids: integers of any shape, with repeats.
+            grads: float32[*ids.shape, dim], or anything with `__dlpack__` or `__array__`; copied.
+
+        Does not block. All or nothing: on an error nothing is staged.
+
+        Raises:
+            UsageError: ids that are not integers, or do not fit int64.
+            GradientError: another shape or dtype; says what was expected.
+            NonFiniteError: NaN or infinity, with `nonfinite="raise"`.
+            ClosedError: the worker has left.
+        """
+        self._session.check_open("push")
+        given, plan = self._plan(ids)
+        gradients = self._checked(given.shape, grads)
+        if not len(plan.ids):
+            return
+        self._session.finish()
+        used = self._memory.used
+        place = self._memory.take(plan, self.dim)
+        plan.combine(gradients, self._memory.rows(place))
+        if self._nonfinite != "off" and not finite(self._memory.rows(place).reshape(-1)):
+            self._memory.reset(used)
+            self._report_nonfinite()
+            return
+        self._pushed = place if self._pushed is None else self._joined(self._pushed, place)
+
+    def prefetch(self, ids: Any) -> None:
+        """Have the rows of `ids` ready for the `pull` of the same ids that follows the next `step`.
+
+        In synchronous and bounded-staleness training they come with the answer of that step, so they are
+        exactly what a pull after it would give. In asynchronous training they are asked for now, while this
+        worker goes on computing, and so they do not contain that step. Does not block for an answer. Another
+        call replaces what an earlier one asked for; pulls of other ids are not affected.
+
+        Raises:
+            UsageError: ids that are not integers, or do not fit int64.
+            ClosedError: the worker has left.
+        """
+        self._session.check_open("prefetch")
+        given, plan = self._plan(ids)
+        self._wanted = self._ahead = None
+        if not len(plan.ids):
+            return
+        if self._session.sync.waits:
+            self._wanted = given, plan
+            return
+        self._session.finish()
+        place = self._memory.take(plan, self.dim)
+        self._memory.announce()
+        self._session.begin(
+            lambda server, number: self._request(m.PullRows, place, server, number),
+            f"prefetch of table {self.name!r}",
+            lambda server, _: self._memory.incoming([place], server),
+            lambda answer: self._arrived(given, place, answer.version),
+        )
+
+    def delete(self, ids: Any) -> int:
+        """Forget ids: rows, states, counts, and what admission counted; returns how many had a row.
+
+        A version of its own; blocks for an exchange. A later push starts from the initial value.
+
+        Raises:
+            UsageError: ids that are not integers, or do not fit int64.
+            ClosedError: the worker has left.
+        """
+        self._session.check_open("delete")
+        _, plan = self._plan(ids)
+        self._session.finish()
+        self._ahead = None
+        used = self._memory.used
+        place = self._memory.take(plan, self.dim)
+        try:
+            self._memory.announce()
+            return self._numbers(
+                lambda server, number: self._request(m.DeleteRows, place, server, number), "delete"
+            )
+        finally:
+            self._memory.reset(used)
+
+    def set(self, **values: float) -> None:
+        """Change scalars of the rule, such as `lr`, with the next `step` that this worker makes.
+
+        Raises:
+            ConfigurationError: the rule has no such setting, or an impossible value.
+        """
+        from_spec(self.spec.rule).with_settings(**values)
+        self._settings.update(values)
+
+    def __len__(self) -> int:
+        """Rows that exist, on all servers together; blocks for an exchange."""
+        self._session.check_open("len")
+        return self._numbers(lambda _, number: Outgoing(m.CountRows(number, self.id)), "count")
+
+    def __bool__(self) -> bool:
+        """True: a table without rows is a table."""
+        return True
+
+    # ── for the worker ──────────────────────────────────────────────────────────────────────────
+
+    def register(self) -> None:
+        """Declare the table, or join one that exists; blocks for an exchange."""
+        answer = self._session.ask(
+            lambda number: m.RegisterTable(number, self.spec), f"register table {self.name!r}"
+        )
+        assert answer.table is not None
+        self.id = answer.table
+
+    def take_staged(self) -> tuple[Place | None, Place | None, m.TableSetting | None, bool]:
+        """What the next step pushes and brings, its settings, and whether it must be an empty turn."""
+        pushed, skip = self._pushed, self._skip
+        wanted = None if self._wanted is None else self._memory.take(self._wanted[1], self.dim)
+        settings = m.TableSetting(self.id, self._settings) if self._settings else None
+        self._pushed, self._settings, self._skip = None, {}, False
+        return pushed, wanted, settings, skip
+
+    def brought(self, place: Place) -> None:
+        """Note that a step brought the rows that `prefetch` wanted."""
+        assert self._wanted is not None
+        given, self._wanted = self._wanted[0], None
+        self._arrived(given, place, self._session.version)
+
+    def is_staged(self) -> bool:
+        """Whether the next step pushes rows of this table."""
+        return self._pushed is not None
+
+    def discard(self) -> None:
+        """Forget what is staged."""
+        self._pushed = None
+
+    # ── inside ──────────────────────────────────────────────────────────────────────────────────
+
+    def _plan(self, ids: Any) -> tuple[Ids, Plan]:
+        """The ids as an array, and their plan: that of the last call for the same ids."""
+        given = as_ids(ids)
+        if self._planned is None or not np.array_equal(self._planned[0], given):
+            given = given.copy()
+            self._planned = given, arrange(given, len(self._session.channels))
+        return self._planned
+
+    def _request(
+        self, kind: type[m.PullRows] | type[m.DeleteRows], place: Place, server: int, number: int
+    ) -> Outgoing:
+        part = self._memory.part(place, self.id, server)
+        return Outgoing(kind(number, part), self._memory.outgoing(place, server, rows=False))
+
+    def _numbers(self, outgoing: Callable[[int, int], Outgoing], what: str) -> int:
+        """The sum of a number that each server answers with."""
+        numbers = np.zeros(len(self._session.channels), dtype=np.int64)
+        current = self._session.call(
+            outgoing, f"{what} of table {self.name!r}", lambda server, _: [numbers[server : server + 1]]
+        )
+        self._session.settle(current)
+        return int(numbers.sum())
+
+    def _checked(self, shape: tuple[int, ...], grads: Any) -> Array:
+        array = as_array(f"gradients of table {self.name!r}", grads)
+        if array.shape != (*shape, self.dim):
+            raise GradientError(
+                f"table {self.name!r} takes gradients of shape {(*shape, self.dim)} for ids of shape "
+                f"{shape}, got {array.shape}"
+            )
+        return np.ascontiguousarray(array, dtype=np.float32).reshape(-1, self.dim)
+
+    def _report_nonfinite(self) -> None:
+        if self._nonfinite == "skip":
+            self._skip = True
+            return
+        raise NonFiniteError(
+            f"gradients of table {self.name!r} hold NaN or infinity: nothing was staged and the turn was not "
+            f"taken; pass nonfinite='skip' to make such a step an empty turn"
+        )
+
+    def _joined(self, first: Place, second: Place) -> Place:
+        """One place with what is staged in two."""
+        both = np.concatenate([first.plan.ids, second.plan.ids])
+        gradients = np.concatenate([self._memory.rows(first), self._memory.rows(second)])
+        place = self._memory.take(arrange(both, len(self._session.channels)), self.dim)
+        place.plan.combine(gradients, self._memory.rows(place))
+        return place
+
+    def _arrived(self, given: Ids, place: Place, version: int) -> None:
+        self._ahead = _Ahead(place.plan, given, self._memory.rows(place).copy(), version)
+
+    def _take_ahead(self, given: Ids) -> _Ahead | None:
+        """The rows that were asked for before, once, if they are of these ids."""
+        if self._wanted is not None and np.array_equal(self._wanted[0], given):
+            self._wanted = None
+        if self._ahead is None and not self._session.sync.waits:
+            self._session.finish()
+        ahead = self._ahead
+        if ahead is None or not np.array_equal(ahead.given, given):
+            return None
+        self._ahead = None
+        stale = self._session.sync.waits and ahead.version != self._session.version
+        return None if stale else ahead

@@ -1,0 +1,147 @@
+"""The tables of one server, by id: which there are, and what requests say about their rows.
+
+Invariant: ids are the shard's own copies, checked before they are held; only rows lie in memory that a
+member shares, which can make values wrong but nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater.errors import ProtocolError, RegistrationError
+from headwater.messages import TableSetting, TableSpec
+from headwater.placement import slots_of_server
+from headwater.shard.table import Table
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StagedRows:
+    """Ids of a table, each once, and the memory of a row for each.
+
+    `ids`: int64[n], not to change any more; `rows`: float32[n, dim], gradients to read or room for values.
+    """
+
+    table: int
+    ids: NDArray[np.int64]
+    rows: NDArray[np.float32]
+
+
+class Tables:
+    """What server `index` of `servers` has of every table, numbered from 0 as they were registered."""
+
+    def __init__(self, index: int, servers: int) -> None:
+        self._slots = slots_of_server(index, servers)
+        self._tables: list[Table] = []
+        self._ids: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def __iter__(self) -> Iterator[Table]:
+        return iter(self._tables)
+
+    def __getitem__(self, id: int) -> Table:
+        """The table with this id.
+
+        Raises:
+            ProtocolError: there is none.
+        """
+        if not 0 <= id < len(self._tables):
+            raise ProtocolError(f"there is no table {id}, there are {len(self._tables)}")
+        return self._tables[id]
+
+    def check(self, staged: Iterable[StagedRows]) -> None:
+        """Refuse rows that are not this server's.
+
+        Raises:
+            ProtocolError: a table is named twice, does not exist, or has an id that belongs elsewhere.
+        """
+        seen: set[int] = set()
+        for one in staged:
+            if one.table in seen:
+                raise ProtocolError(f"table {one.table} is named twice in one request")
+            seen.add(one.table)
+            self[one.table].check(one.ids)
+
+    def check_settings(self, settings: Iterable[TableSetting]) -> None:
+        """Refuse settings that a table's rule cannot have.
+
+        Raises:
+            ProtocolError: no such table.
+            ConfigurationError: no such setting, or an impossible value.
+        """
+        for setting in settings:
+            self[setting.table].rule.with_settings(**setting.values)
+
+    # ── registration ────────────────────────────────────────────────────────────────────────────
+
+    def check_spec(self, spec: TableSpec) -> None:
+        """Refuse a table that cannot be.
+
+        Raises:
+            RegistrationError: an impossible dim.
+            ConfigurationError: an unknown or impossible rule, initialiser, admission or expiry.
+        """
+        Table(spec, range(0))
+
+    def create(self, spec: TableSpec) -> None:
+        """Begin a table without rows; its id is the next one."""
+        self._ids[spec.name] = len(self._tables)
+        self._tables.append(Table(spec, self._slots))
+
+    def resolve(self, spec: TableSpec) -> int:
+        """The id of the table that `spec` declares.
+
+        Raises:
+            RegistrationError: the one of this name was declared differently; names both.
+        """
+        id = self._ids[spec.name]
+        known = self._tables[id].spec
+        for field in ("dim", "initializer", "seed", "admission", "expiry"):
+            old, new = getattr(known, field), getattr(spec, field)
+            if old != new:
+                raise RegistrationError(
+                    f"table {spec.name!r} exists with {field} {_shown(old)}, got {field} {_shown(new)}: "
+                    f"pass the same or use another name"
+                )
+        if known.rule.name != spec.rule.name:
+            raise RegistrationError(
+                f"table {spec.name!r} exists with rule {known.rule.name}, got {spec.rule.name}: "
+                f"use the same or another name"
+            )
+        return id
+
+    # ── entries ─────────────────────────────────────────────────────────────────────────────────
+
+    def apply(self, pushed: Iterable[Sequence[StagedRows]], divisor: float, version: int) -> None:
+        """Apply one commit: `pushed` has each worker's gradients, in rank order."""
+        by_table: dict[int, list[StagedRows]] = defaultdict(list)
+        for staged in pushed:
+            for one in staged:
+                by_table[one.table].append(one)
+        for id, parts in by_table.items():
+            table = self._tables[id]
+            table.apply([(one.ids, one.rows) for one in parts], divisor, version, table.updates)
+
+    def set(self, settings: Iterable[TableSetting]) -> None:
+        """Change scalars of rules."""
+        for setting in settings:
+            self._tables[setting.table].set(setting.values)
+
+    def pull(self, staged: Iterable[StagedRows], version: int) -> None:
+        """Write the rows that were asked for."""
+        for one in staged:
+            self._tables[one.table].pull(one.ids, one.rows, version)
+
+
+def _shown(value: object) -> str:
+    settings = getattr(value, "settings", None)
+    if settings is None:
+        return str(value)
+    inside = ", ".join(f"{name}={setting}" for name, setting in settings.items())
+    return f"{getattr(value, 'name', '')}({inside})"
