@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,6 @@ def zipf_batches(ids: Ids, count: int) -> list[Ids]:
     return [arrange(draws, 1).ids for draws in zipf_draws(ids, count)]
 
 
-def forever(batches: Sequence[Ids]) -> Iterator[int]:
+def forever(count: int) -> Iterator[int]:
     """Which batch is next, round and round, so that no round finds its own rows still in the cache."""
-    return itertools.cycle(range(len(batches)))
+    return itertools.cycle(range(count))

@@ -10,6 +10,7 @@ from headwater.bench.kernels import measure_kernels
 from headwater.bench.latency import measure_latency
 from headwater.bench.memory import measure_memory
 from headwater.bench.table import measure_lookup, measure_table
+from headwater.bench.table_training import measure_table_training
 
 SUITES: dict[str, Callable[[Effort], list[Figure]]] = {
     "dense": measure_dense,
@@ -18,4 +19,5 @@ SUITES: dict[str, Callable[[Effort], list[Figure]]] = {
     "memory": measure_memory,
     "lookup": measure_lookup,
     "table": measure_table,
+    "rows": measure_table_training,
 }

@@ -71,7 +71,7 @@ def measure_table(effort: Effort) -> list[Figure]:
 
 
 def _in_turn(action: Callable[[int], object], batches: list[Ids]) -> Callable[[], object]:
-    turn = forever(batches)
+    turn = forever(len(batches))
     return lambda: action(next(turn))
 
 

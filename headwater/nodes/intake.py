@@ -46,9 +46,9 @@ class Intake:
             return [self._initial]
         if isinstance(message, m.Step):
             runs = [self._run(run).gradients[self._within(run)] for run in message.payload]
-            return [*runs, *self._rows.place(message)]
+            return [*runs, *self._rows.place(message, length)]
         if isinstance(message, m.PullRows | m.DeleteRows):
-            return self._rows.place(message)
+            return self._rows.place(message, length)
         if isinstance(message, m.Assign):
             return [self._run(run).parameters[self._within(run)] for run in message.payload]
         raise ProtocolError(f"{type(message).__name__} with a payload of {length} bytes, expected none")

@@ -38,10 +38,17 @@ class RowIntake:
             raise ProtocolError(f"scratch came with {len(descriptors)} descriptors, expected 1")
         self._scratch = ScratchView(descriptors.pop(), message.window.size)
 
-    def place(self, message: m.Request) -> list[NDArray[Any]]:
-        """Where ids and gradients go that follow a message as payload: nowhere, with a scratch window."""
+    def place(self, message: m.Request, length: int) -> list[NDArray[Any]]:
+        """Where ids and gradients go that follow a message as payload: nowhere, with a scratch window.
+
+        Raises:
+            ProtocolError: no such table, or more ids than `length` bytes can hold.
+        """
         if self._scratch is not None:
             return []
+        count = sum(max(rows.count, 0) for rows in rows_of(message))
+        if _ID * count > length:
+            raise ProtocolError(f"{type(message).__name__} names {count} rows in {length} bytes of payload")
         self._private = [self._room(rows) for rows in rows_of(message)]
         pushed = _pushed(message)
         arrays: list[NDArray[Any]] = []
@@ -75,9 +82,9 @@ class RowIntake:
         else:
             staged, self._private = self._private, []
             if len(staged) != len(rows):
-                staged = [self._room(one) for one in rows]
                 if any(one.count for one in rows):
                     raise ProtocolError(f"{type(message).__name__} names rows, but no ids came with it")
+                staged = [self._room(one) for one in rows]
         self._pulled = [] if isinstance(message, m.DeleteRows) else staged[_pushed(message) :]
         return staged
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,7 @@ class Table:
         self._session = session
         self._memory = memory
         self._nonfinite = nonfinite
-        self._planned: tuple[Ids, Plan] | None = None
+        self._planned: deque[tuple[Ids, Plan]] = deque(maxlen=2)
         self._pushed: Place | None = None
         self._settings: dict[str, float] = {}
         self._skip = False
@@ -268,12 +269,14 @@ class Table:
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
     def _plan(self, ids: Any) -> tuple[Ids, Plan]:
-        """The ids as an array, and their plan: that of the last call for the same ids."""
+        """The ids as an array, and their plan: remembered for this batch and the one asked for ahead."""
         given = as_ids(ids)
-        if self._planned is None or not np.array_equal(self._planned[0], given):
-            given = given.copy()
-            self._planned = given, arrange(given, len(self._session.channels))
-        return self._planned
+        for known in self._planned:
+            if np.array_equal(known[0], given):
+                return known
+        given = given.copy()
+        self._planned.append((given, arrange(given, len(self._session.channels))))
+        return self._planned[-1]
 
     def _request(
         self, kind: type[m.PullRows] | type[m.DeleteRows], place: Place, server: int, number: int

@@ -112,6 +112,6 @@ class ScratchView:
         Raises:
             ProtocolError: it reaches outside, or does not start where an array may.
         """
-        if offset % 8 or not 0 <= offset <= offset + size <= len(self.memory):
+        if offset % 4 or not 0 <= offset <= offset + size <= len(self.memory):
             raise ProtocolError(f"{size} bytes at {offset} of a scratch window of {len(self.memory)}")
         return self.memory[offset : offset + size]
