@@ -6,6 +6,7 @@ import importlib
 from types import ModuleType
 
 from headwater import errors, initializers
+from headwater.checkpoint import load_checkpoint
 from headwater.cluster import Cluster, connect
 from headwater.initializers import Normal, TruncatedNormal, Uniform, Zeros
 from headwater.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
@@ -70,6 +71,7 @@ __all__ = [
     "connect",
     "errors",
     "initializers",
+    "load_checkpoint",
     "register",
     "run",
 ]

@@ -14,7 +14,8 @@ HeadwaterError
 └── EnvironmentFailure          nobody's fault: the machine, the network, time
     ├── ConnectionLostError     a connection closed or could not be made    (also ConnectionError)
     ├── StalledError            a wait passed its deadline, or could never end (also TimeoutError)
-    └── EngineError             a node could not be started or ended unasked
+    ├── EngineError             a node could not be started or ended unasked
+    └── CheckpointError         a checkpoint is damaged, or cannot be read or written
 """
 
 from __future__ import annotations
@@ -89,6 +90,10 @@ class StalledError(EnvironmentFailure, TimeoutError):
 
 class EngineError(EnvironmentFailure):
     """A node could not be started, or ended without being asked to."""
+
+
+class CheckpointError(EnvironmentFailure):
+    """A checkpoint is damaged or incomplete, or its files cannot be read or written."""
 
 
 def named(name: str, reason: str, default: type[HeadwaterError]) -> HeadwaterError:

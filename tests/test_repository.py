@@ -20,7 +20,7 @@ LAYERS = [
     ],
     ["kernels"],
     ["shard", "sequencer", "clocks", "roster", "splits", "exchange"],
-    ["wire"],
+    ["wire", "checkpoint"],
     ["nodes", "engines"],
     ["cluster", "run", "torch", "bench", "cli", "__main__", "__init__"],
 ]
@@ -71,7 +71,7 @@ def test_a_module_imports_only_from_its_own_group_and_those_above(path):
         assert _group_of(target) <= _group_of(path), f"{path.name} imports {name} from a group below its own"
 
 
-@pytest.mark.parametrize("folder", ["wire", "shard", "kernels", "nodes"])
+@pytest.mark.parametrize("folder", ["wire", "checkpoint", "shard", "kernels", "nodes"])
 def test_nothing_is_unpickled_on_the_way_of_what_comes_from_the_network(folder):
     for path in (PACKAGE / folder).rglob("*.py"):
         assert not {"pickle", "cloudpickle", "marshal", "shelve"} & set(_imports(path)), path

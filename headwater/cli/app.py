@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from headwater.bench.suites import SUITES
+from headwater.cli import checkpoint as checkpoints
 from headwater.cli.bench import measure
 from headwater.cli.faults import faults_reported
 from headwater.cli.status import show_status
@@ -21,6 +22,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+checkpoint = typer.Typer(
+    help="Look at the checkpoints that trainings wrote; a cluster need not be running.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+app.add_typer(checkpoint, name="checkpoint")
 
 
 def main() -> None:
@@ -117,3 +125,73 @@ def bench(
     """
     with faults_reported():
         measure(suite, as_json=json, quick=quick)
+
+
+_Path = Annotated[
+    str, typer.Argument(help="A checkpoint such as runs/g000-v000001200, or a directory of them.")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
+
+
+@checkpoint.command(name="list")
+def list_checkpoints(
+    directory: Annotated[str, typer.Argument(help="Where a training keeps its checkpoints.")],
+    json: _Json = False,
+) -> None:
+    """List the checkpoints of a directory, oldest first; their files are not read.
+
+    [bold]Example[/bold]
+
+    headwater checkpoint list runs/a
+
+    Exit codes: 0 listed, 1 it cannot be read, 2 there is no such directory.
+    """
+    with faults_reported():
+        checkpoints.list_directory(directory, as_json=json)
+
+
+@checkpoint.command(name="show")
+def show_checkpoint(path: _Path, json: _Json = False) -> None:
+    """Show what a checkpoint holds: models, tables, rules, counts; of a directory, the newest one.
+
+    [bold]Example[/bold]
+
+    headwater checkpoint show runs/a --json
+
+    Exit codes: 0 shown, 1 its manifest is damaged, 2 no checkpoint, or one of a newer format.
+    """
+    with faults_reported():
+        checkpoints.show(path, as_json=json)
+
+
+@checkpoint.command(name="verify")
+def verify_checkpoint(path: _Path, json: _Json = False) -> None:
+    """Read every byte of a checkpoint, or of all in a directory, and name each damaged or missing file.
+
+    [bold]Example[/bold]
+
+    headwater checkpoint verify runs/a
+
+    Exit codes: 0 all sound, 1 something is damaged, 2 no checkpoint, or one of a newer format.
+    """
+    with faults_reported():
+        checkpoints.verify(path, as_json=json)
+
+
+@checkpoint.command(name="export")
+def export_checkpoint(
+    path: _Path,
+    file: Annotated[str, typer.Argument(help="The file to write; one that exists is replaced.")],
+) -> None:
+    """Write a checkpoint's values as one safetensors file, tensors under their own names.
+
+    [bold]Example[/bold]
+
+    headwater checkpoint export runs/a model.safetensors
+
+    Then in Python: module.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+
+    Exit codes: 0 written, 1 damaged or not writable, 2 no checkpoint, or one of a newer format.
+    """
+    with faults_reported():
+        checkpoints.export(path, file)

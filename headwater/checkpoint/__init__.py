@@ -1,0 +1,50 @@
+"""A training's state in files: written whole or not at all, verified, read for any number of servers.
+
+The format: docs/checkpoint-format.md.
+"""
+
+from headwater.checkpoint.compare import differences
+from headwater.checkpoint.export import export, load_checkpoint
+from headwater.checkpoint.find import (
+    Latest,
+    Listed,
+    latest,
+    list_checkpoints,
+    next_generation,
+    prune,
+    resolve,
+    verify_all,
+)
+from headwater.checkpoint.lock import DirectoryLock
+from headwater.checkpoint.manifest import FORMAT, MANIFEST, Manifest, folder_name
+from headwater.checkpoint.read import Checkpoint, open_checkpoint, read_part
+from headwater.checkpoint.verify import Verification, verify
+from headwater.checkpoint.write import abandon, begin, commit, write_part
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "Checkpoint",
+    "DirectoryLock",
+    "Latest",
+    "Listed",
+    "Manifest",
+    "Verification",
+    "abandon",
+    "begin",
+    "commit",
+    "differences",
+    "export",
+    "folder_name",
+    "latest",
+    "list_checkpoints",
+    "load_checkpoint",
+    "next_generation",
+    "open_checkpoint",
+    "prune",
+    "read_part",
+    "resolve",
+    "verify",
+    "verify_all",
+    "write_part",
+]

@@ -1,0 +1,182 @@
+"""`headwater checkpoint`: what checkpoints there are, what one holds, whether it is sound, and its values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from headwater import checkpoint
+from headwater.checkpoint import Listed, Manifest
+from headwater.checkpoint.compare import describe_rule
+from headwater.cli.faults import FAILED, complain
+from headwater.layout import Layout
+from headwater.messages import ModelRecord, TableRecord
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """A line of `list`; counts are None and `problem` says why where the manifest cannot be used."""
+
+    path: str
+    generation: int
+    version: int
+    written: str | None = None
+    servers: int | None = None
+    models: int | None = None
+    tables: int | None = None
+    size: int | None = None
+    problem: str | None = None
+
+
+class Shown(msgspec.Struct, frozen=True):
+    """What `show` prints as JSON: the manifest, and what is not in it as such."""
+
+    path: str
+    size: int
+    manifest: Manifest
+
+
+def list_directory(directory: str, *, as_json: bool) -> None:
+    """Print the checkpoints of a directory, oldest first.
+
+    Raises:
+        ConfigurationError: there is no such directory.
+        CheckpointError: it cannot be read.
+    """
+    summaries = [_summary(found) for found in checkpoint.list_checkpoints(directory)]
+    if as_json:
+        _print_json(summaries)
+    elif summaries:
+        Console(highlight=False).print(_listing(summaries))
+        for one in summaries:
+            if one.problem is not None:
+                print(one.problem)
+    else:
+        print(f"no checkpoints in {directory}")
+
+
+def show(path: str, *, as_json: bool) -> None:
+    """Print what a checkpoint holds, of a directory the newest whose manifest is good.
+
+    Raises:
+        ConfigurationError: no checkpoint, or one of a newer format.
+        CheckpointError: its manifest is damaged.
+    """
+    found = checkpoint.resolve(path, verify=False)
+    manifest = found.manifest
+    if as_json:
+        _print_json(Shown(found.path, manifest.size, manifest))
+        return
+    console = Console(highlight=False)
+    print(found.path)
+    print(f"generation {manifest.generation}, version {manifest.version}, written {manifest.written}")
+    print(f"by {manifest.servers} servers of headwater {manifest.headwater}, format {manifest.format}")
+    print(f"{_megabytes(manifest.size)} in {len(manifest.files())} files")
+    if manifest.models:
+        console.print(_models(manifest.models))
+    if manifest.tables:
+        console.print(_tables(manifest.tables))
+
+
+def verify(path: str, *, as_json: bool) -> None:
+    """Check every byte of a checkpoint, or of each in a directory, and print what is wrong.
+
+    Raises:
+        ConfigurationError: no checkpoint, or one of a newer format.
+        typer.Exit: 1 where something is damaged.
+    """
+    found = checkpoint.verify_all(path)
+    if as_json:
+        _print_json(found)
+    for one in found:
+        if not as_json:
+            print(f"{one.path}: {'sound' if one.sound else 'damaged'}")
+            for extra in one.extras:
+                print(f"  {extra} does not belong to it")
+        for problem in one.problems:
+            complain(f"{one.path}: {problem}")
+    if not all(one.sound for one in found):
+        raise typer.Exit(FAILED)
+
+
+def export(path: str, file: str) -> None:
+    """Write the values of a checkpoint as one safetensors file.
+
+    Raises:
+        ConfigurationError: no checkpoint, one of a newer format, or names that collide.
+        CheckpointError: it is damaged, or the file cannot be written.
+    """
+    written = checkpoint.export(path, file)
+    print(f"{file}: {_megabytes(written.size)}")
+
+
+def _print_json(value: object) -> None:
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _summary(found: Listed) -> Summary:
+    if found.checkpoint is None:
+        return Summary(found.path, found.generation, found.version, problem=str(found.error))
+    manifest = found.checkpoint.manifest
+    return Summary(
+        found.path,
+        found.generation,
+        found.version,
+        written=manifest.written,
+        servers=manifest.servers,
+        models=len(manifest.models),
+        tables=len(manifest.tables),
+        size=manifest.size,
+    )
+
+
+def _listing(summaries: Sequence[Summary]) -> Table:
+    shown = _empty("name", "written (UTC)", "servers", "models", "tables", "size")
+    for one in summaries:
+        name = one.path.rpartition("/")[2]  # generation and version
+        if one.problem is not None:
+            shown.add_row(name, "unusable")
+            continue
+        counts = (str(one.servers), str(one.models), str(one.tables), _megabytes(one.size or 0))
+        shown.add_row(name, (one.written or "").partition("+")[0].replace("T", " "), *counts)
+    return shown
+
+
+def _models(models: Sequence[ModelRecord]) -> Table:
+    shown = _empty("model", "rule", "state", "tensors", "elements", "updates", "of each tensor")
+    for model in models:
+        counts = (
+            str(len(model.spec.tensors)),
+            f"{Layout(model.spec.tensors).elements:,}",
+            str(model.updates),
+        )
+        least, most = min(model.counts), max(model.counts)
+        span = str(least) if least == most else f"{least}–{most}"
+        rules = "; ".join(describe_rule(rule) for rule in model.rules)
+        names = map(escape, (model.spec.name, rules, ", ".join(model.states)))
+        shown.add_row(*names, *counts, span)
+    return shown
+
+
+def _tables(tables: Sequence[TableRecord]) -> Table:
+    shown = _empty("table", "rule", "state", "dim", "rows", "not admitted", "updates")
+    for table in tables:
+        counts = (str(table.spec.dim), f"{table.rows:,}", f"{table.pending:,}", str(table.updates))
+        names = map(escape, (table.spec.name, describe_rule(table.rule), ", ".join(table.states)))
+        shown.add_row(*names, *counts)
+    return shown
+
+
+def _empty(*headings: str) -> Table:
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        shown.add_column(heading, overflow="fold")
+    return shown
