@@ -78,7 +78,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`headwater.torch` is imported when it is first named: torch is optional, and slow to import."""
-    if name == "torch":
-        return importlib.import_module("headwater.torch")
+    """`headwater.torch` and `headwater.jax` are imported when first named: they are optional, and slow to."""
+    if name in ("torch", "jax"):
+        return importlib.import_module(f"headwater.{name}")
     raise AttributeError(f"module 'headwater' has no attribute {name!r}")

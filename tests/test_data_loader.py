@@ -10,6 +10,11 @@ from torch.utils.data import DataLoader, Dataset
 
 import headwater as hw
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),  # JAX's, once another test has loaded it
+]
+
 PAGE = Path(__file__).parent.parent / "docs" / "data.md"
 
 
@@ -53,7 +58,6 @@ def test_processes_of_a_data_loader_have_none_of_the_connections():
         assert ours <= connections()
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_the_recipe_with_a_data_loader_trains():
     recipe = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
     names = {}

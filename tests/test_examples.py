@@ -57,6 +57,11 @@ def test_digits_reaches_97_percent_in_synchronous_training():
     assert accuracy_in(program("digits.py", "--workers", 4, "--servers", 2)) >= 0.97
 
 
+def test_jax_digits_reaches_95_percent():
+    pytest.importorskip("jax", reason="needs JAX: pip install 'headwater[jax]'")
+    assert accuracy_in(program("jax_digits.py", "--workers", 2, "--servers", 2)) >= 0.95
+
+
 @pytest.mark.parametrize("sync", ["async", "ssp:3"])
 def test_digits_reaches_95_percent_without_rounds(sync, capfd):
     command = ["run", EXAMPLES / "digits.py", "--workers", 4, "--servers", 2, "--sync", sync]

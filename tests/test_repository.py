@@ -22,7 +22,7 @@ LAYERS = [
     ["shard", "sequencer", "clocks", "roster", "splits", "exchange"],
     ["wire", "checkpoint"],
     ["nodes", "engines"],
-    ["cluster", "run", "torch", "bench", "cli", "__main__", "__init__"],
+    ["cluster", "run", "torch", "jax", "bench", "cli", "__main__", "__init__"],
 ]
 """A module imports from its own group and the groups above it (docs/architecture.md)."""
 
@@ -77,8 +77,8 @@ def test_nothing_is_unpickled_on_the_way_of_what_comes_from_the_network(folder):
         assert not {"pickle", "cloudpickle", "marshal", "shelve"} & set(_imports(path)), path
 
 
-def test_importing_headwater_loads_neither_torch_nor_ray_nor_the_compiler():
-    code = "import sys, headwater; print([m for m in ('torch', 'ray', 'numba') if m in sys.modules])"
+def test_importing_headwater_loads_neither_torch_nor_ray_nor_jax_nor_the_compiler():
+    code = "import sys, headwater; print([m for m in ('torch', 'ray', 'jax', 'numba') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n", done.stdout + done.stderr
 

@@ -406,6 +406,8 @@ def as_array(what: str, value: Any, error: type[UsageError] = GradientError) -> 
             value = value.float() if _dtype(value) == "bfloat16" else value
         only_dlpack = hasattr(value, "__dlpack__") and not hasattr(value, "__array__")
         array = np.from_dlpack(value) if only_dlpack else np.asarray(value)
+        if array.dtype.name == "bfloat16":  # of ml_dtypes, as JAX's arrays become
+            array = array.astype(np.float32)
     except (TypeError, ValueError, RuntimeError, BufferError) as cause:
         raise error(f"{what}: cannot read a {type(value).__name__} as an array: {cause}") from cause
     if array.dtype.kind not in "fiu":

@@ -1,0 +1,256 @@
+"""Training JAX programs: a pytree of parameters on the servers; gradients in, new parameters out.
+
+Invariants:
+- Leaves are matched by their key path, never by position; names depend on the paths alone.
+- What is returned owns its memory. JAX on the CPU takes a NumPy array's memory for an array of its own
+  where it can, so nothing over the window goes to JAX but what is copied before the call returns.
+- Nothing is sent, and the turn is not taken, when a step raises UsageError.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, Generic, TypeAlias, TypeVar, cast
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax import tree_util
+
+from headwater.errors import GradientError, RegistrationError, UsageError
+from headwater.layout import DTYPES
+from headwater.messages import StepResult
+from headwater.nodes.model import Group, Model, NonFinite
+from headwater.nodes.worker import Worker
+from headwater.rules import Rule
+
+__all__ = ["DistributedOptimizer"]
+
+Tree = TypeVar("Tree")
+Path: TypeAlias = tuple[Any, ...]
+
+
+class DistributedOptimizer(Generic[Tree]):
+    """Trains a pytree on the servers: `step` takes gradients and returns the new parameters.
+
+    Construction registers the model; all workers then have the initial values of the lowest rank. It
+    blocks until that one has declared them. A leaf is a tensor of the model, named by its key path with
+    dots: `{"layers": [{"w": …}]}` has `layers.0.w`; a tree that is one array has `params`.
+
+    Every tree that is returned is made of new arrays, on the devices (or with the shardings) that the
+    first parameters were committed to: keep them, donate them, as you like.
+
+    Args:
+        worker: joined, used by this thread.
+        params: pytree of float32, float16 or bfloat16 arrays; the servers hold float32 values of them.
+        rule: what the servers do with a gradient.
+        name: of the model.
+        groups: tensors, by name, whose rule has other settings.
+        nonfinite: what a NaN or infinite gradient does: "raise", "skip" (an empty turn) or "off".
+
+    Attributes:
+        params: the tree that was returned last, at first the initial values; if you donated its arrays
+            they are gone from here too, and `pull` makes new ones.
+        result: of the last step; None before.
+        model: the tensors by name; its `state()` is the rule's, its `assign` sets values.
+
+    Raises:
+        ConfigurationError: an impossible argument.
+        RegistrationError: no leaves, one that is no array or of another dtype, two of the same name, or
+            another model of that name.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        params: Tree,
+        rule: Rule,
+        *,
+        name: str = "model",
+        groups: Sequence[Group] = (),
+        nonfinite: NonFinite = "raise",
+    ) -> None:
+        leaves, self._structure = _flatten(params, RegistrationError)
+        self._known = {path[:depth] for path, _ in leaves for depth in range(len(path) + 1)}
+        trained = {path: leaf for path, leaf in leaves if leaf is not None}
+        self._names = _names(trained)
+        for path, leaf in trained.items():
+            _check_parameter(self._names[path], leaf)
+        values = {self._names[path]: leaf for path, leaf in trained.items()}
+        self._dtypes = tuple(np.dtype(leaf.dtype) for leaf in values.values())
+        self._places = [_place(leaf) for leaf in values.values()]
+        self._on_host = jax.default_backend() == "cpu" and not any(self._places)
+        self._worker = worker
+        self.result: StepResult | None = None
+        self.model: Model = worker.model(name, values, rule, groups=groups, nonfinite=nonfinite)
+        self.params: Tree = self._read()
+
+    def step(self, grads: Any) -> Tree:
+        """End the turn: send the gradients, return the new parameters; blocks as the mode says.
+
+        Args:
+            grads: a tree as the parameters, with arrays of the same shapes. Where it has None, or nothing,
+                instead of an array or a subtree, those tensors are not touched, as if they were in no
+                worker's loss. None alone is an empty turn. Its arrays are read before `step` returns.
+
+        Raises:
+            GradientError: a leaf the parameters do not have, or of another shape or dtype; names it.
+            NonFiniteError: a gradient holds NaN or infinity, with `nonfinite="raise"`.
+            UsageError: called in a function that JAX traces.
+            ClosedError: the worker has left.
+            StalledError: no answer within the deadline.
+        """
+        with jax.transfer_guard("allow"):  # the guard is for transfers nobody asked for
+            self.model.push(self._by_name(grads))
+        self.result = self._worker.step(read=[self.model])
+        self.params = self._read()
+        return self.params
+
+    def pull(self) -> Tree:
+        """The servers' current parameters; blocks for an exchange.
+
+        After a barrier, this is how every worker evaluates the same version.
+
+        Raises:
+            ClosedError: the worker has left.
+            StalledError: no answer within the deadline.
+        """
+        self.model.pull()
+        self.params = self._read()
+        return self.params
+
+    def set(self, *, group: int | None = None, **values: float) -> None:
+        """Change scalars of the rule, such as `lr`, with the next `step`; as `Model.set`.
+
+        Takes arrays of one number too, as schedules written in JAX give.
+
+        Raises:
+            ConfigurationError: the rule has no such setting, or there is no such group.
+        """
+        self.model.set(group=group, **{name: _number(value) for name, value in values.items()})
+
+    # ── inside ──────────────────────────────────────────────────────────────────────────────────
+
+    def _by_name(self, grads: Any) -> dict[str, Any]:
+        """The gradients there are."""
+        found: dict[str, Any] = {}
+        for path, leaf in _flatten(grads, GradientError)[0]:
+            if leaf is None and path in self._known:
+                continue
+            if leaf is None or path not in self._names:
+                what = "None" if leaf is None else f"a {type(leaf).__name__}"
+                raise GradientError(
+                    f"the gradients have {what} at {_shown(path)}, where model {self.model.name!r} has no "
+                    f"parameter: pass a tree like the parameters', which are {self._listed()}"
+                )
+            found[self._names[path]] = leaf
+        if not self._on_host:
+            for leaf in found.values():
+                if isinstance(leaf, jax.Array):
+                    leaf.copy_to_host_async()
+        return found
+
+    def _listed(self) -> str:
+        paths = [_shown(path) for path in self._names]
+        return ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
+
+    def _read(self) -> Tree:
+        """New arrays with what the window has."""
+        views = [self.model.parameters[name] for name in self._names.values()]
+        if self._on_host:
+            with jax.transfer_guard("allow"):
+                arrays = jax.block_until_ready(_copy(views, self._dtypes))  # type: ignore[no-untyped-call]
+        else:
+            leaves = zip(views, self._dtypes, self._places, strict=True)
+            arrays = [jax.device_put(np.array(view, dtype), place) for view, dtype, place in leaves]
+        return cast(Tree, tree_util.tree_unflatten(self._structure, arrays))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _copy(views: Sequence[Any], dtypes: Sequence[Any]) -> list[jax.Array]:
+    """Copy and convert all leaves in one compiled call: a fifth of the time of an eager call a leaf."""
+    return [jnp.array(view, dtype, copy=True) for view, dtype in zip(views, dtypes, strict=True)]
+
+
+def _flatten(tree: Any, error: type[UsageError]) -> tuple[list[tuple[Path, Any]], Any]:
+    """Leaves with their paths, None among them, and the structure without None.
+
+    Raises:
+        error: JAX cannot flatten it.
+        UsageError: it is being traced.
+    """
+    try:
+        leaves = tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)[0]
+        structure = tree_util.tree_structure(tree)
+    except (TypeError, ValueError) as cause:
+        raise error(f"cannot flatten this tree: {cause}") from cause
+    for path, leaf in leaves:
+        if isinstance(leaf, jax.core.Tracer):
+            raise UsageError(
+                f"the leaf at {_shown(path)} is being traced: call the DistributedOptimizer outside of "
+                f"functions that jax.jit, jax.grad and the like transform, with what they return"
+            )
+    return leaves, structure
+
+
+def _names(paths: Iterable[Path]) -> dict[Path, str]:
+    """Each path's name.
+
+    Raises:
+        RegistrationError: two have the same.
+    """
+    first: dict[str, Path] = {}
+    for path in paths:
+        name = ".".join(_part(key) for key in path) or "params"
+        other = first.setdefault(name, path)
+        if other is not path:
+            raise RegistrationError(
+                f"the leaves at {_shown(other)} and {_shown(path)} would have the same name {name!r}: "
+                f"rename one of them"
+            )
+    return {path: name for name, path in first.items()}
+
+
+def _part(key: Any) -> str:
+    match key:
+        case tree_util.DictKey() | tree_util.FlattenedIndexKey():
+            return str(key.key)
+        case tree_util.SequenceKey():
+            return str(key.idx)
+        case tree_util.GetAttrKey():
+            return str(key.name)
+    return str(key)
+
+
+def _shown(path: Path) -> str:
+    return tree_util.keystr(path) or "the top"
+
+
+def _check_parameter(name: str, leaf: Any) -> None:
+    """Raise RegistrationError unless it is an array of a dtype that can be trained."""
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        raise RegistrationError(
+            f"leaf {name!r} of params is a {type(leaf).__name__}, expected an array: make it one, such as "
+            f"jnp.float32({leaf!r}), or keep what is not trained out of params"
+        )
+    if leaf.dtype == np.float64:
+        raise RegistrationError(
+            f"leaf {name!r} of params is float64, but models are kept in float32: convert it first, for "
+            f"example with jax.tree.map(lambda leaf: leaf.astype('float32'), params); with jax_enable_x64 "
+            f"new arrays are float64 unless they are given a dtype"
+        )
+    if str(leaf.dtype) not in DTYPES:
+        raise RegistrationError(
+            f"leaf {name!r} of params has dtype {leaf.dtype}, expected one of {', '.join(DTYPES)}: keep "
+            f"what is not trained out of params"
+        )
+
+
+def _place(leaf: Any) -> jax.sharding.Sharding | None:
+    """Where arrays for this leaf go; None where JAX would put them by itself."""
+    return leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, jax.Array | np.generic) and value.ndim == 0 else value
