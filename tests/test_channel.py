@@ -2,60 +2,32 @@
 
 import contextlib
 import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
+from connections import DEADLINE, channels, running, sockets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.errors import (
-    ConfigurationError,
     ConnectionLostError,
     ProtocolError,
     RefusedError,
     StalledError,
 )
-from headwater.messages import Answer, Ask, Pull, Refused, Step, Waiting
-from headwater.wire.channel import Channel, Outgoing, exchange
+from headwater.messages import Answer, Ask, Pull, Refused, Waiting
+from headwater.wire.channel import Channel, Outgoing
+from headwater.wire.exchange import exchange
 from headwater.wire.frames import Limits, encode
-from headwater.wire.listener import Listener, dial
-from headwater.wire.security import Security
 
 PULL = Pull(number=1, models=(0,), have=4)
 ANSWER = Answer(number=1, version=5)
-DEADLINE = 30.0  # seconds; far more than any of these waits takes
 
 
-@contextlib.contextmanager
-def sockets(kind):
-    """Give two connected sockets."""
-    if kind == "unix":
-        first, second = socket.socketpair()
-    else:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            first = socket.create_connection(server.getsockname())
-            second, _ = server.accept()
-    with first, second:
-        yield first, second
-
-
-@contextlib.contextmanager
-def channels(kind, limits=None):
-    """Give two connected channels."""
-    with sockets(kind) as (first, second):
-        pair = Channel(first, limits), Channel(second, limits)
-        yield pair
-        for channel in pair:
-            channel.close()
-
-
-@pytest.fixture(params=["unix", "tcp"])
+@pytest.fixture(params=["unix", "tcp", "tls"])
 def kind(request):
     return request.param
 
@@ -66,35 +38,13 @@ def pair(kind):
         yield pair
 
 
-@pytest.fixture
-def wires(kind):
+@pytest.fixture(params=["unix", "tcp"])
+def wires(request):
     """A bare socket, and a channel at its other end."""
-    with sockets(kind) as (bare, other):
+    with sockets(request.param) as (bare, other):
         channel = Channel(other)
         yield bare, channel
         channel.close()
-
-
-@contextlib.contextmanager
-def running(*functions):
-    """Run functions in threads while the body runs, and raise what they raised."""
-    failures = []
-
-    def guarded(function):
-        try:
-            function()
-        except BaseException as error:  # noqa: BLE001 - raised again below
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(function,), daemon=True) for function in functions]
-    for thread in threads:
-        thread.start()
-    yield
-    for thread in threads:
-        thread.join(DEADLINE)
-        assert not thread.is_alive()
-    if failures:
-        raise failures[0]
 
 
 def room(array):
@@ -224,6 +174,23 @@ def test_threads_that_send_at_once_do_not_mix_their_frames(pair):
     assert seen == [count] * senders
 
 
+def test_a_channel_is_read_and_written_by_two_threads_at_once_at_both_ends(pair):
+    count, values = 6, np.arange(1_000_000, dtype=np.float32)
+
+    def send(channel):
+        for number in range(count):
+            channel.send(PULL, request=number, buffers=[values + number], timeout=DEADLINE)
+
+    def receive(channel):
+        got = np.zeros_like(values)
+        for number in range(count):
+            assert channel.receive(room(got), timeout=DEADLINE).request == number
+            assert np.array_equal(got, values + number)
+
+    with running(*[lambda side=side, do=do: do(side) for side in pair for do in (send, receive)]):
+        pass
+
+
 # ── ends ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -236,6 +203,7 @@ def test_the_end_between_two_frames_is_none(pair):
     assert receiver.receive(timeout=DEADLINE) is None
 
 
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
 def test_the_end_inside_a_frame_is_a_lost_connection(kind):
     values = np.ones(16, np.float32)
     frame = frame_of(values)
@@ -577,7 +545,7 @@ def test_the_last_words_of_a_peer_that_stops_reading_are_heard(kind):
             with pytest.raises(ProtocolError):
                 server.receive(timeout=DEADLINE)
             server.send(Refused(error="ProtocolError", reason="no such model"))
-            server._socket.shutdown(socket.SHUT_RDWR)  # nobody reads the rest
+            server._stream.shutdown(socket.SHUT_RDWR)  # nobody reads the rest
 
         def on_received(index, received):
             said.append(received.message.reason)
@@ -632,176 +600,3 @@ def test_closing_wakes_a_blocked_exchange(kind):
         with running(close), pytest.raises(ConnectionLostError, match=second.peer):
             exchange([first, second], [Outgoing(PULL)] * 2, is_answer, lambda *_: (), DEADLINE, 1)
         assert second.fileno() == -1
-
-
-# ── listening and dialling ──────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def listener(kind):
-    listener = Listener(kind)
-    yield listener
-    listener.close()
-
-
-def test_a_listener_can_be_dialled_by_its_address(kind, listener):
-    pattern = "unix:@headwater-" if kind == "unix" else "tcp:127.0.0.1:"
-    assert listener.address.startswith(pattern)
-    here = dial(listener.address, timeout=DEADLINE)
-    with contextlib.closing(here), contextlib.closing(listener.accept()) as there:
-        here.send(PULL, request=1)
-        assert there.receive(timeout=DEADLINE).message == PULL
-        there.send(ANSWER, request=1)
-        assert here.receive(timeout=DEADLINE).message == ANSWER
-        assert here.peer == (listener.address if kind == "tcp" else f"unix pid {os.getpid()}")
-
-
-def test_closing_wakes_a_blocked_accept(listener):
-    entered = threading.Event()
-    result = []
-
-    def accept():
-        entered.set()
-        result.append(listener.accept())
-
-    with running(accept):
-        entered.wait(DEADLINE)
-        listener.close()
-    assert result == [None]
-    assert listener.accept() is None
-    listener.close()
-    with pytest.raises(ConnectionLostError, match=listener.address):
-        dial(listener.address, timeout=1.0)
-
-
-def test_two_listeners_never_share_a_name():
-    with contextlib.closing(Listener("unix")) as one, contextlib.closing(Listener("unix")) as other:
-        assert one.address != other.address
-        assert len(one.address) == len("unix:@headwater-") + 32
-
-
-class NotTheFirst(Security):
-    """Refuses one connection, then admits."""
-
-    refused = False
-
-    def admit(self, connection):
-        if not NotTheFirst.refused:
-            NotTheFirst.refused = True
-            raise RefusedError("the first is never right")
-
-
-def test_a_refused_connection_is_reported_and_the_next_one_accepted(kind, monkeypatch):
-    monkeypatch.setattr(NotTheFirst, "refused", False)
-    reasons = []
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(
-            contextlib.closing(Listener(kind, security=NotTheFirst(), on_refused=reasons.append))
-        )
-        first, _ = [
-            stack.enter_context(contextlib.closing(dial(listener.address, timeout=DEADLINE)))
-            for _ in range(2)
-        ]
-        listener.accept().close()
-        assert first.receive(timeout=DEADLINE) is None
-    assert reasons == [f"{listener.address}: the first is never right"]
-
-
-def test_another_user_is_refused_on_both_sides(monkeypatch):
-    with contextlib.closing(Listener("unix")) as listener:
-        monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
-        with pytest.raises(ConnectionLostError, match="belongs to user"):
-            dial(listener.address, timeout=DEADLINE)
-    with (
-        sockets("unix") as (one, _),
-        pytest.raises(RefusedError, match=f"process {os.getpid()} belongs to user"),
-    ):
-        Security().admit(one)
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1"])
-def test_listening_beyond_loopback_is_refused(host):
-    with pytest.raises(ConfigurationError, match="not authenticated"):
-        Listener("tcp", host=host)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
-def test_loopback_may_be_listened_on(host):
-    Security().check_bind(host)
-
-
-def test_a_port_that_is_taken_is_a_configuration_error():
-    with (
-        contextlib.closing(Listener("tcp")) as listener,
-        pytest.raises(ConfigurationError, match="cannot listen"),
-    ):
-        Listener("tcp", port=int(listener.address.rpartition(":")[2]))
-
-
-def test_ipv6_addresses_stand_in_brackets():
-    if not socket.has_ipv6:
-        pytest.skip("no IPv6")
-    try:
-        listener = Listener("tcp", host="::1")
-    except ConfigurationError:
-        pytest.skip("no IPv6 loopback")
-    with contextlib.closing(listener):
-        assert listener.address.startswith("tcp:[::1]:")
-        with contextlib.closing(dial(listener.address, timeout=DEADLINE)) as channel:
-            assert channel.peer == listener.address
-            listener.accept().close()
-
-
-@pytest.mark.parametrize(
-    "address", ["", "unix:", "tcp:", "tcp:host", "tcp::80", "tcp:host:port", "tcp:h:70000", "x:y"]
-)
-def test_what_is_no_address_is_a_configuration_error(address):
-    with pytest.raises(ConfigurationError, match=r"is not one of unix:@name, tcp:host:port"):
-        dial(address, timeout=1.0)
-
-
-def test_nobody_at_an_address_is_a_lost_connection():
-    with pytest.raises(ConnectionLostError, match="cannot connect to unix:@headwater-nobody"):
-        dial("unix:@headwater-nobody", timeout=1.0)
-
-
-# ── processes ───────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("kind", ["unix"])
-def test_a_forked_child_does_not_keep_the_connections_of_a_killed_parent_open(listener):
-    program = """
-import os, sys
-from headwater.messages import Step
-from headwater.wire.channel import Channel
-from headwater.wire.listener import Listener, dial
-channel = dial(sys.argv[1], timeout=30)
-listener = Listener("unix")
-before = channel.fileno()
-child = os.fork()
-if child == 0:
-    assert channel.fileno() == -1
-    assert listener.accept() is None
-    channel.close()
-    listener.close()
-    print("child", flush=True)
-    sys.stdin.read()
-    os._exit(0)
-channel.send(Step(number=1, step=1, seen=0, carried=(), settings=(), read=False))
-channel.receive()
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, listener.address],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process, contextlib.closing(listener.accept()) as channel:
-        assert isinstance(channel.receive(timeout=DEADLINE).message, Step)
-        assert process.stdout.readline() == "child\n"
-        assert channel.peer == f"unix pid {process.pid}"
-        process.send_signal(signal.SIGKILL)
-        process.wait(DEADLINE)
-        assert channel.receive(timeout=DEADLINE) is None  # though the child lives on
-        process.stdin.close()
-        assert process.stdout.read() == ""  # and now has ended, without an error

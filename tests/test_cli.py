@@ -296,7 +296,8 @@ def test_status_of_another_program_says_so(command):
         result = command("status", address)
         speaker.join()
     assert result.exit_code == 1
-    assert result.stderr.startswith(f"headwater: what listens at {address} is not a coordinator: ")
+    assert result.stderr.startswith(f"headwater: cannot connect to {address}: ")
+    assert result.stderr.endswith("the peer is not a Headwater node\n")
 
 
 def test_status_of_a_server_points_to_the_coordinator(command):

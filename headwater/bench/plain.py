@@ -6,9 +6,10 @@ import mmap
 import os
 import secrets
 import socket
+import ssl
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,18 +64,27 @@ def make_meeting(name: str, rank: int, listening: Callable[[], Any]) -> Callable
 
 
 @contextmanager
-def peers(kind: str, count: int, size: int) -> Iterator[list[tuple[str, int]]]:
-    """Addresses and pids of `count` processes that echo `size` bytes, while the block runs."""
-    started: list[subprocess.Popen[str]] = []
+def peers(kind: str, count: int, size: int, files: Sequence[str] = ()) -> Iterator[list[tuple[str, int]]]:
+    """Addresses and pids of `count` processes that echo `size` bytes, while the block runs.
+
+    `files`: for TLS, of the authority, the certificate and the key.
+    """
+    with started([sys.executable, "-S", str(Path(peer.__file__)), kind, str(size), *files], count) as told:
+        yield told
+
+
+@contextmanager
+def started(command: Sequence[str], count: int) -> Iterator[list[tuple[str, int]]]:
+    """The first line and the pid of `count` processes that run `command`, and end with the block."""
+    processes: list[subprocess.Popen[str]] = []
     try:
         for _ in range(count):
-            command = [sys.executable, "-S", str(Path(peer.__file__)), kind, str(size)]
-            started.append(
+            processes.append(
                 subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             )
-        yield [(process.stdout.readline().strip(), process.pid) for process in started if process.stdout]
+        yield [(process.stdout.readline().strip(), process.pid) for process in processes if process.stdout]
     finally:
-        for process in started:
+        for process in processes:
             process.communicate()
 
 
@@ -90,9 +100,13 @@ def connect_peer(address: str) -> socket.socket:
     return connection
 
 
-def make_socket_copy(addresses: list[str], size: int) -> Callable[[], None]:
+def make_socket_copy(
+    addresses: list[str], size: int, context: ssl.SSLContext | None = None
+) -> Callable[[], None]:
     """A function that sends `size` bytes to each peer and takes them back, all peers at once."""
     connections = [connect_peer(address) for address in addresses]
+    if context is not None:
+        connections = [context.wrap_socket(one, server_hostname="localhost") for one in connections]
     outgoing, incoming = ([memoryview(bytearray(size)) for _ in addresses] for _ in range(2))
     pool = ThreadPoolExecutor(len(addresses))
 

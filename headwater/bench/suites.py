@@ -11,10 +11,13 @@ from headwater.bench.latency import measure_latency
 from headwater.bench.memory import measure_memory
 from headwater.bench.table import measure_lookup, measure_table
 from headwater.bench.table_training import measure_table_training
+from headwater.bench.wire import measure_tcp, measure_tls
 
 SUITES: dict[str, Callable[[Effort], list[Figure]]] = {
     "dense": measure_dense,
     "latency": measure_latency,
+    "tcp": measure_tcp,
+    "tls": measure_tls,
     "kernels": measure_kernels,
     "memory": measure_memory,
     "lookup": measure_lookup,

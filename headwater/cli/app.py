@@ -10,6 +10,7 @@ from headwater.bench.suites import SUITES
 from headwater.cli import checkpoint as checkpoints
 from headwater.cli.bench import measure
 from headwater.cli.faults import faults_reported
+from headwater.cli.serve import serve
 from headwater.cli.status import show_status
 from headwater.cli.training import Job, train_script
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(serve, name="serve")
 
 checkpoint = typer.Typer(
     help="Look at the checkpoints that trainings wrote; a cluster need not be running.",
@@ -115,7 +117,8 @@ def bench(
     """Measure this machine: each figure beside the limit it is held against, taken in the same run.
 
     dense: rounds of a model of ResNet-50's size. latency: pulls of 1 KB. kernels: update loops.
-    memory: what nodes keep resident. lookup, table: the loops of embedding tables.
+    tcp, tls: the wire alone, against plain sockets. memory: what nodes keep resident. lookup, table: the
+    loops of embedding tables.
 
     [bold]Examples[/bold]
 

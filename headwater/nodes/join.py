@@ -10,6 +10,7 @@ from headwater.errors import ConnectionLostError, ProtocolError, RefusedError, n
 from headwater.messages import Join, Refused, Role, Welcome
 from headwater.wire.channel import Channel
 from headwater.wire.listener import dial
+from headwater.wire.security import Security
 
 _DIAL_S = 10.0
 
@@ -22,17 +23,20 @@ def join(
     addresses: tuple[str, ...] = (),
     own: Callable[[Channel], Channel] = lambda channel: channel,
     timeout: float | None = None,
+    security: Security | None = None,
 ) -> tuple[Channel, Welcome]:
     """Join the cluster at `coordinator`; blocks until it is complete enough to take this node in.
 
     The returned channel is the membership: its end without a Departed message is a death.
-    `own` is told of the channel before the wait; `timeout`: seconds for the welcome.
+    `own` is told of the channel before the wait; `timeout`: seconds for the welcome; `security`: what
+    all nodes of the cluster were given.
 
     Raises:
         ConnectionLostError: nobody answers at that address.
-        RefusedError: the coordinator refuses, with its reason.
+        RefusedError: the coordinator refuses, with its reason, or is not admitted itself.
+        ProtocolError: what answers is no coordinator.
     """
-    channel = own(dial(coordinator, timeout=_DIAL_S))
+    channel = own(dial(coordinator, timeout=_DIAL_S, security=security))
     try:
         channel.send(Join(role, index, os.getpid(), socket.gethostname(), addresses))
         received = channel.receive(timeout=timeout)

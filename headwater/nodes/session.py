@@ -12,7 +12,8 @@ from headwater.errors import ClosedError, ConnectionLostError, HeadwaterError, S
 from headwater.exchange import Exchange
 from headwater.nodes.join import join
 from headwater.sync import parse_sync
-from headwater.wire.channel import Channel, Outgoing, Received, exchange
+from headwater.wire.channel import Channel, Outgoing, Received
+from headwater.wire.exchange import exchange
 from headwater.wire.listener import dial
 
 _log = logging.getLogger("headwater.worker")

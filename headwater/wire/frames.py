@@ -63,7 +63,7 @@ class Prefix(NamedTuple):
     request: int
 
 
-def encode(message: AnyMessage, *, request: int = 0, payload_length: int = 0, flags: int = 0) -> bytes:
+def encode(message: msgspec.Struct, *, request: int = 0, payload_length: int = 0, flags: int = 0) -> bytes:
     """Return prefix and header of a frame; `payload_length` bytes must follow them on the wire."""
     header = _encode_message(message)
     return _PREFIX.pack(_START, flags, len(header), payload_length, request) + header

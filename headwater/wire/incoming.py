@@ -2,8 +2,8 @@
 
 Small frames are read ahead into one buffer, so prefix and header cost one system call together.
 Payload beyond what was read ahead goes straight into the arrays it belongs to. Nothing is allocated
-for a frame before its prefix has passed the limits, and descriptors are closed unless a frame that
-announced them is handed out.
+for a frame before its prefix has passed the limits, no more for its header than came of it and as much
+again, and descriptors are closed unless a frame that announced them is handed out.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from headwater.errors import ConnectionLostError, ProtocolError
 from headwater.messages import AnyMessage
 from headwater.wire.frames import PREFIX_SIZE, Limits, Prefix, decode_header, parse_prefix
+from headwater.wire.stream import Incomplete, Stream
 
 Array: TypeAlias = NDArray[Any] | memoryview
 Place: TypeAlias = Callable[[AnyMessage, int], Sequence[Array]]
@@ -97,14 +98,14 @@ class Span:
 
 
 class Incoming:
-    """What has been read from one socket and not yet handed out. One thread at a time.
+    """What has been read from one stream and not yet handed out. One thread at a time.
 
     Attributes:
         failure: why nothing more can be read, "" while something can.
     """
 
-    def __init__(self, connection: socket.socket, limits: Limits, peer: str) -> None:
-        self._socket = connection
+    def __init__(self, connection: Stream, limits: Limits, peer: str) -> None:
+        self._stream = connection
         self._limits = limits
         self._peer = peer
         passes = connection.family == socket.AF_UNIX and limits.descriptors > 0
@@ -142,6 +143,8 @@ class Incoming:
                 self._start = self._end = 0
             self._read_ahead(flags)
             return self._take(place, index)
+        except Incomplete:
+            return None
         except (BlockingIOError, EOFError):
             raise
         except BaseException as error:
@@ -224,9 +227,9 @@ class Incoming:
         views = span.views()
         try:
             if len(views) == 1:
-                count = self._socket.recv_into(views[0], 0, flags)
+                count = self._stream.recv_into(views[0], 0, flags)
             else:
-                count = self._socket.recvmsg_into(views, 0, flags)[0]
+                count = self._stream.recvmsg_into(views, 0, flags)[0]
         except BlockingIOError:
             raise
         except OSError as error:
@@ -249,9 +252,9 @@ class Incoming:
         room = self._buffer[end:] if end else self._buffer
         try:
             if not self._ancillary_space:
-                count = self._socket.recv_into(room, 0, flags)
+                count = self._stream.recv_into(room, 0, flags)
             else:
-                count, ancillary, result, _ = self._socket.recvmsg_into(
+                count, ancillary, result, _ = self._stream.recvmsg_into(
                     (room,), self._ancillary_space, flags | _CLOSE_ON_EXEC
                 )
                 if ancillary or result & _TRUNCATED:
@@ -270,8 +273,8 @@ class Incoming:
         """Move the begun frame to the front of the buffer, and into a larger one if its header needs it."""
         begun = self._buffer[self._start : self._end]
         need = PREFIX_SIZE + (self._prefix.header_length if self._prefix is not None else 0)
-        if need > len(self._buffer):
-            self._buffer = memoryview(bytearray(need))
+        if len(begun) == len(self._buffer):  # its length is only announced: grow as it comes
+            self._buffer = memoryview(bytearray(min(need, 2 * len(begun))))
         self._buffer[: len(begun)] = begun
         self._start, self._end = 0, len(begun)
 

@@ -1,6 +1,8 @@
-"""Who may connect: processes of the same user on this machine, and nobody beyond it.
+"""Who may connect: what every listener and every `dial` of a cluster is given.
 
-Passed to listeners and to `dial`, which ask it before any byte of a peer is read.
+On Unix sockets the kernel says who the other process is, and only the same user's are admitted. Over
+TCP both sides prove themselves, by certificates of one authority, by a shared token, or by both. A
+node that others can reach beyond loopback demands one of them.
 """
 
 from __future__ import annotations
@@ -8,33 +10,72 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headwater.errors import ConfigurationError, RefusedError
 from headwater.wire.sockets import peer_credentials
 
+SHORTEST_TOKEN = 16
+"""Characters. Whoever a node dials can test guesses of its token at leisure, so it must not be guessable."""
+
+
+@dataclass(frozen=True, slots=True)
+class TLS:
+    """Three PEM files: whom this node believes, and who it is. Read at every listening and dialling.
+
+    Attributes:
+        ca: certificates of the authority that signed every node's certificate.
+        certificate: this node's own, with the names that others dial, and for both purposes
+            (server and client).
+        key: its private key, not encrypted.
+    """
+
+    ca: str | os.PathLike[str]
+    certificate: str | os.PathLike[str]
+    key: str | os.PathLike[str]
+
 
 @dataclass(frozen=True, slots=True)
 class Security:
-    """The same user over Unix sockets, loopback only over TCP."""
+    """What TCP connections of this node must prove, and how it proves itself; the same on all nodes.
+
+    Attributes:
+        token: a secret that all nodes share; each side proves that it knows it, and never sends it.
+        tls: encrypt, and demand a certificate of the authority from the other side.
+        insecure: listen beyond loopback with neither.
+
+    Raises:
+        ConfigurationError: the token is too short to be a secret.
+    """
+
+    token: str | None = field(default=None, repr=False)
+    tls: TLS | None = None
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        if self.token is not None and len(self.token) < SHORTEST_TOKEN:
+            raise ConfigurationError(
+                f"a token of {len(self.token)} characters can be guessed, expected {SHORTEST_TOKEN} or more: "
+                "make one with `python -c 'import secrets; print(secrets.token_urlsafe(32))'`"
+            )
 
     def check_bind(self, host: str) -> None:
         """Allow listening for TCP connections on `host`, a name or an address.
 
         Raises:
-            ConfigurationError: other machines could reach it, or it has no address.
+            ConfigurationError: strangers could reach it and need prove nothing, or it has no address.
         """
         addresses = _addresses(host)
         outside = [address for address in addresses if not ipaddress.ip_address(address).is_loopback]
-        if outside:
+        if outside and self.token is None and self.tls is None and not self.insecure:
             raise ConfigurationError(
                 f"listening on {host!r} ({', '.join(outside)}) would let anyone who reaches this machine "
-                "read and change the model, because connections are not authenticated: listen on 127.0.0.1 "
-                "and tunnel to it"
+                "read and change the model, because connections are not authenticated: give every node "
+                "tls or a token, or listen on 127.0.0.1; insecure=True listens all the same"
             )
 
     def admit(self, connection: socket.socket) -> None:
-        """Check the process at the other end of a connected socket, before any byte of it is read.
+        """Check the process at the other end of a Unix socket, before any byte of it is read.
 
         Raises:
             RefusedError: it belongs to another user.

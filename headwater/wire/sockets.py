@@ -5,7 +5,10 @@ from __future__ import annotations
 import socket
 import struct
 
+from headwater.wire.stream import Stream
+
 _TIMEVAL = struct.Struct("ll")
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # seconds, seconds, times
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -13,6 +16,15 @@ def timeval(timeout: float | None) -> bytes:
     """Return `timeout` seconds as SO_RCVTIMEO and SO_SNDTIMEO take them; None waits for ever."""
     whole, part = divmod(0.0 if timeout is None else max(timeout, 1e-6), 1.0)
     return _TIMEVAL.pack(int(whole), int(part * 1e6))
+
+
+def tune_tcp(connection: Stream) -> None:
+    """Send small frames at once, and notice within about a minute that the peer's machine is gone."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEP_ALIVE.items():
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def peer_credentials(connection: socket.socket) -> tuple[int, int] | None:
@@ -24,18 +36,18 @@ def peer_credentials(connection: socket.socket) -> tuple[int, int] | None:
     return pid, uid
 
 
-def peer_name(connection: socket.socket) -> str:
+def peer_name(connection: Stream) -> str:
     """Return who is at the other end, for people: "tcp:127.0.0.1:4000" or "unix pid 123"."""
-    if connection.family == socket.AF_UNIX:
+    if isinstance(connection, socket.socket) and connection.family == socket.AF_UNIX:
         credentials = peer_credentials(connection)
         return f"unix pid {credentials[0]}" if credentials is not None else "unix"
     try:
-        return tcp_address(connection.getpeername())
+        host, port = connection.getpeername()[:2]
     except OSError:
         return "tcp, already gone"
+    return tcp_address(host, port)
 
 
-def tcp_address(name: tuple[str, int] | tuple[str, int, int, int]) -> str:
-    """Return "tcp:host:port" for what `getsockname` gives, with IPv6 in brackets."""
-    host, port = name[0], name[1]
+def tcp_address(host: str, port: int) -> str:
+    """Return "tcp:host:port", with an IPv6 address in brackets."""
     return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"

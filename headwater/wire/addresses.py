@@ -1,0 +1,136 @@
+"""Addresses as text, and the sockets that belong to them.
+
+"unix:@name" (Linux's abstract names, which no file system keeps), "unix:/path" elsewhere,
+"tcp:host:port", "tcp:[host]:port" for IPv6. What a listener is bound to and what others dial may
+differ: `advertised` makes the second of the first.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+import socket
+import time
+
+from headwater.errors import ConfigurationError
+from headwater.wire.sockets import tcp_address, timeval
+
+_BACKLOG = 1024
+_ELSEWHERE = ("192.0.2.1", 9)  # an address for documentation: whatever leads beyond this machine leads there
+
+
+def split_tcp(address: str) -> tuple[str, int]:
+    """Return host and port of a TCP address.
+
+    Raises:
+        ConfigurationError: it is not one.
+    """
+    kind, _, place = address.partition(":")
+    host, _, port = place.rpartition(":")
+    try:
+        host.encode("idna")  # as the name service will
+    except UnicodeError:
+        host = ""
+    if kind != "tcp" or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigurationError(
+            f"address {address!r} is not one of unix:@name, tcp:host:port, tcp:[host]:port"
+        )
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def advertised(address: str, host: str = "", towards: str = "") -> str:
+    """Return what others should dial for a listener that is bound to `address`.
+
+    Args:
+        host: a host name or IP address under which they reach this machine; it may be another's that
+            forwards the port. Without it, a listener on all addresses is advertised under the one from
+            which this machine reaches `towards`, or else the world; one on a single address under that.
+        towards: the address of another node, say the coordinator's. Nothing is sent to it.
+
+    Raises:
+        ConfigurationError: no `host`, and no route from which to tell one.
+    """
+    if not address.startswith("tcp:"):
+        return address
+    bound, port = split_tcp(address)
+    if host:
+        return tcp_address(host, port)
+    if not ipaddress.ip_address(bound).is_unspecified:
+        return address
+    target = split_tcp(towards) if towards.startswith("tcp:") else _ELSEWHERE
+    try:
+        family, kind, *_, place = socket.getaddrinfo(*target, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # a datagram socket: this only chooses a route
+            return tcp_address(str(probe.getsockname()[0]).partition("%")[0], port)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot tell under which address others reach {address} ({error}): name a host to advertise"
+        ) from error
+
+
+def connect(address: str, timeout: float) -> socket.socket:
+    """Return a socket connected to `address`; blocks for at most `timeout` seconds, name service aside.
+
+    Raises:
+        ConfigurationError: it is no address.
+        OSError: nobody answers there.
+    """
+    if address.startswith("unix:") and len(address) > 5:
+        return _connect_unix(address[5:], timeout)
+    host, port = split_tcp(address)
+    until = time.monotonic() + timeout
+    failure: OSError | None = None
+    for family, kind, protocol, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(max(until - time.monotonic(), 0.001))
+            connection.connect(place)
+            return connection
+        except OSError as error:
+            connection.close()
+            failure = failure or error
+        except BaseException:
+            connection.close()
+            raise
+    raise failure or OSError("the name has no address")
+
+
+def _connect_unix(place: str, timeout: float) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # A non-blocking connect fails at once where the listener's queue is full; this one waits.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(timeout))
+        connection.connect("\0" + place[1:] if place.startswith("@") else place)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval(None))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def listen_unix(directory: str) -> tuple[socket.socket, str]:
+    """Listen under a new name, in `directory` where the system knows no abstract names."""
+    name = f"headwater-{secrets.token_hex(16)}"
+    path = f"{directory}/{name[:24]}"  # names of Unix sockets are short
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.bind(path if directory else f"\0{name}")
+    listening.listen(_BACKLOG)
+    return listening, f"unix:{path}" if directory else f"unix:@{name}"
+
+
+def listen_tcp(host: str, port: int) -> tuple[socket.socket, str]:
+    """Listen on `host`, "" or "0.0.0.0" for every IPv4 address, "::" for every address of both kinds.
+
+    Raises:
+        ConfigurationError: the address cannot be had.
+    """
+    try:
+        found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
+        family, *_, place = found[0]
+        both = place[0] == "::" and socket.has_dualstack_ipv6()
+        listening = socket.create_server(place[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on {tcp_address(host, port)}: {error}") from error
+    name = listening.getsockname()
+    return listening, tcp_address(name[0], name[1])

@@ -1,0 +1,116 @@
+"""The greeting without sockets: who shares a token is admitted, and a proof is worth nothing elsewhere."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headwater.errors import ProtocolError, RefusedError
+from headwater.wire.frames import encode
+from headwater.wire.greeting import (
+    NO_BINDING,
+    Caller,
+    Challenge,
+    Greeting,
+    Host,
+    Proof,
+    Words,
+    binding,
+    printable,
+)
+
+tokens = st.none() | st.text(min_size=16, max_size=20)
+nonces = st.binary(min_size=32, max_size=32)
+A, B = bytes(32), bytes([1]) * 32
+
+
+def converse(caller, host):
+    """Carry words between both until the caller says no more."""
+    said = caller.begin()
+    while said is not None:
+        said = caller.receive(host.receive(said))
+
+
+@given(tokens, nonces, nonces, nonces)
+def test_both_sides_with_the_same_token_admit_each_other(token, mine, yours, bound):
+    caller, host = Caller(token, mine, bound), Host(token, yours, bound)
+    converse(caller, host)
+    assert caller.done
+    assert host.done
+
+
+@given(tokens, tokens, nonces, nonces)
+def test_different_tokens_never_admit(mine, yours, nonce, other):
+    if mine == yours:
+        return
+    caller, host = Caller(mine, nonce, NO_BINDING), Host(yours, other, NO_BINDING)
+    with pytest.raises(RefusedError):
+        converse(caller, host)
+    assert not caller.done
+    assert not host.done
+
+
+def proofs(caller_nonce=A, host_nonce=B, bound=NO_BINDING):
+    """The caller's proof and the listener's of one conversation."""
+    caller, host = Caller("t" * 16, caller_nonce, bound), Host("t" * 16, host_nonce, bound)
+    proof = caller.receive(host.receive(caller.begin()))
+    return proof, host.receive(proof)
+
+
+def test_a_proof_holds_for_its_nonces_its_ends_and_its_role_only():
+    made = [
+        *proofs(),
+        *proofs(caller_nonce=B, host_nonce=A),
+        *proofs(caller_nonce=B),
+        *proofs(bound=binding(b"listener", b"caller")),
+        *proofs(bound=binding(b"caller", b"listener")),
+    ]
+    assert len({proof.mac for proof in made}) == len(made)
+
+
+def test_a_listeners_proof_sent_back_is_refused():
+    first, _ = proofs()
+    caller = Caller("t" * 16, A, NO_BINDING)
+    caller.begin()
+    caller.receive(Challenge(B))
+    with pytest.raises(RefusedError, match="only pretends"):
+        caller.receive(first)  # its own
+
+
+GREETED = [Greeting(A, True)]
+
+
+@pytest.mark.parametrize(
+    ("before", "word"),
+    [([], Proof(A)), ([], Challenge(A)), (GREETED, Greeting(A, True)), (GREETED, Challenge(A))],
+)
+def test_a_listener_hears_nothing_out_of_turn(before, word):
+    host = Host("t" * 16, B, NO_BINDING)
+    for earlier in before:
+        host.receive(earlier)
+    with pytest.raises(ProtocolError, match="out of turn"):
+        host.receive(word)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1))
+def test_words_arrive_whole_however_they_are_cut(cuts):
+    said = [Greeting(A, True), Challenge(B), Proof(A)]
+    data, words, heard = b"".join(map(encode, said)), Words(), []
+    turn = 0
+    while data:
+        count = min(cuts[turn % len(cuts)], words.wanted)
+        word = words.feed(data[:count])
+        data, turn = data[count:], turn + 1
+        if word is not None:
+            heard.append(word)
+    assert heard == said
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_what_is_no_frame_is_refused_with_its_first_wrong_byte(count):
+    words = Words()
+    with pytest.raises(ProtocolError, match="is not a Headwater node"):
+        words.feed((b"HWT"[: count - 1] + b"!")[:count])
+
+
+def test_words_of_strangers_reach_a_terminal_harmless_and_short():
+    assert printable("\x1b[31mred\x07\n" + "x" * 5000) == "?[31mred??" + "x" * 590
