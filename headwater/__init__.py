@@ -8,6 +8,7 @@ from types import ModuleType
 from headwater import errors, initializers
 from headwater.checkpoint import load_checkpoint
 from headwater.cluster import Cluster, connect
+from headwater.data import Csv, Files, Parquet
 from headwater.initializers import Normal, TruncatedNormal, Uniform, Zeros
 from headwater.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
 from headwater.messages import ClusterStatistics, StepResult
@@ -47,12 +48,15 @@ __all__ = [
     "ClusterStatistics",
     "Constant",
     "Cosine",
+    "Csv",
+    "Files",
     "Ftrl",
     "Group",
     "LeastRecentlyUsed",
     "Linear",
     "Model",
     "Normal",
+    "Parquet",
     "RMSprop",
     "RowwiseAdagrad",
     "Rule",

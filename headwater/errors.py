@@ -13,6 +13,7 @@ HeadwaterError
 │   └── WorkerError             `train` raised, or its process ended, in a worker of `run`
 └── EnvironmentFailure          nobody's fault: the machine, the network, time
     ├── ConnectionLostError     a connection closed or could not be made    (also ConnectionError)
+    ├── DataError               a file cannot be read, or not as it was described
     ├── StalledError            a wait passed its deadline, or could never end (also TimeoutError)
     ├── EngineError             a node could not be started or ended unasked
     └── CheckpointError         a checkpoint is damaged, or cannot be read or written
@@ -82,6 +83,10 @@ class EnvironmentFailure(HeadwaterError):
 
 class ConnectionLostError(EnvironmentFailure, ConnectionError):
     """A connection closed, or could not be made."""
+
+
+class DataError(EnvironmentFailure):
+    """A file of a data set cannot be read, or holds what its reader does not expect; names file and row."""
 
 
 class StalledError(EnvironmentFailure, TimeoutError):

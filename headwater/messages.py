@@ -47,7 +47,10 @@ class Join(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """The coordinator's answer to Join, once every server knows the new member."""
+    """The coordinator's answer to Join, once every server knows the new member.
+
+    `position`: what the log last recorded of this rank's reading; None where it recorded nothing.
+    """
 
     member: Member
     term: int
@@ -57,6 +60,7 @@ class Welcome(Message, frozen=True):
     settings: dict[str, Scalar]
     patience: float
     deadline: float
+    position: Position | None = None
 
 
 class Roster(Message, frozen=True):
@@ -70,7 +74,8 @@ class Roster(Message, frozen=True):
 class Progress(Message, frozen=True):
     """A worker's own statistics, to the coordinator. `waiting` and `elapsed` in seconds.
 
-    `planned`: samples that the `batches` begun so far have in all, 0 where there were none.
+    `planned`: samples that the `batches` begun so far have for this worker, 0 where there were none; an
+    estimate while it reads dynamic splits: its share so far of all that there is.
     """
 
     member: int
@@ -216,6 +221,120 @@ class PartRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tables: tuple[TableRecord, ...]
 
 
+# ── who reads which samples ─────────────────────────────────────────────────────────────────────
+
+
+class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Positions [start, stop) in the order of an epoch."""
+
+    epoch: int
+    start: int
+    stop: int
+
+
+class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far a worker's static part in one call of `batches` is: `done` of `size` samples of `epoch`."""
+
+    call: int
+    epochs: int
+    size: int
+    epoch: int
+    done: int
+
+
+class Visit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a step adds to the done part of a data set of `size` samples that all workers read together."""
+
+    call: int
+    epochs: int
+    size: int
+    spans: tuple[Span, ...]
+
+
+class Position(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a worker is in its data: what is done once the step that carries this is committed.
+
+    `call` numbers the calls of `batches` and `splits` of one incarnation from 0, in the order in which
+    they were begun. Calls before `over` are over; `places` and `visits` are of calls that are not.
+    """
+
+    rank: int
+    over: int
+    places: tuple[Place, ...] = ()
+    visits: tuple[Visit, ...] = ()
+
+
+class Visited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All that is done of a call with dynamic splits: `complete` epochs, and `spans` of those after them."""
+
+    call: int
+    epochs: int
+    size: int
+    complete: int
+    spans: tuple[Span, ...]
+
+
+class Recorded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All positions at one position of the log. `last`: by rank; calls before `first` are over for all."""
+
+    last: tuple[Position, ...] = ()
+    visited: tuple[Visited, ...] = ()
+    first: int = 0
+
+
+class Lease(Message, frozen=True):
+    """From a worker to the coordinator: the next split, please; what was leased before is handed out.
+
+    The same call is made by all workers, so `call`, `epochs`, `size`, `shuffle` and `seed` must agree.
+    `pending`: of the samples handed out, how many are not part of a committed step yet, the last ones.
+    """
+
+    number: int
+    call: int
+    epochs: int
+    size: int
+    shuffle: bool
+    seed: int
+    batch: int
+    pending: int
+
+
+class Leased(Message, frozen=True):
+    """A split for one worker alone. `handed` of the `total` samples still to do are leased or done by now."""
+
+    number: int
+    span: Span
+    handed: int
+    total: int
+
+
+class Unleased(Message, frozen=True):
+    """No split: the call is `over`, or another answer will follow, when what `reason` says has changed."""
+
+    number: int
+    over: bool
+    reason: str
+
+
+class Finish(Message, frozen=True):
+    """From a worker to the coordinator: it reads no more of this call.
+
+    The last `left` samples of its split go back; with `stopped` nobody is leased more of the call.
+    """
+
+    call: int
+    left: int
+    stopped: bool
+
+
+class Unvisited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Samples of a call that nobody reads any more: of a rank's part, or (`rank` None) of what all shared."""
+
+    call: int
+    rank: int | None
+    samples: int
+
+
 # ── from a worker to each server: one exchange at a time ────────────────────────────────────────
 
 
@@ -286,7 +405,8 @@ class Step(Message, frozen=True):
 
     `read` asks for values: of all the member's models, of none, or of these. `pushed` are gradients of rows,
     `pulled` rows that the answer brings. The payload has runs first, then ids and gradients of each of
-    `pushed`, then ids of each of `pulled`; that of the answer has values first, then rows.
+    `pushed`, then ids of each of `pulled`; that of the answer has values first, then rows. `position`: where
+    the worker is in its data once this is committed; None where it reads none.
     """
 
     number: int
@@ -299,6 +419,7 @@ class Step(Message, frozen=True):
     pushed: tuple[Rows, ...] = ()
     pulled: tuple[Rows, ...] = ()
     table_settings: tuple[TableSetting, ...] = ()
+    position: Position | None = None
 
 
 class Pull(Message, frozen=True):
@@ -357,6 +478,7 @@ class End(Message, frozen=True):
     """The worker's batches are over: rounds no longer wait for it."""
 
     number: int
+    position: Position | None = None
 
 
 class Stop(Message, frozen=True):
@@ -614,7 +736,10 @@ class TableStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ServerStatistics(Message, frozen=True):
-    """One server. `waits` maps a member to whom its exchange waits for (server 0 only)."""
+    """One server. `waits` maps a member to whom its exchange waits for (server 0 only).
+
+    `recorded`: where every rank is in its data, as of `position`.
+    """
 
     index: int
     version: int
@@ -624,6 +749,7 @@ class ServerStatistics(Message, frozen=True):
     models: tuple[ModelStatistics, ...]
     tables: tuple[TableStatistics, ...]
     waits: dict[int, str]
+    recorded: Recorded = Recorded()
 
 
 class NodeStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -640,7 +766,10 @@ class NodeStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
 
 class ClusterStatistics(Message, frozen=True):
-    """The coordinator's answer to Ask; `tables` in all, over the servers."""
+    """The coordinator's answer to Ask.
+
+    `tables` in all, over the servers; `unvisited`: samples that a worker left, and nobody took over.
+    """
 
     term: int
     version: int
@@ -650,6 +779,7 @@ class ClusterStatistics(Message, frozen=True):
     models: tuple[ModelStatistics, ...]
     tables: tuple[TableStatistics, ...]
     progress: tuple[Progress, ...]
+    unvisited: tuple[Unvisited, ...] = ()
 
 
 AnyMessage: TypeAlias = (
@@ -660,6 +790,10 @@ AnyMessage: TypeAlias = (
     | Departed
     | Acknowledged
     | Refused
+    | Lease
+    | Leased
+    | Unleased
+    | Finish
     | Hello
     | Register
     | RegisterTable

@@ -59,7 +59,8 @@ def test_processes_of_a_data_loader_have_none_of_the_connections():
 
 
 def test_the_recipe_with_a_data_loader_trains():
-    recipe = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    page = PAGE.read_text().partition("## With a torch DataLoader")[2]
+    recipe = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
     names = {}
     exec(recipe, names)
     result = hw.run(names["train"], workers=2, engine="inline", patience=5, deadline=60)

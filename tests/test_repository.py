@@ -19,8 +19,8 @@ LAYERS = [
         *["initializers", "lifetime", "placement"],
     ],
     ["kernels"],
-    ["shard", "sequencer", "clocks", "roster", "splits", "exchange"],
-    ["wire", "checkpoint"],
+    ["shard", "sequencer", "clocks", "roster", "positions", "splits", "exchange"],
+    ["wire", "checkpoint", "data"],
     ["nodes", "engines"],
     ["cluster", "run", "torch", "jax", "bench", "cli", "__main__", "__init__"],
 ]

@@ -9,12 +9,17 @@ from headwater.run import RunResult
 
 
 def summarize(result: RunResult) -> list[str]:
-    """One line on the mode and its pace, one on waiting and staleness, and what `train` returned."""
+    """Lines on the mode and its pace, waiting and staleness, what nobody read, and what `train` returned."""
     mode = result.statistics.sync
     lines = [
         f"{mode}: version {result.version} after {duration(result.seconds)}{_pace(result)}",
         f"{mode}: {_waiting(result):.0%} of the workers' time waiting, staleness {_staleness(result)}",
     ]
+    for left in result.statistics.unvisited:
+        whose = "all workers" if left.rank is None else f"worker {left.rank}"
+        lines.append(
+            f"{left.samples} samples of call {left.call} of batches, for {whose}, were read by nobody"
+        )
     for rank, value in enumerate(result.values):
         if value is not None:
             lines.append(f"worker {rank} returned {value!r}")

@@ -15,8 +15,10 @@ import msgspec
 
 from headwater import messages as m
 from headwater.errors import HeadwaterError, ProtocolError, RefusedError
+from headwater.nodes.leases import LeaseDesk
 from headwater.nodes.threads import ConnectionThreads
 from headwater.roster import RosterBook
+from headwater.splits import unvisited_parts
 from headwater.wire.channel import Channel
 from headwater.wire.listener import Listener, dial
 
@@ -50,6 +52,7 @@ class CoordinatorNode:
         self.settings = settings
         self.progress: dict[int, m.Progress] = {}
         self._book = RosterBook(settings.workers, settings.servers)
+        self._leases = LeaseDesk(settings.workers, self._recorded)
         self._changed = threading.Condition()
         self._controls: dict[int, Channel] = {}
         self._controlling = threading.Lock()
@@ -87,12 +90,14 @@ class CoordinatorNode:
             return
         departed = False
         try:
-            channel.send(self._welcome(member))
+            channel.send(self._welcome(member, self._position(member)))
             while (received := channel.receive()) is not None:
                 if isinstance(received.message, m.Progress):
                     self.progress[member.index] = received.message
                 elif isinstance(received.message, m.Departed):
                     departed = True
+                elif isinstance(received.message, m.Lease | m.Finish):
+                    self._leases.serve(member, channel, received.message)
                 else:
                     raise ProtocolError(f"a member sent {type(received.message).__name__}")
         finally:
@@ -113,7 +118,25 @@ class CoordinatorNode:
             self._publish()
         return member
 
-    def _welcome(self, member: m.Member) -> m.Welcome:
+    def _position(self, member: m.Member) -> m.Position | None:
+        """Where the log recorded a worker's rank."""
+        last = self._recorded().last if member.role == "worker" else ()
+        return next((position for position in last if position.rank == member.index), None)
+
+    def _ranks(self) -> set[int]:
+        """Of the living workers."""
+        with self._changed:
+            return {member.index for member in self._book.of("worker")}
+
+    def _recorded(self) -> m.Recorded:
+        """Everybody's positions, as server 0 has recorded them; blocks for its answer."""
+        with self._changed:
+            servers = self._book.of("server")[:1]
+        with self._controlling:
+            answers = [self._ask(server, m.Ask()) for server in servers]
+        return next((a.recorded for a in answers if isinstance(a, m.ServerStatistics)), m.Recorded())
+
+    def _welcome(self, member: m.Member, position: m.Position | None) -> m.Welcome:
         settings = self.settings
         with self._changed:
             return m.Welcome(
@@ -125,6 +148,7 @@ class CoordinatorNode:
                 settings=settings.settings,
                 patience=settings.patience,
                 deadline=settings.deadline,
+                position=position,
             )
 
     def _strike_off(self, member: m.Member, departed: bool) -> None:
@@ -136,6 +160,19 @@ class CoordinatorNode:
             _log.warning("%s %d (pid %d) is gone without leaving", member.role, member.index, member.pid)
         if member.role != "server":
             self._publish()
+        self._leases.gone(member.id)
+        if member.role == "worker" and not departed:
+            self._tell_rest(member)
+
+    def _tell_rest(self, member: m.Member) -> None:
+        rest = unvisited_parts(self._recorded(), self._ranks())
+        samples = sum(one.samples for one in rest if one.rank == member.index)
+        if samples:
+            _log.warning(
+                "%d samples of worker %d's part wait for the next worker with that rank",
+                samples,
+                member.index,
+            )
 
     # ── servers ─────────────────────────────────────────────────────────────────────────────────
 
@@ -183,6 +220,10 @@ class CoordinatorNode:
             models=reports[0].models if 0 in reports else (),
             tables=_in_all([report.tables for report in reports.values()]),
             progress=tuple(self.progress[rank] for rank in sorted(self.progress)),
+            unvisited=(
+                *self._leases.unvisited(),
+                *(unvisited_parts(reports[0].recorded, self._ranks()) if 0 in reports else ()),
+            ),
         )
 
     def _node(self, member: m.Member, reports: dict[int, m.ServerStatistics]) -> m.NodeStatistics:

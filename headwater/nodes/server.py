@@ -270,7 +270,9 @@ class ServerNode:
     # ── what a person sees ──────────────────────────────────────────────────────────────────────
 
     def statistics(self) -> m.ServerStatistics:
-        """A snapshot; does not wait for passes under way."""
+        """A snapshot; waits for the pass under way, as positions change with it."""
+        with self._lock:
+            recorded = self._shard.positions.recorded()
         waits: dict[int, str] = {}
         if self._sequencer is not None:
             with self._deciding:
@@ -284,4 +286,5 @@ class ServerNode:
             models=tuple(vector.statistics() for vector in list(self._shard.vectors.values())),
             tables=tuple(table.statistics() for table in list(self._shard.tables)),
             waits=waits,
+            recorded=recorded,
         )

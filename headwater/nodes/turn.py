@@ -38,10 +38,17 @@ class Turn:
             self._pushed = {table: place for table, (place, *_) in rows.items() if place is not None}
         self._pulled = {table: place for table, (_, place, *_) in rows.items() if place is not None}
         self._settings = tuple(setting for _, settings, _ in staged.values() for setting in settings)
+        self._position: m.Position | None = None
         self._table_settings = tuple(setting for *_, setting, _ in rows.values() if setting is not None)
 
-    def take(self, step: int, read: bool | Sequence[Model]) -> tuple[m.StepResult, bool]:
-        """Make it step number `step`; blocks as the mode says. What became of it, and whether batches end."""
+    def take(
+        self, step: int, read: bool | Sequence[Model], position: m.Position | None
+    ) -> tuple[m.StepResult, bool]:
+        """Make it step number `step`; blocks as the mode says. What became of it, and whether batches end.
+
+        `position`: where the worker is in its data then.
+        """
+        self._position = position
         ids = read if isinstance(read, bool) else tuple(model.id for model in read)
         self._memory.announce()
         current = self._session.call(
@@ -72,6 +79,7 @@ class Turn:
             self._parts(self._pushed, server),
             self._parts(self._pulled, server),
             self._table_settings,
+            self._position,
         )
         arrays: list[Any] = [array for _, arrays in payload for array in arrays]
         for place in self._pushed.values():

@@ -10,17 +10,17 @@ from types import TracebackType
 from typing import Any
 
 from headwater import messages as m
-from headwater.errors import ConfigurationError, HeadwaterError
+from headwater.errors import HeadwaterError
 from headwater.initializers import Initializer, Zeros
 from headwater.lifetime import AfterCount, Expiry
-from headwater.nodes.fetch import fetch, length_of
+from headwater.nodes.batches import Feed, Splits, plan_of
 from headwater.nodes.model import Group, Model, NonFinite, specify
 from headwater.nodes.rowmemory import RowMemory
 from headwater.nodes.session import Session
 from headwater.nodes.table import Table, specify_table
 from headwater.nodes.turn import Turn
 from headwater.rules import Rule
-from headwater.splits import static_batches
+from headwater.splits import Indices
 
 _ZEROS = Zeros()
 _PROGRESS_S = 0.25
@@ -64,9 +64,7 @@ class Worker:
         self._rows = RowMemory(self._session)
         self._step = 0
         self._skipped = 0
-        self._samples = 0
-        self._planned = 0
-        self._stopped = False
+        self._feed = Feed(self._session)
         self._staleness: Counter[int] = Counter()
         self._metrics: dict[str, float] = {}
         self._began = time.monotonic()
@@ -158,11 +156,14 @@ class Worker:
         self._session.check_open("step")
         self._session.finish()
         turn = Turn(self._session, self._rows, self._models.values(), self._tables.values())
-        result, stopped = turn.take(self._step + 1, read)
+        position = self._feed.position()
+        result, stopped = turn.take(self._step + 1, read, position)
         self._step += 1
         self._skipped += turn.skip
         self._staleness[result.staleness] += 1
-        self._stopped |= stopped
+        self._feed.stopped |= stopped
+        if result.applied:
+            self._feed.applied(position)
         self._tell()
         return result
 
@@ -174,44 +175,48 @@ class Worker:
         epochs: int = 1,
         shuffle: bool = False,
         seed: int = 0,
+        splits: Splits | None = None,
     ) -> Iterator[Any]:
-        """This worker's batches: every `workers`-th sample of an order that depends on (seed, epoch).
+        """This worker's batches; ends when there are none left for it, or after `stop`.
 
-        `dataset`: an array, a tuple of arrays, or anything with `__len__` and `__getitem__`. Parts may
-        be uneven: from its last batch on, rounds do not wait for this worker until it steps again.
+        `dataset`: an array, a tuple of arrays, anything with `__len__` and `__getitem__`, or `Files`.
+        The order depends on (seed, epoch) alone. With static splits, the default of synchronous mode,
+        each declared worker has a part of its own, the same on every run. With dynamic splits, the
+        default of the other modes, workers lease what is left: the faster one reads more, and what a
+        dead one left is read by the others. All workers must then make the same calls in the same
+        order, and the end may wait for another's last batch.
+
+        A restarted worker goes on where the log recorded it: after the last batch that a step followed.
+        From its last batch on, rounds do not wait for this worker until it steps again.
 
         Raises:
-            ConfigurationError: impossible arguments.
+            ConfigurationError: impossible arguments; with dynamic splits, others call it differently.
+            DataError: a file cannot be read; names file and row.
+            StalledError: no split within the deadline; names who holds the last ones.
         """
-        if batch_size < 1 or epochs < 0:
-            raise ConfigurationError(
-                f"batches: got batch_size={batch_size}, epochs={epochs}: expected ≥ 1 and ≥ 0"
-            )
-        return self._batches(dataset, length_of(dataset), batch_size, epochs, shuffle, seed)
+        self._session.check_open("batches")
+        plan = plan_of(dataset, batch_size, epochs, shuffle, seed, splits, rounds=self._session.sync.rounds)
+        return self._feed.batches(plan, dataset)
 
-    def _batches(
-        self, dataset: Any, length: int, batch_size: int, epochs: int, shuffle: bool, seed: int
-    ) -> Iterator[Any]:
-        self._stopped = False
-        self._planned += epochs * len(range(self.rank % self.workers, length, self.workers))
-        try:
-            for epoch in range(epochs):
-                for indices in static_batches(
-                    length,
-                    batch_size=batch_size,
-                    rank=self.rank % self.workers,
-                    workers=self.workers,
-                    shuffle=shuffle,
-                    seed=seed,
-                    epoch=epoch,
-                ):
-                    yield fetch(dataset, indices)
-                    self._samples += len(indices)
-                    if self._stopped:
-                        return
-        finally:
-            if self._session.usable():
-                self._session.ask(m.End, "end of batches")
+    def splits(
+        self,
+        dataset: Any,
+        *,
+        epochs: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+        batch_size: int = 1,
+        splits: Splits | None = None,
+    ) -> Iterator[Indices]:
+        """What this worker is to read, for a loader of one's own: int64[n] indices, split by split.
+
+        `dataset`: as for `batches`, or a plain number of samples; `batch_size`: splits are multiples of
+        it, but for the last of an epoch. Everything else is as for `batches`; a static part comes as
+        one split an epoch. A split is done with the first step after the next one was asked for.
+        """
+        self._session.check_open("splits")
+        plan = plan_of(dataset, batch_size, epochs, shuffle, seed, splits, rounds=self._session.sync.rounds)
+        return self._feed.splits(plan)
 
     # ── together with the others ────────────────────────────────────────────────────────────────
 
@@ -249,7 +254,7 @@ class Worker:
             steps=self._step,
             skipped=self._skipped,
             version=self.version,
-            samples=self._samples,
+            samples=self._feed.samples,
             waiting=self._session.waiting,
             elapsed=time.monotonic() - self._began,
             staleness=dict(self._staleness),
@@ -269,7 +274,7 @@ class Worker:
                 steps=own.steps,
                 version=own.version,
                 samples=own.samples,
-                planned=self._planned,
+                planned=self._feed.planned,
                 waiting=own.waiting,
                 elapsed=own.elapsed,
                 staleness=own.staleness,

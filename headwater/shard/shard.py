@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.errors import HeadwaterError, ProtocolError, RegistrationError
 from headwater.layout import Layout, describe
+from headwater.positions import Positions
 from headwater.rules import from_spec
 from headwater.shard.ledger import Ledger
 from headwater.shard.tables import StagedRows, Tables
@@ -75,6 +76,7 @@ class Shard:
     Attributes:
         version: of the last entry that changed values.
         position: of the last entry processed.
+        positions: where the workers are in their data.
     """
 
     def __init__(self, index: int, servers: int, reduce: Reduce) -> None:
@@ -87,6 +89,7 @@ class Shard:
         self.tables = Tables(index, servers)
         self._reduce = reduce
         self._ids: dict[str, int] = {}
+        self.positions = Positions()
         self._ledger = Ledger()
         self._outstanding: dict[int, _Outstanding] = {}
         self._stagings: dict[int, dict[int, Staging]] = {}
@@ -274,6 +277,8 @@ class Shard:
             staleness = entry.version - 1 - step.seen
             result = m.StepResult(entry.version, True, contributors, staleness)
             self._ledger.record(ticket.member, step.step, result)
+            if step.position is not None:
+                self.positions.record(step.position)
         answers: Answers = []
         for ticket in entry.answered:
             answers += self._answer_step(ticket, tuple(readers.get(ticket.member, ())))
@@ -384,7 +389,12 @@ class Shard:
     def _retired(self, entry: m.Retired) -> Answers:
         if entry.gone or entry.answered is not None:  # not one that waits in a barrier: it goes on after it
             self._to_stop.discard(entry.member)
-        answers = self._answer(entry.answered) if entry.answered is not None else []
+        answers: Answers = []
+        if entry.answered is not None:
+            request = self._take(entry.answered).request
+            if isinstance(request, m.End) and request.position is not None:
+                self.positions.record(request.position)
+            answers = self._answer(entry.answered)
         if entry.gone:
             self._outstanding.pop(entry.member, None)
             self._stagings.pop(entry.member, None)

@@ -1,4 +1,4 @@
-"""Samples by index from whatever a user calls a data set: arrays, tuples of arrays, map-style data sets."""
+"""Samples by index from what users call a data set: arrays, tuples of them, map-style data sets, files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headwater.data.files import Files
 from headwater.errors import ConfigurationError
 
 Indices = NDArray[np.int64]
@@ -21,6 +22,8 @@ def length_of(dataset: Any) -> int:
         ConfigurationError: it has none, or the arrays of a tuple differ in length.
     """
     if isinstance(dataset, tuple):
+        if not dataset:
+            raise ConfigurationError("a data set needs at least one array, got an empty tuple")
         lengths = [length_of(part) for part in dataset]
         if len(set(lengths)) != 1:
             raise ConfigurationError(f"the arrays of a data set must have one length, got {lengths}")
@@ -28,19 +31,32 @@ def length_of(dataset: Any) -> int:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ConfigurationError(
             f"a data set needs __len__ and __getitem__, got {type(dataset).__name__}: "
-            f"pass an array, a tuple of arrays or a map-style Dataset"
+            f"pass an array, a tuple of arrays, a map-style Dataset or hw.Files"
         )
-    return len(dataset)
+    try:
+        return len(dataset)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"a data set needs a length, got {type(dataset).__name__}: {error}"
+        ) from error
+
+
+def groups_of(dataset: Any) -> tuple[int, ...] | None:
+    """How many samples each group of neighbours has that are best read together; None: any order will do."""
+    parts = dataset if isinstance(dataset, tuple) else (dataset,)
+    return next((part.groups for part in parts if isinstance(part, Files)), None)
 
 
 def fetch(dataset: Any, indices: Indices) -> Any:
     """The samples at `indices` as one batch.
 
-    Arrays and tensors are indexed at once, a tuple of them gives a tuple; the samples of any other
-    data set are fetched one by one and stacked, as torch's default collation does.
+    Arrays, tensors and files are indexed at once, a tuple gives a tuple; the samples of any other data
+    set are fetched one by one and stacked, as torch's default collation does.
     """
     if isinstance(dataset, tuple):
         return tuple(fetch(part, indices) for part in dataset)
+    if isinstance(dataset, Files):
+        return dataset[indices]
     if hasattr(dataset, "dtype") and hasattr(dataset, "shape"):
         return dataset[indices]
     fetch_many = getattr(dataset, "__getitems__", None)

@@ -1,0 +1,8 @@
+"""What a worker trains on: samples by index, from memory or from files."""
+
+from headwater.data.csv import Csv
+from headwater.data.fetch import fetch, groups_of, length_of
+from headwater.data.files import Batch, Files, Group, Reader
+from headwater.data.parquet import Parquet
+
+__all__ = ["Batch", "Csv", "Files", "Group", "Parquet", "Reader", "fetch", "groups_of", "length_of"]
