@@ -33,6 +33,11 @@ class Clocks:
             if clock == self.slowest:
                 self.slowest = min(self._workers_at, default=0)
 
+    def slowest_after(self, clock: int) -> int:
+        """What `slowest` will be when a worker with this clock has finished a step."""
+        alone = clock == self.slowest and self._workers_at[clock] == 1
+        return clock + 1 if alone else self.slowest
+
     def advance(self, clock: int) -> None:
         """A worker with this clock finished a step."""
         self._workers_at[clock + 1] = self._workers_at.get(clock + 1, 0) + 1

@@ -13,6 +13,7 @@ HeadwaterError
 │   └── WorkerError             `train` raised, or its process ended, in a worker of `run`
 └── EnvironmentFailure          nobody's fault: the machine, the network, time
     ├── ConnectionLostError     a connection closed or could not be made    (also ConnectionError)
+    ├── RewoundError            everything began anew from a checkpoint; make a new Worker
     ├── DataError               a file cannot be read, or not as it was described
     ├── StalledError            a wait passed its deadline, or could never end (also TimeoutError)
     ├── EngineError             a node could not be started or ended unasked
@@ -83,6 +84,10 @@ class EnvironmentFailure(HeadwaterError):
 
 class ConnectionLostError(EnvironmentFailure, ConnectionError):
     """A connection closed, or could not be made."""
+
+
+class RewoundError(EnvironmentFailure):
+    """A shard was lost with all its copies: this worker ends, training begins anew from a checkpoint."""
 
 
 class DataError(EnvironmentFailure):

@@ -7,7 +7,7 @@ position of the log, so their answers must agree.
 from __future__ import annotations
 
 from headwater.errors import ProtocolError, RefusedError, named
-from headwater.messages import Answer, AnyMessage, Description, Refused, Waiting
+from headwater.messages import Answer, AnyMessage, Description, Refused, Stored, Waiting
 
 
 class Exchange:
@@ -20,7 +20,7 @@ class Exchange:
     def __init__(self, number: int, servers: int) -> None:
         self.number = number
         self.reason = ""
-        self._answers: list[Answer | Description | None] = [None] * servers
+        self._answers: list[Answer | Description | Stored | None] = [None] * servers
 
     def received(self, server: int, message: AnyMessage) -> bool:
         """Take a message from `server`; True when it was that server's answer.
@@ -31,7 +31,7 @@ class Exchange:
         """
         if isinstance(message, Refused):
             raise named(message.error, message.reason, default=RefusedError)
-        if not isinstance(message, Answer | Waiting | Description) or message.number != self.number:
+        if not isinstance(message, Answer | Waiting | Description | Stored) or message.number != self.number:
             raise ProtocolError(f"server {server} sent {message!r} during exchange {self.number}")
         if isinstance(message, Waiting):
             self.reason = message.reason
@@ -40,6 +40,10 @@ class Exchange:
             raise ProtocolError(f"server {server} answered exchange {self.number} twice")
         self._answers[server] = message
         return True
+
+    def repeat(self) -> None:
+        """Forget all answers: the request goes out again to every server, in a newer attempt."""
+        self._answers = [None] * len(self._answers)
 
     def unanswered(self) -> list[int]:
         """The servers whose answer is still out."""
@@ -69,3 +73,9 @@ class Exchange:
         descriptions = [answer for answer in self._answers if isinstance(answer, Description)]
         assert len(descriptions) == len(self._answers), "not all servers have answered"
         return min(descriptions, key=lambda description: len(description.models))
+
+    def stored(self) -> list[Stored]:
+        """What each server wrote, in their order."""
+        stored = [answer for answer in self._answers if isinstance(answer, Stored)]
+        assert len(stored) == len(self._answers), "not all servers have answered"
+        return stored

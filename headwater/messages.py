@@ -5,6 +5,9 @@ produce only the structs listed. Ids:
 
 - `member` names one incarnation of a node (a restarted worker has the same rank, another member);
 - `number` counts the exchanges of one member from 1; `step` counts its steps from 1;
+- `attempt` counts the generations of a member's connections from 0: when it loses one of them it closes
+  all, connects to every server again and repeats its outstanding exchange, with the same `number`;
+- `term` of the log is the term of the roster at which its present sequencer began;
 - `model` numbers the models from 0 in the order of their register entries: the same on all servers.
 """
 
@@ -15,7 +18,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 Scalar: TypeAlias = bool | int | float | str | None
-Role: TypeAlias = Literal["worker", "server", "observer"]
+Role: TypeAlias = Literal["worker", "server", "standby", "observer"]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -26,7 +29,7 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One incarnation of a node. `index` is a server's index or a worker's rank; -1 for observers."""
+    """One incarnation of a node. `index` is that of a server or standby, a worker's rank, or -1."""
 
     id: int
     role: Role
@@ -60,15 +63,52 @@ class Welcome(Message, frozen=True):
     settings: dict[str, Scalar]
     patience: float
     deadline: float
+    heartbeat: float = 5.0
+    generation: int = 0
     position: Position | None = None
 
 
 class Roster(Message, frozen=True):
-    """Who is a member in this term; from the coordinator to every server."""
+    """Who is a member in this term; from the coordinator to every server and standby.
+
+    `since`: the term in which the servers became those of now, and their sequencer began. `caught_up`: ids
+    of standbys that have all that their servers have. `generation` counts the times that everything began
+    anew from a checkpoint.
+    """
 
     term: int
     workers: int
     members: tuple[Member, ...]
+    since: int = 0
+    caught_up: tuple[int, ...] = ()
+    generation: int = 0
+
+
+class Heartbeat(Message, frozen=True):
+    """From a member to the coordinator, now and then: it lives."""
+
+
+class Locate(Message, frozen=True):
+    """From a member that lost a connection to the coordinator: where are the servers now?"""
+
+
+class Whereabouts(Message, frozen=True):
+    """The answer to Locate; `servers` by index, fewer than all while one has nobody to take over."""
+
+    term: int
+    servers: tuple[Member, ...]
+
+
+class CaughtUp(Message, frozen=True):
+    """From a server to the coordinator: this standby has all that it has, and will from now on."""
+
+    standby: int
+
+
+class Mislaid(Message, frozen=True):
+    """From a server to the coordinator: it lost the connection to this standby."""
+
+    standby: int
 
 
 class Progress(Message, frozen=True):
@@ -344,6 +384,7 @@ class Hello(Message, frozen=True):
     member: int
     role: Literal["worker", "server", "observer", "coordinator"]
     term: int
+    attempt: int = 0
 
 
 class Register(Message, frozen=True):
@@ -374,6 +415,13 @@ class Attach(Message, frozen=True):
     """A reader or a repeating worker gives (another) window, or asks for answers by payload."""
 
     number: int
+    model: int
+    window: WindowSpec | None
+
+
+class Renew(Message, frozen=True):
+    """After a new Hello: the member's window for a model that it has registered; never answered."""
+
     model: int
     window: WindowSpec | None
 
@@ -493,6 +541,22 @@ class Leave(Message, frozen=True):
     number: int
 
 
+class Checkpoint(Message, frozen=True):
+    """Have every server take a snapshot at one position of the log: the first of version `at` or later."""
+
+    number: int
+    at: int = 0
+
+
+class Store(Message, frozen=True):
+    """Have every server write the snapshot it took into `directory`; answered at once, outside the log."""
+
+    number: int
+    directory: str
+    generation: int
+    version: int
+
+
 class Describe(Message, frozen=True):
     """Which models and tables are there? Answered at once, outside the log."""
 
@@ -514,11 +578,15 @@ Request: TypeAlias = (
     | End
     | Stop
     | Leave
+    | Checkpoint
 )
 
 
 class StepResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What became of a step."""
+    """What became of a step: applied as part of `version`, or too late for it and dropped.
+
+    `staleness`: commits between the version its gradients were computed on and this one.
+    """
 
     version: int
     applied: bool
@@ -544,6 +612,16 @@ class Answer(Message, frozen=True):
     states: tuple[str, ...] = ()
     counts: tuple[int, ...] = ()
     stopped: bool = False
+    failure: Refused | None = None
+
+
+class Stored(Message, frozen=True):
+    """Answer to Store: what this server wrote and the log's standings then; or why it could not."""
+
+    number: int
+    part: PartRecord | None
+    standings: StandingsRecord | None = None
+    recorded: Recorded | None = None
     failure: Refused | None = None
 
 
@@ -587,23 +665,33 @@ Kind: TypeAlias = Literal[
     "end",
     "stop",
     "leave",
+    "checkpoint",
 ]
+
+Phase: TypeAlias = Literal["new", "active", "ended", "meeting", "observer"]
+"""`new`: joined, not yet activated; `ended`: its batches are over; `meeting`: in a barrier or sum."""
 
 
 class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A server holds exchange `number` of `member` completely."""
+    """A server holds exchange `number` of `member` completely, as it came with `attempt`."""
 
     member: int
     number: int
     kind: Kind
     name: str = ""
+    attempt: int = 0
 
 
 class Reports(Message, frozen=True):
-    """From a server to the sequencer."""
+    """From a server to the sequencer of `term`.
+
+    `prepared`: it has all entries up to this position, and so has its standby where there is one.
+    """
 
     server: int
     held: tuple[Held, ...]
+    term: int = 0
+    prepared: int = 0
 
 
 class Entry(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -613,16 +701,33 @@ class Entry(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
 
 class Ticket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Names one exchange of one member."""
+    """Names one exchange of one member, and the newest attempt with which every server holds it."""
 
     member: int
     number: int
+    attempt: int = 0
+
+
+class Newcomer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A member that joined; `rank` is -1 for observers."""
+
+    member: int
+    rank: int
+
+
+class Enrolled(Entry, frozen=True):
+    """These joined a cluster that declared `workers` workers; ids are larger than all before."""
+
+    workers: int
+    members: tuple[Newcomer, ...]
 
 
 class Registered(Entry, frozen=True):
     """A model or table comes into being as `source` declared it, whose registration this answers."""
 
     source: Ticket
+    name: str = ""
+    kind: Kind = "register"
 
 
 class Committed(Entry, frozen=True):
@@ -634,7 +739,14 @@ class Committed(Entry, frozen=True):
 
 
 class Served(Entry, frozen=True):
-    """Answer this exchange with the values as of this position."""
+    """Answer this exchange with the values as of this position; the first time, or once more."""
+
+    ticket: Ticket
+    kind: Kind = "pull"
+
+
+class Late(Entry, frozen=True):
+    """This step came after its round was closed: it is answered, but its gradients are not applied."""
 
     ticket: Ticket
 
@@ -647,9 +759,10 @@ class Assigned(Entry, frozen=True):
 
 
 class Activated(Entry, frozen=True):
-    """From here on rounds wait for these members."""
+    """From here on rounds wait for these members, whose clocks are `clock` now."""
 
     members: tuple[int, ...]
+    clock: int = 0
 
 
 class Retired(Entry, frozen=True):
@@ -681,15 +794,198 @@ class Stalled(Entry, frozen=True):
     reason: str
 
 
+class Checkpointed(Entry, frozen=True):
+    """Every server takes a snapshot here."""
+
+    ticket: Ticket
+
+
 AnyEntry: TypeAlias = (
-    Registered | Committed | Served | Assigned | Activated | Retired | Met | Stopped | Stalled
+    Enrolled
+    | Registered
+    | Committed
+    | Served
+    | Late
+    | Assigned
+    | Activated
+    | Retired
+    | Met
+    | Stopped
+    | Stalled
+    | Checkpointed
 )
 
 
 class Entries(Message, frozen=True):
-    """From the sequencer to a server."""
+    """From the sequencer of `term` to a server; entries up to position `committed` may be applied."""
 
     entries: tuple[AnyEntry, ...]
+    term: int = 0
+    committed: int = 0
+
+
+class Inputs(Message, frozen=True):
+    """From a server to its standby: an entry, and what of its effect the log does not say.
+
+    `requests`: those that the entry names, by member. The payload has, for each (model, elements) of
+    `models`, this server's range: reduced gradients, assigned or (model -1) initial values; then, for each
+    (table, count, dim) of `tables`, int64[count] ids and their reduced gradients, float32[count, dim].
+    """
+
+    term: int
+    entry: AnyEntry
+    requests: tuple[tuple[int, Request], ...]
+    models: tuple[tuple[int, int], ...] = ()
+    tables: tuple[tuple[int, int, int], ...] = ()
+
+
+class Chunk(Message, frozen=True):
+    """From a server to its standby: shared memory number `chunk`, of `size` bytes; with its descriptor."""
+
+    chunk: int
+    size: int
+
+
+class Shipment(Message, frozen=True):
+    """From a server to its standby: the next entry, and how far the log is committed.
+
+    `chunks`: for each array of the inputs' payload the shared memory that it begins, or -1 where it is
+    part of this frame's payload.
+    """
+
+    inputs: Inputs
+    committed: int
+    chunks: tuple[int, ...]
+
+
+class Advance(Message, frozen=True):
+    """From a server to its standby: the log is committed up to here."""
+
+    term: int
+    committed: int
+
+
+class Followed(Message, frozen=True):
+    """From a standby to its server: up to which position it has and has applied entries, as of `term`."""
+
+    term: int
+    prepared: int
+    applied: int
+
+
+class Agreed(Message, frozen=True):
+    """A new sequencer began: entries up to `position` stand, what a server has after it is discarded.
+
+    A promoted standby serves members only once it has applied up to there: they may have seen all of it.
+    """
+
+    term: int
+    position: int
+
+
+# ── what follows from the log ───────────────────────────────────────────────────────────────────
+
+
+class MemberRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A member as the log has it.
+
+    `over`: its batches are, until it is active again; `answered`, `attempt`: its last answered exchange;
+    `committed`: the exchange of its last step that was; `round`: commits before its last answer;
+    `stopping`: its next step is told to end its batches.
+    """
+
+    member: int
+    rank: int
+    phase: Phase
+    over: bool
+    clock: int
+    answered: int
+    attempt: int
+    committed: int
+    round: int
+    stopping: bool
+
+
+class StandingsRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything about members that follows from the log up to `position`.
+
+    `newest`: the largest id enrolled; `ranks`: ever taken; `finished`: ranks that left by themselves;
+    `names`: (kind, name) of what was registered.
+    """
+
+    version: int
+    position: int
+    rounds: int
+    late: int
+    workers: int
+    newest: int
+    ranks: tuple[int, ...]
+    finished: tuple[int, ...]
+    names: tuple[tuple[Kind, str], ...]
+    members: tuple[MemberRecord, ...]
+
+
+class AccountRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A member in the ledger: its last step with its result, its last answer without values.
+
+    `count`: what went with that answer as this server's own number.
+    """
+
+    member: int
+    step: int
+    result: StepResult | None
+    answer: Answer | None
+    count: int | None = None
+
+
+class ModelPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A `ModelSnapshot` but for its arrays: values, then each of `states`, float32; then counts, int64."""
+
+    spec: ModelSpec
+    rules: tuple[RuleSpec, ...]
+    start: int
+    stop: int
+    states: tuple[str, ...]
+    counts: int
+    updates: int
+
+
+class TablePart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A `TableSnapshot` but for its arrays, which follow in order; `states`: name, width."""
+
+    spec: TableSpec
+    rule: RuleSpec
+    rows: int
+    last: int
+    states: tuple[tuple[str, int], ...]
+    pending: int
+    updates: int
+
+
+class Snapshot(Message, frozen=True):
+    """From a server to its standby, first: a `ShardSnapshot`, whose arrays are the payload."""
+
+    term: int
+    index: int
+    servers: int
+    position: int
+    version: int
+    models: tuple[ModelPart, ...]
+    changed: tuple[int, ...]
+    tables: tuple[TablePart, ...]
+    ledger: tuple[AccountRecord, ...]
+    standings: StandingsRecord
+    recorded: Recorded
+
+
+class Recovery(Message, frozen=True):
+    """A server's answer to a new sequencer: what it has applied, what it could apply, what it holds."""
+
+    term: int
+    server: int
+    standings: StandingsRecord
+    closed: tuple[AnyEntry, ...]
+    held: tuple[Held, ...]
 
 
 # ── what a person sees ──────────────────────────────────────────────────────────────────────────
@@ -736,11 +1032,13 @@ class TableStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ServerStatistics(Message, frozen=True):
-    """One server. `waits` maps a member to whom its exchange waits for (server 0 only).
+    """One server or standby. `waits` maps a member to whom its exchange waits for (server 0 only).
 
     `recorded`: where every rank is in its data, as of `position`.
     """
 
+    member: int
+    role: Role
     index: int
     version: int
     position: int
@@ -768,10 +1066,12 @@ class NodeStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 class ClusterStatistics(Message, frozen=True):
     """The coordinator's answer to Ask.
 
-    `tables` in all, over the servers; `unvisited`: samples that a worker left, and nobody took over.
+    `tables` in all, over the servers; `unvisited`: samples that a worker left, and nobody took over;
+    `unreplicated`: indices of servers that should have a caught-up standby and have none.
     """
 
     term: int
+    generation: int
     version: int
     workers: int
     sync: str
@@ -779,6 +1079,7 @@ class ClusterStatistics(Message, frozen=True):
     models: tuple[ModelStatistics, ...]
     tables: tuple[TableStatistics, ...]
     progress: tuple[Progress, ...]
+    unreplicated: tuple[int, ...] = ()
     unvisited: tuple[Unvisited, ...] = ()
 
 
@@ -786,6 +1087,11 @@ AnyMessage: TypeAlias = (
     Join
     | Welcome
     | Roster
+    | Heartbeat
+    | Locate
+    | Whereabouts
+    | CaughtUp
+    | Mislaid
     | Progress
     | Departed
     | Acknowledged
@@ -798,6 +1104,7 @@ AnyMessage: TypeAlias = (
     | Register
     | RegisterTable
     | Scratch
+    | Renew
     | Attach
     | Step
     | Pull
@@ -810,12 +1117,23 @@ AnyMessage: TypeAlias = (
     | End
     | Stop
     | Leave
+    | Checkpoint
     | Describe
     | Answer
+    | Store
+    | Stored
     | Waiting
     | Description
     | Reports
     | Entries
+    | Inputs
+    | Agreed
+    | Chunk
+    | Shipment
+    | Advance
+    | Followed
+    | Snapshot
+    | Recovery
     | Ask
     | ServerStatistics
     | ClusterStatistics

@@ -1,30 +1,61 @@
-"""The roster: who is a member, and the term that each change of it gets.
+"""The roster: who is a member, who takes over from whom, and the term that each change of it gets.
 
-A state machine without I/O. A node that starts again is a new member with the same index: the id
-names the incarnation, and an id is never used twice.
+A state machine without I/O or clock: the time is an argument, in seconds. A node that starts again is a new
+member with the same index: the id names the incarnation, and an id is never used twice.
+
+Invariants:
+- Of each index there is at most one server and one standby.
+- A standby takes over only if it was caught up, which it stays until it is struck off.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
 
 from headwater.errors import RefusedError
 from headwater.messages import Join, Member, Role, Roster
 
 
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """A member that was struck off, and of a server the standby that took over, if there was one."""
+
+    member: Member
+    heir: Member | None = None
+
+    @property
+    def loses_shard(self) -> bool:
+        """Whether nobody has the shard any more."""
+        return self.member.role == "server" and self.heir is None
+
+
 class RosterBook:
     """Members of a cluster of `servers` servers that declared `workers` workers.
 
+    Args:
+        lease_s: how long a member that is not heard of stays one.
+
     Attributes:
-        term: number of the last change.
+        term: number of the last change; since: that of the last change among servers.
+        generation: counts the times that everything began anew from a checkpoint.
     """
 
-    def __init__(self, workers: int, servers: int) -> None:
-        self.term = 0
+    def __init__(self, workers: int, servers: int, *, lease_s: float = 15.0, generation: int = 0) -> None:
+        self.term = self.since = 0
+        self.generation = generation
         self._workers = workers
         self._servers = servers
+        self._lease_s = lease_s
         self._next = 1
         self._members: dict[int, Member] = {}
+        self._caught_up: set[int] = set()
+        self._heard: dict[int, float] = {}
 
-    def join(self, join: Join) -> Member:
+    # ── changes ─────────────────────────────────────────────────────────────────────────────────
+
+    def join(self, join: Join, now: float = 0.0) -> Member:
         """Take a node in.
 
         Raises:
@@ -34,27 +65,90 @@ class RosterBook:
         member = Member(self._next, join.role, index, join.pid, join.host, join.addresses)
         self._next += 1
         self._members[member.id] = member
-        self.term += 1
+        self._heard[member.id] = now
+        self._change(servers=join.role == "server")
         return member
 
-    def remove(self, id: int) -> Member | None:
-        """Strike a member off; None when it is no member (any more)."""
+    def remove(self, id: int) -> Departure | None:
+        """Strike a member off; None when it is no member (any more). A caught-up standby takes over."""
         member = self._members.pop(id, None)
-        if member is not None:
-            self.term += 1
-        return member
+        if member is None:
+            return None
+        self._caught_up.discard(id)
+        del self._heard[id]
+        self._change(servers=member.role == "server")
+        return Departure(member, self._promote(member.index) if member.role == "server" else None)
+
+    def _promote(self, index: int) -> Member | None:
+        for standby in self.of("standby"):
+            if standby.index == index and standby.id in self._caught_up:
+                self._caught_up.discard(standby.id)
+                heir: Member = msgspec.structs.replace(standby, role="server")
+                self._members[heir.id] = heir
+                return heir
+        return None
+
+    def caught_up(self, id: int) -> bool:
+        """Note that a standby has all that its server has; False when it is no standby (any more)."""
+        member = self._members.get(id)
+        if member is None or member.role != "standby":
+            return False
+        self._caught_up.add(id)
+        self._change()
+        return True
+
+    def begin_anew(self) -> list[Member]:
+        """Strike everybody off and begin the next generation; returns who there was."""
+        gone = list(self._members.values())
+        for kept in (self._members, self._heard, self._caught_up):
+            kept.clear()
+        self.generation += 1
+        self._change(servers=True)
+        return gone
+
+    def _change(self, *, servers: bool = False) -> None:
+        self.term += 1
+        if servers:
+            self.since = self.term
+
+    # ── leases ──────────────────────────────────────────────────────────────────────────────────
+
+    def heard(self, id: int, now: float) -> None:
+        """A member showed that it lives."""
+        if id in self._heard:
+            self._heard[id] = now
+
+    def silence(self, id: int, now: float) -> float:
+        """Seconds since a member was heard of."""
+        return now - self._heard.get(id, now)
+
+    def expired(self, now: float) -> list[Member]:
+        """Members whose lease has ended."""
+        return [self._members[id] for id, heard in self._heard.items() if now - heard > self._lease_s]
+
+    # ── views ───────────────────────────────────────────────────────────────────────────────────
 
     def of(self, role: Role) -> tuple[Member, ...]:
         """The members of one role, by index."""
         return tuple(sorted((m for m in self._members.values() if m.role == role), key=lambda m: m.index))
 
+    def member(self, id: int) -> Member | None:
+        """The member with this id; None when there is none."""
+        return self._members.get(id)
+
     def complete(self) -> bool:
-        """Whether all servers have joined."""
+        """Whether there is a server of every index."""
         return len(self.of("server")) == self._servers
+
+    def unreplicated(self) -> list[int]:
+        """Indices of servers that have no caught-up standby."""
+        replicated = {self._members[id].index for id in self._caught_up}
+        return [server.index for server in self.of("server") if server.index not in replicated]
 
     def view(self) -> Roster:
         """What every server is told."""
-        return Roster(self.term, self._workers, tuple(self._members.values()))
+        members, caught_up = tuple(self._members.values()), tuple(sorted(self._caught_up))
+        return Roster(self.term, self._workers, members, self.since, caught_up, self.generation)
 
     def _index_for(self, join: Join) -> int:
         if join.role == "observer":
@@ -69,6 +163,6 @@ class RosterBook:
                 f"{join.role} {noun} {index} is taken by a living {join.role}: "
                 f"leave it out to get the next free one"
             )
-        if index < 0 or (join.role == "server" and index >= self._servers):
+        if index < 0 or (join.role in ("server", "standby") and index >= self._servers):
             raise RefusedError(f"there can be no {join.role} with {noun} {index}")
         return index

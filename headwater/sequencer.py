@@ -1,31 +1,36 @@
 """The sequencer: decides the one order in which everything that changes shared state happens.
 
-A state machine without I/O, time or randomness. Servers report which exchanges they hold; what every
-server holds may become an entry; the entries that a call returns continue the log and must reach
-every server in that order. What it decides depends only on the order of its inputs.
+A state machine without I/O, clock or randomness: the time is an argument. Servers report which exchanges
+they hold; what every server holds may become an entry; the entries that a call returns continue the log
+and must reach every server in that order. What it decides depends only on its inputs and their order.
 
 Invariants:
-- An exchange becomes an entry only when every server holds it, and at most once.
-- Nothing is committed before the declared workers have joined.
+- An exchange becomes an entry only when every server holds it. It is decided once; what is written for it
+  after its answer only answers it again, for a newer attempt that every server holds.
+- Nothing is committed before the declared workers have joined, or while too few workers are present.
 - The version grows by one with each entry that changes values (Committed, Assigned), never otherwise.
 - A worker that waits does so for a reason `waits` can name; waits that wait for each other fail at once.
+- With replicas an entry counts as committed when every server has prepared it, never before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
 
-from headwater.clocks import Clocks
+from headwater.errors import RefusedError
 from headwater.messages import (
     Activated,
+    Agreed,
     AnyEntry,
     Assigned,
+    Checkpointed,
     Committed,
+    Enrolled,
     Held,
-    Member,
+    Late,
     Met,
+    Newcomer,
+    Recovery,
     Registered,
     Retired,
     Roster,
@@ -34,59 +39,56 @@ from headwater.messages import (
     Stopped,
     Ticket,
 )
+from headwater.recovery import find
+from headwater.seats import Seat, Seats, by_rank, tickets
+from headwater.standings import Standings
 from headwater.sync import Sync
-
-Standing: TypeAlias = Literal["new", "active", "ended", "meeting", "observer"]
-"""`new`: joined, not yet activated; `ended`: its batches are over; `meeting`: in a barrier or sum."""
-
-
-@dataclass(slots=True, eq=False)
-class _Seat:
-    """What the sequencer knows of one member. `over`: its batches are, until it is active again."""
-
-    member: Member
-    standing: Standing = "new"
-    over: bool = False
-    clock: int = 0
-    held: Held | None = None
-    holders: set[int] = field(default_factory=set)
-    waiting: bool = False
-
-    @property
-    def ticket(self) -> Ticket:
-        assert self.held is not None
-        return Ticket(self.member.id, self.held.number)
+from headwater.waits import Waits
 
 
 class Sequencer:
     """The log's writer for `servers` servers under one synchronisation mode.
 
+    Args:
+        min_workers: with fewer workers present no step is committed; one that left by itself counts as
+            present until its rank is taken again, for it has done its part.
+        replicated: entries are committed when all servers have prepared them, not when they are written.
+        term: reports of an older one are refused.
+
     Attributes:
-        version: of the last commit.
-        position: of the last entry; the first is 1.
+        standings: as of the last entry written.
+        committed: position up to which entries may be applied.
+        due: when `tick` should be called, in the time that `report` was told; None: not needed.
     """
 
-    def __init__(self, servers: int, sync: Sync) -> None:
-        self.version = 0
-        self.position = 0
-        self._servers = servers
+    def __init__(
+        self,
+        servers: int,
+        sync: Sync,
+        *,
+        min_workers: int = 1,
+        replicated: bool = False,
+        term: int = 0,
+        standings: Standings | None = None,
+    ) -> None:
+        self.standings = standings or Standings()
+        self.term = term
+        self.due: float | None = None
         self._sync = sync
-        self._seats: dict[int, _Seat] = {}
-        self._left: set[int] = set()
-        self._declared = 0
-        self._ranks: set[int] = set()
-        self._started = False
-        self._present = 0
-        self._waiting = 0
-        self._clocks = Clocks()
+        self._min_workers = min_workers
+        self._replicated = replicated
+        self._committed = self.standings.position
+        self._prepared = [0] * servers
+        self._roster_term = 0
+        self._now = 0.0
+        self._seats = Seats(servers, self.standings)
         self._caught_up = 0
-        self._ready: dict[int, _Seat] = {}
-        self._blocked: dict[int, _Seat] = {}
-        self._registering: dict[int, _Seat] = {}
-        self._models: set[str] = set()
-        self._tables: set[str] = set()
+        self._ready: dict[int, Seat] = {}
+        self._blocked: dict[int, Seat] = {}
+        self._registering: dict[int, Seat] = {}
+        self._snapshots: dict[int, Seat] = {}
         self._entries: list[AnyEntry] = []
-        self._on_held: dict[str, Callable[[_Seat], None]] = {
+        self._on_held: dict[str, Callable[[Seat], None]] = {
             "register": self._register,
             "table": self._declare,
             "attach": self._serve,
@@ -100,309 +102,361 @@ class Sequencer:
             "end": self._end,
             "stop": self._stop,
             "leave": self._leave,
+            "checkpoint": self._checkpoint,
         }
+
+    @classmethod
+    def recover(
+        cls,
+        sync: Sync,
+        answers: Sequence[Recovery],
+        roster: Roster,
+        *,
+        term: int,
+        min_workers: int = 1,
+        replicated: bool = True,
+        now: float = 0.0,
+    ) -> tuple[Sequencer, Agreed, list[AnyEntry]]:
+        """The sequencer of a new term, from one answer of every server.
+
+        Returns it, what every server (and its standby) must be told before anything else, and the first
+        entries that follow, from what all servers hold. `position` and `committed` are in force at once.
+
+        Raises:
+            ProtocolError: the answers are not one of each server in this term, or contradict each other.
+        """
+        found = find(answers, term)
+        sequencer = cls(
+            len(answers),
+            sync,
+            min_workers=min_workers,
+            replicated=replicated,
+            term=term,
+            standings=found.standings,
+        )
+        sequencer._committed = found.committed
+        agreed = Agreed(term, sequencer.position)
+        if sequencer.standings.started:
+            sequencer._activate_new()
+        entries = sequencer.roster(roster, now)
+        for answer in answers:
+            entries += sequencer.report(answer.server, answer.held, now, term=term)
+        return sequencer, agreed, entries
+
+    @property
+    def version(self) -> int:
+        """Of the last commit."""
+        return self.standings.version
+
+    @property
+    def position(self) -> int:
+        """Of the last entry; the first is 1."""
+        return self.standings.position
+
+    @property
+    def committed(self) -> int:
+        """Position up to which entries may be applied."""
+        return self._committed if self._replicated else self.standings.position
 
     # ── inputs ──────────────────────────────────────────────────────────────────────────────────
 
-    def roster(self, roster: Roster) -> list[AnyEntry]:
+    def roster(self, roster: Roster, now: float = 0.0) -> list[AnyEntry]:
         """Take over a new roster: new members get a seat, missing ones are retired for good.
 
         One that has left may still be in it, when the coordinator has not heard of that yet.
+
+        Raises:
+            RefusedError: it is older than the last one.
         """
-        self._declared = roster.workers
-        members = {member.id: member for member in roster.members if member.role != "server"}
-        for gone in [seat for id, seat in self._seats.items() if id not in members]:
+        if roster.term < self._roster_term:
+            raise RefusedError(f"roster of term {roster.term} after that of term {self._roster_term}")
+        self._roster_term, self._now = roster.term, max(self._now, now)
+        members = {member.id: member for member in roster.members if member.role in ("worker", "observer")}
+        for gone in [seat for id, seat in self._seats.of.items() if id not in members]:
             self._remove(gone, reason="its process ended or its connection was lost")
-        self._left &= members.keys()
-        for id, member in members.items():
-            if id not in self._seats and id not in self._left:
-                self._seats[id] = _Seat(member, "observer" if member.role == "observer" else "new")
-                if member.role == "worker":
-                    self._ranks.add(member.index)
-                    self._present += 1
-        self._start()
+        newcomers = [
+            Newcomer(id, member.index if member.role == "worker" else -1)
+            for id, member in sorted(members.items())
+            if id > self.standings.newest
+        ]
+        if newcomers:
+            self._enrol(roster.workers, newcomers)
         return self._settle()
 
-    def report(self, server: int, held: Iterable[Held]) -> list[AnyEntry]:
-        """Note what `server` holds; a report of an unknown member is of one that is already gone."""
+    def report(
+        self,
+        server: int,
+        held: Iterable[Held],
+        now: float = 0.0,
+        *,
+        term: int | None = None,
+        prepared: int = 0,
+    ) -> list[AnyEntry]:
+        """Note what `server` holds and up to which position it is prepared; `now` in seconds.
+
+        A report of an unknown member is of one that is already gone. Reports may come twice or late.
+
+        Raises:
+            RefusedError: the report is for the sequencer of an older `term`.
+        """
+        if term is not None and term < self.term:
+            raise RefusedError(f"server {server} reports to the sequencer of term {term}, it is {self.term}")
+        self._now = max(self._now, now)
         for one in held:
-            seat = self._seats.get(one.member)
-            if seat is None:
-                continue
-            if seat.held is None:
-                seat.held, seat.holders = one, set()
-            assert seat.held.number == one.number, f"{one} while {seat.held} is outstanding"
-            seat.holders.add(server)
-            if len(seat.holders) == self._servers and not seat.waiting:
-                seat.waiting = True
-                self._waiting += seat.standing != "observer"
-                self._on_held[one.kind](seat)
+            seat = self._seats.of.get(one.member)
+            if seat is not None and self._seats.hold(seat, server, one):
+                self._decide(seat)
+        if prepared > self._prepared[server]:
+            self._prepared[server] = prepared
+            self._committed = max(self._committed, min(self._prepared))
+        return self._settle()
+
+    def tick(self, now: float) -> list[AnyEntry]:
+        """Draw the consequences of time having passed; to be called when `due` has come."""
+        self._now = max(self._now, now)
         return self._settle()
 
     # ── what becomes of an exchange that every server holds ─────────────────────────────────────
 
-    def _serve(self, seat: _Seat) -> None:
-        self._write(Served(self._next(), seat.ticket))
+    def _decide(self, seat: Seat) -> None:
+        assert seat.held is not None
+        if seat.held.number == seat.standing.answered:
+            self._serve(seat)
+        elif not seat.waiting:
+            self._seats.wait(seat)
+            self._on_held[seat.held.kind](seat)
+
+    def _serve(self, seat: Seat) -> None:
+        assert seat.held is not None
+        self._write(Served(self._next(), seat.ticket, seat.held.kind))
         self._done(seat)
 
-    def _register(self, seat: _Seat) -> None:
+    def _register(self, seat: Seat) -> None:
         assert seat.held is not None
         name = seat.held.name
-        if name in self._models:
+        if ("register", name) in self.standings.names:
             self._serve(seat)
         elif self._may_supply(seat):
-            self._models.add(name)
-            self._write(Registered(self._next(), seat.ticket))
+            self._write(Registered(self._next(), seat.ticket, name))
             self._done(seat)
-            for other in self._workers():
-                if _waits_in(other, "register") and other.held and other.held.name == name:
+            for other in self._seats.workers():
+                if other.waits_in("register") and other.held and other.held.name == name:
                     self._serve(other)
         else:
-            self._registering[seat.member.id] = seat
+            self._registering[seat.member] = seat
 
-    def _declare(self, seat: _Seat) -> None:
+    def _declare(self, seat: Seat) -> None:
         """A table has no initial values, so whoever comes first declares it."""
         assert seat.held is not None
-        if seat.held.name in self._tables:
+        if ("table", seat.held.name) in self.standings.names:
             self._serve(seat)
         else:
-            self._tables.add(seat.held.name)
-            self._write(Registered(self._next(), seat.ticket))
+            self._write(Registered(self._next(), seat.ticket, seat.held.name, "table"))
             self._done(seat)
 
-    def _may_supply(self, seat: _Seat) -> bool:
+    def _may_supply(self, seat: Seat) -> bool:
         """The lowest active rank supplies initial values; before all have joined that is rank 0."""
-        if not self._started:
-            return seat.member.index == 0
-        active = [other.member.index for other in self._workers() if other.standing == "active"]
-        return seat.member.index <= min(active, default=seat.member.index)
+        if not self.standings.started:
+            return seat.standing.rank == 0
+        active = [other.standing.rank for other in self._seats.workers() if other.standing.phase == "active"]
+        return seat.standing.rank <= min(active, default=seat.standing.rank)
 
-    def _step(self, seat: _Seat) -> None:
-        if seat.standing != "active":
+    def _step(self, seat: Seat) -> None:
+        assert seat.held is not None
+        if seat.held.number == seat.standing.committed:
+            self._blocked[seat.member] = seat  # of a sequencer that was lost before it answered it
+            self._caught_up = -1
+        elif seat.standing.phase != "active":
             self._resume(seat)
-        elif self._sync.rounds:
-            self._ready[seat.member.id] = seat
-            self._close_round()
+        elif self._sync.quorum is not None and seat.standing.round < self.standings.rounds:
+            self._write(Late(self._next(), seat.ticket))
+            self._done(seat)
         else:
-            self._commit([seat])
+            self._ready[seat.member] = seat
+            self._commit_ready()
 
-    def _resume(self, seat: _Seat) -> None:
+    def _resume(self, seat: Seat) -> None:
         """A step of a worker that ended its batches makes it active again; in rounds only together
         with everybody, since who is in a round must not depend on timing."""
-        if self._started and not self._sync.rounds:
+        if self.standings.started and not self._sync.rounds:
             self._activate([seat])
-            self._commit([seat])
+            self._step(seat)
 
-    def _close_round(self) -> None:
-        if self._clocks and self._sync.may_commit(len(self._ready), len(self._clocks)):
-            self._commit(_by_rank(self._ready.values()))
+    def _commit_ready(self) -> None:
+        """Commit what may be: the round, if it is complete, or without rounds each update by itself."""
+        if not self._ready or not self._enough():
+            self.due = None
+        elif self._sync.rounds:
+            self._close_round(len(self._ready), len(self.standings.clocks))
+        else:
+            for seat in by_rank(self._ready.values()):
+                self._commit([seat])
 
-    def _commit(self, seats: list[_Seat]) -> None:
-        self.version += 1
+    def _close_round(self, held: int, active: int) -> None:
+        if held < self._sync.needed(active):
+            self.due = None
+            return
+        if self.due is None:
+            self.due = self._now + self._sync.grace_s
+        if self._sync.may_commit(held, active, self._now >= self.due):
+            self.due = None
+            self._commit(by_rank(self._ready.values()))
+
+    def _enough(self) -> bool:
+        """Whether enough workers are present to train."""
+        return self._seats.present + len(self.standings.finished) >= self._min_workers
+
+    def _commit(self, seats: list[Seat]) -> None:
+        """Commit the steps of these seats, one alone where there are no rounds."""
+        clocks, updates = self.standings.clocks, tickets(seats)
+        clock = seats[0].standing.clock
+        may_read = self._sync.rounds or self._sync.may_read(clock + 1, clocks.slowest_after(clock))
+        answered = updates if may_read else ()
+        self._write(Committed(self._next(), self.version + 1, updates, answered))
         for seat in seats:
-            self._clocks.advance(seat.clock)
-            seat.clock += 1
-        may_read = [seat for seat in seats if self._sync.may_read(seat.clock, self._clocks.slowest)]
-        self._write(Committed(self._next(), self.version, _tickets(seats), _tickets(may_read)))
-        self._blocked.update((seat.member.id, seat) for seat in seats)
-        for seat in may_read:
-            self._done(seat)
+            if answered:
+                self._done(seat)
+            else:
+                del self._ready[seat.member]
+                self._blocked[seat.member] = seat
+        self._take_snapshots()
 
     def _release_blocked(self) -> None:
         """Answer those whose lead the others have caught up with."""
-        slowest = self._clocks.slowest
+        slowest = self.standings.clocks.slowest
         if slowest == self._caught_up:
             return
         self._caught_up = slowest
         for seat in list(self._blocked.values()):
-            if self._sync.may_read(seat.clock, slowest):
+            if self._sync.may_read(seat.standing.clock, slowest):
                 self._serve(seat)
 
-    def _assign(self, seat: _Seat) -> None:
-        if self._started:
-            self.version += 1
-            self._write(Assigned(self._next(), self.version, seat.ticket))
+    def _assign(self, seat: Seat) -> None:
+        if self.standings.started:
+            self._write(Assigned(self._next(), self.version + 1, seat.ticket))
             self._done(seat)
+            self._take_snapshots()
 
-    def _meet(self, seat: _Seat) -> None:
-        if self._started:
+    def _meet(self, seat: Seat) -> None:
+        if self.standings.started and seat.standing.phase != "meeting":
             assert seat.held is not None
-            self._deactivate(seat, "meeting")
-            self._write(Retired(self._next(), seat.member.id, False, f"waits in a {seat.held.kind}"))
+            self._write(Retired(self._next(), seat.member, False, f"waits in a {seat.held.kind}"))
 
-    def _end(self, seat: _Seat) -> None:
-        self._deactivate(seat, "ended")
-        seat.over = True
-        self._write(Retired(self._next(), seat.member.id, False, "its batches are over", seat.ticket))
+    def _end(self, seat: Seat) -> None:
+        self._write(Retired(self._next(), seat.member, False, "its batches are over", seat.ticket))
         self._done(seat)
 
-    def _stop(self, seat: _Seat) -> None:
-        told = [other.member.id for other in self._workers() if not other.over]
-        self._write(Stopped(self._next(), seat.ticket, tuple(told)))
+    def _stop(self, seat: Seat) -> None:
+        told = tuple(other.member for other in self._seats.workers() if not other.standing.over)
+        self._write(Stopped(self._next(), seat.ticket, told))
         self._done(seat)
 
-    def _leave(self, seat: _Seat) -> None:
+    def _checkpoint(self, seat: Seat) -> None:
+        self._snapshots[seat.member] = seat
+        self._take_snapshots()
+
+    def _take_snapshots(self) -> None:
+        """At the first version that each who asked for one waits for."""
+        for seat in list(self._snapshots.values()):
+            assert seat.held is not None
+            if self.version >= int(seat.held.name or 0):
+                self._write(Checkpointed(self._next(), seat.ticket))
+                self._done(seat)
+
+    def _leave(self, seat: Seat) -> None:
         self._remove(seat, "it left", seat.ticket)
 
     # ── membership ──────────────────────────────────────────────────────────────────────────────
 
-    def _start(self) -> None:
-        """Activate newcomers, all at once the first time: when the declared workers have joined."""
-        first = not self._started
-        if first:
-            self._started = self._declared > 0 and self._ranks >= set(range(self._declared))
-        if self._started:
-            self._activate([seat for seat in self._workers() if seat.standing == "new"])
-        if self._started and first:
-            for seat in self._workers():
-                if seat.waiting and seat.held is not None:
-                    self._on_held[seat.held.kind](seat)
+    def _enrol(self, workers: int, newcomers: list[Newcomer]) -> None:
+        """Seat newcomers and activate them, all at once the first time: when the declared workers have
+        joined."""
+        started = self.standings.started
+        self._write(Enrolled(self._next(), workers, tuple(newcomers)))
+        for newcomer in newcomers:
+            self._seats.add(newcomer.member, self.standings)
+        if self.standings.started:
+            self._activate_new()
+            if not started:
+                for seat in self._seats.workers():
+                    if seat.waiting and seat.held is not None:
+                        self._on_held[seat.held.kind](seat)
 
-    def _activate(self, seats: list[_Seat]) -> None:
+    def _activate_new(self) -> None:
+        self._activate([seat for seat in self._seats.workers() if seat.standing.phase == "new"])
+
+    def _activate(self, seats: list[Seat]) -> None:
         if seats:
-            self._count_in(seats, self._clocks.slowest)
-            self._write(Activated(self._next(), tuple(seat.member.id for seat in seats)))
+            members = tuple(seat.member for seat in seats)
+            self._write(Activated(self._next(), members, self.standings.clocks.slowest))
 
-    def _count_in(self, seats: list[_Seat], clock: int) -> None:
-        for seat in seats:
-            seat.standing, seat.clock, seat.over = "active", clock, False
-            self._clocks.add(clock)
-
-    def _deactivate(self, seat: _Seat, standing: Standing) -> None:
-        if seat.standing == "active":
-            self._clocks.remove(seat.clock)
-        seat.standing = standing
-
-    def _remove(self, seat: _Seat, reason: str, answered: Ticket | None = None) -> None:
-        if seat.standing != "observer":
-            self._present -= 1
-            self._deactivate(seat, "ended")
-        self._write(Retired(self._next(), seat.member.id, True, reason, answered))
+    def _remove(self, seat: Seat, reason: str, answered: Ticket | None = None) -> None:
+        self._write(Retired(self._next(), seat.member, True, reason, answered))
         self._done(seat)
-        del self._seats[seat.member.id]
-        self._left.add(seat.member.id)
+        self._seats.remove(seat)
 
     # ── what follows when somebody became inactive ──────────────────────────────────────────────
 
     def _settle(self) -> list[AnyEntry]:
         """Draw the consequences of the last input until there are none; return the new entries."""
-        if self._started:
-            if self._sync.rounds:
-                self._close_round()
+        if self.standings.started:
+            self._commit_ready()
             self._release_blocked()
-            for seat in _by_rank(self._registering.values()):
-                if seat.member.id in self._registering:
+            for seat in by_rank(self._registering.values()):
+                if seat.member in self._registering:
                     self._register(seat)
-            if self._all_wait() and not self._clocks:
+            if self._seats.all_wait() and not self.standings.clocks:
                 self._release_meeting()
-            if self._all_wait():
+            if self._seats.all_wait() and self.due is None and self._enough():
                 self._fail_stalled()
         entries, self._entries = self._entries, []
         return entries
-
-    def _all_wait(self) -> bool:
-        return self._waiting > 0 and self._waiting == self._present
 
     def _release_meeting(self) -> None:
         """All wait, nobody is active: end a barrier or sum that all are in, or let the rest resume.
 
         Clocks say who leads whom, so after a meeting all begin at 0.
         """
-        workers = self._workers()
+        workers = self._seats.workers()
         kinds = {seat.held.kind for seat in workers if seat.held is not None}
         if kinds == {"barrier"} or kinds == {"sum"}:
-            self._write(Met(self._next(), _tickets(workers)))
+            self._write(Met(self._next(), tickets(workers)))
             for seat in workers:
                 self._done(seat)
-            self._count_in(workers, 0)
-        elif resuming := [seat for seat in workers if _waits_in(seat, "step")]:
+        elif resuming := [seat for seat in workers if seat.waits_in("step")]:
             self._activate(resuming)
             for seat in resuming:
                 self._step(seat)
 
     def _fail_stalled(self) -> None:
         """Everybody waits and nothing followed: nothing ever will."""
-        workers = self._workers()
+        workers = self._seats.workers()
         reason = "everybody waits for each other: " + "; ".join(
-            f"worker {seat.member.index} waits in {_what(seat)}" for seat in workers
+            f"worker {seat.standing.rank} waits in {seat.what}" for seat in workers
         )
-        self._write(Stalled(self._next(), _tickets(workers), reason))
+        self._write(Stalled(self._next(), tickets(workers), reason))
         for seat in workers:
-            self._deactivate(seat, "ended")
             self._done(seat)
 
     # ── what a person sees ──────────────────────────────────────────────────────────────────────
 
     def waits(self) -> dict[int, str]:
         """For each member that waits, by id: for what and for whom."""
-        return {id: self._why(seat) for id, seat in self._seats.items() if seat.held is not None}
-
-    def _why(self, seat: _Seat) -> str:
-        what = _what(seat)
-        if not seat.waiting:
-            missing = sorted(set(range(self._servers)) - seat.holders)
-            return f"{what} waits for {_list('server', missing)}"
-        if not self._started and not (_waits_in(seat, "register") and 0 in self._ranks):
-            missing = sorted(set(range(self._declared)) - self._ranks)
-            return f"{what} waits for {_list('worker', missing)} to join"
-        return f"{what} waits for {self._whom(seat)}"
-
-    def _whom(self, seat: _Seat) -> str:
-        others = [other for other in self._workers() if other is not seat]
-        active = [other for other in others if other.standing == "active"]
-        if _waits_in(seat, "register"):
-            return f"{_named((active or others)[:1])} to declare the model"
-        if seat.member.id in self._blocked:
-            slowest = self._clocks.slowest
-            reason = self._sync.may_read(seat.clock, slowest).reason
-            return f"{_named([other for other in active if other.clock == slowest])}: {reason}"
-        if seat.member.id in self._ready:
-            return _named([other for other in active if other.member.id not in self._ready])
-        return _named([other for other in others if not other.waiting])
+        return Waits(
+            self._seats, self.standings, self._sync, self._min_workers, self._ready, self._blocked
+        ).all()
 
     # ── small things ────────────────────────────────────────────────────────────────────────────
 
-    def _workers(self) -> list[_Seat]:
-        """In rank order."""
-        return _by_rank(seat for seat in self._seats.values() if seat.standing != "observer")
-
-    def _done(self, seat: _Seat) -> None:
+    def _done(self, seat: Seat) -> None:
         """Its exchange is over."""
-        self._waiting -= seat.waiting and seat.standing != "observer"
-        for waiting in (self._ready, self._blocked, self._registering):
-            waiting.pop(seat.member.id, None)
-        seat.held, seat.waiting = None, False
+        for waiting in (self._ready, self._blocked, self._registering, self._snapshots):
+            waiting.pop(seat.member, None)
+        self._seats.release(seat)
 
     def _next(self) -> int:
-        self.position += 1
-        return self.position
+        return self.standings.position + 1
 
     def _write(self, entry: AnyEntry) -> None:
+        self.standings.apply(entry)
         self._entries.append(entry)
-
-
-def _by_rank(seats: Iterable[_Seat]) -> list[_Seat]:
-    return sorted(seats, key=lambda seat: seat.member.index)
-
-
-def _waits_in(seat: _Seat, kind: str) -> bool:
-    return seat.waiting and seat.held is not None and seat.held.kind == kind
-
-
-def _what(seat: _Seat) -> str:
-    assert seat.held is not None
-    return f"{seat.held.kind} {seat.held.name}".rstrip()
-
-
-def _tickets(seats: Iterable[_Seat]) -> tuple[Ticket, ...]:
-    return tuple(seat.ticket for seat in seats)
-
-
-def _named(workers: Iterable[_Seat]) -> str:
-    return _list("worker", [seat.member.index for seat in workers])
-
-
-def _list(noun: str, indices: list[int]) -> str:
-    if not indices:
-        return "nobody"
-    return f"{noun}{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"

@@ -1,12 +1,13 @@
 """A whole cluster of state machines in one thread: no sockets, no clock, delivery in an order of chance.
 
-Links are FIFO; which of them delivers next is the seed's choice, and some links are slow. A client is
-a generator: it yields the calls that its methods make and is sent (or thrown) what came of each.
+Links are FIFO; which of them delivers next is the seed's choice, and some links are slow. Time stands still
+while anything can be delivered. Members are `Client`s; what fails is in `failures.py`.
 
 What is checked on every delivery, whatever a test is about:
 - all servers process the same log, and are at one version at each position of it;
 - all servers give one answer to an exchange (`Exchange.answer`), and a member's versions never decrease;
 - a server touches a member's memory only to answer the member's outstanding exchange;
+- reports that come again, later, change nothing;
 - whoever waits can be told for whom; at the end nobody waits.
 """
 
@@ -14,156 +15,37 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from clients import SHAPES, Call, Client, Mirror, Program, model_spec
 
 from headwater import messages as m
-from headwater.errors import HeadwaterError, ProtocolError, UsageError
+from headwater.errors import HeadwaterError, PeerError, ProtocolError, RefusedError, UsageError
 from headwater.exchange import Exchange
-from headwater.layout import Layout
 from headwater.roster import RosterBook
-from headwater.rules import Accumulate, Rule
 from headwater.sequencer import Sequencer
 from headwater.shard import Shard, Staging
 from headwater.sync import parse_sync
 
-Program = Callable[["Client"], Generator[Any, Any, Any]]
-
-SHAPES = {"a": (3,), "b": (20, 75), "c": (4000,), "empty": (0, 4), "scalar": ()}
-"""Six pages: five servers have some each, and no tensor but `a` starts where a range does."""
+__all__ = ["SHAPES", "Call", "Client", "Cluster", "Mirror", "Program", "Server", "model_spec"]
 
 
-def model_spec(name="model", shapes=None, rule: Rule | None = None, rules=(), groups=None) -> m.ModelSpec:
-    rules = rules or (rule or Accumulate(),)
-    tensors = [
-        m.TensorSpec(tensor, tuple(shape), "float32", (groups or {}).get(tensor, 0))
-        for tensor, shape in (shapes or SHAPES).items()
-    ]
-    return m.ModelSpec(name, tuple(tensors), tuple(rule.to_spec() for rule in rules))
+class Server:
+    """A process that hosts a shard, as primary or standby.
 
+    `opens_at`: the position that it must have applied to serve members.
+    """
 
-@dataclass
-class Mirror:
-    """A model as one client sees it: its window, or its own arrays when values travel as payload."""
+    def __init__(self, id: int, shard: Shard) -> None:
+        self.id, self.shard = id, shard
+        self.standby: Server | None = None
+        self.opens_at: int | None = 0
+        self.down = False
 
-    spec: m.ModelSpec
-    layout: Layout
-    gradients: np.ndarray
-    parameters: np.ndarray
-    id: int = -1
-
-    def __post_init__(self):
-        self.grads = self.layout.views(self.gradients)
-        self.values = self.layout.views(self.parameters)
-
-
-@dataclass
-class Call:
-    """One exchange: the request, and for each server what travels or is mapped with it."""
-
-    request: Any
-    mirror: Mirror | None = None
-    carried: dict[int, np.ndarray] = field(default_factory=dict)
-
-
-class Client:
-    """One member: its rank, its counters, and the calls it can make."""
-
-    def __init__(self, cluster: Cluster, member: m.Member, program: Program) -> None:
-        self.cluster = cluster
-        self.id, self.rank = member.id, member.index
-        self.number = self.steps = self.version = 0
-        self.models: dict[int, Mirror] = {}
-        self.staged: dict[int, set[str]] = {}
-        self.call: Call | None = None
-        self.exchange: Exchange | None = None
-        self.program = program(self)
-        self.outcome: Any = None
-        self.value: Any = None
-        self.ended = self.dead = False
-        self.quiet: list[np.ndarray] = []
-
-    # ── calls to yield ──────────────────────────────────────────────────────────────────────────
-
-    def register(self, spec: m.ModelSpec | None = None, value: float = 0.0) -> Call:
-        spec = spec or model_spec()
-        mirror = self._mirror(spec)
-        for view in mirror.values.values():
-            view[...] = value
-        return Call(m.Register(self._next(), spec, self._window()), mirror)
-
-    def attach(self, info: m.ModelInfo) -> Call:
-        return Call(m.Attach(self._next(), info.model, self._window()), self._mirror(info.spec))
-
-    def step(self, *, read=True, settings=(), step=None) -> Call:
-        """What was pushed leaves; `step` other than the next one is a repeat, or an error."""
-        if step is None:
-            self.steps += 1
-        carried = {id: self.models[id].layout.mask(names) for id, names in self.staged.items()}
-        self.staged = {}
-        request = m.Step(
-            self._next(),
-            step or self.steps,
-            self.version,
-            tuple(m.Carried(id, mask) for id, mask in carried.items()),
-            tuple(settings),
-            read,
-        )
-        return Call(request, None, {id: self.models[id].gradients for id in carried})
-
-    def pull(self, *models: int, have=-1) -> Call:
-        return Call(m.Pull(self._next(), models or tuple(self.models), have))
-
-    def assign(self, model: int = 0, **values: float) -> Call:
-        mirror = self.models[model]
-        for name, value in values.items():
-            mirror.values[name][...] = value
-        carried = m.Carried(model, mirror.layout.mask(values))
-        return Call(m.Assign(self._next(), carried), None, {model: mirror.parameters})
-
-    def barrier(self) -> Call:
-        return Call(m.Meet(self._next(), "barrier", {}))
-
-    def sum(self, **values: float) -> Call:
-        return Call(m.Meet(self._next(), "sum", values))
-
-    def end(self) -> Call:
-        return Call(m.End(self._next()))
-
-    def stop(self) -> Call:
-        return Call(m.Stop(self._next()))
-
-    def leave(self) -> Call:
-        return Call(m.Leave(self._next()))
-
-    # ── what a program does between calls ───────────────────────────────────────────────────────
-
-    def push(self, value: float | np.ndarray, names=None, model: int = 0) -> None:
-        """Stage `value` for the named tensors (all by default)."""
-        mirror = self.models[model]
-        for name in mirror.layout.index if names is None else names:
-            mirror.grads[name][...] = value if np.isscalar(value) else value[name]
-            self.staged.setdefault(model, set()).add(name)
-
-    def read(self, model: int = 0) -> float:
-        """The one value that all elements of a model have, on every server."""
-        values = {float(x) for view in self.models[model].values.values() for x in np.unique(view)}
-        assert len(values) == 1, f"client {self.rank} reads a mixture of {sorted(values)[:5]}"
-        return values.pop()
-
-    def _mirror(self, spec: m.ModelSpec) -> Mirror:
-        layout = Layout(spec.tensors)
-        return Mirror(spec, layout, *(np.zeros(layout.elements, np.float32) for _ in range(2)))
-
-    def _window(self) -> m.WindowSpec | None:
-        return None if self.cluster.private else m.WindowSpec(0, 0)
-
-    def _next(self) -> int:
-        self.number += 1
-        return self.number
+    def is_open(self) -> bool:
+        return self.opens_at is not None and self.shard.position >= self.opens_at
 
 
 class Cluster:
@@ -172,23 +54,36 @@ class Cluster:
     Attributes:
         log: the entries, in order.
         clients: all there ever were.
+        serving: the server of each index; all: every server there ever was, by id.
+        now: the virtual time.
     """
 
-    def __init__(self, mode: str, *, workers: int, servers: int, seed: int = 0, private: bool = False):
+    def __init__(
+        self, mode: str, *, workers: int, servers: int, seed: int = 0, private: bool = False, min_workers=1
+    ):
         self.random = random.Random(seed)
         self.private = private
         self.servers = range(servers)
         self.sync = parse_sync(mode)
+        self.min_workers = min_workers
         self.book = RosterBook(workers, servers)
-        self.sequencer = Sequencer(servers, self.sync)
-        self.shards = [Shard(i, servers, self.sync.reduce) for i in self.servers]
+        self.sequencer: Sequencer | None = Sequencer(servers, self.sync, min_workers=min_workers)
+        self.all = {i: Server(i, Shard(i, servers, self.sync.reduce)) for i in self.servers}
+        self.serving = [self.all[i] for i in self.servers]
         self.log: list[m.AnyEntry] = []
         self.clients: dict[int, Client] = {}
         self.links: dict[tuple[Any, ...], deque[Any]] = defaultdict(deque)
+        self.now = 0.0
+        self.term = 0
+        self.snapshots: dict[tuple[int, int], dict[int, Any]] = defaultdict(dict)
         self._speeds: dict[tuple[Any, ...], float] = {}
         self._versions: dict[int, int] = {}
         for i in self.servers:
             self.book.join(m.Join("server", i, 0, "here"))
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [server.shard for server in self.serving]
 
     # ── who is there ────────────────────────────────────────────────────────────────────────────
 
@@ -203,13 +98,20 @@ class Cluster:
         """It dies: of what it sent, each server may still get a part."""
         client.dead = True
         self.book.remove(client.id)
-        for i in self.servers:
-            sent = self.links["request", client.id, i]
-            while sent and self.random.random() < 0.5:
-                sent.pop()
-            self.links["answer", client.id, i].clear()
+        self.disconnect(client)
         self.links["wake", client.id].clear()
         self.links["roster",].append((self.book.view(), None))
+
+    def living(self) -> list[Client]:
+        return [client for client in self.clients.values() if not (client.dead or client.ended)]
+
+    def disconnect(self, client: Client) -> None:
+        """Its connections end: what it sent last may be lost, what was sent to it is."""
+        for server in self.all.values():
+            sent = self.links["request", client.id, client.attempt, server.id]
+            while sent and self.random.random() < 0.5:
+                sent.pop()
+            self.links["answer", client.id, client.attempt, server.id].clear()
 
     # ── time ────────────────────────────────────────────────────────────────────────────────────
 
@@ -223,30 +125,50 @@ class Cluster:
         deliveries = 0
         while not until() and self.deliver():
             deliveries += 1
-            assert deliveries < 100_000, f"no end in sight: {self.sequencer.waits()}"
-        waiting = {c.rank: c.call for c in self.clients.values() if not (c.ended or c.dead)}
-        assert until() or not waiting, f"{waiting} wait for ever: {self.sequencer.waits()}"
+            assert deliveries < 100_000, f"no end in sight: {self.waits()}"
+        waiting = {c.rank: c.call for c in self.living()}
+        assert until() or not waiting, f"{waiting} wait for ever: {self.waits()}"
         return [client.value for client in self.clients.values()]
 
+    def waits(self) -> dict[int, str]:
+        return self.sequencer.waits() if self.sequencer is not None else {}
+
     def deliver(self) -> bool:
-        """Deliver one message of one link; False when there is none."""
-        links = [link for link, messages in self.links.items() if messages]
-        if not links:
-            return False
+        """Deliver one message of one link, or let time pass; False when there is nothing to wait for."""
+        links = [link for link, messages in self.links.items() if messages and self.is_open(*link)]
+        if not links or (self.due() is not None and self.random.random() < 0.05):
+            return self._tick()
         for link in links:
             if link not in self._speeds:
                 self._speeds[link] = self.random.choice((0.02, 0.3, 1.0))
         kind, *where = self.random.choices(links, [self._speeds[link] for link in links])[0]
         getattr(self, f"_{kind}")(self.links[kind, *where], *where)
         if self.random.random() < 0.1:
-            assert all(self.sequencer.waits().values())
+            assert all(self.waits().values())
         return True
 
-    # ── deliveries ──────────────────────────────────────────────────────────────────────────────
+    def is_open(self, kind: str, *where: Any) -> bool:
+        """Whether this link can deliver now."""
+        return True
+
+    def due(self) -> float | None:
+        return self.sequencer.due if self.sequencer is not None else None
+
+    def _tick(self) -> bool:
+        if (due := self.due()) is None:
+            return False
+        self.now = due
+        self._extend(self.sequencer.tick(self.now))
+        return True
+
+    # ── members ─────────────────────────────────────────────────────────────────────────────────
 
     def _roster(self, link: deque[Any]) -> None:
         roster, joined = link.popleft()
-        self._extend(self.sequencer.roster(roster))
+        try:
+            self._extend(self.sequencer.roster(roster, self.now))
+        except RefusedError:
+            assert roster.term < self.book.term  # a new sequencer began with a newer one
         if joined is not None and not joined.dead:
             self.links["wake", joined.id].append(None)
 
@@ -254,56 +176,79 @@ class Cluster:
         """The member computes until its next call."""
         link.popleft()
         client = self.clients[member]
-        for before, now in zip(client.quiet, _memory(client), strict=False):
+        for before, now in zip(client.quiet, client.memory(), strict=False):
             assert np.array_equal(before, now, equal_nan=True), "memory was touched outside an exchange"
         try:
             if isinstance(client.outcome, HeadwaterError):
-                call = client.program.throw(client.outcome)
+                client.call = client.program.throw(client.outcome)
             else:
-                call = client.program.send(client.outcome)
+                client.call = client.program.send(client.outcome)
         except StopIteration as stop:
-            client.value, client.ended = stop.value, True
-            if isinstance(getattr(client.call, "request", None), m.Leave):
-                self.book.remove(member)
-                self.links["roster",].append((self.book.view(), None))
+            client.value = stop.value
+            self.depart(client)
             return
-        client.call, client.exchange = call, Exchange(call.request.number, len(self.servers))
-        for i in self.servers:
-            self.links["request", member, i].append((call, self._payload(call, i)))
+        client.exchange = Exchange(client.call.request.number, len(self.servers))
+        client.outstanding = True
+        self.send(client)
 
-    def _payload(self, call: Call, server: int) -> dict[int, np.ndarray]:
-        if not self.private:
-            return {}
+    def depart(self, client: Client) -> None:
+        """Its program is over; if it left the log before, the coordinator hears of it."""
+        client.ended = True
+        if client.leaves():
+            self.book.remove(client.id)
+            self.links["roster",].append((self.book.view(), None))
+
+    def send(self, client: Client) -> None:
+        """Send its outstanding request to every server."""
+        call = client.call
+        client.connected = client.connected or list(self.serving)
+        for server in client.connected:
+            memory = (call.mirror.gradients, call.mirror.parameters) if call.mirror else None
+            payload = self._payload(client, server.shard) if self.private else {}
+            message = ("call", call, memory, payload)
+            self.links["request", client.id, client.attempt, server.id].append(message)
+
+    def _payload(self, client: Client, shard: Shard) -> dict[int, np.ndarray]:
+        call = client.call
         if isinstance(call.request, m.Register):
-            start, stop = self.shards[server].range_of(call.mirror.layout)
+            start, stop = shard.range_of(call.mirror.layout)
             return {-1: call.mirror.parameters[start:stop].copy()}
-        return {id: array.copy() for id, array in call.carried.items()}
+        return {id: getattr(client.models[id], call.part).copy() for id in call.models}
 
-    def _request(self, link: deque[Any], member: int, server: int) -> None:
-        call, payload = link.popleft()
-        shard, client = self.shards[server], self.clients[member]
+    # ── servers ─────────────────────────────────────────────────────────────────────────────────
+
+    def _request(self, link: deque[Any], member: int, attempt: int, server: int) -> None:
+        kind, *rest = link.popleft()
+        if not self.all[server].down:
+            try:
+                getattr(self, f"_take_{kind}")(self.all[server], self.clients[member], attempt, *rest)
+            except PeerError:
+                # What a dead member or a former attempt sent may come after its end was decided.
+                client = self.clients[member]
+                if not (client.dead or client.ended or attempt < client.attempt):
+                    raise
+
+    def _take_call(self, server: Server, client: Client, attempt: int, call: Call, memory, payload) -> None:
         try:
-            staging = self._staging(shard, call, payload)
-            self._receive(shard, member, call.request, payload)
-            held = shard.hold(member, call.request, staging)
+            server.shard.reconnected(client.id, attempt)  # before a byte of the payload is placed
+            staging = self._staging(server.shard, call, memory, payload)
+            self._receive(server.shard, client.id, call.request, payload)
+            held = server.shard.hold(client.id, call.request, staging, attempt=attempt)
         except UsageError as error:
             refused = m.Refused(type(error).__name__, str(error))
-            answer = m.Answer(call.request.number, shard.version, failure=refused)
-            self.links["answer", member, server].append((answer, {}))
-        except ProtocolError:
-            if not client.dead:  # what a dead member sent may come after its end was decided
-                raise
+            answer = m.Answer(call.request.number, server.shard.version, failure=refused)
+            self.links["answer", client.id, attempt, server.id].append((answer, {}))
         else:
-            self.links["report", server].append(held)
+            self.report(server, (held,))
 
-    def _staging(self, shard: Shard, call: Call, payload: dict[int, np.ndarray]) -> Staging | None:
+    def _staging(self, shard: Shard, call: Call, memory, payload: dict[int, np.ndarray]) -> Staging | None:
         if not isinstance(call.request, m.Register | m.Attach):
             return None
         start, stop = shard.range_of(call.mirror.layout)
         if self.private:
             private = payload.get(-1, np.zeros(stop - start, np.float32))
             return Staging(private, private)
-        return Staging(call.mirror.gradients[start:stop], call.mirror.parameters[start:stop])
+        return Staging(*(array[start:stop] for array in memory))
 
     def _receive(self, shard: Shard, member: int, request: Any, payload: dict[int, np.ndarray]) -> None:
         """Put what came as payload into the private buffer, runs of carried tensors only."""
@@ -315,41 +260,61 @@ class Cluster:
                 here = slice(low - vector.start, high - vector.start)
                 staging.gradients[here] = payload[one.model][low:high]
 
-    def _report(self, link: deque[Any], server: int) -> None:
-        held = [link.popleft() for _ in range(self.random.randint(1, len(link)))]
-        self._extend(self.sequencer.report(server, held))
+    def report(self, server: Server, held: tuple[m.Held, ...], prepared: int = 0) -> None:
+        self.links["report", server.id, server.shard.term].append((held, prepared))
+
+    def _report(self, link: deque[Any], server: int, term: int) -> None:
+        batch = [link.popleft() for _ in range(self.random.randint(1, len(link)))]
+        held = [one for held, _ in batch for one in held]
+        if held and self.random.random() < 0.1:
+            link.append((tuple(self.random.sample(held, self.random.randint(1, len(held)))), 0))
+        prepared = max(prepared for _, prepared in batch)
+        index = self.all[server].shard.index
+        self._extend(self.sequencer.report(index, held, self.now, term=term, prepared=prepared))
 
     def _extend(self, entries: list[m.AnyEntry]) -> None:
         for entry in entries:
             assert entry.position == len(self.log) + 1
             self.log.append(entry)
-            for i in self.servers:
-                self.links["entry", i].append(entry)
+            for server in self.serving:
+                self.links["entry", server.id].append(entry)
 
     def _entry(self, link: deque[Any], server: int) -> None:
-        shard, entry = self.shards[server], link.popleft()
-        answers = shard.process(entry)
-        assert self._versions.setdefault(entry.position, shard.version) == shard.version
+        shard = self.all[server].shard
+        self.answer(self.all[server], shard.process(link.popleft()))
+
+    def answer(self, server: Server, answers: list[tuple[int, m.Answer]]) -> None:
+        """Note that a server has processed one more entry, and send its answers."""
+        shard = server.shard
+        assert self._versions.setdefault(shard.position, shard.version) == shard.version
         for member, answer in answers:
             values = {model: shard.staging(member, model).parameters for model in answer.values}
             if self.private:
                 values = {model: array.copy() for model, array in values.items()}
-            if not self.clients[member].dead:
-                self.links["answer", member, server].append((answer, values))
+            client = self.clients[member]
+            if client.call is not None and isinstance(client.call.request, m.Checkpoint):
+                self.snapshots[member, answer.number][shard.index] = shard.take_snapshot(member)
+            attempt = shard.standings.members[member].attempt if not client.leaves() else client.attempt
+            if not client.dead:
+                self.links["answer", member, attempt, server.id].append((answer, values))
 
-    def _answer(self, link: deque[Any], member: int, server: int) -> None:
+    def _answer(self, link: deque[Any], member: int, attempt: int, server: int) -> None:
         answer, values = link.popleft()
-        client = self.clients[member]
+        client, shard = self.clients[member], self.all[server].shard
+        assert attempt <= client.attempt
+        if attempt < client.attempt or client.ended:
+            return
         if self.private:
             for model, array in values.items():
                 mirror = client.call.mirror or client.models[model]
-                start, stop = self.shards[server].range_of(mirror.layout)
+                start, stop = shard.range_of(mirror.layout)
                 mirror.parameters[start:stop] = array
-        client.exchange.received(server, answer)
+        client.exchange.received(shard.index, answer)
         if not client.exchange.unanswered():
             self._settle(client)
 
     def _settle(self, client: Client) -> None:
+        client.outstanding = False
         try:
             answer = client.exchange.answer()
         except ProtocolError:
@@ -362,9 +327,14 @@ class Cluster:
             if answer.model is not None:
                 client.call.mirror.id = answer.model
                 client.models[answer.model] = client.call.mirror
-        client.quiet = [] if self.private else [array.copy() for array in _memory(client)]
+        client.quiet = [] if self.private else [array.copy() for array in client.memory()]
         self.links["wake", client.id].append(None)
 
 
-def _memory(client: Client) -> list[np.ndarray]:
-    return [array for model in client.models.values() for array in (model.gradients, model.parameters)]
+def refused(action: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether a state machine refuses this as too old; anything else it raises is raised."""
+    try:
+        action(*arguments)
+    except RefusedError:
+        return True
+    return False

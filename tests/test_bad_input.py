@@ -17,6 +17,7 @@ from headwater.errors import (
     ConnectionLostError,
     GradientError,
     NonFiniteError,
+    ProtocolError,
     RefusedError,
     RegistrationError,
 )
@@ -66,7 +67,7 @@ def ones(names=SHAPES):
         ({"workers": 1, "sync": "ssp:-1"}, "sync: got 'ssp:-1'"),
         ({"workers": 1, "sync": 3}, "sync: got 3"),
         ({"workers": 1, "engine": "cloud"}, "engine: got 'cloud', expected one of 'inline', 'local'"),
-        ({"workers": 1, "patience": 0}, "patience and deadline must be > 0"),
+        ({"workers": 1, "patience": 0}, "patience, deadline and lease must be > 0"),
         ({"workers": 1, "transport": "pigeon"}, "transport: got 'pigeon'"),
     ],
 )
@@ -310,7 +311,11 @@ class _Attacker:
     def is_hung_up_on(self, message, buffers=(), descriptors=()):
         try:
             self.channel.send(message, buffers=buffers, descriptors=descriptors)
-            return self.channel.receive(timeout=10) is None
+            received = self.channel.receive(timeout=10)
+            if received is not None:  # it is told why
+                assert received.message.error == "ProtocolError"
+                received = self.channel.receive(timeout=10)
+            return received is None
         except ConnectionLostError:
             return True
 
@@ -367,7 +372,7 @@ def test_payload_outside_the_servers_range_ends_its_connection_only(run):
     with hw.Cluster(workers=1, transport="tcp", deadline=30) as cluster, cluster.worker() as worker:
         model = worker.model("net", ones(), hw.SGD(lr=1.0))
         broken = m.Step(2, 1, 0, (m.Carried(0, b"\x03"),), (), True, (m.Run(0, *run),))
-        with pytest.raises(ConnectionLostError):
+        with pytest.raises(ProtocolError):
             worker._session.call(
                 lambda server, number: Outgoing(
                     broken, [np.zeros(max(1, min(run[1] - run[0], 9999)), np.float32)]
@@ -381,6 +386,6 @@ def test_payload_outside_the_servers_range_ends_its_connection_only(run):
 def test_a_second_connection_of_a_member_is_refused_and_the_first_goes_on(cluster, worker, model):
     channel = dial(_addresses(cluster)[1], timeout=5)
     channel.send(m.Hello(worker._session.welcome.member.id, "worker", 1))
-    assert "is connected to server 0 already" in channel.receive(timeout=5).message.reason
+    assert "is connected to this server already" in channel.receive(timeout=5).message.reason
     channel.close()
     assert worker.step().version == 1

@@ -160,7 +160,7 @@ def test_a_missing_function_lists_those_the_script_has(command, script):
             ["--engine", "inline", "--rules", "no_such_rules"],
             "rules module 'no_such_rules' cannot be imported",
         ),
-        (["--patience", "0"], "patience and deadline must be > 0"),
+        (["--patience", "0"], "patience, deadline and lease must be > 0"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(command, script, arguments, complaint):
@@ -329,7 +329,7 @@ def progress(steps, elapsed, **changed):
 
 def statistics(*reports, waits_for=None):
     node = NodeStatistics("worker", 1, "host", 1, 0, waits_for, rank=0)
-    return ClusterStatistics(1, 0, 1, "async", (node,), (), (), reports)
+    return ClusterStatistics(1, 0, 0, 1, "async", (node,), (), (), reports)
 
 
 def test_lines_tell_of_the_time_since_the_last_report():

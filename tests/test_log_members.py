@@ -261,8 +261,8 @@ def test_a_death_while_its_step_is_held_by_some_servers_leaves_all_or_nothing(mo
     cluster.run(until=lambda: second.steps == 1)
     for i in range(3):
         if i >= holders:
-            cluster.links["request", second.id, i].clear()
-    while cluster.links["request", second.id, 0] or cluster.links["report", 0]:
+            cluster.links["request", second.id, 0, i].clear()
+    while cluster.links["request", second.id, 0, 0] or cluster.links["report", 0, 0]:
         cluster.deliver()
     cluster.kill(second)
     cluster.run()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.errors import UsageError
-from headwater.kernels.arrange import arrange, unite
+from headwater.kernels.arrange import arrange, trace, unite
 from headwater.placement import SLOTS, mix, servers_of, slot_bounds, slots_of, slots_of_server
 
 INT64 = np.iinfo(np.int64)
@@ -118,6 +118,23 @@ def test_lists_are_united_in_order_of_first_appearance():
     ids, inverses = unite([np.array([5, -3]), np.array([], dtype=np.int64), np.array([9, 5, INT64.min])])
     assert ids.tolist() == [5, -3, 9, INT64.min]
     assert [inverse.tolist() for inverse in inverses] == [[0, 1], [], [2, 0, 3]]
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(-9, 9), unique=True, max_size=15), min_size=1, max_size=4))
+def test_items_of_united_ids_are_traced_in_the_order_of_their_lists(lists):
+    given_lists = [(np.array(ids, dtype=np.int64), 1000 * k) for k, ids in enumerate(lists)]
+    ids, sources, bounds = trace(given_lists, 8)
+    assert ids.tolist() == list(dict.fromkeys(i for one in lists for i in one))
+    for k, i in enumerate(ids.tolist()):
+        expected = [1000 * n + 8 * one.index(i) for n, one in enumerate(lists) if i in one]
+        assert sources[bounds[k] : bounds[k + 1]].tolist() == expected
+
+
+def test_more_ids_than_can_be_numbered_are_refused_before_memory_is_taken():
+    endless = np.broadcast_to(np.int64(7), (2**31 - 1,))
+    with pytest.raises(UsageError, match="in several calls"):
+        unite([endless])
 
 
 def test_all_ids_in_one_slot_and_one_bucket_of_the_hash_table_are_told_apart():

@@ -19,10 +19,13 @@ LAYERS = [
         *["initializers", "lifetime", "placement"],
     ],
     ["kernels"],
-    ["shard", "sequencer", "clocks", "roster", "positions", "splits", "exchange"],
+    [
+        *["shard", "sequencer", "standings", "seats", "waits", "recovery", "clocks", "roster"],
+        *["positions", "splits", "exchange"],
+    ],
     ["wire", "checkpoint", "data"],
     ["nodes", "engines"],
-    ["cluster", "run", "torch", "jax", "bench", "cli", "__main__", "__init__"],
+    ["cluster", "supervisor", "storage", "run", "torch", "jax", "bench", "cli", "__main__", "__init__"],
 ]
 """A module imports from its own group and the groups above it (docs/architecture.md)."""
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from headwater.errors import RefusedError
 from headwater.messages import Join
-from headwater.roster import RosterBook
+from headwater.roster import Departure, RosterBook
 
 
 def join(book, role="worker", index=None):
@@ -29,7 +29,7 @@ def test_a_member_is_what_joined_and_gets_the_next_free_rank():
 def test_a_rank_is_free_again_after_a_death_but_an_id_is_never_used_twice():
     book = RosterBook(workers=3, servers=1)
     members = [join(book) for _ in range(3)]
-    assert book.remove(members[1].id) == members[1]
+    assert book.remove(members[1].id) == Departure(members[1])
     again = join(book)
     assert again.index == 1
     assert again.id not in {member.id for member in members}

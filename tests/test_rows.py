@@ -2,13 +2,16 @@
 
 import ctypes
 import math
+import mmap
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headwater.errors import EnvironmentFailure
 from headwater.kernels import reference
 from headwater.kernels.rows import ages, combine, fill, gather, row_rule, stamp
 from headwater.kernels.slabs import Slabs
@@ -47,6 +50,11 @@ class Plain:
         return out
 
 
+def beside(gradients):
+    """`sources` and `bounds` of gradients that lie one after the other."""
+    return np.array([gradients.ctypes.data]), np.empty(0, dtype=np.int64)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(RULES), st.sampled_from([1, 3, 8, 16, 21, 64]), st.integers(0, 9), st.sampled_from([1, 3])
@@ -61,7 +69,7 @@ def test_the_rule_of_a_row_gives_the_bits_of_the_plain_one(rule, dim, seed, divi
     rows = plain.rows.copy()
     skipped = int(generator.integers(0, count))
     rows[skipped] = -1
-    places = gradients.ctypes.data, float(divisor), plain.slabs.addresses, plain.slabs.shift, dim
+    places = *beside(gradients), float(divisor), plain.slabs.addresses, plain.slabs.shift, dim
     row_rule(rule)(rows, *places, lines, (counts - 1).astype(np.int32))
     for i in set(range(count)) - {skipped}:
         states, scalars = [state[i] for state in plain.states], rule.scalars(0, int(counts[i]))
@@ -78,7 +86,7 @@ def test_rowwise_adagrad_keeps_the_mean_of_squares_of_a_row(dim):
     plain = Plain.make(dim, [1], count, dim)
     gradients = np.random.default_rng(dim).normal(size=(count, dim)).astype(np.float32)
     lines = np.array([rule.scalars(0, 1)], dtype=np.float32)
-    places = gradients.ctypes.data, 2.0, plain.slabs.addresses, plain.slabs.shift, dim
+    places = *beside(gradients), 2.0, plain.slabs.addresses, plain.slabs.shift, dim
     row_rule(rule)(plain.rows, *places, lines, np.empty(0, dtype=np.int32))
     halved = gradients.astype(np.float64) / 2
     sums = plain.states[0].astype(np.float64) + (halved**2).mean(axis=1, keepdims=True)
@@ -151,3 +159,36 @@ def test_rows_never_move_and_never_overlap():
     places = np.sort(slabs.place(0, edges.astype(np.int32)))
     assert np.diff(places).min() >= 28
     assert (slabs.addresses % 64 == 0).all()
+
+
+def test_memory_that_the_system_does_not_have_is_an_error_that_says_so():
+    slabs = Slabs([1 << 62])
+    with pytest.raises(EnvironmentFailure, match="no more memory for a table's rows"):
+        slabs.reserve(1)
+    assert slabs.addresses.shape == (1, 0)
+
+
+def test_memory_is_given_before_it_is_written_and_what_is_there_stays():
+    plain = Plain.make(16, [16], 30, 0)
+    plain.slabs.populate(0, 3 << plain.slabs.shift)
+    assert (plain.read(0, 16) == plain.values).all()
+    assert (plain.read(1, 16) == plain.states[0]).all()
+    slabs = Slabs([64, 4])
+    slabs.reserve(2 << slabs.shift)
+    before = resident()
+    slabs.populate(1000, 1 << slabs.shift)
+    slabs.populate(1 << slabs.shift, 10 << slabs.shift)  # there is no room for most of that
+    if can_populate():
+        assert resident() - before > 0.9 * 68 * (2 << slabs.shift)
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def can_populate():
+    try:
+        mmap.mmap(-1, mmap.PAGESIZE).madvise(23)
+    except OSError:
+        return False
+    return True

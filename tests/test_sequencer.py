@@ -5,8 +5,10 @@ from collections import defaultdict
 import pytest
 
 from headwater import messages as m
+from headwater.errors import ProtocolError, RefusedError
 from headwater.roster import RosterBook
 from headwater.sequencer import Sequencer
+from headwater.standings import Standings
 from headwater.sync import parse_sync
 
 MODES = ["sync", "async", "ssp:1"]
@@ -15,8 +17,12 @@ MODES = ["sync", "async", "ssp:1"]
 class Desk:
     """A sequencer alone, spoken to by rank: who holds what, in as few words as possible."""
 
-    def __init__(self, mode: str, *, workers: int, servers: int = 1, joined: int | None = None) -> None:
-        self.sequencer = Sequencer(servers, parse_sync(mode))
+    def __init__(
+        self, mode: str, *, workers: int, servers: int = 1, joined: int | None = None, **options
+    ) -> None:
+        self.sequencer = Sequencer(servers, parse_sync(mode), **options)
+        self.now = 0.0
+        self.attempts: dict[int, int] = defaultdict(int)
         self.servers = range(servers)
         self.book = RosterBook(workers, servers)
         self.numbers: dict[int, int] = defaultdict(int)
@@ -41,14 +47,19 @@ class Desk:
 
     def also(self, rank: int, kind: str, name: str = "", servers=None) -> list[m.AnyEntry]:
         """`rank`'s last exchange is held by `servers` too."""
-        held = m.Held(self.ids[rank], self.numbers[rank], kind, name)
+        held = m.Held(self.ids[rank], self.numbers[rank], kind, name, self.attempts[rank])
         entries: list[m.AnyEntry] = []
         for server in self.servers if servers is None else servers:
-            entries += self.sequencer.report(server, (held,))
+            entries += self.sequencer.report(server, (held,), self.now)
         return entries
 
+    def again(self, rank: int, kind: str, name: str = "", servers=None) -> list[m.AnyEntry]:
+        """`rank`'s last exchange comes again, in its next attempt."""
+        self.attempts[rank] += 1
+        return self.also(rank, kind, name, servers)
+
     def ticket(self, rank: int) -> m.Ticket:
-        return m.Ticket(self.ids[rank], self.numbers[rank])
+        return m.Ticket(self.ids[rank], self.numbers[rank], self.attempts[rank])
 
     def waits(self, rank: int) -> str:
         return self.sequencer.waits()[self.ids[rank]]
@@ -72,7 +83,7 @@ def test_a_round_is_committed_exactly_when_every_server_holds_every_active_worke
     assert desk.hold(0, "step", "1", servers=[0]) == []
     assert desk.hold(1, "step", "1", servers=[1, 0]) == []
     tickets = (desk.ticket(0), desk.ticket(1))
-    assert desk.also(0, "step", "1", servers=[1]) == [m.Committed(2, 1, tickets, tickets)]
+    assert desk.also(0, "step", "1", servers=[1]) == [m.Committed(3, 1, tickets, tickets)]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
@@ -98,12 +109,12 @@ def test_a_server_that_reports_twice_counts_once():
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_committed_before_the_declared_workers_have_joined(mode):
     desk = Desk(mode, workers=2, joined=1)
-    assert desk.opening == []
+    assert kinds(desk.opening) == ["Enrolled"]
     assert desk.hold(0, "step", "1") == []
     assert desk.waits(0) == "step 1 waits for worker 1 to join"
     entries = desk.join()
-    assert kinds(entries) == ["Activated"] + ["Committed"] * (mode != "sync")
-    assert entries[0].members == (desk.ids[0], desk.ids[1])
+    assert kinds(entries) == ["Enrolled", "Activated"] + ["Committed"] * (mode != "sync")
+    assert entries[1].members == (desk.ids[0], desk.ids[1])
 
 
 @pytest.mark.parametrize("kind", ["assign", "barrier", "sum", "step"])
@@ -125,7 +136,7 @@ def test_the_version_grows_with_commits_and_assignments_only():
     for version, kind in [(1, "step"), (1, "pull"), (2, "assign"), (2, "end"), (2, "stop"), (3, "step")]:
         desk.hold(0, kind)
         assert desk.sequencer.version == version
-    assert desk.sequencer.position == 8  # and two Activated
+    assert desk.sequencer.position == 9  # Enrolled and two Activated among them
 
 
 # ── who is in a round ───────────────────────────────────────────────────────────────────────────
@@ -147,7 +158,7 @@ def test_a_round_does_not_wait_for_the_dead():
     desk.hold(2, "step", "1", servers=[0])
     entries = desk.die(2)
     assert kinds(entries) == ["Retired", "Committed"]
-    assert entries[0] == m.Retired(2, desk.ids[2], True, "its process ended or its connection was lost")
+    assert entries[0] == m.Retired(3, desk.ids[2], True, "its process ended or its connection was lost")
     assert entries[1].updates == (desk.ticket(0), desk.ticket(1))
 
 
@@ -185,7 +196,8 @@ def test_one_that_left_does_not_come_back_with_a_roster_that_is_older_than_its_l
     desk = Desk("sync", workers=2)
     desk.hold(0, "leave")
     entries = desk.join(rank=2)
-    assert [entry.members for entry in entries] == [(desk.ids[2],)]
+    assert kinds(entries) == ["Enrolled", "Activated"]
+    assert entries[1].members == (desk.ids[2],)
     desk.hold(1, "step", "1")
     assert committed(desk.hold(2, "step", "1")).updates == (desk.ticket(1), desk.ticket(2))
 
@@ -198,7 +210,7 @@ def test_an_answer_is_held_until_the_others_have_caught_up():
     assert committed(desk.hold(0, "step", "1")).answered == (desk.ticket(0),)
     assert committed(desk.hold(0, "step", "2")).answered == ()
     assert desk.waits(0) == "step 2 waits for worker 1: leads the slowest worker by 2 steps, allowed 1"
-    assert desk.hold(1, "step", "1")[1:] == [m.Served(5, desk.ticket(0))]
+    assert desk.hold(1, "step", "1")[1:] == [m.Served(6, desk.ticket(0), "step")]
     assert desk.sequencer.waits() == {}
 
 
@@ -244,7 +256,7 @@ def test_a_meeting_ends_when_every_worker_is_there_and_makes_all_active(mode, ki
     desk.hold(2, kind)
     desk.hold(0, kind)
     assert desk.waits(2) == f"{kind} waits for worker 1"
-    assert desk.hold(1, kind)[1:] == [m.Met(6, tuple(desk.ticket(rank) for rank in range(3)))]
+    assert desk.hold(1, kind)[1:] == [m.Met(7, tuple(desk.ticket(rank) for rank in range(3)))]
     if mode == "sync":
         assert desk.hold(0, "step", "1") == []
         assert desk.waits(0) == "step 1 waits for workers 1, 2"
@@ -286,9 +298,9 @@ def test_the_lowest_active_rank_supplies_a_model_and_the_others_join_it():
     assert desk.waits(2) == "register m waits for worker 0 to declare the model"
     entries = desk.hold(0, "register", "m")
     assert entries == [
-        m.Registered(2, desk.ticket(0)),
-        m.Served(3, desk.ticket(1)),
-        m.Served(4, desk.ticket(2)),
+        m.Registered(3, desk.ticket(0), "m"),
+        m.Served(4, desk.ticket(1), "register"),
+        m.Served(5, desk.ticket(2), "register"),
     ]
 
 
@@ -306,7 +318,7 @@ def test_the_next_rank_supplies_a_model_when_the_lowest_is_no_longer_active(how)
     desk.hold(1, "register", "m")
     desk.hold(2, "register", "m")
     entries = desk.die(0) if how == "die" else desk.hold(0, how)
-    assert entries[1:] == [m.Registered(3, desk.ticket(1)), m.Served(4, desk.ticket(2))]
+    assert entries[1:] == [m.Registered(4, desk.ticket(1), "m"), m.Served(5, desk.ticket(2), "register")]
 
 
 # ── stop ────────────────────────────────────────────────────────────────────────────────────────
@@ -328,7 +340,7 @@ def test_a_stop_tells_all_but_those_whose_batches_are_over():
 
 def test_an_observer_is_answered_at_once_and_waited_for_by_nobody():
     desk = Desk("sync", workers=2, joined=1)
-    assert desk.join("observer") == []
+    assert kinds(desk.join("observer")) == ["Enrolled"]
     assert kinds(desk.hold(-1, "attach")) == ["Served"]
     desk.join()
     for rank in (0, 1):
@@ -355,6 +367,255 @@ def test_a_round_names_the_active_workers_whose_update_is_missing():
     assert desk.waits(2) == "step 1 waits for workers 0, 3, 4"
     assert desk.waits(3) == "step 1 waits for server 1"
     assert desk.waits(4) == "register m waits for worker 0 to declare the model"
+
+
+# ── repeats ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_all_servers_hold_at_some_attempt_proceeds_and_no_newer_one_takes_that_back(mode):
+    desk = Desk(mode, workers=2, servers=2)
+    desk.hold(0, "step", "1", servers=[0])
+    desk.again(0, "step", "1", servers=[1])
+    assert desk.waits(0) == "step 1 waits for server 1"  # at either attempt one server lacks it
+    desk.attempts[0] = 0
+    entries = desk.also(0, "step", "1", servers=[1])
+    desk.again(0, "step", "1", servers=[])
+    entries += desk.hold(1, "step", "1")
+    assert [ticket for entry in entries for ticket in entry.updates] == [
+        m.Ticket(desk.ids[0], 1, 0),
+        m.Ticket(desk.ids[1], 1, 0),
+    ]
+
+
+def test_an_entry_names_the_newest_attempt_that_every_server_holds():
+    desk = Desk("sync", workers=2, servers=2)
+    desk.hold(0, "step", "1")
+    desk.again(0, "step", "1")
+    desk.again(0, "step", "1", servers=[0])
+    assert committed(desk.hold(1, "step", "1")).updates[0] == m.Ticket(desk.ids[0], 1, 1)
+    assert desk.also(0, "step", "1", servers=[1]) == [m.Served(4, m.Ticket(desk.ids[0], 1, 2), "step")]
+    assert desk.sequencer.waits() == {}
+
+
+def test_what_was_answered_is_answered_again_for_a_newer_attempt_that_every_server_holds():
+    desk = Desk("async", workers=1, servers=2)
+    assert kinds(desk.hold(0, "step", "1")) == ["Committed"]
+    assert desk.again(0, "step", "1", servers=[0]) == []
+    assert desk.waits(0) == "step 1 waits for server 1"
+    assert desk.also(0, "step", "1", servers=[1]) == [m.Served(4, desk.ticket(0), "step")]
+    assert desk.sequencer.waits() == {}
+    assert kinds(desk.hold(0, "step", "2")) == ["Committed"]
+
+
+def test_a_blocked_answer_goes_to_the_newest_attempt():
+    desk = Desk("ssp:0", workers=2)
+    assert committed(desk.hold(0, "step", "1")).answered == ()
+    assert desk.again(0, "step", "1") == []
+    assert desk.hold(1, "step", "1")[1:] == [m.Served(5, desk.ticket(0), "step")]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_late_and_doubled_reports_change_nothing(mode):
+    desk = Desk(mode, workers=1, servers=2)
+    for step in "123":
+        desk.hold(0, "step", step)
+        entries = desk.again(0, "step", step)
+        assert kinds(entries) == ["Served"]
+        for number in (desk.numbers[0], desk.numbers[0] - 1):
+            for attempt in range(desk.attempts[0] + 1):
+                stale = m.Held(desk.ids[0], number, "step", "", attempt)
+                assert desk.sequencer.report(0, (stale, stale)) == []
+    assert desk.sequencer.report(0, (m.Held(999, 1, "step"),)) == []
+    assert desk.sequencer.version == 3
+
+
+# ── quorum ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_round_is_closed_with_the_quorum_and_who_comes_later_is_late():
+    desk = Desk("sync:quorum=2", workers=3)
+    assert desk.hold(2, "step", "1") == []
+    assert desk.waits(2) == "step 1 waits for workers 0, 1: 1 of 2 updates of this round have arrived"
+    assert committed(desk.hold(0, "step", "1")).updates == (desk.ticket(0), desk.ticket(2))
+    assert desk.hold(1, "step", "1") == [m.Late(4, desk.ticket(1))]
+    desk.hold(1, "step", "2")  # meant for the round that is open now
+    assert committed(desk.hold(0, "step", "2")).updates == (desk.ticket(0), desk.ticket(1))
+    assert desk.sequencer.standings.late == 1
+
+
+def test_an_update_that_some_servers_held_when_its_round_closed_is_late_too():
+    desk = Desk("sync:quorum=1", workers=2, servers=2)
+    desk.hold(1, "step", "1", servers=[0])
+    assert committed(desk.hold(0, "step", "1")).updates == (desk.ticket(0),)
+    assert kinds(desk.also(1, "step", "1", servers=[1])) == ["Late"]
+
+
+def test_a_round_stays_open_for_its_grace_or_until_everybody_is_there():
+    desk = Desk("sync:quorum=1,grace=0.5", workers=3)
+    desk.now = 10.0
+    assert desk.hold(1, "step", "1") == []
+    assert desk.sequencer.due == 10.5
+    desk.now = 10.2
+    assert desk.hold(0, "step", "1") == []
+    assert "the round stays open for the other 1 for 0.5 s" in desk.waits(0)
+    assert desk.sequencer.tick(10.4) == []
+    assert committed(desk.sequencer.tick(10.5)).updates == (desk.ticket(0), desk.ticket(1))
+    assert desk.sequencer.due is None
+    for rank in (0, 1):
+        assert desk.hold(rank, "step", "2") == []
+    assert kinds(desk.hold(2, "step", "1")) == ["Late"]
+    assert desk.sequencer.due == 11.0  # time does not go back
+    assert len(committed(desk.hold(2, "step", "2")).updates) == 3
+    assert desk.sequencer.due is None
+
+
+def test_a_quorum_is_at_most_who_is_active():
+    desk = Desk("sync:quorum=3", workers=3)
+    desk.hold(0, "step", "1")
+    desk.hold(1, "step", "1")
+    assert kinds(desk.die(2)) == ["Retired", "Committed"]
+    desk.hold(0, "end")
+    assert kinds(desk.hold(1, "step", "2")) == ["Committed"]
+
+
+def test_who_resumes_or_joins_is_not_late():
+    desk = Desk("sync:quorum=1", workers=2)
+    desk.hold(0, "end")
+    for step in "12":
+        assert kinds(desk.hold(1, "step", step)) == ["Committed"]
+    desk.join()
+    assert kinds(desk.hold(2, "step", "1")) == ["Committed"]
+    desk.hold(0, "step", "1")
+    desk.hold(2, "leave")
+    assert kinds(desk.hold(1, "leave")) == ["Retired", "Activated", "Committed"]
+
+
+def test_an_open_round_is_not_taken_for_a_stall():
+    desk = Desk("sync:quorum=1,grace=1", workers=2)
+    desk.hold(0, "step", "1")
+    assert desk.hold(1, "register", "m") == []
+    assert kinds(desk.sequencer.tick(1.0)) == ["Committed"]
+
+
+# ── too few workers ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_with_too_few_workers_nothing_is_committed_and_waits_say_so(mode):
+    desk = Desk(mode, workers=2, min_workers=2)
+    desk.die(1)
+    assert desk.hold(0, "step", "1") == []
+    assert desk.waits(0) == "training waits: 1 worker present, min_workers is 2"
+    assert kinds(desk.hold(-1, "pull") if desk.join("observer") else []) == ["Served"]
+    entries = desk.join() + desk.hold(1, "step", "1")
+    assert any(isinstance(entry, m.Committed) for entry in entries)
+    assert desk.sequencer.waits() == {}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_that_left_by_itself_has_done_its_part(mode):
+    desk = Desk(mode, workers=2, min_workers=2)
+    desk.hold(1, "leave")
+    assert kinds(desk.hold(0, "step", "1")) == ["Committed"]
+
+
+# ── recovery ────────────────────────────────────────────────────────────────────────────────────
+
+
+def answer(server, entries, *, applied=0, closed=None, held=(), term=5):
+    """Of a server that has applied so many of these entries, and has so many more."""
+    standings = Standings()
+    for entry in entries[:applied]:
+        standings.apply(entry)
+    end = len(entries) if closed is None else applied + closed
+    return m.Recovery(term, server, standings.record(), tuple(entries[applied:end]), tuple(held))
+
+
+def recovered(desk, *answers, term=5):
+    return Sequencer.recover(desk.sequencer._sync, answers, desk.book.view(), term=term)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_was_applied_anywhere_or_is_everywhere_stands_and_the_rest_is_closed_anew(mode):
+    desk = Desk(mode, workers=2, servers=2)
+    log = desk.opening + desk.hold(0, "step", "1") + desk.hold(1, "step", "1")
+    held = [m.Held(desk.ids[rank], 1, "step", "1") for rank in (0, 1)]
+    for everywhere in range(len(log) + 1):
+        answers = answer(0, log, held=held), answer(1, log, closed=everywhere, held=held)
+        sequencer, agreed, entries = recovered(desk, *answers)
+        assert agreed == m.Agreed(5, everywhere)
+        assert sequencer.committed == 0
+        again = [type(entry) for entry in log[:everywhere] + entries]
+        assert again.count(m.Committed) == [type(entry) for entry in log].count(m.Committed)
+        assert sequencer.standings.record() == desk.sequencer.standings.record()
+        assert sequencer.report(0, (), prepared=sequencer.position) == []
+        assert sequencer.committed == 0
+        sequencer.report(1, (), prepared=sequencer.position)
+        assert sequencer.committed == sequencer.position
+
+
+def test_what_one_server_applied_may_be_applied_by_all():
+    desk = Desk("async", workers=1, servers=2)
+    log = desk.opening + desk.hold(0, "step", "1")
+    sequencer, agreed, _ = recovered(desk, answer(0, log, applied=3), answer(1, log, applied=1))
+    assert agreed.position == sequencer.committed == 3
+
+
+def test_an_answer_that_was_blocked_is_given_by_the_new_sequencer():
+    desk = Desk("ssp:0", workers=2)
+    log = desk.opening + desk.hold(0, "step", "1")
+    held = [m.Held(desk.ids[0], 1, "step", "1")]
+    sequencer, _, entries = recovered(desk, answer(0, log, applied=3, held=held))
+    assert entries == []
+    assert sequencer.waits()[desk.ids[0]].startswith("step 1 waits for worker 1: leads")
+    entries = sequencer.report(0, (m.Held(desk.ids[1], 1, "step", "1"),))
+    assert kinds(entries) == ["Committed", "Served"]
+    assert entries[1].ticket == desk.ticket(0)
+
+
+def test_a_meeting_and_the_dead_are_found_again():
+    desk = Desk("sync", workers=3)
+    log = desk.opening + desk.hold(0, "barrier") + desk.hold(1, "barrier")
+    held = [m.Held(desk.ids[rank], 1, "barrier") for rank in (0, 1)]
+    desk.book.remove(desk.ids[2])
+    _, _, entries = recovered(desk, answer(0, log, applied=4, held=held))
+    assert kinds(entries) == ["Retired", "Met"]
+
+
+def test_a_recovery_needs_one_answer_of_each_server_in_its_term():
+    desk = Desk("sync", workers=1, servers=2)
+    log = desk.opening
+    for answers in (
+        [answer(0, log)] * 2,
+        [answer(0, log), answer(1, log, term=4)],
+        [answer(1, log), answer(2, log)],
+    ):
+        with pytest.raises(ProtocolError, match="one answer of each server"):
+            recovered(desk, *answers)
+    with pytest.raises(ProtocolError, match=r"applied entry 2, which servers \[1\] lack"):
+        recovered(desk, answer(0, log, applied=2), answer(1, log, closed=1))
+
+
+def test_older_terms_are_refused():
+    desk = Desk("sync", workers=1, servers=1, term=3)
+    for term in (0, 2):
+        with pytest.raises(RefusedError, match="it is 3"):
+            desk.sequencer.report(0, (), term=term)
+    assert desk.sequencer.report(0, (), term=3) == []
+    old = desk.book.view()
+    desk.join()
+    with pytest.raises(RefusedError, match="roster of term"):
+        desk.sequencer.roster(old)
+
+
+def test_with_replicas_an_entry_is_committed_when_every_server_has_prepared_it():
+    desk = Desk("async", workers=1, servers=2, replicated=True)
+    desk.hold(0, "step", "1")
+    assert (desk.sequencer.position, desk.sequencer.committed) == (3, 0)
+    for server, prepared, committed in [(0, 3, 0), (1, 2, 2), (1, 1, 2), (1, 3, 3)]:
+        assert desk.sequencer.report(server, (), prepared=prepared) == []
+        assert desk.sequencer.committed == committed
 
 
 # ── many ────────────────────────────────────────────────────────────────────────────────────────

@@ -299,5 +299,5 @@ def test_what_a_gone_member_had_is_forgotten(shard):
 
 def test_entries_are_processed_in_order_and_once(shard):
     for position in (1, 3):
-        with pytest.raises(AssertionError, match=f"entry {position} after 1"):
+        with pytest.raises(ProtocolError, match=f"entry {position} after 1"):
             shard.process(m.Activated(position, (1,)))

@@ -1,10 +1,11 @@
-"""A server's part of a table: against a plain dictionary, in closed forms, and at its edges."""
+"""A server's part of a table: in closed forms, and at its edges."""
+
+import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from plain_table import PlainTable
+from small_tables import ALL_SLOTS, INT64, POOL, TWO_SLOTS, make, pull, push, spec
 
 from headwater.errors import ConfigurationError, ProtocolError, RegistrationError
 from headwater.initializers import Constant, Normal, Zeros
@@ -14,96 +15,7 @@ from headwater.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
 from headwater.messages import RuleSpec, TableSpec
 from headwater.placement import SLOTS, slots_of, slots_of_server
 from headwater.rules import SGD, Accumulate, Adagrad, Adam
-from headwater.schedules import Linear
 from headwater.shard.table import Table
-
-INT64 = np.iinfo(np.int64)
-ALL_SLOTS = range(SLOTS)
-TWO_SLOTS = range(5, 7)
-_pool = np.concatenate([np.arange(-400_000, 400_000), [INT64.min, INT64.max, INT64.min + 1, INT64.max - 1]])
-POOL = _pool[np.isin(slots_of(_pool), TWO_SLOTS)]
-"""About 400 ids of two slots: one slot then grows several times."""
-
-
-def spec(rule, dim=2, initializer=None, admission=None, expiry=None, seed=3):
-    return TableSpec(
-        name="users",
-        dim=dim,
-        rule=rule.to_spec(),
-        initializer=(initializer or Zeros()).to_spec(),
-        seed=seed,
-        admission=admission.to_spec() if admission else None,
-        expiry=expiry.to_spec() if expiry else None,
-    )
-
-
-def make(rule=None, slots=ALL_SLOTS, **settings):
-    return Table(spec(rule or Accumulate(), **settings), slots)
-
-
-def pull(table, ids, step=0):
-    out = np.full((len(ids), table.spec.dim), np.nan, dtype=np.float32)
-    table.pull(np.asarray(ids, dtype=np.int64), out, step)
-    return out
-
-
-def push(table, ids, value=1.0, step=0):
-    ids = np.asarray(ids, dtype=np.int64)
-    table.apply([(ids, np.full((len(ids), table.spec.dim), value, dtype=np.float32))], 1, step, 0)
-
-
-# ── against a plain dictionary ──────────────────────────────────────────────────────────────────
-
-some_ids = st.lists(st.integers(0, len(POOL) - 1), max_size=60, unique=True)
-operations = st.lists(
-    st.one_of(
-        st.tuples(st.just("pull"), some_ids),
-        st.tuples(st.just("apply"), st.lists(some_ids, min_size=1, max_size=3)),
-        st.tuples(st.just("grow"), st.integers(0, 3)),
-        st.tuples(st.just("delete"), some_ids),
-        st.tuples(st.just("wait"), st.integers(1, 5)),
-    ),
-    max_size=20,
-)
-KINDS = [
-    spec(Accumulate(), initializer=Normal()),
-    spec(SGD(Linear(0.5, over=6)), initializer=Normal()),
-    spec(Adam(lr=0.1), initializer=Normal()),
-    spec(Adam(lr=Linear(0.5, over=6)), expiry=AfterSteps(2)),
-    spec(Accumulate(), initializer=Normal(), expiry=AfterSteps(3), admission=AfterCount(2)),
-    spec(Accumulate(), admission=AfterCount(3)),
-    spec(Accumulate(), initializer=Constant(5), expiry=LeastRecentlyUsed(SLOTS * 33 + 7)),
-]
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.sampled_from(KINDS), operations, st.integers(0, 99))
-def test_any_interleaving_does_what_a_dictionary_would_do(kind, done, seed):
-    table, plain = Table(kind, TWO_SLOTS), PlainTable(kind)
-    generator = np.random.default_rng(seed)
-    step = commits = 0
-    for name, argument in done:
-        if name == "wait":
-            step += argument
-        elif name == "delete":
-            table.delete(POOL[argument])
-            plain.delete(POOL[argument].tolist())
-        elif name in ("apply", "grow"):
-            lists = [range(argument * 85, argument * 85 + 85)] if name == "grow" else argument
-            step += 1
-            updates = [
-                (POOL[list(ids)], generator.normal(size=(len(ids), 2)).astype(np.float32)) for ids in lists
-            ]
-            table.apply(updates, len(updates), step, commits)
-            plain.apply([(ids.tolist(), rows) for ids, rows in updates], len(updates), step, commits)
-            commits += 1
-        else:
-            ids = POOL[argument]
-            assert (pull(table, ids, step) == plain.pull(ids.tolist(), step)).all()
-    assert (pull(table, POOL, step) == plain.pull(POOL.tolist(), step)).all()
-    assert len(table) == len(plain.living(step))
-    assert table.statistics().refused == plain.refused
-
 
 # ── closed forms ────────────────────────────────────────────────────────────────────────────────
 
@@ -382,6 +294,24 @@ def test_an_entry_takes_at_most_36_bytes_right_after_growth():
     assert len(index) == len(ids)
     assert most <= 32  # and 4 for its last step, where rows expire
     assert index.find(ids)[1] == len(ids)
+
+
+def test_memory_can_be_prepared_at_any_time_beside_any_call():
+    table, stop = make(dim=16, initializer=Constant(3)), threading.Event()
+
+    def prepare():
+        while not stop.is_set():
+            table.prepare()
+
+    beside = threading.Thread(target=prepare)
+    beside.start()
+    try:
+        for start in range(0, 600_000, 20_000):
+            push(table, np.arange(start, start + 20_000))
+    finally:
+        stop.set()
+        beside.join()
+    assert (pull(table, np.arange(600_000)) == 4).all()
 
 
 def test_statistics_tell_hits():

@@ -10,9 +10,9 @@ import headwater as hw
 from headwater import messages as m
 from headwater.errors import (
     ConfigurationError,
-    ConnectionLostError,
     GradientError,
     NonFiniteError,
+    ProtocolError,
     RegistrationError,
     UsageError,
 )
@@ -416,7 +416,7 @@ def test_requests_for_rows_that_are_not_there_end_their_connection_only(request_
     with hw.Cluster(workers=1, servers=1, patience=5, deadline=30, transport=transport) as cluster:
         with cluster.worker() as wrong:
             wrong.table("rows", DIM, hw.Accumulate()).pull([1])
-            with pytest.raises(ConnectionLostError):
+            with pytest.raises(ProtocolError):
                 wrong._session.call(lambda server, number: Outgoing(request_of(number)), "wrong")
         with cluster.worker() as other:
             table = other.table("rows", DIM, hw.Accumulate())
@@ -433,7 +433,7 @@ def test_ids_of_another_server_end_the_connection_only(transport):
             table._session.finish()
             _, plan = table._plan(np.arange(100))
             plan.ids[:] = plan.ids[::-1].copy()
-            with pytest.raises(ConnectionLostError):
+            with pytest.raises(ProtocolError):
                 table.pull(np.arange(100))
         with cluster.worker() as other:
             assert len(other.table("rows", DIM, hw.Accumulate())) == 0

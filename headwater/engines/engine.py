@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from headwater.errors import WorkerError
+from headwater.errors import RewoundError, WorkerError
 from headwater.nodes.server import ServerSettings
 from headwater.nodes.worker import Worker
+
+_log = logging.getLogger("headwater.worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +29,12 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An exception that ended a node, in a form that crosses processes."""
+    """What ended a node, in a form that crosses processes; `died`: its process, without an exception."""
 
     summary: str
     trace: str
     error: BaseException | None
+    died: bool = False
 
     @staticmethod
     def of(error: BaseException) -> Failure:
@@ -44,7 +48,10 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a node ended: a worker with the value `train` returned, or anything with a failure."""
+    """How a node ended: a worker with the value `train` returned, or anything with a failure.
+
+    `role`: "worker", "server" or "standby", as it was started.
+    """
 
     role: str
     index: int
@@ -63,10 +70,13 @@ class Engine(Protocol):
     """Starts nodes and watches them. After `close` nothing it started is left."""
 
     def start_server(self, settings: ServerSettings) -> None:
-        """Start a server; does not wait until it has joined."""
+        """Start a server or standby; does not wait until it has joined."""
 
     def start_worker(self, address: str, rank: int, train: Callable[[Worker], Any]) -> None:
         """Start a worker that joins the coordinator at `address` and runs `train`."""
+
+    def stop_servers(self) -> None:
+        """Stop all servers and standbys within two seconds; nothing is reported of them."""
 
     def next_outcome(self, timeout: float) -> Outcome | None:
         """How the next node ended; None after `timeout` seconds. A server's end is always a failure."""
@@ -76,6 +86,10 @@ class Engine(Protocol):
 
 
 def run_worker(address: str, rank: int, train: Callable[[Worker], Any]) -> Any:
-    """What a worker's process or thread does."""
-    with Worker(address, rank) as worker:
-        return train(worker)
+    """What a worker's process or thread does: again from the start when training begins anew."""
+    while True:
+        try:
+            with Worker(address, rank) as worker:
+                return train(worker)
+        except RewoundError as error:
+            _log.warning("worker %d: %s", rank, error)

@@ -23,10 +23,10 @@ class InlineEngine:
         self._threads: list[threading.Thread] = []
 
     def start_server(self, settings: ServerSettings) -> None:
-        """Start a server in threads."""
+        """Start a server or standby in threads."""
         node = ServerNode(settings)
         self._servers.append(node)
-        self._start("server", settings.index, node.start, report_end=False)
+        self._start(settings.role, settings.index, node.start, report_end=False)
 
     def start_worker(self, address: str, rank: int, train: Callable[[Worker], Any]) -> None:
         """Run `train` in a thread."""
@@ -53,9 +53,14 @@ class InlineEngine:
         except queue.Empty:
             return None
 
+    def stop_servers(self) -> None:
+        """Close the servers."""
+        servers, self._servers = self._servers, []
+        for server in servers:
+            server.close()
+
     def close(self) -> None:
         """Close the servers, which ends every exchange; a thread that computes on is left behind."""
-        for server in self._servers:
-            server.close()
+        self.stop_servers()
         for thread in self._threads:
             thread.join(_JOIN_S)

@@ -39,6 +39,7 @@ class _Child:
         self.role, self.index = role, index
         self._output = launch.output
         self._done = done
+        self._stopping = False
         receive, send = os.pipe()
         try:
             self._process = subprocess.Popen(
@@ -82,17 +83,21 @@ class _Child:
         result = self._result.read()
         code = self._process.wait()
         self._threads[0].join()
-        self._done(self._outcome(result, code))
+        if not self._stopping:
+            self._done(self._outcome(result, code))
 
     def _outcome(self, result: bytes, code: int) -> Outcome:
         if not result:
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            return Outcome(self.role, self.index, failure=Failure(f"its process ended with {how}", "", None))
+            return Outcome(
+                self.role, self.index, failure=Failure(f"its process ended with {how}", "", None, died=True)
+            )
         value, failure = cloudpickle.loads(result)
         return Outcome(self.role, self.index, value, failure)
 
     def stop(self) -> None:
-        """Tell it to end, by the end of its standard input."""
+        """Tell it to end, by the end of its standard input; its end is not reported."""
+        self._stopping = True
         assert self._process.stdin is not None
         try:
             self._process.stdin.close()
@@ -121,8 +126,8 @@ class LocalEngine:
         self._children: list[_Child] = []
 
     def start_server(self, settings: ServerSettings) -> None:
-        """Start a server process."""
-        self._start("server", settings.index, ("server", self._launch.rules, settings))
+        """Start the process of a server or standby."""
+        self._start(settings.role, settings.index, ("server", self._launch.rules, settings))
 
     def start_worker(self, address: str, rank: int, train: Callable[[Worker], Any]) -> None:
         """Start a worker process."""
@@ -139,14 +144,21 @@ class LocalEngine:
         except queue.Empty:
             return None
 
+    def stop_servers(self) -> None:
+        """End the processes of servers and standbys."""
+        self._end([child for child in self._children if child.role != "worker"])
+
     def close(self) -> None:
         """End all processes; those that do not within a second are killed."""
+        self._end(list(self._children))
+
+    def _end(self, children: list[_Child]) -> None:
         until = time.monotonic() + _STOP_S
-        for child in self._children:
+        for child in children:
             child.stop()
-        for child in self._children:
+        for child in children:
             child.join(until)
-        self._children.clear()
+            self._children.remove(child)
 
 
 def _environment(workers: int) -> dict[str, str]:

@@ -6,6 +6,6 @@ The only place that knows numba; it is imported with the first kernel that is us
 from __future__ import annotations
 
 from headwater.kernels.fused import Update, dense
-from headwater.kernels.moves import copy_out, finite, stage
+from headwater.kernels.moves import add_up, copy_out, finite, stage
 
-__all__ = ["Update", "copy_out", "dense", "finite", "stage"]
+__all__ = ["Update", "add_up", "copy_out", "dense", "finite", "stage"]

@@ -27,6 +27,9 @@ Ids = NDArray[np.int64]
 Array = NDArray[np.float32]
 
 
+_MOST = 2**31 - 2
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """How ids of any shape, with repeats, map to the ids that the servers see.
@@ -91,8 +94,13 @@ def unite(lists: Sequence[Ids]) -> tuple[Ids, list[Ids]]:
     """The ids of several lists, int64[n] each, once each in order of first appearance.
 
     Returns them, int64[u], and for each list where its ids stand among them, int64[n].
+
+    Raises:
+        UsageError: more than 2³¹ − 2 ids.
     """
     total = sum(map(len, lists))
+    if total > _MOST:
+        raise UsageError(f"{total} ids are too many for one call: pass at most {_MOST}, in several calls")
     table = np.full(1 << max(4, (2 * total - 1).bit_length()), -1, dtype=np.int32)
     unique = np.empty(total, dtype=np.int64)
     inverses = [np.empty(len(ids), dtype=np.int64) for ids in lists]
@@ -100,6 +108,24 @@ def unite(lists: Sequence[Ids]) -> tuple[Ids, list[Ids]]:
     for ids, inverse in zip(lists, inverses, strict=True):
         known = _loops().number(ids, known, table, unique, inverse)
     return unique[:known], inverses
+
+
+def trace(lists: Sequence[tuple[Ids, int]], size: int) -> tuple[Ids, Ids, Ids]:
+    """Unite lists of ids, each given with the address of its items of `size` bytes, and find them again.
+
+    Returns the ids, once each in order of first appearance, int64[u]; `sources`, int64[n], the addresses of
+    their items, id by id, in order of the lists; and `bounds`, int64[u + 1]: those of ids[k] are
+    sources[bounds[k] : bounds[k + 1]].
+    """
+    ids, inverses = unite([part for part, _ in lists])
+    sources = np.empty(sum(map(len, inverses)), dtype=np.int64)
+    bounds = np.zeros(len(ids) + 2, dtype=np.int64)
+    for inverse in inverses:
+        _loops().tally(inverse, bounds[2:])
+    np.cumsum(bounds, out=bounds)
+    for inverse, (_, address) in zip(inverses, lists, strict=True):
+        _loops().append(inverse, address, size, bounds[1:], sources)
+    return ids, sources, bounds[:-1]
 
 
 @functools.cache

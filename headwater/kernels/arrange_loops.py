@@ -58,3 +58,19 @@ def sort_by_slot(unique, inverse, ids, bounds, places):
         ahead[slot] += 1
     for i in range(len(inverse)):
         inverse[i] = places[inverse[i]]
+
+
+@outer("void(int64[::1], int64[::1])")
+def tally(numbers, counts):
+    """Add to counts[k] how often k is among the numbers."""
+    for k in numbers:
+        counts[k] += 1
+
+
+@outer("void(int64[::1], int64, int64, int64[::1], int64[::1])")
+def append(numbers, address, size, ends, sources):
+    """Append the address of item i, of `size` bytes from `address` on, to the run that numbers[i] ends."""
+    for i in range(len(numbers)):
+        place = ends[numbers[i]]
+        sources[place] = address + i * size
+        ends[numbers[i]] = place + 1

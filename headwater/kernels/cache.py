@@ -59,7 +59,8 @@ def load(text: str) -> ModuleType:
 
 def _digest(text: str) -> str:
     """Of the text, of the functions that it imports from here, and of what compiles them."""
-    imported = "".join((Path(__file__).parent / name).read_text() for name in ("primitives.py", "memory.py"))
+    names = ("primitives.py", "memory.py", "lines.py")
+    imported = "".join((Path(__file__).parent / name).read_text() for name in names)
     versions = [importlib.metadata.version(package) for package in ("numba", "llvmlite")]
     parts = "\0".join([text, imported, *versions, sys.version])
     return hashlib.sha256(parts.encode()).hexdigest()[:32]

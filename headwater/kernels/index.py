@@ -4,8 +4,7 @@ Invariants:
 - Any int64 is a legal id.
 - Growth rehashes one slot and adds pages to it; no page is ever given back or left unused, so memory is
   16 bytes for an entry at a load between 0.5 (right after growth) and 0.75, once slots have a few pages.
-- Layout and row numbers depend on the order of claims and removals within a slot and on nothing else
-  that differs between numbers of servers.
+- What is pending depends on the order of claims and removals within a slot and on nothing else.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.errors import EnvironmentFailure
+from headwater.errors import EnvironmentFailure, ProtocolError
 from headwater.kernels.cache import load
 from headwater.kernels.slabs import Slabs
 
 Ids = NDArray[np.int64]
 Rows = NDArray[np.int32]
+Counts = NDArray[np.int32]
 
 PAGE = 1024
 PENDING = 128
@@ -32,6 +32,9 @@ PENDING = 128
 _NEXT_ROW, _FREE, _NEXT_PAGE, _ROWS, _REFUSED, _FRESH, _WANTED = range(7)
 _BUCKETS, _WAYS = 16, 8
 _MOST_ROWS = 2**31 - 2
+_PREPARED_PAGES = 2048
+_ENTRIES_A_PAGE = 40
+"""Of the 64 that a page has room for, when an index is filled at once: below where slots grow."""
 _PAGES_A_CHUNK_SHIFT = 14
 
 _NONE = np.empty(0, dtype=np.int32)
@@ -48,9 +51,17 @@ class Claim(NamedTuple):
     """
 
     rows: Rows
-    counts: NDArray[np.int32]
-    fresh: NDArray[np.int32]
+    counts: Counts
+    fresh: Rows
     refused: int
+
+
+class Entries(NamedTuple):
+    """The entries of some slots, one slot after the other: int64[n] ids, int32[n] rows and counts."""
+
+    ids: Ids
+    rows: Rows
+    counts: Counts
 
 
 class Index:
@@ -65,20 +76,27 @@ class Index:
         self._first = slots.start
         self._needed = needed
         count = len(slots)
-        self._memory = Slabs([PAGE], large=True)
-        assert self._memory.shift == _PAGES_A_CHUNK_SHIFT
-        self._memory.reserve(max(count, 1))
-        self._pages = np.ones(count, dtype=np.int32)
         self._used = np.zeros(count, dtype=np.int32)
-        self._directory = np.zeros((count, 4), dtype=np.int32)
-        self._directory[:, 0] = np.arange(count)
         self._counters = np.zeros(7, dtype=np.int64)
-        self._counters[_NEXT_PAGE] = count
         self._free = np.empty(0, dtype=np.int32)
         buckets = count * _BUCKETS if needed > 1 else 0
         self._pending_ids = np.zeros((buckets, _WAYS), dtype=np.int64)
         self._pending_counts = np.zeros((buckets, _WAYS), dtype=np.int32)
-        _loops().clear_pages(0, count, self._chunks)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Give every slot empty pages with room for as many entries as `used` says."""
+        self._memory = Slabs([PAGE], large=True)
+        assert self._memory.shift == _PAGES_A_CHUNK_SHIFT
+        self._pages = 1 + self._used // np.int32(_ENTRIES_A_PAGE)
+        ends = np.cumsum(self._pages, dtype=np.int64)
+        total = int(ends[-1]) if len(ends) else 0
+        self._memory.reserve(max(total, 1))
+        self._counters[_NEXT_PAGE] = total
+        width = max(4, int(self._pages.max(initial=0)))
+        firsts = (ends - self._pages).astype(np.int32)
+        self._directory = firsts[:, np.newaxis] + np.arange(width, dtype=np.int32)
+        _loops().clear_pages(0, total, self._chunks)
 
     @property
     def _chunks(self) -> NDArray[np.int64]:
@@ -128,8 +146,7 @@ class Index:
         Raises:
             EnvironmentFailure: there could be more than 2³¹ − 2 rows; nothing changed.
         """
-        if self.high_water + len(ids) > _MOST_ROWS:
-            raise EnvironmentFailure(f"a server holds at most {_MOST_ROWS} rows of a table: use more servers")
+        self._check_room(len(ids))
         rows, counts = np.empty(len(ids), dtype=np.int32), np.empty(len(ids), dtype=np.int32)
         known = _loops().count(
             ids, self._first, self._pages, self._directory, self._chunks, rows, counts
@@ -146,6 +163,7 @@ class Index:
             )  # fmt: skip
             if done < len(absent):
                 self._make_room(int(counters[_WANTED]))
+        self._memory.reserve(int(counters[_NEXT_PAGE]) + _PREPARED_PAGES)
         return Claim(rows, counts, fresh[: counters[_FRESH]], int(counters[_REFUSED]))
 
     def _make_room(self, pages: int) -> None:
@@ -156,6 +174,10 @@ class Index:
             wider = np.zeros((len(self._pages), max(pages, width * 3 // 2)), dtype=np.int32)
             wider[:, :width] = self._directory
             self._directory = wider
+
+    def prepare(self) -> None:
+        """Have memory for the next pages that slots grow by, as `Slabs.populate`."""
+        self._memory.populate(int(self._counters[_NEXT_PAGE]), _PREPARED_PAGES)
 
     def remove(self, ids: Ids) -> int:
         """Drop entries and pending counts of ids; their rows are claimed again. Returns how many had one."""
@@ -170,12 +192,64 @@ class Index:
         )  # fmt: skip
         return removed
 
-    def entries(self, start: int, stop: int) -> tuple[Ids, Rows]:
-        """Ids and rows of the slots at positions [start, stop), one slot after the other."""
-        count = int(self._used[start:stop].sum())
-        ids, rows = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int32)
-        _loops().entries(start, stop, self._pages, self._directory, self._chunks, ids, rows)
-        return ids, rows
+    def entries(self, slots: NDArray[np.int64]) -> Entries:
+        """The entries of the slots at positions int64[k], one slot after the other."""
+        count = int(self._used[slots].sum(dtype=np.int64))
+        ids = np.empty(count, dtype=np.int64)
+        rows, counts = np.empty(count, dtype=np.int32), np.empty(count, dtype=np.int32)
+        _loops().entries(slots, self._pages, self._directory, self._chunks, ids, rows, counts)
+        return Entries(ids, rows, counts)
+
+    def fill(self, ids: Ids, counts: Counts) -> None:
+        """Make the entries of an index that has none yet: id number i with row i and counts[i].
+
+        Raises:
+            EnvironmentFailure: more than 2³¹ − 2 rows.
+            ProtocolError: an id of another server, or one that stands there twice.
+        """
+        assert self.high_water == 0
+        self._check_room(len(ids))
+        self._check_own(ids)
+        _loops().tally(ids, self._first, self._used)
+        self._lay_out()
+        bad = _loops().fill(ids, counts, self._first, self._pages, self._directory, self._chunks)
+        if bad >= 0:
+            raise ProtocolError(f"id {ids[bad]} stands twice among a table's rows: they are damaged")
+        self._counters[[_NEXT_ROW, _ROWS]] = len(ids)
+
+    def pending(self) -> tuple[Ids, Counts]:
+        """Ids that were counted and not admitted, int64[m] and int32[m].
+
+        In the order of slots and buckets, and in a bucket from the last claimed on.
+        """
+        counted = self._pending_counts > 0
+        return self._pending_ids[counted], self._pending_counts[counted]
+
+    def fill_pending(self, ids: Ids, counts: Counts) -> None:
+        """Take up what `pending` gave, of this index's slots; ids of one bucket in the same order.
+
+        Raises:
+            ProtocolError: an id of another server, or one that no such index could have counted.
+        """
+        self._check_own(ids)
+        bad = 0 if len(ids) else -1
+        if self._needed > 1:
+            bad = _loops().fill_pending(
+                ids, counts, self._first, self._needed, self._pending_ids, self._pending_counts
+            )
+        if bad >= 0:
+            raise ProtocolError(
+                f"id {ids[bad]} with {counts[bad]} updates cannot wait for admission: the counts are damaged"
+            )
+
+    def _check_room(self, more: int) -> None:
+        if self.high_water + more > _MOST_ROWS:
+            raise EnvironmentFailure(f"a server holds at most {_MOST_ROWS} rows of a table: use more servers")
+
+    def _check_own(self, ids: Ids) -> None:
+        stranger = self.stranger(ids)
+        if stranger is not None:
+            raise ProtocolError(f"id {stranger} belongs to another server")
 
 
 @functools.cache

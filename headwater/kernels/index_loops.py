@@ -3,40 +3,36 @@
 """The loops of the id index; compiled from this text by `headwater.kernels.index`, never imported.
 
 Invariants:
-- A virtual slot's table is a row of cache lines, `LINES` in each of its `pages[slot]` pages; page k of the
-  slot is number `directory[slot, k]`.
-- A line has `WIDTH` entries: int64 ids, then int32 rows, then int32 counts; row −1 marks an entry empty.
-- All lines from an id's home to the one before its own are full, so a search ends at a line that is not, and
-  a removal fills the gap that it leaves in a full line.
-- Slots grow at loads between 42 / 64 and 49 / 64, so that they do not all grow in the same few updates.
-- The home lines of a group of ids are asked for before the first of them is searched.
+- The lines are as `headwater.kernels.lines` says; a removal fills the gap that it leaves in a full line.
+- Slots grow at loads between 42 / 64 and 49 / 64, and by 30 to 49 of a hundred, so that few of them grow in
+  the same update.
+- The home lines of a group of ids are asked for while the group before it is searched.
 """
 
 import numpy as np
 
-from headwater.kernels.memory import (
-    inlined,
-    mix,
-    place_of,
-    prefetch,
-    read_int,
-    read_long,
-    write_int,
-    write_long,
+from headwater.kernels.lines import (
+    COUNTS,
+    PAGE_SHIFT,
+    ROWS_HERE,
+    WIDTH,
+    after,
+    clear,
+    count_one,
+    empty_way,
+    home_of,
+    line_at,
+    lines_of,
+    search,
+    slot_of,
+    take,
+    write_entry,
 )
+from headwater.kernels.memory import inlined, mix, prefetch, read_int, read_long, write_int
 from headwater.kernels.primitives import inner, outer
 
-WIDTH = 4
-LINE = 64
-LINES_SHIFT = 4
-LINES = 1 << LINES_SHIFT
-PAGE = LINE * LINES
-PAGE_SHIFT = 14
-ROWS_HERE, COUNTS = 8, 12
-SLOTS = 4096
-GROUP = 128
+GROUP = 64
 AHEAD = 16
-MOST_COUNT = np.int32(2**31 - 1)
 
 NEXT_ROW, FREE, NEXT_PAGE, ROWS, REFUSED, FRESH, WANTED = range(7)
 BUCKETS = 16
@@ -44,124 +40,70 @@ PLACES = 8
 
 
 @inlined
-def home_of(hashed, lines):
-    """Where a search begins: the upper half of the hash, scaled to the number of lines."""
-    return np.int64(((hashed >> np.uint64(32)) * np.uint64(lines)) >> np.uint64(32))
-
-
-@inlined
-def slot_of(hashed, first):
-    return np.int64(hashed & np.uint64(SLOTS - 1)) - first
-
-
-@inlined
-def lines_of(slot, pages):
-    return np.int64(pages[np.uint64(slot)]) << LINES_SHIFT
-
-
-@inlined
-def line_at(position, slot, directory, chunks):
-    """Address of the slot's line at `position`."""
-    page = np.int64(directory[np.uint64(slot), np.uint64(position >> LINES_SHIFT)])
-    return place_of(page, chunks, PAGE_SHIFT, PAGE) + (position & (LINES - 1)) * LINE
-
-
-@inlined
-def way_of(line, wanted):
-    """Which entry of the line has the id, or −1. Without branches, which would be guessed wrong."""
-    way = -1
-    for w in range(WIDTH):
-        here = (read_long(line, w) == wanted) & (read_int(line, ROWS_HERE + w) >= 0)
-        way = w if here else way
-    return way
-
-
-@inlined
-def empty_way(line):
-    """An empty entry of the line, or −1."""
-    way = -1
-    for w in range(WIDTH):
-        way = w if read_int(line, ROWS_HERE + w) < 0 else way
-    return way
-
-
-@inlined
-def after(position, lines):
-    return position + 1 if position + 1 < lines else 0
-
-
-@inner
-def search(wanted, hashed, slot, pages, directory, chunks):
-    """(position, line, way) of the id's entry; way −1, and the first line with an empty one, if none."""
-    lines = lines_of(slot, pages)
-    position = home_of(hashed, lines)
-    line = line_at(position, slot, directory, chunks)
-    way = way_of(line, wanted)
-    while way < 0 and empty_way(line) < 0:
-        position = after(position, lines)
-        line = line_at(position, slot, directory, chunks)
-        way = way_of(line, wanted)
-    return position, line, way
-
-
-@inlined
-def ask_for(wanted, beyond, first, pages, directory, chunks):
-    """Address of the line where the id is searched first, or of the one after it; prefetched."""
+def ask_for(wanted, first, pages, directory, chunks):
+    """Prefetch the line where the id is searched first."""
     hashed = mix(np.uint64(wanted))
     slot = slot_of(hashed, first)
-    lines = lines_of(slot, pages)
-    home = home_of(hashed, lines)
-    line = line_at(after(home, lines) if beyond else home, slot, directory, chunks)
-    prefetch(line)
-    return line
+    prefetch(line_at(home_of(hashed, lines_of(slot, pages)), slot, directory, chunks))
 
 
 @inlined
-def take(line, wanted):
-    """The id's row in this line, or −1, and 1 where to search on, else 0.
+def hash_group(ids, start, stop, hashes):
+    """Apart from the loop that asks for lines, since this one is vectorised."""
+    for k in range(stop - start):
+        hashes[np.uint64(k)] = mix(np.uint64(ids[np.uint64(start + k)]))
 
-    In bits, since comparisons become branches, which random ids mispredict.
+
+@inlined
+def ask_for_homes(ids, start, stop, hashes, lines, first, pages, directory, chunks):
+    """lines[k]: where ids[start + k] is searched first."""
+    hash_group(ids, start, stop, hashes)
+    for k in range(stop - start):
+        hashed = hashes[np.uint64(k)]
+        slot = slot_of(hashed, first)
+        line = line_at(home_of(hashed, lines_of(slot, pages)), slot, directory, chunks)
+        prefetch(line)
+        lines[np.uint64(k)] = line
+
+
+@inlined
+def ask_for_next(ids, later, positions, start, stop, lines, first, pages, directory, chunks):
+    """lines[k]: where ids[later[start + k]] is searched next; positions[start + k] moves there.
+
+    A position of −1 stands for the home.
     """
-    row, lowest = np.int32(-1), np.int32(0)
-    for w in range(WIDTH):
-        here = read_int(line, ROWS_HERE + w)
-        lowest = lowest | here
-        row = row & (here | (np.int32(read_long(line, w) == wanted) - np.int32(1)))
-    return row, np.int64((row & ~lowest) >> 31) & 1
-
-
-@inlined
-def count_one(line, wanted):
-    """The id's count, one higher than it was; 0 where it is not in this line."""
-    counted = np.int32(0)
-    for w in range(WIDTH):
-        lives = read_int(line, ROWS_HERE + w) >= 0
-        more = np.int32(lives & (read_long(line, w) == wanted))
-        count = min(read_int(line, COUNTS + w), MOST_COUNT - more) + more
-        write_int(line, COUNTS + w, count)
-        counted = max(counted, count * more)
-    return counted
+    for k in range(start, stop):
+        hashed = mix(np.uint64(ids[np.uint64(later[np.uint64(k)])]))
+        slot = slot_of(hashed, first)
+        count = lines_of(slot, pages)
+        position = np.int64(positions[np.uint64(k)])
+        position = after(home_of(hashed, count) if position < 0 else position, count)
+        positions[np.uint64(k)] = position
+        line = line_at(position, slot, directory, chunks)
+        prefetch(line)
+        lines[np.uint64(k - start)] = line
 
 
 @inner
-def take_late(ids, later, late, first, pages, directory, chunks, lines, rows, counts, counting):
-    """Search on for ids[i], i in later[:late]."""
-    for start in range(0, late, GROUP):
-        stop = min(start + GROUP, late)
-        for k in range(start, stop):
-            line = ask_for(ids[np.uint64(later[np.uint64(k)])], True, first, pages, directory, chunks)
-            lines[np.uint64(k - start)] = line
-        for k in range(start, stop):
-            i = np.uint64(later[np.uint64(k)])
-            line = lines[np.uint64(k - start)]
-            row, on = take(line, ids[i])
-            if on:
-                hashed = mix(np.uint64(ids[i]))
-                line = search(ids[i], hashed, slot_of(hashed, first), pages, directory, chunks)[1]
-                row = take(line, ids[i])[0]
-            rows[i] = row
-            if counting:
-                counts[i] = count_one(line, ids[i])
+def search_on(ids, later, late, lines, first, pages, directory, chunks, rows, counts, counting):
+    """Search on for ids[i], i in later[:late], by one line a round."""
+    positions = np.full(late, -1, np.int32)
+    while late > 0:
+        left = 0
+        for start in range(0, late, GROUP):
+            stop = min(start + GROUP, late)
+            ask_for_next(ids, later, positions, start, stop, lines, first, pages, directory, chunks)
+            for k in range(start, stop):
+                i = np.uint64(later[np.uint64(k)])
+                line = lines[np.uint64(k - start)]
+                row, on = take(line, ids[i])
+                rows[i] = row
+                if counting:
+                    counts[i] = count_one(line, ids[i])
+                later[np.uint64(left)] = later[np.uint64(k)]
+                positions[np.uint64(left)] = positions[np.uint64(k)]
+                left += on
+        late = left
 
 
 @inner
@@ -171,23 +113,24 @@ def look_up(ids, first, pages, directory, chunks, rows, counts, counting):
     Ids that are not in their home line, about one in twelve, are put off to the end: to wait for the line
     after it, or to guess whether it is needed, would cost as much as all the rest.
     """
-    lines = np.empty(GROUP, np.int64)
+    here, there, hashes = np.empty(GROUP, np.int64), np.empty(GROUP, np.int64), np.empty(GROUP, np.uint64)
     later = np.empty(len(ids) + 1, np.int32)
     late = 0
+    ask_for_homes(ids, 0, min(GROUP, len(ids)), hashes, here, first, pages, directory, chunks)
     for start in range(0, len(ids), GROUP):
         stop = min(start + GROUP, len(ids))
-        for i in range(start, stop):
-            lines[np.uint64(i - start)] = ask_for(ids[np.uint64(i)], False, first, pages, directory, chunks)
+        ask_for_homes(ids, stop, min(stop + GROUP, len(ids)), hashes, there, first, pages, directory, chunks)
         for i in range(start, stop):
             place = np.uint64(i)
-            row, on = take(lines[np.uint64(i - start)], ids[place])
+            row, on = take(here[np.uint64(i - start)], ids[place])
             rows[place] = row
             later[np.uint64(late)] = i
             late += on
         if counting:
             for i in range(start, stop):
-                counts[np.uint64(i)] = count_one(lines[np.uint64(i - start)], ids[np.uint64(i)])
-    take_late(ids, later, late, first, pages, directory, chunks, lines, rows, counts, counting)
+                counts[np.uint64(i)] = count_one(here[np.uint64(i - start)], ids[np.uint64(i)])
+        here, there = there, here
+    search_on(ids, later, late, here, first, pages, directory, chunks, rows, counts, counting)
     found = 0
     for i in range(len(ids)):
         found += rows[i] >= 0
@@ -215,26 +158,11 @@ def count(ids, first, pages, directory, chunks, rows, counts):
     return look_up(ids, first, pages, directory, chunks, rows, counts, True)
 
 
-@inner
-def clear(page, chunks):
-    first = place_of(page, chunks, PAGE_SHIFT, PAGE)
-    for line in range(first, first + PAGE, LINE):
-        for way in range(WIDTH):
-            write_int(line, ROWS_HERE + way, np.int32(-1))
-
-
 @outer("void(int64, int64, int64[::1])")
 def clear_pages(start, stop, chunks):
     """Make the entries of pages [start, stop) empty."""
     for page in range(start, stop):
         clear(page, chunks)
-
-
-@inlined
-def write_entry(line, way, wanted, row, count):
-    write_long(line, way, wanted)
-    write_int(line, ROWS_HERE + way, row)
-    write_int(line, COUNTS + way, count)
 
 
 @inner
@@ -252,30 +180,38 @@ def copy_entries(slot, pages, directory, chunks, ids, rows, counts):
     return found
 
 
+@inlined
+def place_for(hashed, slot, pages, directory, chunks):
+    """Line of the first empty entry from the home of an id that has none."""
+    lines = lines_of(slot, pages)
+    position = home_of(hashed, lines)
+    line = line_at(position, slot, directory, chunks)
+    while empty_way(line) < 0:
+        position = after(position, lines)
+        line = line_at(position, slot, directory, chunks)
+    return line
+
+
 @inner
-def grow(slot, pages, used, directory, chunks, counters):
-    """Give the slot two fifths more pages; False, nothing changed, where pages or directory end first."""
+def grow(slot, first, pages, used, directory, chunks, counters):
+    """Give the slot about two fifths more pages; False, nothing changed, where pages or directory end."""
     old = np.int64(pages[slot])
-    new = old + max(1, old * 2 // 5)
+    new = old + max(1, old * (24 + (((slot + first) >> 3) & 15)) // 80)
     if counters[NEXT_PAGE] + new - old > len(chunks) << PAGE_SHIFT or new > directory.shape[1]:
         counters[WANTED] = new
         return False
-    moved = np.empty((np.int64(used[slot]), 3), np.int64)
-    copy_entries(slot, pages, directory, chunks, moved[:, 0], moved[:, 1], moved[:, 2])
+    count = np.int64(used[slot])
+    ids, rows, counts = np.empty(count, np.int64), np.empty(count, np.int32), np.empty(count, np.int32)
+    copy_entries(slot, pages, directory, chunks, ids, rows, counts)
     for page in range(old, new):
         directory[slot, page] = np.int32(counters[NEXT_PAGE])
         counters[NEXT_PAGE] += 1
     for page in range(new):
         clear(np.int64(directory[slot, page]), chunks)
     pages[slot] = np.int32(new)
-    lines = lines_of(slot, pages)
-    for i in range(len(moved)):
-        position = home_of(mix(np.uint64(moved[i, 0])), lines)
-        line = line_at(position, slot, directory, chunks)
-        while empty_way(line) < 0:
-            position = after(position, lines)
-            line = line_at(position, slot, directory, chunks)
-        write_entry(line, empty_way(line), moved[i, 0], np.int32(moved[i, 1]), np.int32(moved[i, 2]))
+    for i in range(count):
+        line = place_for(mix(np.uint64(ids[i])), slot, pages, directory, chunks)
+        write_entry(line, empty_way(line), ids[i], rows[i], counts[i])
     return True
 
 
@@ -284,7 +220,7 @@ def bucket_of(hashed, slot):
     return slot * BUCKETS + np.int64((hashed >> np.uint64(12)) & np.uint64(BUCKETS - 1))
 
 
-@inner
+@inlined
 def pending_place(wanted, bucket, pending_ids, pending_counts):
     """Where the id is counted in its bucket, or `PLACES`."""
     for place in range(PLACES):
@@ -293,7 +229,7 @@ def pending_place(wanted, bucket, pending_ids, pending_counts):
     return PLACES
 
 
-@inner
+@inlined
 def drop_pending(bucket, place, pending_ids, pending_counts):
     """Forget one count; those behind it move up."""
     for behind in range(place, PLACES - 1):
@@ -302,7 +238,7 @@ def drop_pending(bucket, place, pending_ids, pending_counts):
     pending_counts[bucket, PLACES - 1] = 0
 
 
-@inner
+@inlined
 def admits(wanted, bucket, pending_ids, pending_counts, needed):
     """Count one more update that carries the id; whether it is the one that makes its row.
 
@@ -353,11 +289,11 @@ def claim(
     for k in range(begin, len(absent)):
         i = absent[k]
         if k + AHEAD < len(absent):
-            ask_for(ids[absent[k + AHEAD]], False, first, pages, directory, chunks)
+            ask_for(ids[absent[k + AHEAD]], first, pages, directory, chunks)
         hashed = mix(np.uint64(ids[i]))
         slot = slot_of(hashed, first)
-        crowded = np.int64(used[slot]) * 64 >= lines_of(slot, pages) * WIDTH * (42 + (slot & 7))
-        if crowded and not grow(slot, pages, used, directory, chunks, counters):
+        crowded = np.int64(used[slot]) * 64 >= lines_of(slot, pages) * WIDTH * (42 + ((slot + first) & 7))
+        if crowded and not grow(slot, first, pages, used, directory, chunks, counters):
             return k
         rows[i], counts[i] = -1, 0
         if needed > 1:
@@ -372,7 +308,7 @@ def claim(
             rows[i] = counters[NEXT_ROW]
             counters[NEXT_ROW] += 1
         counts[i] = 1
-        line = search(ids[i], hashed, slot, pages, directory, chunks)[1]
+        line = place_for(hashed, slot, pages, directory, chunks)
         write_entry(line, empty_way(line), ids[i], rows[i], counts[i])
         used[slot] += 1
         counters[ROWS] += 1
@@ -381,7 +317,7 @@ def claim(
     return len(absent)
 
 
-@inner
+@inlined
 def passing_way(line, position, hole, lines):
     """An entry of the line at `position` whose home is at or before `hole`, or −1."""
     for w in range(WIDTH):
@@ -392,7 +328,7 @@ def passing_way(line, position, hole, lines):
     return -1
 
 
-@inner
+@inlined
 def close_gap(hole, line, way, slot, pages, directory, chunks):
     """Empty entry `way` of `line`, at position `hole`, and keep every search that went past it whole."""
     lines = lines_of(slot, pages)
@@ -420,6 +356,8 @@ def remove(ids, first, pages, used, directory, chunks, counters, free, pending_i
     """Drop the entries and pending counts of ids, their rows to `free`; returns how many had a row."""
     removed = 0
     for i in range(len(ids)):
+        if i + AHEAD < len(ids):
+            ask_for(ids[i + AHEAD], first, pages, directory, chunks)
         hashed = mix(np.uint64(ids[i]))
         slot = slot_of(hashed, first)
         if len(pending_ids) > 0:
@@ -438,11 +376,51 @@ def remove(ids, first, pages, used, directory, chunks, counters, free, pending_i
     return removed
 
 
-@outer("int64(int64, int64, int32[::1], int32[:, ::1], int64[::1], int64[::1], int32[::1])")
-def entries(start, stop, pages, directory, chunks, ids, rows):
-    """Ids and rows of the entries of slots [start, stop), one slot after the other; returns how many."""
-    count = 0
-    counts = np.empty(len(rows), np.int32)
-    for slot in range(start, stop):
-        count += copy_entries(slot, pages, directory, chunks, ids[count:], rows[count:], counts[count:])
-    return count
+# ── whole slots ─────────────────────────────────────────────────────────────────────────────────
+
+
+@outer("int64(int64[::1], int32[::1], int32[:, ::1], int64[::1], int64[::1], int32[::1], int32[::1])")
+def entries(slots, pages, directory, chunks, ids, rows, counts):
+    """Ids, rows and counts of the entries of `slots`, one slot after the other; returns how many."""
+    found = 0
+    for slot in slots:
+        found += copy_entries(slot, pages, directory, chunks, ids[found:], rows[found:], counts[found:])
+    return found
+
+
+@outer("void(int64[::1], int64, int32[::1])")
+def tally(ids, first, used):
+    """Add to used[slot] how many of the ids are the slot's."""
+    for i in range(len(ids)):
+        used[slot_of(mix(np.uint64(ids[i])), first)] += 1
+
+
+@outer("int64(int64[::1], int32[::1], int64, int32[::1], int32[:, ::1], int64[::1])")
+def fill(ids, counts, first, pages, directory, chunks):
+    """Make an entry with row i for each of ids[i]; returns where one stands that has one already, or −1."""
+    for i in range(len(ids)):
+        if i + AHEAD < len(ids):
+            ask_for(ids[i + AHEAD], first, pages, directory, chunks)
+        hashed = mix(np.uint64(ids[i]))
+        slot = slot_of(hashed, first)
+        line, way = search(ids[i], hashed, slot, pages, directory, chunks)[1:]
+        if way >= 0:
+            return i
+        write_entry(line, empty_way(line), ids[i], np.int32(i), counts[i])
+    return -1
+
+
+@outer("int64(int64[::1], int32[::1], int64, int64, int64[:, ::1], int32[:, ::1])")
+def fill_pending(ids, counts, first, needed, pending_ids, pending_counts):
+    """Append ids to their buckets; returns where one stands that cannot be there, or −1."""
+    for i in range(len(ids)):
+        hashed = mix(np.uint64(ids[i]))
+        bucket = bucket_of(hashed, slot_of(hashed, first))
+        place = 0
+        while place < PLACES and pending_counts[bucket, place] > 0:
+            place += 1
+        known = pending_place(ids[i], bucket, pending_ids, pending_counts) < PLACES
+        if known or place == PLACES or not 0 < counts[i] < needed:
+            return i
+        pending_ids[bucket, place], pending_counts[bucket, place] = ids[i], counts[i]
+    return -1

@@ -47,6 +47,16 @@ def gather(rows, addresses, shift, dim, target):
                 store(target, i * dim + j, load(row, j, VALUES), WINDOWS)
 
 
+@outer("void(int32[::1], int64[::1], int64, int64, int64)")
+def scatter(rows, addresses, shift, dim, source):
+    """Copy float32[n, dim] at address `source` to rows."""
+    size = 4 * dim
+    for i in range(len(rows)):
+        row = place_of(np.int64(rows[i]), addresses, shift, size)
+        for j in range(dim):
+            store(row, j, load(source, i * dim + j, WINDOWS), VALUES)
+
+
 @outer("void(int64[::1], int64, int64, int64, uint8[::1])")
 def combine(inverse, source, dim, target, seen):
     """Add row i of `source` to row inverse[i] of `target`, in order of i; one not yet `seen` is copied."""
@@ -91,6 +101,32 @@ def ages(rows, addresses, shift, now, out):
         out[i] = 0
         if rows[i] >= 0:
             out[i] = now - np.uint32(read_int(place_of(np.int64(rows[i]), addresses, shift, 4), 0))
+
+
+@inner
+def older(ids, ages, count, out):
+    """Write the `count` oldest ids to `out`; of those as old as the youngest of them the smallest."""
+    limit = np.partition(ages, len(ages) - count)[len(ages) - count]
+    found = 0
+    for i in range(len(ids)):
+        if ages[i] > limit:
+            out[found] = ids[i]
+            found += 1
+    level = np.sort(ids[ages == limit])
+    out[found:count] = level[: count - found]
+
+
+@outer("int64(int64[::1], uint32[::1], int64[::1], int64, int64[::1])")
+def oldest(ids, ages, bounds, kept, out):
+    """Of each run, all but the `kept` youngest; returns how many."""
+    found = 0
+    for run in range(len(bounds) - 1):
+        start, stop = bounds[run], bounds[run + 1]
+        count = max(0, stop - start - kept)
+        if count > 0:
+            older(ids[start:stop], ages[start:stop], count, out[found : found + count])
+        found += count
+    return found
 
 
 # ── initial values: see headwater.initializers for the formulas ─────────────────────────────────

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,35 +32,76 @@ import math
 
 import numpy as np
 from numba import float32
-from headwater.kernels.memory import place_of, prefetch
-from headwater.kernels.primitives import VALUES, WINDOWS, inner, load, outer, store
+from headwater.kernels.memory import inlined, place_of, prefetch
+from headwater.kernels.primitives import LINE, VALUES, WINDOWS, add_line, copy_line, inner, load, outer, store
 
 AHEAD = 16
-LINE = 64
 
 {rule}
 
 
-@outer("void(int32[::1], int64, float64, int64[:, ::1], int64, int64, float32[:, ::1], int32[::1])")
-def apply(rows, gradients, divisor, addresses, shift, dim, scalars, lines):
-    scale = float32(divisor)
-    size = 4 * dim
-    for i in range(len(rows)):
-        if i + AHEAD < len(rows) and rows[i + AHEAD] >= 0:
-            ahead = np.int64(rows[i + AHEAD])
+@inner
+def total(sources, start, stop, dim, sums):
+    """Address of the sum, in order, of float32[dim] at sources[start:stop]: `sums`, or the only one."""
+    if stop - start == 1:
+        return sources[start]
+    lines = dim - dim % LINE
+    for j in range(0, lines, LINE):
+        copy_line(sums, sources[start], j)
+    for j in range(lines, dim):
+        store(sums, j, load(sources[start], j, WINDOWS), WINDOWS)
+    for k in range(start + 1, stop):
+        for j in range(0, lines, LINE):
+            add_line(sums, sources[k], j)
+        for j in range(lines, dim):
+            store(sums, j, load(sums, j, WINDOWS) + load(sources[k], j, WINDOWS), WINDOWS)
+    return sums
+
+
+@inlined
+def ask_for(row, addresses, shift, size):
 {prefetches}
-        if rows[i] < 0:
-            continue
-        line = np.int64(lines[i]) if len(lines) > 0 else 0
-        row = np.int64(rows[i])
-        gradient = gradients + i * size
+
+
+@inlined
+def update(row, line, gradient, scale, addresses, shift, dim, size, scalars):
 {unpack}
 {loop}
+
+
+@outer(
+    "void(int32[::1], int64[::1], int64[::1], float64, int64[:, ::1], int64, int64, float32[:, ::1], "
+    "int32[::1])"
+)
+def apply(rows, sources, bounds, divisor, addresses, shift, dim, scalars, lines):
+    scale = float32(divisor)
+    size = 4 * dim
+    memory = np.empty(dim, np.float32)
+    sums = memory.ctypes.data
+    if len(bounds) == 0:
+        for i in range(len(rows)):
+            if i + AHEAD < len(rows) and rows[i + AHEAD] >= 0:
+                ask_for(np.int64(rows[i + AHEAD]), addresses, shift, size)
+            if rows[i] >= 0:
+                line = np.int64(lines[i]) if len(lines) > 0 else 0
+                gradient = sources[0] + i * size
+                update(np.int64(rows[i]), line, gradient, scale, addresses, shift, dim, size, scalars)
+    else:
+        for i in range(len(rows)):
+            if i + AHEAD < len(rows) and rows[i + AHEAD] >= 0:
+                ask_for(np.int64(rows[i + AHEAD]), addresses, shift, size)
+                for k in range(bounds[i + AHEAD], bounds[i + AHEAD + 1]):
+                    for far in range(0, size, 4 * LINE):
+                        prefetch(sources[k] + far)
+            if rows[i] >= 0:
+                line = np.int64(lines[i]) if len(lines) > 0 else 0
+                gradient = total(sources, bounds[i], bounds[i + 1], dim, sums)
+                update(np.int64(rows[i]), line, gradient, scale, addresses, shift, dim, size, scalars)
 '''
 
 EACH = """\
-        for j in range(dim):
-            {targets} = {name}({arguments})
+    for j in range(dim):
+        {targets} = {name}({arguments})
 {writes}
 """
 
@@ -73,18 +115,18 @@ def square(gradient, j, scale):
 """
 
 ROWWISE = """\
-        a, b, c, d = float32(0), float32(0), float32(0), float32(0)
-        for j in range(0, dim - 3, 4):
-            a += square(gradient, j, scale)
-            b += square(gradient, j + 1, scale)
-            c += square(gradient, j + 2, scale)
-            d += square(gradient, j + 3, scale)
-        for j in range(dim // 4 * 4, dim):
-            a += square(gradient, j, scale)
-        squares = load(place1, 0, 2) + ((a + b) + (c + d)) / float32(dim)
-        store(place1, 0, squares, 2)
-        for j in range(dim):
-            store(place0, j, {name}({arguments}), VALUES)
+    a, b, c, d = float32(0), float32(0), float32(0), float32(0)
+    for j in range(0, dim - 3, 4):
+        a += square(gradient, j, scale)
+        b += square(gradient, j + 1, scale)
+        c += square(gradient, j + 2, scale)
+        d += square(gradient, j + 3, scale)
+    for j in range(dim // 4 * 4, dim):
+        a += square(gradient, j, scale)
+    squares = load(place1, 0, 2) + ((a + b) + (c + d)) / float32(dim)
+    store(place1, 0, squares, 2)
+    for j in range(dim):
+        store(place0, j, {name}({arguments}), VALUES)
 """
 
 
@@ -105,19 +147,19 @@ def row_source(rule: Rule) -> str:
         name=generated_name(function),
         arguments=", ".join([*arguments, *(f"scalar{k}" for k in range(scalars))]),
         targets=", ".join(targets),
-        writes="\n".join(" " * 12 + write for write in writes),
+        writes="\n".join(" " * 8 + write for write in writes),
     )
     prefetches = [
-        f"            address = place_of(ahead, addresses[{k}], shift, {size})\n"
-        f"            for far in range(0, {size}, LINE):\n"
-        f"                prefetch(address + far)"
+        f"    address = place_of(row, addresses[{k}], shift, {size})\n"
+        f"    for far in range(0, {size}, 4 * LINE):\n"
+        f"        prefetch(address + far)"
         for k, size in zip(places, sizes, strict=True)
     ]
     unpack = [
-        f"        place{k} = place_of(row, addresses[{k}], shift, {size})"
+        f"    place{k} = place_of(row, addresses[{k}], shift, {size})"
         for k, size in zip(places, sizes, strict=True)
     ]
-    unpack += [f"        scalar{k} = scalars[line, {k}]" for k in range(scalars)]
+    unpack += [f"    scalar{k} = scalars[line, {k}]" for k in range(scalars)]
     shape = (0, 1 + scalars) if rule.rows_only else (states, scalars)
     definitions = (SQUARE if rule.rows_only else "") + float32_source(function, *shape)
     return TEMPLATE.format(
@@ -134,9 +176,11 @@ _compiled: dict[tuple[object, int, int], Callable[..., None]] = {}
 def row_rule(rule: Rule) -> Callable[..., None]:
     """The compiled row pass of `rule`; blocks while it is compiled the first time.
 
-    It takes rows int32[n], the address of float32[n, dim] gradients, their divisor, the addresses of the
-    slabs (values, then states), their shift, dim, scalars float32[m, k] and, unless m is 1, which of the m
-    each row takes, int32[n].
+    It takes rows int32[n]; `sources` and `bounds`; the divisor; the addresses of the slabs (values, then
+    states), their shift; dim; scalars float32[m, k] and, unless m is 1, which of the m each row takes,
+    int32[n]. The gradient of row i is the sum, in order, of those at the addresses
+    sources[bounds[i] : bounds[i + 1]], of which there is at least one; or, where `bounds` is empty, stands at
+    place i of float32[n, dim] at sources[0].
     """
     key = rule.function(), len(rule.states()), len(rule.scalars(0, 1))
     if key not in _compiled:
@@ -144,9 +188,14 @@ def row_rule(rule: Rule) -> Callable[..., None]:
     return _compiled[key]
 
 
-def gather(rows: Rows, slabs: Slabs, dim: int, out: Array) -> None:
-    """Copy rows of slab 0 to `out` (float32[n, dim]); where a row is −1, `out` stays as it was."""
-    _loops().gather(rows, slabs.addresses[0], slabs.shift, dim, out.ctypes.data)
+def gather(rows: Rows, slabs: Slabs, width: int, out: NDArray[Any], slab: int = 0) -> None:
+    """Copy rows of a slab to `out` (4 bytes [n, width]); where a row is −1, `out` stays as it was."""
+    _loops().gather(rows, slabs.addresses[slab], slabs.shift, width, out.ctypes.data)
+
+
+def scatter(rows: Rows, slabs: Slabs, width: int, source: NDArray[Any], slab: int = 0) -> None:
+    """Copy `source` (4 bytes [n, width], contiguous) to rows of a slab, each of which appears once."""
+    _loops().scatter(rows, slabs.addresses[slab], slabs.shift, width, source.ctypes.data)
 
 
 def combine(inverse: Ids, gradients: Array, sums: Array, seen: NDArray[np.uint8]) -> None:
@@ -177,6 +226,13 @@ def ages(rows: Rows, slabs: Slabs, slab: int, now: int) -> NDArray[np.uint32]:
     out = np.empty(len(rows), dtype=np.uint32)
     _loops().ages(rows, slabs.addresses[slab], slabs.shift, np.uint32(now & 0xFFFFFFFF), out)
     return out
+
+
+def oldest(ids: Ids, ages: NDArray[np.uint32], bounds: Ids, kept: int) -> Ids:
+    """All but `kept` of each run ids[bounds[i] : bounds[i + 1]]: the oldest; of one age, the smallest."""
+    out = np.empty(len(ids), dtype=np.int64)
+    count = _loops().oldest(ids, ages, bounds, kept, out)
+    return out[:count]
 
 
 @functools.cache

@@ -2,23 +2,29 @@
 
 Invariants:
 - A row's bytes stay where they are for the life of the slabs.
-- A fresh chunk is address space only: the machine gives it pages when rows in it are first written, so
-  no push pays for more than the rows it brings.
+- A fresh chunk is address space only: the system gives it pages when rows in it are first written, so
+  no push pays for more than the rows it brings, or before that by `populate`.
 - A row starts at a multiple of its own size from the start of its chunk, which starts a cache line.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from headwater.errors import EnvironmentFailure
 
 CHUNK = 16 << 20
 """Bytes of the largest slab's chunks, unless a single row is larger."""
 
 _HUGE_PAGE = 2 << 20
+_POPULATE_WRITE = 23
+"""Linux 5.14: have the system give pages to memory; what is in it stays."""
 
 
 class Slabs:
@@ -40,17 +46,36 @@ class Slabs:
         self._chunks: list[list[NDArray[np.uint8]]] = []
 
     def reserve(self, rows: int) -> None:
-        """Make room for rows [0, rows); costs nothing by the row.
+        """Make room for rows [0, rows), all or nothing; costs nothing by the row.
 
         Raises:
-            MemoryError: the machine has no more address space.
+            EnvironmentFailure: the system has no more memory.
         """
-        while len(self._chunks) << self.shift < rows:
-            large = self._large or bool(self._chunks)
-            self._chunks.append([_chunk(size << self.shift, large) for size in self.row_bytes])
-            self.addresses = np.array(
-                [[part.ctypes.data for part in chunk] for chunk in self._chunks], dtype=np.int64
-            ).T.copy()
+        added: list[list[NDArray[np.uint8]]] = []
+        while (len(self._chunks) + len(added)) << self.shift < rows:
+            large = self._large or bool(self._chunks or added)
+            added.append([_chunk(size << self.shift, large) for size in self.row_bytes])
+        if added:
+            starts = np.array([[part.ctypes.data for part in chunk] for chunk in added], dtype=np.int64)
+            self.addresses = np.ascontiguousarray(np.hstack([self.addresses, starts.T]))
+            self._chunks += added
+
+    def populate(self, first: int, rows: int) -> None:
+        """Have rows [first, first + rows) backed by memory, as far as there is room for them.
+
+        Changes nothing in them, so it may run beside anything else; blocks without the interpreter's lock.
+        Does nothing where the system cannot, and then the first write of a row does it.
+        """
+        populate, starts, page = _madvise(), self.addresses, mmap.PAGESIZE
+        last = min(first + rows, starts.shape[1] << self.shift)
+        while first < last:
+            chunk = first >> self.shift
+            stop = min(last, (chunk + 1) << self.shift)
+            for slab, size in enumerate(self.row_bytes):
+                begin = int(starts[slab, chunk]) + (first - (chunk << self.shift)) * size
+                begin, end = begin - begin % page, begin + (stop - first) * size
+                populate(begin, end - begin, _POPULATE_WRITE)
+            first = stop
 
     def place(self, slab: int, rows: NDArray[np.int32]) -> NDArray[np.int64]:
         """int64[rows]: the address of each row in one slab."""
@@ -64,9 +89,22 @@ class Slabs:
 
 def _chunk(size: int, large: bool) -> NDArray[np.uint8]:
     """`size` bytes of fresh memory, in huge pages where `large`; the array owns it."""
-    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"the system has no more memory for a table's rows ({error}): use more servers or machines"
+        ) from error
     if large and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(memory, dtype=np.uint8)
     skipped = -whole.ctypes.data % _HUGE_PAGE
     return whole[skipped : skipped + size]
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int]:
+    """The system's; called without the interpreter's lock. Its failures are harmless here."""
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return function

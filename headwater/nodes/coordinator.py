@@ -1,36 +1,43 @@
 """The coordinator node: takes members in, tells the servers the roster, notices deaths, collects statistics.
 
-A member's connection is its membership: closed without Departed it is a death, and a new term begins.
-Every server knows a new member before the member itself is welcomed.
+A member's connection is its membership: closed without Departed it is a death, and so is the end of its
+lease. Every change of the roster is a new term. Every server knows a new member before the member itself is
+welcomed.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import msgspec
-
 from headwater import messages as m
-from headwater.errors import HeadwaterError, ProtocolError, RefusedError
+from headwater.errors import HeadwaterError, ProtocolError, RefusedError, named
+from headwater.nodes.controls import Controls
 from headwater.nodes.leases import LeaseDesk
+from headwater.nodes.overview import overview
 from headwater.nodes.threads import ConnectionThreads
-from headwater.roster import RosterBook
+from headwater.roster import Departure, RosterBook
 from headwater.splits import unvisited_parts
 from headwater.wire.channel import Channel
-from headwater.wire.listener import Listener, dial
+from headwater.wire.listener import Listener
 
 _log = logging.getLogger("headwater.coordinator")
 
-_SERVER_S = 10.0
-"""How long a server may take to acknowledge a roster or to answer a question, in seconds."""
+_FIRST_S = 10.0
+"""How long a stranger may take to say what it wants, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterSettings:
-    """What every member is told. `settings`: the user's own, for `worker.settings`; times in seconds."""
+    """What every member is told. `settings`: the user's own, for `worker.settings`; times in seconds.
+
+    A member that is not heard of for `lease` is declared dead; it lets itself be heard of three times in one.
+    `rewinds`: when a shard is lost everything begins anew from a checkpoint, instead of ending.
+    `generation`: of the log, to begin with.
+    """
 
     workers: int
     servers: int
@@ -38,42 +45,68 @@ class ClusterSettings:
     settings: dict[str, m.Scalar] = field(default_factory=dict)
     patience: float = 10.0
     deadline: float = 600.0
+    lease: float = 15.0
+    replicas: int = 0
+    rewinds: bool = False
+    generation: int = 0
 
 
 class CoordinatorNode:
     """The master node of one cluster.
+
+    Args:
+        on_departure: told of every server, standby and worker that ended without leaving; called from a
+            thread of the coordinator, which it may not block for long.
 
     Attributes:
         address: where nodes join and `headwater status` asks.
         progress: the last statistics each rank sent, kept after it left.
     """
 
-    def __init__(self, settings: ClusterSettings) -> None:
+    def __init__(
+        self, settings: ClusterSettings, on_departure: Callable[[Departure], None] = lambda departure: None
+    ) -> None:
         self.settings = settings
         self.progress: dict[int, m.Progress] = {}
-        self._book = RosterBook(settings.workers, settings.servers)
+        self._on_departure = on_departure
+        self._book = RosterBook(
+            settings.workers, settings.servers, lease_s=settings.lease, generation=settings.generation
+        )
         self._leases = LeaseDesk(settings.workers, self._recorded)
         self._changed = threading.Condition()
-        self._controls: dict[int, Channel] = {}
-        self._controlling = threading.Lock()
-        self._closed = False
+        self._members: dict[int, Channel] = {}
+        self._ended: m.Refused | None = None
+        self._closing = threading.Event()
         self._threads = ConnectionThreads("headwater-coordinator")
+        self._controls = Controls(self._threads)
         listener = Listener("unix")
         self.address = listener.address
         self._threads.listen(listener, self._serve)
+        self._threads.start(self._watch_leases, "leases")
 
     def close(self) -> None:
-        """End every connection and thread; idempotent."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        """End every connection and thread; idempotent. Members are told that the cluster is closed."""
+        self.end("ConnectionLostError", "the cluster is closed")
+        self._closing.set()
         self._threads.close_channels()
         self._threads.join()
+
+    def end(self, error: str, reason: str) -> None:
+        """Refuse everybody from now on, with an error of this name: those who ask, and those who wait."""
+        refusal = m.Refused(error, reason)
+        with self._changed:
+            if self._ended is not None:
+                return
+            self._ended = refusal
+            channels, self._members = list(self._members.values()), {}
+            self._changed.notify_all()
+        for channel in channels:
+            _say_goodbye(channel, refusal)
 
     # ── members ─────────────────────────────────────────────────────────────────────────────────
 
     def _serve(self, channel: Channel) -> None:
-        received = channel.receive(timeout=_SERVER_S)
+        received = channel.receive(timeout=_FIRST_S)
         first = received.message if received is not None else None
         if isinstance(first, m.Ask):
             channel.send(self.statistics())
@@ -84,39 +117,57 @@ class CoordinatorNode:
 
     def _serve_member(self, channel: Channel, join: m.Join) -> None:
         try:
-            member = self._take_in(join)
+            member = self._take_in(join, channel)
         except HeadwaterError as error:
             channel.send(m.Refused(type(error).__name__, str(error)))
             return
         departed = False
         try:
             channel.send(self._welcome(member, self._position(member)))
-            while (received := channel.receive()) is not None:
-                if isinstance(received.message, m.Progress):
-                    self.progress[member.index] = received.message
-                elif isinstance(received.message, m.Departed):
-                    departed = True
-                elif isinstance(received.message, m.Lease | m.Finish):
-                    self._leases.serve(member, channel, received.message)
-                else:
-                    raise ProtocolError(f"a member sent {type(received.message).__name__}")
+            if member.role == "standby":
+                self._publish()  # it takes part in rosters once it knows who it is
+            while not departed and (received := channel.receive()) is not None:
+                self._heard(member)
+                departed = isinstance(received.message, m.Departed)
+                if not departed and self._is_member(member):
+                    self._take(member, channel, received.message)
         finally:
-            self._strike_off(member, departed)
+            self._strike_off(member, departed, "its connection to the coordinator ended")
 
-    def _take_in(self, join: m.Join) -> m.Member:
+    def _take(self, member: m.Member, channel: Channel, message: m.AnyMessage) -> None:
+        """Whatever a member says between Welcome and Departed."""
+        if isinstance(message, m.Progress):
+            self.progress[member.index] = message
+        elif isinstance(message, m.Lease | m.Finish):
+            self._leases.serve(member, channel, message)
+        elif isinstance(message, m.Locate):
+            channel.send(self._whereabouts())
+        elif isinstance(message, m.CaughtUp):
+            self._caught_up(message.standby)
+        elif isinstance(message, m.Mislaid):
+            self._dismiss(message.standby)
+        elif not isinstance(message, m.Heartbeat):
+            raise ProtocolError(f"a member sent {type(message).__name__}")
+
+    def _take_in(self, join: m.Join, channel: Channel) -> m.Member:
         """Enter a node into the roster; blocks until all servers are there."""
         with self._changed:
             if join.role != "server":
-                self._changed.wait_for(lambda: self._book.complete() or self._closed)
-            if self._closed:
-                raise RefusedError("the cluster is closing")
-            member = self._book.join(join)
+                self._changed.wait_for(lambda: self._book.complete() or self._ended)
+            self._check_not_ended()
+            member = self._book.join(join, time.monotonic())
+            self._members[member.id] = channel
             self._changed.notify_all()
             if join.role == "server":
-                self._changed.wait_for(lambda: self._book.complete() or self._closed)
-        if join.role != "server":
+                self._changed.wait_for(lambda: self._book.complete() or self._ended)
+                self._check_not_ended()
+        if join.role in ("worker", "observer"):
             self._publish()
         return member
+
+    def _check_not_ended(self) -> None:
+        if self._ended is not None:
+            raise named(self._ended.error, self._ended.reason, default=RefusedError)
 
     def _position(self, member: m.Member) -> m.Position | None:
         """Where the log recorded a worker's rank."""
@@ -132,9 +183,7 @@ class CoordinatorNode:
         """Everybody's positions, as server 0 has recorded them; blocks for its answer."""
         with self._changed:
             servers = self._book.of("server")[:1]
-        with self._controlling:
-            answers = [self._ask(server, m.Ask()) for server in servers]
-        return next((a.recorded for a in answers if isinstance(a, m.ServerStatistics)), m.Recorded())
+        return next((answer.recorded for answer in self._controls.ask(servers)), m.Recorded())
 
     def _welcome(self, member: m.Member, position: m.Position | None) -> m.Welcome:
         settings = self.settings
@@ -148,18 +197,53 @@ class CoordinatorNode:
                 settings=settings.settings,
                 patience=settings.patience,
                 deadline=settings.deadline,
+                heartbeat=settings.lease / 3,
+                generation=self._book.generation,
                 position=position,
             )
 
-    def _strike_off(self, member: m.Member, departed: bool) -> None:
+    def _whereabouts(self) -> m.Whereabouts:
         with self._changed:
-            gone = self._book.remove(member.id)
-        if gone is None or self._closed:
+            return m.Whereabouts(self._book.term, self._book.of("server"))
+
+    # ── the end of a membership ─────────────────────────────────────────────────────────────────
+
+    def _heard(self, member: m.Member) -> None:
+        with self._changed:
+            self._book.heard(member.id, time.monotonic())
+
+    def _is_member(self, member: m.Member) -> bool:
+        with self._changed:
+            return member.id in self._members
+
+    def _watch_leases(self) -> None:
+        """Declare dead who was not heard of for a lease, and tell servers again that were left behind."""
+        while not self._closing.wait(self.settings.lease / 10):
+            with self._changed:
+                expired = self._book.expired(time.monotonic())
+            for member in expired:
+                self._strike_off(member, False, f"nothing was heard of it for {self.settings.lease:g} s")
+            if self._controls.behind:
+                self._publish()
+
+    def _strike_off(self, member: m.Member, departed: bool, why: str) -> None:
+        with self._changed:
+            channel = self._members.pop(member.id, None)
+            departure = self._book.remove(member.id)
+            ended = self._ended is not None
+        if departure is None or ended:
             return
+        if channel is not None and not departed:
+            _say_goodbye(channel, m.Refused("RefusedError", f"{_named(member)} was declared dead: {why}"))
         if not departed and member.role != "observer":
-            _log.warning("%s %d (pid %d) is gone without leaving", member.role, member.index, member.pid)
-        if member.role != "server":
+            heir = f"; its standby (pid {departure.heir.pid}) takes over" if departure.heir else ""
+            _log.warning("%s is gone without leaving: %s%s", _named(member), why, heir)
+        if departure.loses_shard:
+            self._lose(f"{_named(member)} is gone, and nobody else has its shard: {why}")
+        else:
             self._publish()
+        if not departed and member.role != "observer":
+            self._on_departure(departure)
         self._leases.gone(member.id)
         if member.role == "worker" and not departed:
             self._tell_rest(member)
@@ -174,79 +258,77 @@ class CoordinatorNode:
                 member.index,
             )
 
+    def _lose(self, reason: str) -> None:
+        """A shard is lost with all its copies."""
+        if not self.settings.rewinds:
+            self.end("ConnectionLostError", reason)
+            return
+        refusal = m.Refused("RewoundError", f"{reason}; training begins anew from the last checkpoint")
+        with self._changed:
+            self._book.begin_anew()
+            channels, self._members = list(self._members.values()), {}
+            self._leases = LeaseDesk(self.settings.workers, self._recorded)
+        _log.warning("%s", refusal.reason)
+        for channel in channels:
+            _say_goodbye(channel, refusal)
+        self._controls.close()
+
+    # ── standbys ────────────────────────────────────────────────────────────────────────────────
+
+    def _caught_up(self, standby: int) -> None:
+        with self._changed:
+            known = self._book.caught_up(standby)
+        if known:
+            self._publish()
+
+    def _dismiss(self, standby: int) -> None:
+        """A server lost the connection to its standby, which therefore no longer has all it has."""
+        with self._changed:
+            member = self._book.member(standby)
+        if member is not None and member.role == "standby":
+            self._strike_off(member, False, "its server lost the connection to it")
+
     # ── servers ─────────────────────────────────────────────────────────────────────────────────
 
     def _publish(self) -> None:
-        """Tell every server the roster; blocks until all have it. Rosters arrive in order of terms."""
-        with self._controlling:
-            with self._changed:
-                roster, servers = self._book.view(), self._book.of("server")
-            for server in servers:
-                self._ask(server, roster)
+        """Tell every server the roster; blocks until all that live have it."""
+        self._controls.publish(self._view)
 
-    def _ask(self, server: m.Member, question: m.Roster | m.Ask) -> m.AnyMessage:
-        """One request on the control connection to a server; under `_controlling`."""
-        channel = self._controls.get(server.id)
-        if channel is None:
-            channel = self._threads.own(dial(server.addresses[0], timeout=_SERVER_S))
-            channel.send(m.Hello(0, "coordinator", self._book.term))
-            self._controls[server.id] = channel
-        channel.send(question)
-        received = channel.receive(timeout=_SERVER_S)
-        if received is None:
-            raise RefusedError(f"server {server.index} closed its connection")
-        return received.message
+    def _view(self) -> m.Roster:
+        with self._changed:
+            return self._book.view()
 
     # ── what a person sees ──────────────────────────────────────────────────────────────────────
 
     def statistics(self) -> m.ClusterStatistics:
         """The state of the cluster now; asks every server and blocks for their answers."""
+        now = time.monotonic()
         with self._changed:
-            members, term = self._book.view().members, self._book.term
-            servers = self._book.of("server") if self._book.complete() else ()
-        with self._controlling:
-            answers = [self._ask(server, m.Ask()) for server in servers]
-        reports = {a.index: a for a in answers if isinstance(a, m.ServerStatistics)}
-        version = max((report.version for report in reports.values()), default=0)
-        return m.ClusterStatistics(
-            term=term,
-            version=version,
-            workers=self.settings.workers,
+            roster = self._book.view()
+            hosts = [*self._book.of("server"), *self._book.of("standby")] if self._book.complete() else []
+            silence = {member.id: self._book.silence(member.id, now) for member in roster.members}
+            unreplicated = self._book.unreplicated() if self.settings.replicas else []
+        return overview(
+            roster=roster,
+            address=self.address,
             sync=self.settings.sync,
-            nodes=(
-                m.NodeStatistics("coordinator", os.getpid(), self.address, term, version, None, index=0),
-                *(self._node(member, reports) for member in sorted(members, key=lambda x: (x.role, x.index))),
-            ),
-            models=reports[0].models if 0 in reports else (),
-            tables=_in_all([report.tables for report in reports.values()]),
-            progress=tuple(self.progress[rank] for rank in sorted(self.progress)),
-            unvisited=(
-                *self._leases.unvisited(),
-                *(unvisited_parts(reports[0].recorded, self._ranks()) if 0 in reports else ()),
-            ),
-        )
-
-    def _node(self, member: m.Member, reports: dict[int, m.ServerStatistics]) -> m.NodeStatistics:
-        address = member.addresses[0] if member.addresses else member.host
-        if member.role == "server" and member.index in reports:
-            report = reports[member.index]
-            return m.NodeStatistics(
-                "server", member.pid, address, report.term, report.version, None, index=member.index
-            )
-        progress = self.progress.get(member.index)
-        seen = progress.version if progress is not None and progress.member == member.id else 0
-        waits = reports[0].waits.get(member.id) if 0 in reports else None
-        return m.NodeStatistics(
-            member.role, member.pid, address, self._book.term, seen, waits, rank=member.index
+            reports=self._controls.ask(hosts),
+            progress=dict(self.progress),
+            silence=silence,
+            unreplicated=unreplicated,
+            unvisited=self._leases.unvisited(),
         )
 
 
-def _in_all(parts: list[tuple[m.TableStatistics, ...]]) -> tuple[m.TableStatistics, ...]:
-    """Each table over all servers; those that not every server told of yet are left out."""
-    counted = ("rows", "resident", "refused", "expired", "pulled", "hits")
-    return tuple(
-        msgspec.structs.replace(
-            tables[0], **{name: sum(getattr(table, name) for table in tables) for name in counted}
-        )
-        for tables in zip(*parts, strict=False)
-    )
+def _named(member: m.Member) -> str:
+    return f"{member.role} {member.index} (pid {member.pid})"
+
+
+def _say_goodbye(channel: Channel, refusal: m.Refused) -> None:
+    """Tell a member why, as the last thing it hears; it hangs up, for what it sent last would else be lost
+    together with this."""
+    try:
+        channel.send(refusal, timeout=1.0)
+        channel.finish()
+    except HeadwaterError:
+        channel.close()  # it is gone already, or takes nothing

@@ -76,14 +76,14 @@ class Intake:
         """
         return self._rows.staged(message)
 
-    def staging(self, message: m.Request | m.Scratch, descriptors: list[int]) -> Staging | None:
-        """The memory that comes with Register and Attach, or stays with Scratch; takes over the descriptors.
+    def staging(self, message: m.Request | m.Scratch | m.Renew, descriptors: list[int]) -> Staging | None:
+        """The memory that comes with Register, Attach and Renew; takes over the descriptors, Scratch's too.
 
         Raises:
             ProtocolError: the window is not what the message says.
         """
         try:
-            if isinstance(message, m.Register | m.Attach):
+            if isinstance(message, m.Register | m.Attach | m.Renew):
                 return self._memory(message, descriptors)
             if isinstance(message, m.Scratch):
                 self._rows.map(message, descriptors)
@@ -94,7 +94,7 @@ class Intake:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def _memory(self, message: m.Register | m.Attach, descriptors: list[int]) -> Staging:
+    def _memory(self, message: m.Register | m.Attach | m.Renew, descriptors: list[int]) -> Staging:
         layout = self._layout_of(message)
         start, stop = self._shard.range_of(layout)
         if message.window is None:
@@ -109,7 +109,7 @@ class Intake:
         )
         return Staging(view.gradients, view.parameters)
 
-    def _layout_of(self, message: m.Register | m.Attach) -> Layout:
+    def _layout_of(self, message: m.Register | m.Attach | m.Renew) -> Layout:
         if isinstance(message, m.Register):
             return Layout(message.spec.tensors)
         vector = self._shard.vectors.get(message.model)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from headwater import messages as m
-from headwater.errors import ConnectionLostError, HeadwaterError, ProtocolError, StalledError, named
+from headwater.errors import ConnectionLostError, HeadwaterError, ProtocolError, StalledError
 from headwater.nodes.session import Session
 from headwater.splits import LeaseBook, Replies
 from headwater.wire.channel import Channel
@@ -98,7 +98,7 @@ class LeaseClient:
         """
         self._number += 1
         began = time.monotonic()
-        self._session.membership.send(request(self._number))
+        self._session.membership.tell(request(self._number))
         try:
             reply = self._receive(began, "")
             if isinstance(reply, m.Unleased) and not reply.over:
@@ -110,7 +110,7 @@ class LeaseClient:
 
     def finish(self, finish: m.Finish) -> None:
         """Give back; does not wait for an answer, as there is none."""
-        self._session.membership.send(finish)
+        self._session.membership.tell(finish)
 
     def _receive(self, began: float, reason: str) -> m.Leased | m.Unleased:
         """The next answer to the outstanding request; earlier ones are of requests given up."""
@@ -120,15 +120,12 @@ class LeaseClient:
             if left <= 0:
                 raise StalledError(f"no split for {welcome.deadline:g} s: {reason or 'no word of why'}")
             try:
-                received = self._session.membership.receive(timeout=min(left, welcome.patience))
+                message = self._session.membership.next_message(min(left, welcome.patience))
             except TimeoutError:
                 _log.warning("worker %d: %s", welcome.member.index, reason or "waits for a split")
                 continue
-            if received is None:
-                raise ConnectionLostError("the coordinator closed the connection: no more splits")
-            message = received.message
-            if isinstance(message, m.Refused):
-                raise named(message.error, message.reason, default=ProtocolError)
+            if isinstance(message, m.Whereabouts):
+                continue  # of a question given up
             if not isinstance(message, m.Leased | m.Unleased):
                 raise ProtocolError(f"the coordinator sent {type(message).__name__}, expected a split")
             if message.number == self._number:

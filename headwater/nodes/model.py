@@ -321,6 +321,18 @@ class Model:
         """Note that the window's parameters may differ from those of any version."""
         self._fresh, self.read_version = False, -1
 
+    def renew(self) -> None:
+        """Go on in a window with the same content that nobody else has."""
+        if isinstance(self._memory, Window):
+            self._memory.renew()
+
+    def offer(self, server: int) -> Outgoing | None:
+        """The frame that gives the window to a server that knows this model as registered by this member."""
+        if self.id < 0:
+            return None
+        window, descriptors = self._window(server)
+        return Outgoing(m.Renew(self.id, window), (), descriptors)
+
     def range_of(self, server: int) -> Array:
         """float32 memory of a server's range of the parameters."""
         start, stop = self._cuts[server]
@@ -328,13 +340,20 @@ class Model:
 
     def release(self) -> None:
         """Give the window's descriptor back; its memory lives as long as arrays made from it."""
+        if self in self._session.memories:
+            self._session.memories.remove(self)
         if isinstance(self._memory, Window):
             self._memory.release()
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
     def _join(self, outgoing: Callable[[int, int], Outgoing], what: str) -> None:
-        answer = self._call(outgoing, f"{what} {self.name!r}", lambda server, _: [self.range_of(server)])
+        self._session.memories.append(self)
+        try:
+            answer = self._call(outgoing, f"{what} {self.name!r}", lambda server, _: [self.range_of(server)])
+        except BaseException:
+            self._session.memories.remove(self)
+            raise
         assert answer.model is not None
         self.id = answer.model
         self._session.receivers[self.id] = self

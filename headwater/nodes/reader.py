@@ -31,7 +31,7 @@ def read_parameters(coordinator: str) -> tuple[int, dict[str, dict[str, NDArray[
         for model in models:
             model.release()
         session.ask(m.Leave, "leave")
-        session.membership.send(m.Departed(session.welcome.member.id))
+        session.membership.tell(m.Departed(session.welcome.member.id))
         return answer.version, values
     finally:
         session.close()

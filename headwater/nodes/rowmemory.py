@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
+from headwater.errors import ConnectionLostError
 from headwater.kernels.arrange import Ids, Plan
 from headwater.nodes.session import Session
+from headwater.wire.channel import Outgoing
 from headwater.wire.scratch import Scratch
 from headwater.wire.shared_memory import windows_possible
 
@@ -42,6 +44,7 @@ class RowMemory:
         self._shared = [can and channel.can_pass_descriptors for channel in session.channels]
         self._scratch = Scratch(shared=any(self._shared))
         self._announced = 0
+        session.memories.append(self)
 
     def take(self, plan: Plan, dim: int) -> Place:
         """A place with the plan's ids written to it. A pull under way must have arrived before.
@@ -80,11 +83,28 @@ class RowMemory:
         """Give the servers the window if they do not have this one yet; before a message with places."""
         if self._announced == self._scratch.generation:
             return
-        spec = m.WindowSpec(self._scratch.generation, len(self._scratch.memory))
-        for channel, shared in zip(self._session.channels, self._shared, strict=True):
-            if shared:
-                channel.send(m.Scratch(spec), descriptors=(self._scratch.descriptor,))
+        try:
+            for channel, shared in zip(self._session.channels, self._shared, strict=True):
+                if shared:
+                    channel.send(self._announcement(), descriptors=(self._scratch.descriptor,))
+        except ConnectionLostError:
+            pass  # the exchange that follows connects anew, and offers it
         self._announced = self._scratch.generation
+
+    def renew(self) -> None:
+        """Go on in a window with the same content that nobody else has."""
+        if self._scratch.generation:
+            self._scratch.renew()
+            self._announced = self._scratch.generation
+
+    def offer(self, server: int) -> Outgoing | None:
+        """The frame that gives the window to a server."""
+        if not self._shared[server] or not self._scratch.generation:
+            return None
+        return Outgoing(self._announcement(), (), (self._scratch.descriptor,))
+
+    def _announcement(self) -> m.Scratch:
+        return m.Scratch(m.WindowSpec(self._scratch.generation, len(self._scratch.memory)))
 
     def part(self, place: Place, table: int, server: int) -> m.Rows:
         """What a message says of one server's rows."""

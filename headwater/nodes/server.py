@@ -1,37 +1,44 @@
-"""A server node: its shard, the sequencer beside it on server 0, and a thread for every connection.
+"""A server node: its shard's way through the log, the sequencer beside it on server 0, its standby.
 
-Locks: `_deciding` guards the sequencer and the order in which entries leave; `_lock` guards the
-shard and is held during its passes. Nothing is sent or received under either.
+A standby is the same node in another role: it follows a server until the roster says that it is that server.
+A thread for every connection; nothing is sent or received while a lock is held.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
+import os
 import threading
-from collections import deque
 from dataclasses import dataclass
 
 from headwater import messages as m
-from headwater.errors import ProtocolError, UsageError
-from headwater.nodes.intake import Intake
-from headwater.nodes.join import join
-from headwater.nodes.link import Link
+from headwater.errors import ConnectionLostError, EngineError, HeadwaterError, ProtocolError
+from headwater.nodes.course import Course
+from headwater.nodes.membership import Membership
+from headwater.nodes.mirror import Mirror
+from headwater.nodes.replica import Replica
+from headwater.nodes.reporting import Reporting
+from headwater.nodes.restoring import restored
+from headwater.nodes.sequencing import Policy
+from headwater.nodes.serving import MemberConnection
 from headwater.nodes.threads import ConnectionThreads
-from headwater.sequencer import Sequencer
 from headwater.shard import Shard
 from headwater.sync import parse_sync
-from headwater.wire.channel import Channel, Received
+from headwater.wire.channel import Channel
 from headwater.wire.listener import Listener, dial
 
-_READING = (m.Attach, m.Pull, m.PullRows, m.CountRows, m.ReadState, m.Leave)
-
 _log = logging.getLogger("headwater.server")
+
+_DIAL_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """Where a server belongs. `transport`: "unix" (with windows) or "tcp" (values by payload)."""
+    """Where a server belongs. `transport`: "unix" (with windows) or "tcp" (values by payload).
+
+    `role`: "server", or "standby" of the server with this index; `replicas`: of every server. `restore`: path
+    of the checkpoint that a server begins with, "" for none.
+    """
 
     index: int
     servers: int
@@ -39,6 +46,10 @@ class ServerSettings:
     coordinator: str
     transport: str = "unix"
     patience: float = 10.0
+    role: m.Role = "server"
+    replicas: int = 0
+    min_workers: int = 1
+    restore: str = ""
 
 
 class ServerNode:
@@ -46,25 +57,28 @@ class ServerNode:
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
-        sync = parse_sync(settings.sync)
-        self._shard = Shard(settings.index, settings.servers, sync.reduce)
-        self._sequencer = Sequencer(settings.servers, sync) if settings.index == 0 else None
-        self._lock = threading.Lock()
-        self._deciding = threading.Lock()
-        self._log: deque[m.AnyEntry] = deque()
-        self._entry_links: dict[int, Link[m.AnyEntry]] = {}
-        self._report_link: Link[m.Held] = Link(lambda held: m.Reports(settings.index, held))
-        self._outboxes: dict[int, queue.SimpleQueue[m.Answer | None]] = {}
-        self._term = 0
-        self._members: dict[int, m.Member] = {}
-        self._server_ids: dict[int, int] = {}
-        self._welcomed = threading.Event()
-        self._threads = ConnectionThreads(f"headwater-server-{settings.index}")
+        self._sync = parse_sync(settings.sync)
+        place = settings.index, settings.servers, self._sync.reduce
+        begins = settings.restore and settings.role == "server"
+        shard = restored(settings.restore, *place) if begins else Shard(*place)
+        self._threads = ConnectionThreads(f"headwater-{settings.role}-{settings.index}")
+        self._course = Course(shard, replicated=settings.replicas > 0)
+        policy = Policy(self._sync, settings.min_workers, settings.replicas > 0)
+        self._reporting = Reporting(
+            self._course, settings.index, settings.servers, policy, self._threads, self._fail
+        )
+        self._role: m.Role = settings.role
+        self._roster = m.Roster(0, 0, ())
+        self._known = threading.Condition()
+        self._membership: Membership | None = None
+        self._closed = False
+        self._joined, self._ended = threading.Event(), threading.Event()
+        self._why = ""
 
     # ── life ────────────────────────────────────────────────────────────────────────────────────
 
     def start(self) -> None:
-        """Listen, join the coordinator and link up with the sequencer; blocks until all servers joined.
+        """Listen and join the coordinator; blocks until all servers have joined.
 
         Raises:
             ConnectionLostError: the coordinator cannot be reached.
@@ -73,33 +87,61 @@ class ServerNode:
         listener = Listener("unix" if self.settings.transport == "unix" else "tcp")
         self._threads.listen(listener, self._serve)
         try:
-            self._join(listener.address)
+            settings = self.settings
+            membership = Membership(settings.coordinator, settings.role, settings.index, (listener.address,))
         except BaseException:
             self.close()
             raise
+        self._membership = membership
+        self._joined.set()
+        self._threads.start(self._watch_membership, "membership")
+        if self._closed:
+            membership.close()
 
-    def _join(self, address: str) -> None:
-        index = self.settings.index
-        _, welcome = join(
-            self.settings.coordinator, "server", index, addresses=(address,), own=self._threads.own
-        )
-        self._term = welcome.term
-        self._server_ids = {server.id: server.index for server in welcome.servers}
-        if self._sequencer is not None:
-            self._entry_links = {i: Link(m.Entries) for i in range(1, self.settings.servers)}
-        else:
-            first = self._threads.own(dial(welcome.servers[0].addresses[0], timeout=self.settings.patience))
-            first.send(m.Hello(welcome.member.id, "server", welcome.term))
-            self._report_link.connect(first)
-            self._threads.start(lambda: self._follow(first), "log")
-        self._welcomed.set()
+    def wait(self) -> None:
+        """Block until the node cannot go on.
+
+        Raises:
+            EngineError: always; says why.
+        """
+        self._ended.wait()
+        raise EngineError(self._why)
+
+    def _watch_membership(self) -> None:
+        """The coordinator says nothing but why this node's membership has ended."""
+        assert self._membership is not None
+        try:
+            self._membership.next_message()
+        except ConnectionLostError as error:
+            _log.info("%s: %s", self._threads.name, error)
+        except HeadwaterError as error:
+            self._fail(str(error))
+
+    def _fail(self, why: str) -> None:
+        """End all connections: a server that cannot go on is of no use to anybody."""
+        _log.warning("%s ends: %s", self._threads.name, why)
+        self._threads.close_channels()
+        if self._membership is not None:
+            self._membership.close()
+        self._why = why
+        self._ended.set()
 
     def close(self) -> None:
         """End every connection and thread; idempotent."""
-        self._welcomed.set()
+        with self._known:
+            self._closed = True
+            self._known.notify_all()
+        self._joined.set()
+        self._course.serving.set()
         self._threads.close_channels()
-        for outbox in list(self._outboxes.values()):
-            outbox.put(None)
+        self._reporting.close()
+        for outbox in list(self._course.outboxes.values()):
+            outbox.answers.put(None)
+        replica = self._course.detach()
+        if replica is not None:
+            replica.close()
+        if self._membership is not None:
+            self._membership.close()
         self._threads.join()
 
     # ── connections ─────────────────────────────────────────────────────────────────────────────
@@ -110,16 +152,54 @@ class ServerNode:
         first = received.message if received is not None else None
         if isinstance(first, m.Ask):
             channel.send(self.statistics())
-        elif isinstance(first, m.Hello):
-            self._welcomed.wait()
-            if first.role == "coordinator":
-                self._obey(channel)
-            elif first.role == "server":
-                self._sequence(channel, first.member)
-            else:
-                self._serve_member(channel, first.member)
-        elif first is not None:
+            return
+        if first is None:
+            return
+        if not isinstance(first, m.Hello):
             raise ProtocolError(f"first message was {type(first).__name__}, expected Hello")
+        self._joined.wait()
+        if self._membership is None:
+            return
+        if first.role == "coordinator":
+            self._obey(channel)
+        elif first.role == "server":
+            self._serve_server(channel, first)
+        else:
+            self._serve_member(channel, first)
+
+    def _serve_member(self, channel: Channel, hello: m.Hello) -> None:
+        roster = self._roster_of(hello.term)
+        member = next((one for one in roster.members if one.id == hello.member), None)
+        if member is None or self._role != "server":
+            why = f"is not in the roster of term {roster.term}" if member is None else "came to a standby"
+            channel.send(
+                m.Refused("RefusedError", f"member {hello.member} {why}: join the coordinator first")
+            )
+            return
+        patience = self.settings.patience
+        if not self._course.serving.wait(patience):
+            why = self._reporting.reason(member.id)
+            raise ProtocolError(f"server {self.settings.index} does not serve members yet: {why}")
+        MemberConnection(channel, member, hello.attempt, self._course, self._reporting, patience).serve()
+
+    def _serve_server(self, channel: Channel, hello: m.Hello) -> None:
+        """A server that reports to the sequencer here, or one whose standby this is."""
+        roster = self._roster_of(hello.term)
+        sender = next((one for one in roster.members if one.id == hello.member), None)
+        if sender is None or sender.role != "server":
+            raise ProtocolError(f"member {hello.member} is no server in term {roster.term}")
+        if sender.index == self.settings.index:
+            self._mirror(channel)
+        else:
+            self._reporting.serve_reports(channel, sender.index)
+
+    def _roster_of(self, term: int) -> m.Roster:
+        """The roster, once it is of this term or a newer one; as it is when that takes too long."""
+        with self._known:
+            self._known.wait_for(lambda: self._roster.term >= term or self._closed, self.settings.patience)
+            return self._roster
+
+    # ── the coordinator ─────────────────────────────────────────────────────────────────────────
 
     def _obey(self, channel: Channel) -> None:
         """The coordinator's connection: rosters and questions."""
@@ -133,158 +213,102 @@ class ServerNode:
                 raise ProtocolError(f"the coordinator sent {type(received.message).__name__}")
 
     def _take_roster(self, roster: m.Roster) -> None:
-        self._term = roster.term
-        self._members = {member.id: member for member in roster.members}
-        if self._sequencer is not None:
-            with self._deciding:
-                self._extend(self._sequencer.roster(roster))
-            self._spread()
+        with self._known:
+            if roster.term <= self._roster.term:
+                return
+            self._roster = roster
+            own = next((one for one in roster.members if one.id == self._own_id), None)
+            if own is not None and own.role == "server":
+                if self._role == "standby":
+                    self._take_over(roster.since)
+                self._reporting.take_roster(roster)
+                self._keep_standby(roster)
+            self._known.notify_all()
 
-    def _serve_member(self, channel: Channel, member: int) -> None:
-        refusal = self._refusal(member)
-        if refusal:
-            channel.send(m.Refused("RefusedError", refusal))
-            return
-        self._outboxes[member] = queue.SimpleQueue()
-        intake = Intake(self._shard, member)
+    @property
+    def _own_id(self) -> int:
+        assert self._membership is not None
+        return self._membership.welcome.member.id
+
+    # ── as a standby ────────────────────────────────────────────────────────────────────────────
+
+    def _mirror(self, channel: Channel) -> None:
+        """Follow a server entry by entry, until it ends or this node takes over from it."""
+        mirror = Mirror(channel)
+        snapshot, term = mirror.begin()
+        shard = Shard.restore(snapshot, self._sync.reduce)
+        shard.admit(term)
+        self._course.restart(shard)
+        channel.send(m.Followed(shard.term, shard.prepared, shard.position))
+        while (news := mirror.next()) is not None:
+            resolved, term, committed = news
+            with self._course.lock:
+                if isinstance(resolved, m.Agreed):
+                    shard.truncate(resolved)
+                elif resolved is not None:
+                    shard.follow(resolved)
+                else:
+                    shard.admit(term)
+                shard.commit(max(shard.position, min(committed, shard.prepared)))
+            channel.send(m.Followed(shard.term, shard.prepared, shard.position))
+
+    def _take_over(self, term: int) -> None:
+        """The roster says that this node is the server now."""
+        with self._course.lock:
+            self._course.shard.promote(term)
+        self._role = "server"
+        _log.warning("standby %d (pid %d) takes over in term %d", self.settings.index, os.getpid(), term)
+
+    # ── with a standby ──────────────────────────────────────────────────────────────────────────
+
+    def _keep_standby(self, roster: m.Roster) -> None:
+        """Begin with a new standby, and let go of one that is none any more."""
+        index = self.settings.index
+        standby = next((x for x in roster.members if x.role == "standby" and x.index == index), None)
+        replica = self._course.replica
+        if replica is not None and (standby is None or standby.id != replica.member.id):
+            self._course.detach()
+            replica.close()
+            replica = None
+            self._reporting.prepared()  # what only the standby lacked counts now
+        if standby is not None and replica is None:
+            self._threads.start(lambda: self._replicate(standby), "replica")
+
+    def _replicate(self, standby: m.Member) -> None:
+        """Keep a standby until its connection ends, and tell the coordinator of both ends."""
+        assert self._membership is not None
         try:
-            while (received := channel.receive(intake.place)) is not None:
-                if isinstance(received.message, m.Scratch):
-                    intake.staging(received.message, received.descriptors)
-                    continue
-                answer = self._exchange(channel, member, intake, received)
-                if answer is None:
-                    return
-                channel.send(answer, request=received.request, buffers=intake.payload(answer))
-        finally:
-            self._outboxes.pop(member, None)
+            channel = self._threads.own(dial(standby.addresses[0], timeout=_DIAL_S))
+            replica = Replica(standby, channel)
+            self._course.attach(replica, self._own_id)
+            replica.follow(lambda message: self._followed(replica, message))
+        except ConnectionLostError as error:
+            _log.info("%s lost its standby: %s", self._threads.name, error)
+        self._membership.tell(m.Mislaid(standby.id))
 
-    def _refusal(self, member: int) -> str:
-        """Why this connection cannot be the member's; "" when it can."""
-        if member not in self._members:
-            return f"member {member} is not in the roster of term {self._term}: join the coordinator first"
-        if member in self._outboxes:
-            return f"member {member} is connected to server {self.settings.index} already"
-        return ""
-
-    def _sequence(self, channel: Channel, member: int) -> None:
-        """On server 0: another server's connection, reports in and entries out."""
-        if self._sequencer is None or member not in self._server_ids:
-            raise ProtocolError(f"member {member} wants to report to server {self.settings.index}")
-        index = self._server_ids[member]
-        self._entry_links[index].connect(channel)
-        while (received := channel.receive()) is not None:
-            if not isinstance(received.message, m.Reports) or received.message.server != index:
-                raise ProtocolError(f"server {index} sent {type(received.message).__name__}")
-            self._decide(index, received.message.held)
-
-    def _follow(self, channel: Channel) -> None:
-        """On the other servers: the log, as server 0 writes it."""
-        while (received := channel.receive()) is not None:
-            if not isinstance(received.message, m.Entries):
-                raise ProtocolError(f"server 0 sent {type(received.message).__name__}")
-            self._log.extend(received.message.entries)
-            self._process()
-
-    # ── one exchange ────────────────────────────────────────────────────────────────────────────
-
-    def _exchange(
-        self, channel: Channel, member: int, intake: Intake, received: Received
-    ) -> m.Answer | m.Description | None:
-        """Hold the request, report it, and wait for the entry that answers it; None when closing."""
-        message = received.message
-        if isinstance(message, m.Describe):
-            with self._lock:
-                return self._shard.describe(message.number)
-        if not isinstance(message, m.Request):
-            raise ProtocolError(f"a member sent {type(message).__name__}")
-        if member not in self._members:
-            raise ProtocolError(f"member {member} is no member any more")
-        if self._members[member].role == "observer" and not isinstance(message, _READING):
-            raise ProtocolError(f"an observer sent {type(message).__name__}, which only workers may")
-        try:
-            staging, rows = intake.staging(message, received.descriptors), intake.rows(message)
-            with self._lock:
-                held = self._shard.hold(member, message, staging, rows)
-        except UsageError as error:
-            failure = m.Refused(type(error).__name__, str(error))
-            return m.Answer(message.number, self._shard.version, failure=failure)
-        if self._sequencer is not None:
-            self._decide(0, (held,))
-        else:
-            self._report_link.put((held,))
-            self._report_link.flush()
-        outbox = self._outboxes[member]
-        while True:
-            try:
-                return outbox.get(timeout=self.settings.patience)
-            except queue.Empty:
-                channel.send(m.Waiting(message.number, self._reason(member)))
-
-    def _reason(self, member: int) -> str:
-        if self._sequencer is None:
-            return f"server {self.settings.index} holds the exchange and waits for the log"
-        with self._deciding:
-            return self._sequencer.waits().get(member, "server 0 is at it")
-
-    # ── the log ─────────────────────────────────────────────────────────────────────────────────
-
-    def _decide(self, server: int, held: tuple[m.Held, ...]) -> None:
-        """On server 0: give the sequencer a report and spread the entries that follow from it."""
-        assert self._sequencer is not None
-        with self._deciding:
-            self._extend(self._sequencer.report(server, held))
-        self._spread()
-
-    def _extend(self, entries: list[m.AnyEntry]) -> None:
-        """Append entries for every server; under `_deciding`, so that all get one order."""
-        self._log.extend(entries)
-        for link in self._entry_links.values():
-            link.put(entries)
-
-    def _spread(self) -> None:
-        for link in self._entry_links.values():
-            link.flush()
-        self._process()
-
-    def _process(self) -> None:
-        """Process what has arrived of the log and hand the answers to their connections' threads.
-
-        A server that cannot process an entry is of no use to anybody: it hangs up on all.
-        """
-        while self._log:
-            with self._lock:
-                if not self._log:
-                    return
-                entry = self._log.popleft()
-                try:
-                    answers = self._shard.process(entry)
-                except BaseException:
-                    _log.exception("server %d ends: it cannot process %r", self.settings.index, entry)
-                    self._threads.close_channels()
-                    raise
-            for member, answer in answers:
-                if member in self._outboxes:
-                    self._outboxes[member].put(answer)
+    def _followed(self, replica: Replica, message: m.Followed) -> None:
+        if self._course.acknowledged(replica, message):
+            assert self._membership is not None
+            self._membership.tell(m.CaughtUp(replica.member.id))
+        self._reporting.prepared()
 
     # ── what a person sees ──────────────────────────────────────────────────────────────────────
 
     def statistics(self) -> m.ServerStatistics:
         """A snapshot; waits for the pass under way, as positions change with it."""
-        with self._lock:
-            recorded = self._shard.positions.recorded()
-        waits: dict[int, str] = {}
-        if self._sequencer is not None:
-            with self._deciding:
-                waits = self._sequencer.waits()
+        with self._course.lock:
+            shard = self._course.shard
+            recorded = shard.positions.recorded()
         return m.ServerStatistics(
+            member=self._membership.welcome.member.id if self._membership is not None else 0,
+            role=self._role,
             index=self.settings.index,
-            version=self._shard.version,
-            position=self._shard.position,
-            term=self._term,
-            exchanges=self._shard.exchanges,
-            models=tuple(vector.statistics() for vector in list(self._shard.vectors.values())),
-            tables=tuple(table.statistics() for table in list(self._shard.tables)),
-            waits=waits,
+            version=shard.version,
+            position=shard.position,
+            term=self._roster.term,
+            exchanges=shard.exchanges,
+            models=tuple(vector.statistics() for vector in list(shard.vectors.values())),
+            tables=tuple(table.statistics() for table in list(shard.tables)),
+            waits=self._reporting.waits(),
             recorded=recorded,
         )

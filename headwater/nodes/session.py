@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from headwater import messages as m
 from headwater.errors import ClosedError, ConnectionLostError, HeadwaterError, StalledError
 from headwater.exchange import Exchange
-from headwater.nodes.join import join
+from headwater.nodes.connections import Connections
+from headwater.nodes.membership import Membership
 from headwater.sync import parse_sync
 from headwater.wire.channel import Channel, Outgoing, Received
 from headwater.wire.exchange import exchange
-from headwater.wire.listener import dial
 
 _log = logging.getLogger("headwater.worker")
-
-_DIAL_S = 10.0
-
 
 PlaceAnswer: TypeAlias = Callable[[int, m.Answer], Sequence[Any]]
 """Given a server and its answer: the arrays that its payload goes to."""
 
 
 OutgoingTo: TypeAlias = Callable[[int, int], Outgoing]
-"""Given a server and the exchange's number: the frame for it."""
+"""Given a server and the exchange's number: the frame for it; called again when the exchange is repeated."""
 
 
 class Receiver(Protocol):
@@ -36,32 +34,50 @@ class Receiver(Protocol):
         """The float32 memory of that server's range."""
 
 
+class SharedMemory(Protocol):
+    """Memory that servers use between exchanges, which they must be given anew when connections are."""
+
+    def renew(self) -> None:
+        """Go on in memory with the same content that nobody else has."""
+
+    def offer(self, server: int) -> Outgoing | None:
+        """The frame that gives it to a server; None where there is nothing to give."""
+
+
 class Session:
     """Membership in a cluster as a worker or an observer. Not thread-safe: one exchange at a time.
 
+    When a connection is lost, all are made anew, to wherever the servers are then, and the outstanding
+    exchange is repeated.
+
     Attributes:
-        welcome: what the coordinator said.
+        membership: its connection to the coordinator; welcome: what that said.
         version: of the last answer; never decreases.
         waiting: seconds spent in exchanges.
         receivers: by model id, where values arrive.
+        memories: what servers share with this member.
     """
 
-    def __init__(self, coordinator: str, role: m.Role, rank: int | None = None) -> None:
-        self.membership, self.welcome = join(coordinator, role, rank)
+    def __init__(
+        self, coordinator: str, role: m.Role, rank: int | None = None, *, deadline: float | None = None
+    ) -> None:
+        self.membership = Membership(coordinator, role, rank)
+        self.welcome = self.membership.welcome
+        self._deadline = self.welcome.deadline if deadline is None else deadline
         self.sync = parse_sync(self.welcome.sync)
         self.version = 0
         self.waiting = 0.0
         self.receivers: dict[int, Receiver] = {}
-        self.channels: list[Channel] = []
+        self.memories: list[SharedMemory] = []
         self.number = 0
         self._begun: _Begun | None = None
         self._broken: HeadwaterError | None = None
         self._closed = False
+        self._name = role if role == "observer" else f"{role} {self.welcome.member.index}"
+        self.channels: list[Channel] = []
+        self._connections = Connections(self.membership)
         try:
-            for server in self.welcome.servers:
-                channel = dial(server.addresses[0], timeout=_DIAL_S)
-                self.channels.append(channel)
-                channel.send(m.Hello(self.welcome.member.id, role, self.welcome.term))
+            self.channels = self._connections.make(time.monotonic() + self._deadline)
         except BaseException:
             self.close()
             raise
@@ -74,25 +90,32 @@ class Session:
         Raises:
             ClosedError: the member has left.
             StalledError: `welcome.deadline` seconds passed; final, as is every error below.
-            ConnectionLostError: a server is gone.
+            ConnectionLostError: the cluster is closed, or a server is gone for good.
+            RewoundError: training began anew from a checkpoint, without this member.
+            RefusedError: this member was declared dead.
         """
         self.finish()
-        begun = self._next(what, place)
-        self._drive(begun, [outgoing(server, self.number) for server in range(len(self.channels))])
+        begun = self._next(outgoing, what, place)
+        self._drive(begun, begun.frames(len(self.channels)))
         return begun.exchange
 
     def begin(
         self, outgoing: OutgoingTo, what: str, place: PlaceAnswer, arrived: Callable[[m.Answer], None]
     ) -> None:
-        """Send as `call` does and return; `finish`, or the next call, takes the answers. Raises as `call`."""
+        """Send as `call` does and return; `finish`, or the next call, takes the answers.
+
+        Raises:
+            ClosedError: the member has left.
+        """
         self.finish()
-        begun = self._next(what, place, arrived)
-        for server, channel in enumerate(self.channels):
-            frame = outgoing(server, self.number)
-            channel.send(
-                frame.message, request=self.number, buffers=frame.buffers, timeout=self.welcome.deadline
-            )
-        self._begun = begun
+        begun = self._begun = self._next(outgoing, what, place, arrived)
+        try:
+            for channel, frame in zip(self.channels, begun.frames(len(self.channels)), strict=True):
+                channel.send(
+                    frame.message, request=self.number, buffers=frame.buffers, timeout=self.welcome.deadline
+                )
+        except ConnectionLostError as error:
+            _log.info("%s: %s: %s", self._name, what, error)  # `finish` repeats it
 
     def finish(self) -> None:
         """Block for the answers to what was begun, if anything was, and hand them on. Raises as `call`."""
@@ -102,32 +125,70 @@ class Session:
             begun.arrived(self.settle(begun.exchange))
 
     def _next(
-        self, what: str, place: PlaceAnswer | None, arrived: Callable[[m.Answer], None] = lambda answer: None
+        self,
+        outgoing: OutgoingTo,
+        what: str,
+        place: PlaceAnswer | None,
+        arrived: Callable[[m.Answer], None] = lambda answer: None,
     ) -> _Begun:
         self.check_open(what)
         self.number += 1
-        return _Begun(Exchange(self.number, len(self.channels)), what, place or self.places, arrived)
+        return _Begun(self.number, len(self.channels), outgoing, what, place or self.places, arrived)
 
-    def _drive(self, begun: _Begun, messages: Sequence[Outgoing]) -> None:
-        """Send `messages` and take what comes until all servers have answered."""
-        current = begun.exchange
-
-        def received(server: int, frame: Received) -> bool:
-            done = current.received(server, frame.message)
-            if not done:
-                _log.warning("worker %d: %s", self.welcome.member.index, current.reason)
-            return done
-
+    def _drive(self, begun: _Begun, frames: Sequence[Outgoing]) -> None:
+        """Send `frames` and take what comes until all servers have answered; connects anew if needed."""
         started = time.monotonic()
+        until = started + self._deadline
         try:
-            exchange(self.channels, messages, received, begun.place, self.welcome.deadline, current.number)
+            while not self._exchanged(begun, frames, until):
+                frames = self._repeated(begun, until)
         except BaseException as error:
-            self._broken = self._explain(error, begun.what, current)
+            self._broken = self._explain(error, begun)
             if self._broken is error or not isinstance(error, HeadwaterError):
                 raise
             raise self._broken from error
         finally:
             self.waiting += time.monotonic() - started
+
+    def _exchanged(self, begun: _Begun, frames: Sequence[Outgoing], until: float) -> bool:
+        """False when a connection was lost before all had answered."""
+
+        def received(server: int, frame: Received) -> bool:
+            done = begun.exchange.received(server, frame.message)
+            if not done and self.welcome.member.role == "worker":
+                _log.warning("%s: %s", self._name, begun.exchange.reason)
+            return done
+
+        left = max(0.0, until - time.monotonic())
+        try:
+            exchange(
+                self.channels,
+                frames,
+                received,
+                begun.place,
+                None if left == math.inf else left,
+                begun.exchange.number,
+            )
+        except ConnectionLostError as error:
+            if self._closed:
+                raise
+            _log.info("%s: %s: %s", self._name, begun.what, error)
+            return False
+        return True
+
+    def _repeated(self, begun: _Begun, until: float) -> Sequence[Outgoing]:
+        """Connect anew; returns the frames to send again. Raises as `call`."""
+        self._connections.drop()
+        for memory in self.memories:
+            memory.renew()
+        self.channels = self._connections.make(until, self._offers)
+        return begun.again(len(self.channels))
+
+    def _offers(self, server: int) -> Iterator[Outgoing]:
+        for memory in self.memories:
+            offer = memory.offer(server)
+            if offer is not None:
+                yield offer
 
     def ask(
         self, request: Callable[[int], m.Request], what: str, place: PlaceAnswer | None = None
@@ -161,41 +222,63 @@ class Session:
         """Whether another exchange can be made."""
         return not self._closed and self._broken is None
 
+    def interrupt(self) -> None:
+        """From another thread: end the session, and an exchange under way with ConnectionLostError."""
+        self._closed = True
+        self.membership.close()
+        self._connections.drop()
+
     def close(self) -> None:
         """Close all connections; idempotent."""
         self._closed = True
-        for channel in [*self.channels, self.membership]:
-            channel.close()
+        self._connections.drop()
+        self.membership.close()
+        self.memories.clear()
 
     def check_open(self, what: str) -> None:
         """Raise ClosedError unless another exchange can be made; `what` is the caller's verb."""
-        name = f"{self.welcome.member.role} {self.welcome.member.index}"
         if self._closed:
-            raise ClosedError(f"{what}: {name} has left the cluster; connect again for a new one")
+            raise ClosedError(f"{what}: {self._name} has left the cluster; connect again for a new one")
         if self._broken is not None:
-            raise ClosedError(f"{what}: {name} ended with: {self._broken}")
+            raise ClosedError(f"{what}: {self._name} ended with: {self._broken}")
 
-    def _explain(self, error: BaseException, what: str, current: Exchange) -> HeadwaterError:
+    def _explain(self, error: BaseException, begun: _Begun) -> HeadwaterError:
         """The error a user should see for one that ended an exchange."""
         if isinstance(error, StalledError):
-            servers = ", ".join(map(str, current.unanswered()))
-            why = current.reason or f"no word from server {servers}"
-            return StalledError(f"{what} had no answer for {self.welcome.deadline:g} s: {why}")
+            servers = ", ".join(map(str, begun.exchange.unanswered()))
+            why = begun.exchange.reason or f"no word from server {servers}"
+            return StalledError(f"{begun.what} had no answer for {self.welcome.deadline:g} s: {why}")
         if isinstance(error, HeadwaterError):
             return error
-        return ConnectionLostError(f"{what} was interrupted by {type(error).__name__}")
+        return ConnectionLostError(f"{begun.what} was interrupted by {type(error).__name__}")
 
 
 class _Begun:
-    """An exchange on its way: what it is called, where its answers' payload goes, and who is told."""
+    """An exchange on its way: what makes its frames, where its answers' payload goes, and who is told."""
 
     def __init__(
-        self, exchange: Exchange, what: str, place: PlaceAnswer, arrived: Callable[[m.Answer], None]
+        self,
+        number: int,
+        servers: int,
+        outgoing: OutgoingTo,
+        what: str,
+        place: PlaceAnswer,
+        arrived: Callable[[m.Answer], None],
     ) -> None:
-        self.exchange = exchange
+        self.exchange = Exchange(number, servers)
         self.what = what
         self.arrived = arrived
+        self._outgoing = outgoing
         self._place = place
+
+    def frames(self, servers: int) -> list[Outgoing]:
+        """What to send to each server."""
+        return [self._outgoing(server, self.exchange.number) for server in range(servers)]
+
+    def again(self, servers: int) -> list[Outgoing]:
+        """The same, for the exchange to begin anew: no answer of before counts."""
+        self.exchange = Exchange(self.exchange.number, servers)
+        return self.frames(servers)
 
     def place(self, server: int, message: m.AnyMessage, length: int) -> Sequence[Any]:
         """As a channel asks: only answers have a payload."""

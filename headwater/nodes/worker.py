@@ -267,7 +267,7 @@ class Worker:
             return
         self._told = time.monotonic()
         own = self.statistics()
-        self._session.membership.send(
+        self._session.membership.tell(
             m.Progress(
                 member=self._session.welcome.member.id,
                 rank=self.rank,
@@ -290,7 +290,7 @@ class Worker:
             try:
                 self._session.ask(m.Leave, "leave")
                 self._tell(now=True)
-                self._session.membership.send(m.Departed(self._session.welcome.member.id))
+                self._session.membership.tell(m.Departed(self._session.welcome.member.id))
             finally:
                 self._close()
         self._close()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.messages import ModelSpec, RuleSpec, TableSpec
+from headwater.messages import AccountRecord, ModelSpec, Recorded, RuleSpec, StandingsRecord, TableSpec
 
 Array = NDArray[np.float32]
 
@@ -66,3 +66,27 @@ class TableSnapshot:
     pending_ids: NDArray[np.int64]
     pending_counts: NDArray[np.int32]
     updates: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardSnapshot:
+    """Server `index` of `servers` as of one position of the log.
+
+    Attributes:
+        position: of the last entry that is contained; version: of the last that changed values.
+        changed: version of each model's last change.
+        ledger: every member's last step and answer.
+        standings: what follows from the log up to `position`.
+        recorded: where the workers are in their data.
+    """
+
+    index: int
+    servers: int
+    position: int
+    version: int
+    models: tuple[ModelSnapshot, ...]
+    changed: tuple[int, ...]
+    tables: tuple[TableSnapshot, ...]
+    ledger: tuple[AccountRecord, ...]
+    standings: StandingsRecord
+    recorded: Recorded

@@ -13,20 +13,21 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headwater import initializers, rules
 from headwater.errors import ProtocolError, RegistrationError
-from headwater.kernels.arrange import unite
+from headwater.kernels.arrange import trace, unite
 from headwater.kernels.index import Index
-from headwater.kernels.rows import ages, begin, combine, fill, gather, row_rule, stamp
+from headwater.kernels.rows import ages, begin, combine, fill, gather, oldest, row_rule, scatter, stamp
 from headwater.kernels.slabs import Slabs
 from headwater.lifetime import AfterSteps, LeastRecentlyUsed, admission_from_spec, expiry_from_spec
 from headwater.messages import TableSpec, TableStatistics
 from headwater.shard.scalars import Scalars
+from headwater.shard.snapshot import TableSnapshot
 
 Ids: TypeAlias = NDArray[np.int64]
 Array: TypeAlias = NDArray[np.float32]
@@ -34,6 +35,10 @@ Rows: TypeAlias = NDArray[np.int32]
 
 MOST_COLUMNS = 1 << 16
 _ITEM = 4
+_NO_LAST = np.empty(0, dtype=np.int32)
+_NOTHING = np.empty(0, dtype=np.float32)
+_NO_BOUNDS = np.empty(0, dtype=np.int64)
+_PREPARED = 32 << 20
 _SWEEPS = 64
 """Updates in which every slot is swept once."""
 
@@ -60,13 +65,14 @@ class Table:
         self._scalars = Scalars(self.rule)
         self._index = Index(server_slots, admission.count if admission else 1)
         self._slots = len(server_slots)
+        self._all_slots = np.arange(self._slots)
         self._width = 1 if self.rule.rows_only else spec.dim
         states = [self._width * _ITEM] * len(self.rule.states())
         last = [_ITEM] if self._expiry else []
         self._slabs = Slabs([spec.dim * _ITEM, *states, *last])
         self._last = len(states) + 1
-        self._step = 0
-        self._swept = 0
+        self._step: int | None = None
+        self._swept = self._fresh = 0
         self._updates = self._refused = self._expired = self._pulled = self._hits = 0
 
     def set(self, values: dict[str, float]) -> None:
@@ -107,7 +113,7 @@ class Table:
             begin(ids[absent], places, self.spec.dim, self._initializer, self.spec.seed)
         self._pulled += len(ids)
         self._hits += hits
-        self._step = max(self._step, step)
+        self._see(step)
 
     # ── writing ─────────────────────────────────────────────────────────────────────────────────
 
@@ -126,23 +132,24 @@ class Table:
         Raises:
             EnvironmentFailure: no more rows can be held; nothing changed.
         """
-        ids, gradients = self._united(updates)
+        ids, sources, bounds = self._traced(updates)
         if isinstance(self._expiry, AfterSteps):
             self._end_expired(ids, self._index.find(ids)[0], step)
-        self._slabs.reserve(self._index.high_water + len(ids))
+        self._slabs.reserve(self._index.high_water + 2 * len(ids))  # as many more: room to prepare
         rows, counts, fresh, refused = self._index.claim(ids)
         self._begin_rows(ids[fresh], rows[fresh])
+        self._fresh = len(fresh)
         lines, which = self._scalars.look_up(updates_of_schedule, counts)
         scale = 1.0 if self.rule.always_sum else float(divisor)
         addresses, shift = self._slabs.addresses, self._slabs.shift
-        self._apply_rule(rows, gradients.ctypes.data, scale, addresses, shift, self.spec.dim, lines, which)
-        self._step = max(self._step, step)
+        self._apply_rule(rows, sources, bounds, scale, addresses, shift, self.spec.dim, lines, which)
+        self._see(step)
         self._updates += 1
         self._refused += refused
         self._end_rows(rows, step)
 
-    def _united(self, updates: Sequence[tuple[Ids, Array]]) -> tuple[Ids, Array]:
-        """Ids once each, and their gradients summed in rank order."""
+    def reduce(self, updates: Sequence[tuple[Ids, Array]]) -> tuple[Ids, Array]:
+        """Ids once each, and their gradients summed in rank order: what `apply` adds up, for a standby."""
         if len(updates) == 1:
             return updates[0]
         ids, inverses = unite([part for part, _ in updates])
@@ -151,6 +158,29 @@ class Table:
         for inverse, (_, gradients) in zip(inverses, updates, strict=True):
             combine(inverse, gradients, sums, seen)
         return ids, sums
+
+    def prepare(self) -> None:
+        """Have memory ready for as many new rows as the last update brought, up to `_PREPARED` bytes.
+
+        A push then does not wait for the system to give it memory, which on a virtual machine whose host
+        gives it at its first use takes some milliseconds a MB. May be called at any time, also beside a call
+        in another thread: it reads where the table ends and changes nothing. Blocks for as long, without
+        the interpreter's lock.
+        """
+        rows = min(self._fresh, _PREPARED // sum(self._slabs.row_bytes))
+        if rows:
+            self._slabs.populate(self._index.high_water, rows)
+            self._index.prepare()
+
+    def _traced(self, updates: Sequence[tuple[Ids, Array]]) -> tuple[Ids, Ids, Ids]:
+        """Ids once each, and where their gradients are, in rank order, as a rule's row pass takes them."""
+        lists = [(ids, gradients.ctypes.data) for ids, gradients in updates]
+        if len(lists) == 1:
+            return lists[0][0], np.array([lists[0][1]]), _NO_BOUNDS
+        return trace(lists, self.spec.dim * _ITEM)
+
+    def _see(self, step: int) -> None:
+        self._step = step if self._step is None else max(self._step, step)
 
     def _begin_rows(self, ids: Ids, rows: Rows) -> None:
         if not len(ids):
@@ -165,6 +195,83 @@ class Table:
         Returns how many had a row. A later push starts from the initial value.
         """
         return self._index.remove(ids)
+
+    # ── as plain arrays ─────────────────────────────────────────────────────────────────────────
+
+    def snapshot(self) -> TableSnapshot:
+        """The rows, and what admission counted, as copies; rows that expired by the last version seen are not
+        among them. Blocks for a pass over the table.
+        """
+        ids, rows, counts = self._index.entries(self._all_slots)
+        if isinstance(self._expiry, AfterSteps) and self._step is not None:
+            living = self._ages(rows, self._step) <= self._expiry.steps
+            ids, rows, counts = ids[living], rows[living], counts[living]
+        parts = [np.empty((len(rows), size // _ITEM), dtype=np.float32) for size in self._slabs.row_bytes]
+        for slab, part in enumerate(parts):
+            gather(rows, self._slabs, part.shape[1], part, slab)
+        pending_ids, pending_counts = self._index.pending()
+        last = parts[self._last].reshape(-1).view(np.int32) if self._expiry else _NO_LAST
+        return TableSnapshot(
+            spec=self.spec,
+            rule=self.rule.to_spec(),
+            ids=ids,
+            counts=counts,
+            last=last,
+            values=parts[0],
+            states=dict(zip(self.rule.states(), parts[1 : self._last], strict=True)),
+            pending_ids=pending_ids,
+            pending_counts=pending_counts,
+            updates=self._updates,
+        )
+
+    @classmethod
+    def from_snapshot(cls, snapshot: TableSnapshot, server_slots: range) -> Table:
+        """The table that goes on from there; its statistics begin anew but for `updates`.
+
+        Args:
+            snapshot: one, or what several have of `server_slots`, in any order of slots. Copied.
+
+        Raises:
+            ProtocolError: arrays that do not fit each other or the table, an id of another server, or one
+                that stands there twice.
+            EnvironmentFailure: more rows than a server can hold.
+            RegistrationError, ConfigurationError: as of `Table`.
+        """
+        table = cls(snapshot.spec, server_slots)
+        table.rule = rules.from_spec(snapshot.rule)
+        table._scalars = Scalars(table.rule)
+        table._updates = snapshot.updates
+        table._fill(snapshot)
+        return table
+
+    def _fill(self, snapshot: TableSnapshot) -> None:
+        n, m = len(snapshot.ids), len(snapshot.pending_ids)
+        ids = self._fitting("ids", snapshot.ids, np.int64, n)
+        counts = self._fitting("counts", snapshot.counts, np.int32, n)
+        pending_ids = self._fitting("pending_ids", snapshot.pending_ids, np.int64, m)
+        pending_counts = self._fitting("pending_counts", snapshot.pending_counts, np.int32, m)
+        slabs = [self._fitting("values", snapshot.values, np.float32, n, self.spec.dim)]
+        for name in self.rule.states():
+            state = snapshot.states.get(name, _NOTHING)
+            slabs.append(self._fitting(f"state {name!r}", state, np.float32, n, self._width))
+        if self._expiry:
+            slabs.append(self._fitting("last", snapshot.last, np.int32, n))
+        if n and int(counts.min()) < 1:
+            raise ProtocolError(f"table {self.spec.name!r}: a row has {counts.min()} updates: it is damaged")
+        self._index.fill(ids, counts)
+        self._index.fill_pending(pending_ids, pending_counts)
+        self._slabs.reserve(n)
+        for slab, part in enumerate(slabs):
+            scatter(np.arange(n, dtype=np.int32), self._slabs, part.size // max(n, 1), part, slab)
+
+    def _fitting(self, name: str, array: NDArray[Any], dtype: type[np.generic], *shape: int) -> NDArray[Any]:
+        """The array as kernels take it."""
+        if array.dtype != dtype or array.shape != shape:
+            raise ProtocolError(
+                f"table {self.spec.name!r}: {name} of a snapshot is {array.dtype}{list(array.shape)}, "
+                f"expected {np.dtype(dtype)}{list(shape)}: it is another table's, or damaged"
+            )
+        return np.require(array, requirements=["C", "W"])
 
     # ── rows that end ───────────────────────────────────────────────────────────────────────────
 
@@ -188,23 +295,30 @@ class Table:
             self._trim(self._expiry, step)
             return
         stop = min(self._swept + -(-self._slots // _SWEEPS), self._slots)
-        self._end_expired(*self._index.entries(self._swept, stop), step)
+        swept = self._index.entries(np.arange(self._swept, stop))
+        self._end_expired(swept.ids, swept.rows, step)
         self._swept = stop % self._slots
 
     def _trim(self, expiry: LeastRecentlyUsed, step: int) -> None:
-        for slot in np.flatnonzero(self._index.used > expiry.share):
-            ids, rows = self._index.entries(int(slot), int(slot) + 1)
-            oldest = _oldest(ids, self._ages(rows, step), len(ids) - expiry.kept)
-            self._expired += self._index.remove(oldest)
+        slots = np.flatnonzero(self._index.used > expiry.share)
+        if not len(slots):
+            return
+        ids, rows, _ = self._index.entries(slots)
+        bounds = np.append(0, np.cumsum(self._index.used[slots], dtype=np.int64))
+        self._expired += self._index.remove(oldest(ids, self._ages(rows, step), bounds, expiry.kept))
 
     # ── what a person sees ──────────────────────────────────────────────────────────────────────
 
-    def __len__(self) -> int:
-        """Rows that exist as of the last step seen; with `AfterSteps` a pass over the index."""
+    def count(self, step: int) -> int:
+        """Rows that exist at version `step`, not before the last seen; with `AfterSteps` a pass over them."""
         if not isinstance(self._expiry, AfterSteps):
             return len(self._index)
-        _, rows = self._index.entries(0, self._slots)
-        return int(np.count_nonzero(self._ages(rows, self._step) <= self._expiry.steps))
+        rows = self._index.entries(self._all_slots).rows
+        return int(np.count_nonzero(self._ages(rows, step) <= self._expiry.steps))
+
+    def __len__(self) -> int:
+        """`count` at the last version seen; of a table from a snapshot, its rows until one is."""
+        return len(self._index) if self._step is None else self.count(self._step)
 
     def statistics(self) -> TableStatistics:
         """Counts since the table exists, and bytes in use now."""
@@ -220,10 +334,3 @@ class Table:
             pulled=self._pulled,
             hits=self._hits,
         )
-
-
-def _oldest(ids: Ids, ages: NDArray[np.uint32], count: int) -> Ids:
-    """The `count` ids that are oldest; of the same age, the smallest."""
-    youngest = np.partition(ages, len(ages) - count)[len(ages) - count]
-    older = ids[ages > youngest]
-    return np.concatenate([older, np.sort(ids[ages == youngest])[: count - len(older)]])

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from headwater.errors import ProtocolError, RegistrationError
 from headwater.messages import TableSetting, TableSpec
 from headwater.placement import slots_of_server
+from headwater.shard.snapshot import TableSnapshot
 from headwater.shard.table import Table
 
 
@@ -116,17 +117,32 @@ class Tables:
             )
         return id
 
+    # ── as plain arrays ─────────────────────────────────────────────────────────────────────────
+
+    def snapshot(self) -> tuple[TableSnapshot, ...]:
+        """A copy of every table's rows here."""
+        return tuple(table.snapshot() for table in self._tables)
+
+    def restore(self, snapshots: Iterable[TableSnapshot]) -> None:
+        """Become what the snapshots were made of; copies the arrays."""
+        for snapshot in snapshots:
+            self._ids[snapshot.spec.name] = len(self._tables)
+            self._tables.append(Table.from_snapshot(snapshot, self._slots))
+
     # ── entries ─────────────────────────────────────────────────────────────────────────────────
 
     def apply(self, pushed: Iterable[Sequence[StagedRows]], divisor: float, version: int) -> None:
         """Apply one commit: `pushed` has each worker's gradients, in rank order."""
-        by_table: dict[int, list[StagedRows]] = defaultdict(list)
-        for staged in pushed:
-            for one in staged:
-                by_table[one.table].append(one)
-        for id, parts in by_table.items():
+        for id, parts in _by_table(pushed).items():
             table = self._tables[id]
             table.apply([(one.ids, one.rows) for one in parts], divisor, version, table.updates)
+
+    def reduce(self, pushed: Iterable[Sequence[StagedRows]]) -> list[StagedRows]:
+        """Each table's gradients as one: applying them instead gives the same bits. Changes nothing."""
+        return [
+            StagedRows(id, *self._tables[id].reduce([(one.ids, one.rows) for one in parts]))
+            for id, parts in _by_table(pushed).items()
+        ]
 
     def set(self, settings: Iterable[TableSetting]) -> None:
         """Change scalars of rules."""
@@ -137,6 +153,14 @@ class Tables:
         """Write the rows that were asked for."""
         for one in staged:
             self._tables[one.table].pull(one.ids, one.rows, version)
+
+
+def _by_table(pushed: Iterable[Sequence[StagedRows]]) -> dict[int, list[StagedRows]]:
+    by_table: dict[int, list[StagedRows]] = defaultdict(list)
+    for staged in pushed:
+        for one in staged:
+            by_table[one.table].append(one)
+    return by_table
 
 
 def _shown(value: object) -> str:

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.kernels import copy_out, dense
+from headwater.kernels import add_up, copy_out, dense
 from headwater.layout import Layout
 from headwater.messages import ModelSpec, ModelStatistics
 from headwater.rules import Rule, from_spec
+from headwater.shard.snapshot import ModelSnapshot
 
 Array = NDArray[np.float32]
 
@@ -118,6 +119,19 @@ class Vector:
         self.updates += 1
         self.changed = version
 
+    def reduce(self, updates: Sequence[Update], out: Array) -> None:
+        """Write the sum of `updates`, in the given order, to `out`, float32[stop - start].
+
+        Applying `out` alone, as an update that carries what any of them did, gives the same bits as
+        applying them all. What nobody carries is left as it is. Blocks for one pass over the range.
+        """
+        carried = np.stack([update.carried for update in updates])
+        for low, high, tensor in self._segments(carried):
+            here = slice(low - self.start, high - self.start)
+            by = [update.staging.gradients_at for update in updates if update.carried[tensor]]
+            if by:
+                add_up(_addresses(by, here.start), out[here])
+
     def _segments(self, carried: NDArray[np.bool_]) -> Iterator[tuple[int, int, int]]:
         """Cut the range where who carries, the parameter group or the count changes.
 
@@ -145,6 +159,30 @@ class Vector:
             here = slice(low - self.start, high - self.start)
             self.values[here] = source.parameters[here]
         self.changed = version
+
+    def snapshot(self) -> ModelSnapshot:
+        """A copy of all of it but `changed`; `restore` is the inverse."""
+        return ModelSnapshot(
+            spec=self.spec,
+            rules=tuple(rule.to_spec() for rule in self.rules),
+            start=self.start,
+            stop=self.stop,
+            values=self.values.copy(),
+            states={name: state.copy() for name, state in self.states.items()},
+            counts=self.counts.copy(),
+            updates=self.updates,
+        )
+
+    @classmethod
+    def restore(cls, snapshot: ModelSnapshot, changed: int) -> Vector:
+        """The range that `snapshot` was made of, last changed in version `changed`; copies the arrays."""
+        vector = cls(snapshot.spec, snapshot.start, snapshot.stop, snapshot.values, changed)
+        vector.rules = [from_spec(rule) for rule in snapshot.rules]
+        for name, state in vector.states.items():
+            state[:] = snapshot.states[name]
+        vector.counts[:] = snapshot.counts
+        vector.updates = snapshot.updates
+        return vector
 
     def statistics(self) -> ModelStatistics:
         """Sizes in bytes of this range; `tensors` and `elements` of the whole model."""

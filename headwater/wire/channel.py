@@ -157,6 +157,14 @@ class Channel:
             if self._closed:
                 self._reap()
 
+    def finish(self) -> None:
+        """Send nothing more: the peer sees the end after what was sent. It may still send."""
+        with self._writing:
+            try:
+                self._stream.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # the peer ended it first
+
     def close(self) -> None:
         """End the connection; a thread that is blocked in it wakes up. May be called twice."""
         self._closed = True

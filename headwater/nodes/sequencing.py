@@ -1,0 +1,194 @@
+"""The sequencer beside server 0's shard, and its links to the other servers; one for each term of the log.
+
+It begins when every server has said where it is. `lock` guards the sequencer and the order in which entries
+leave; nothing is sent under it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from headwater import messages as m
+from headwater.errors import RefusedError
+from headwater.nodes.link import EntryLink
+from headwater.sequencer import Sequencer
+from headwater.sync import Sync
+from headwater.wire.channel import Channel
+
+_TAIL = 1 << 16
+"""Entries kept for a server whose connection is made anew; far more than there are exchanges under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a sequencer decides."""
+
+    sync: Sync
+    min_workers: int = 1
+    replicated: bool = False
+
+
+class Sequencing:
+    """Of `term`, for `servers` servers.
+
+    `agree` and `put` take what server 0 itself is told, in order and under the lock; neither may block.
+    """
+
+    def __init__(
+        self,
+        servers: int,
+        policy: Policy,
+        term: int,
+        *,
+        agree: Callable[[m.Agreed], None],
+        put: Callable[[int, Sequence[m.AnyEntry], int], None],
+    ) -> None:
+        self.term = term
+        self._servers = servers
+        self._policy = policy
+        self._agree, self._put = agree, put
+        self._lock = threading.Lock()
+        self._sequencer: Sequencer | None = None
+        self._agreed: m.Agreed | None = None
+        self._roster: m.Roster | None = None
+        self._recoveries: dict[int, m.Recovery] = {}
+        self._early: list[m.Reports] = []
+        self._links = {index: EntryLink(term) for index in range(1, servers)}
+        self._tail: deque[m.AnyEntry] = deque(maxlen=_TAIL)
+        self._spread = 0
+
+    # ── how it begins ───────────────────────────────────────────────────────────────────────────
+
+    def recovered(self, recovery: m.Recovery, channel: Channel | None = None) -> None:
+        """A server says where it is, over `channel` unless it is this one; once more after it connected anew.
+
+        Raises:
+            RefusedError: it is of another term, or too far behind.
+        """
+        if recovery.term != self.term:
+            raise RefusedError(f"server {recovery.server} is in term {recovery.term}, expected {self.term}")
+        with self._lock:
+            self._recoveries[recovery.server] = recovery
+            if channel is not None:
+                self._connect(recovery, channel)
+            if self._sequencer is not None:
+                held, prepared = recovery.held, _end(recovery)
+                self._extend(
+                    self._sequencer.report(recovery.server, held, time.monotonic(), prepared=prepared)
+                )
+            elif len(self._recoveries) == self._servers and self._roster is not None:
+                self._begin(self._roster)
+
+    def _connect(self, recovery: m.Recovery, channel: Channel) -> None:
+        """Send it over a channel from now on; what it lacks first, if the sequencer has begun."""
+        link, agreed = self._links[recovery.server], self._agreed
+        if self._sequencer is None or agreed is None:
+            link.connect(channel, None, (), 0)
+            return
+        after = _end(recovery)
+        if recovery.standings.position <= agreed.position:  # it may not know yet where the log goes on
+            after = min(after, agreed.position)
+        else:
+            agreed = None
+        missing = [entry for entry in self._tail if entry.position > after]
+        if len(missing) != self._sequencer.position - after:
+            raise RefusedError(f"server {recovery.server} is at {after}, too far behind")
+        link.connect(channel, agreed, missing, self._spread)
+
+    def _begin(self, roster: m.Roster) -> None:
+        now = time.monotonic()
+        self._sequencer, self._agreed, entries = Sequencer.recover(
+            self._policy.sync,
+            list(self._recoveries.values()),
+            roster,
+            term=self.term,
+            min_workers=self._policy.min_workers,
+            replicated=self._policy.replicated,
+            now=now,
+        )
+        self._agree(self._agreed)
+        for link in self._links.values():
+            link.agree(self._agreed)
+        self._extend(entries)
+        for early in self._early:
+            self._extend(self._sequencer.report(early.server, early.held, now, prepared=early.prepared))
+        self._early.clear()
+
+    # ── inputs ──────────────────────────────────────────────────────────────────────────────────
+
+    def roster(self, roster: m.Roster) -> None:
+        """Take over a roster."""
+        with self._lock:
+            if self._roster is not None and roster.term <= self._roster.term:
+                return
+            self._roster = roster
+            if self._sequencer is not None:
+                self._extend(self._sequencer.roster(roster, time.monotonic()))
+            elif len(self._recoveries) == self._servers:
+                self._begin(roster)
+
+    def report(self, server: int, held: Sequence[m.Held], prepared: int, term: int) -> None:
+        """A server holds these, and has prepared the log up to there.
+
+        Raises:
+            RefusedError: it reports to the sequencer of an older term.
+        """
+        with self._lock:
+            if self._sequencer is None:
+                self._early.append(m.Reports(server, tuple(held), term, prepared))
+            else:
+                now = time.monotonic()
+                self._extend(self._sequencer.report(server, held, now, term=term, prepared=prepared))
+
+    def tick(self) -> float | None:
+        """Draw the consequences of time; returns seconds until it should be called again, if ever."""
+        with self._lock:
+            if self._sequencer is None or self._sequencer.due is None:
+                return None
+            left = self._sequencer.due - time.monotonic()
+            if left <= 0:
+                self._extend(self._sequencer.tick(time.monotonic()))
+            return max(left, 0.0)
+
+    def waits(self) -> dict[int, str]:
+        """For each member that waits, by id: for what and for whom."""
+        with self._lock:
+            if self._sequencer is None:
+                return {}
+            return self._sequencer.waits()
+
+    def missing(self) -> list[int]:
+        """Servers that have not said yet where they are."""
+        with self._lock:
+            begun = self._sequencer is not None
+            return [] if begun else [i for i in range(self._servers) if i not in self._recoveries]
+
+    # ── what leaves ─────────────────────────────────────────────────────────────────────────────
+
+    def _extend(self, entries: Sequence[m.AnyEntry]) -> None:
+        """Append entries for every server; under the lock, so that all get one order."""
+        assert self._sequencer is not None
+        committed = self._sequencer.committed
+        if not entries and committed == self._spread:
+            return
+        self._spread = committed
+        self._tail.extend(entries)
+        self._put(self.term, entries, committed)
+        for link in self._links.values():
+            link.put(entries, committed)
+
+    def flush(self) -> None:
+        """Send what is pending to the other servers.
+
+        A link whose connection is lost keeps what it has for the next one.
+        """
+        for link in self._links.values():
+            link.flush()
+
+
+def _end(recovery: m.Recovery) -> int:
+    return recovery.standings.position + len(recovery.closed)

@@ -1,0 +1,133 @@
+"""A member's connection to a server: its exchanges, one after the other."""
+
+from __future__ import annotations
+
+import queue
+
+from headwater import messages as m
+from headwater.checkpoint import write_part
+from headwater.errors import HeadwaterError, ProtocolError, RefusedError, UsageError
+from headwater.nodes.course import Course, Outbox
+from headwater.nodes.intake import Intake
+from headwater.nodes.reporting import Reporting
+from headwater.shard.snapshot import ShardSnapshot
+from headwater.wire.channel import Channel, Received
+
+_READING = (m.Attach, m.Pull, m.PullRows, m.CountRows, m.ReadState, m.Checkpoint, m.Leave)
+
+
+class MemberConnection:
+    """Of `member`, as its attempt number `attempt`; takes the place of an older one."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        member: m.Member,
+        attempt: int,
+        course: Course,
+        reporting: Reporting,
+        patience: float,
+    ) -> None:
+        self._channel = channel
+        self._member = member
+        self._attempt = attempt
+        self._course = course
+        self._reporting = reporting
+        self._patience = patience
+        self._intake = Intake(course.shard, member.id)
+        self._outbox = Outbox(attempt)
+        self._snapshot: ShardSnapshot | None = None
+
+    def serve(self) -> None:
+        """Serve it until its end; what breaks the protocol is told to the member before it is cut off.
+
+        Raises:
+            ProtocolError: it broke the protocol.
+        """
+        try:
+            self._enter()
+        except RefusedError as error:
+            self._channel.send(m.Refused("RefusedError", str(error)))
+            return
+        try:
+            while (received := self._channel.receive(self._intake.place)) is not None:
+                if not self._take(received):
+                    return
+        except ProtocolError as error:
+            self._channel.send(m.Refused("ProtocolError", str(error)), timeout=self._patience)
+            raise
+        finally:
+            with self._course.lock:
+                if self._course.outboxes.get(self._member.id) is self._outbox:
+                    del self._course.outboxes[self._member.id]
+
+    def _enter(self) -> None:
+        with self._course.lock:
+            known = self._course.outboxes.get(self._member.id)
+            if known is not None and known.attempt >= self._attempt:
+                raise RefusedError(f"member {self._member.id} is connected to this server already")
+            self._course.shard.reconnected(self._member.id, self._attempt)
+            self._course.outboxes[self._member.id] = self._outbox
+        if known is not None:
+            known.answers.put(None)
+
+    def _take(self, received: Received) -> bool:
+        """Serve one message; False when closing, or when a newer connection has taken over."""
+        message = received.message
+        if isinstance(message, m.Scratch):
+            self._intake.staging(message, received.descriptors)
+            return True
+        if isinstance(message, m.Renew):
+            staging = self._intake.staging(message, received.descriptors)
+            assert staging is not None
+            with self._course.lock:
+                self._course.shard.replace_staging(self._member.id, message.model, staging, self._attempt)
+            return True
+        if isinstance(message, m.Store):
+            self._channel.send(self._store(message), request=received.request)
+            return True
+        answer = self._exchange(received)
+        if answer is None:
+            return False
+        if isinstance(message, m.Checkpoint):
+            with self._course.lock:
+                self._snapshot = self._course.shard.take_snapshot(self._member.id)
+        self._channel.send(answer, request=received.request, buffers=self._intake.payload(answer))
+        return True
+
+    def _store(self, request: m.Store) -> m.Stored:
+        """Write the snapshot that the member asked for; blocks until it is on disk."""
+        snapshot, self._snapshot = self._snapshot, None
+        if snapshot is None or snapshot.version != request.version:
+            why = f"there is no snapshot of version {request.version} here: another server took it"
+            return m.Stored(request.number, None, failure=m.Refused("CheckpointError", why))
+        place = (request.directory, request.generation, request.version, snapshot.index, snapshot.servers)
+        try:
+            part = write_part(*place, snapshot.models, snapshot.tables)
+        except HeadwaterError as error:
+            return m.Stored(request.number, None, failure=m.Refused(type(error).__name__, str(error)))
+        return m.Stored(request.number, part, snapshot.standings, snapshot.recorded)
+
+    def _exchange(self, received: Received) -> m.Answer | m.Description | None:
+        """Hold the request, report it, and wait for the entry that answers it; None when closing."""
+        message, member = received.message, self._member
+        if isinstance(message, m.Describe):
+            with self._course.lock:
+                return self._course.shard.describe(message.number)
+        if not isinstance(message, m.Request):
+            raise ProtocolError(f"a member sent {type(message).__name__}")
+        if member.role == "observer" and not isinstance(message, _READING):
+            raise ProtocolError(f"an observer sent {type(message).__name__}, which only workers may")
+        try:
+            staging, rows = self._intake.staging(message, received.descriptors), self._intake.rows(message)
+            with self._course.lock:
+                held = self._course.shard.hold(member.id, message, staging, rows, self._attempt)
+        except UsageError as error:
+            failure = m.Refused(type(error).__name__, str(error))
+            return m.Answer(message.number, self._course.shard.version, failure=failure)
+        self._reporting.held((held,))
+        while True:
+            try:
+                return self._outbox.answers.get(timeout=self._patience)
+            except queue.Empty:
+                self._channel.send(m.Waiting(message.number, self._reporting.reason(member.id)))

@@ -1,0 +1,54 @@
+"""Recovery: what a new sequencer makes of the servers' answers to its question where they are.
+
+Pure. Invariants:
+- A position that any server applied was prepared everywhere, so every server has it; it stands.
+- A position prepared everywhere may have been committed and answered by a server that is lost; it stands.
+- Any other was applied and answered nowhere: it is discarded everywhere, and closed anew from what all hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headwater.errors import ProtocolError
+from headwater.messages import Recovery
+from headwater.standings import Standings
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the servers have in common.
+
+    Attributes:
+        committed: position up to which some server applied entries, so that all may.
+        standings: as of the last position that stands, `standings.position`.
+    """
+
+    committed: int
+    standings: Standings
+
+
+def find(answers: Sequence[Recovery], term: int) -> Found:
+    """Where the log goes on, from one answer of every server.
+
+    Raises:
+        ProtocolError: an answer is of another term, a server answered twice or not at all, or one lacks an
+            entry that another has applied.
+    """
+    strange = [answer for answer in answers if answer.term != term]
+    if strange or sorted(answer.server for answer in answers) != list(range(len(answers))):
+        got = [(answer.server, answer.term) for answer in answers]
+        raise ProtocolError(f"recovery in term {term} needs one answer of each server, got {got}")
+    ends = {answer.server: answer.standings.position + len(answer.closed) for answer in answers}
+    most = max(answers, key=lambda answer: answer.standings.position)
+    committed = most.standings.position
+    behind = [server for server, end in ends.items() if end < committed]
+    if behind:
+        raise ProtocolError(f"server {most.server} applied entry {committed}, which servers {behind} lack")
+    standings = Standings.of(most.standings)
+    stands = min(ends.values())
+    for entry in most.closed:
+        if entry.position <= stands:
+            standings.apply(entry)
+    return Found(committed, standings)

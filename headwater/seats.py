@@ -1,0 +1,138 @@
+"""Seats: the present members, what each has outstanding, and which servers hold that.
+
+What the sequencer knows beyond the log: it is lost with it, and rebuilt from the servers' reports.
+
+Invariants:
+- An exchange is complete at an attempt when every server holds it as it came with that attempt; once it is
+  complete at any, no report takes that back.
+- A report of what was answered already, or that comes twice, changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from headwater.messages import Held, Ticket
+from headwater.standings import Standing, Standings
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    """One member. `standing` is shared with the standings.
+
+    Attributes:
+        held: its outstanding exchange, as the first server reported it.
+        holders: for each attempt the servers that hold it, as a bit mask.
+        attempt: the newest one that is complete.
+        waiting: the exchange is complete and has not been answered.
+    """
+
+    member: int
+    standing: Standing
+    held: Held | None = None
+    holders: dict[int, int] = field(default_factory=dict)
+    attempt: int = 0
+    waiting: bool = False
+
+    @property
+    def ticket(self) -> Ticket:
+        """Names the outstanding exchange."""
+        assert self.held is not None
+        return Ticket(self.member, self.held.number, self.attempt)
+
+    @property
+    def what(self) -> str:
+        """The outstanding exchange in words."""
+        assert self.held is not None
+        return f"{self.held.kind} {self.held.name}".rstrip()
+
+    def waits_in(self, kind: str) -> bool:
+        """Whether its complete exchange is of this kind."""
+        return self.waiting and self.held is not None and self.held.kind == kind
+
+
+class Seats:
+    """All members present, for `servers` servers.
+
+    Attributes:
+        present: workers among them; waiting: those of them whose exchange is complete.
+    """
+
+    def __init__(self, servers: int, standings: Standings) -> None:
+        self.servers = servers
+        self.present = 0
+        self.waiting = 0
+        self.of: dict[int, Seat] = {}
+        self._everybody = (1 << servers) - 1
+        for member in standings.members:
+            self.add(member, standings)
+
+    def add(self, member: int, standings: Standings) -> Seat:
+        """Give a member of the standings a seat."""
+        seat = self.of[member] = Seat(member, standings.members[member])
+        self.present += seat.standing.rank >= 0
+        return seat
+
+    def remove(self, seat: Seat) -> None:
+        """The member is gone."""
+        self.release(seat)
+        self.present -= seat.standing.rank >= 0
+        del self.of[seat.member]
+
+    def workers(self) -> list[Seat]:
+        """All but observers, in rank order."""
+        return by_rank(seat for seat in self.of.values() if seat.standing.rank >= 0)
+
+    def hold(self, seat: Seat, server: int, held: Held) -> bool:
+        """Note that `server` holds this; whether it became complete, at its first or a newer attempt."""
+        standing = seat.standing
+        if (held.number, held.attempt) <= (standing.answered, standing.attempt):
+            return False
+        if seat.held is None or held.number > seat.held.number:
+            if seat.waiting:
+                return False
+            seat.held, seat.holders = held, {}
+        elif held.number < seat.held.number:
+            return False
+        before = seat.holders.get(held.attempt, 0)
+        after = seat.holders[held.attempt] = before | 1 << server
+        if before == after or after != self._everybody:
+            return False
+        seat.attempt = max(seat.attempt, held.attempt) if seat.waiting else held.attempt
+        return True
+
+    def wait(self, seat: Seat) -> None:
+        """Its exchange is complete and about to be decided."""
+        seat.waiting = True
+        self.waiting += seat.standing.rank >= 0
+
+    def release(self, seat: Seat) -> None:
+        """Its exchange is answered; what is known of newer attempts, which need an answer too, stays."""
+        self.waiting -= seat.waiting and seat.standing.rank >= 0
+        seat.waiting = False
+        if len(seat.holders) > 1:
+            seat.holders = {attempt: mask for attempt, mask in seat.holders.items() if attempt > seat.attempt}
+        else:
+            seat.holders = {}
+        if not seat.holders:
+            seat.held = None
+
+    def all_wait(self) -> bool:
+        """Whether every worker waits, and there is one."""
+        return self.waiting > 0 and self.waiting == self.present
+
+    def missing(self, seat: Seat) -> list[int]:
+        """The servers that do not hold the outstanding exchange yet, at the attempt that most hold."""
+        most = max(seat.holders.values(), key=int.bit_count, default=0)
+        return [server for server in range(self.servers) if not most >> server & 1]
+
+
+def by_rank(seats: Iterable[Seat]) -> list[Seat]:
+    """In rank order."""
+    return sorted(seats, key=lambda seat: seat.standing.rank)
+
+
+def tickets(seats: Iterable[Seat]) -> tuple[Ticket, ...]:
+    """Of their outstanding exchanges."""
+    return tuple(seat.ticket for seat in seats)

@@ -1,0 +1,149 @@
+"""What a request must be to be held: checked before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from headwater import messages as m
+from headwater.errors import ProtocolError, RegistrationError
+from headwater.layout import Layout, describe
+from headwater.rules import from_spec
+from headwater.shard.outstanding import Members
+from headwater.shard.tables import StagedRows, Tables
+from headwater.shard.vector import Vector
+
+_KINDS: dict[type, m.Kind] = {
+    m.Register: "register",
+    m.RegisterTable: "table",
+    m.Attach: "attach",
+    m.Step: "step",
+    m.Pull: "pull",
+    m.PullRows: "pull",
+    m.CountRows: "pull",
+    m.DeleteRows: "delete",
+    m.ReadState: "state",
+    m.Assign: "assign",
+    m.End: "end",
+    m.Stop: "stop",
+    m.Leave: "leave",
+    m.Checkpoint: "checkpoint",
+}
+
+
+def kind_of(request: m.Request) -> m.Kind:
+    """What the sequencer is told that it is."""
+    return request.kind if isinstance(request, m.Meet) else _KINDS[type(request)]
+
+
+def name_of(request: m.Request) -> str:
+    """What of it the sequencer and users need to know besides."""
+    if isinstance(request, m.Register | m.RegisterTable):
+        return request.spec.name
+    if isinstance(request, m.Checkpoint):
+        return str(request.at)
+    return str(request.step) if isinstance(request, m.Step) else ""
+
+
+class Checks:
+    """Checks requests against the models and tables of one server."""
+
+    def __init__(self, vectors: Mapping[int, Vector], tables: Tables, members: Members) -> None:
+        self._vectors = vectors
+        self._tables = tables
+        self._members = members
+
+    def check(self, member: int, request: m.Request, rows: Sequence[StagedRows]) -> None:
+        """Refuse what cannot be served.
+
+        Raises:
+            UsageError: the caller's fault; its connection goes on.
+            ProtocolError: the request breaks the protocol; its connection should be closed.
+        """
+        if isinstance(request, m.Step):
+            self._check_step(member, request, rows)
+        elif isinstance(request, m.Register):
+            _check_spec(request.spec)
+        elif isinstance(request, m.RegisterTable):
+            self._tables.check_spec(request.spec)
+        elif isinstance(request, m.Attach):
+            self.check_model(request.model)
+        elif isinstance(request, m.Assign):
+            self._check_carried(member, request.carried)
+        elif isinstance(request, m.Pull):
+            for model in request.models:
+                self._members.staging(member, model)
+        elif isinstance(request, m.ReadState):
+            self._members.staging(member, request.model)
+        elif isinstance(request, m.CountRows):
+            self._tables[request.table]
+        elif isinstance(request, m.PullRows | m.DeleteRows):
+            self._tables.check(rows)
+
+    def check_model(self, model: int) -> None:
+        """Refuse a model that does not exist.
+
+        Raises:
+            ProtocolError: it does not.
+        """
+        if model not in self._vectors:
+            raise ProtocolError(f"there is no model {model}, known are {sorted(self._vectors)}")
+
+    def _check_step(self, member: int, step: m.Step, rows: Sequence[StagedRows]) -> None:
+        self._tables.check(rows[: len(step.pushed)])
+        self._tables.check(rows[len(step.pushed) :])
+        self._tables.check_settings(step.table_settings)
+        models = [carried.model for carried in step.carried]
+        if len(set(models)) < len(models):
+            raise ProtocolError(f"member {member} carries a model twice in one step: {models}")
+        for carried in step.carried:
+            self._check_carried(member, carried)
+        for model in step.read if isinstance(step.read, tuple) else ():
+            self._members.staging(member, model)
+        for setting in step.settings:
+            self._members.staging(member, setting.model)
+            rules = self._vectors[setting.model].rules
+            if not -1 <= setting.group < len(rules):
+                raise ProtocolError(f"parameter group {setting.group} does not exist, there are {len(rules)}")
+            for rule in rules if setting.group < 0 else [rules[setting.group]]:
+                rule.with_settings(**setting.values)
+
+    def _check_carried(self, member: int, carried: m.Carried) -> None:
+        self._members.staging(member, carried.model)
+        tensors = len(self._vectors[carried.model].layout.tensors)
+        if len(carried.tensors) != -(-tensors // 8):
+            raise ProtocolError(
+                f"a mask of {len(carried.tensors)} bytes for {tensors} tensors: expected {-(-tensors // 8)}"
+            )
+        if int.from_bytes(carried.tensors, "little") >> tensors:
+            raise ProtocolError(f"a mask names more than the {tensors} tensors of model {carried.model}")
+
+
+def _check_spec(spec: m.ModelSpec) -> None:
+    layout = Layout(spec.tensors)
+    if not 0 <= int(layout.groups.min()) <= int(layout.groups.max()) < len(spec.rules):
+        raise RegistrationError(
+            f"model {spec.name!r}: tensors name parameter groups {sorted(set(layout.groups.tolist()))}, "
+            f"but there are rules for {len(spec.rules)}"
+        )
+    for rule in map(from_spec, spec.rules):
+        if rule.rows_only:
+            raise RegistrationError(f"model {spec.name!r}: {rule.name} is a rule for tables' rows only")
+
+
+def difference(old: m.ModelSpec, new: m.ModelSpec) -> str:
+    """What keeps `new` from being the model `old`; "" when nothing does."""
+    here, there = set(old.tensors), set(new.tensors)
+    if here != there:
+        return (
+            f"model {old.name!r} exists with other tensors ({_only(old, there)}), "
+            f"got ({_only(new, here)}): declare the same ones or use another name"
+        )
+    kinds = [rule.name for rule in old.rules], [rule.name for rule in new.rules]
+    if kinds[0] != kinds[1]:
+        return f"model {old.name!r} exists with rule {kinds[0]}, got {kinds[1]}: use the same or another name"
+    return ""
+
+
+def _only(spec: m.ModelSpec, known: set[m.TensorSpec]) -> str:
+    """What of `spec` is not in `known`."""
+    return describe([tensor for tensor in spec.tensors if tensor not in known]) or "nothing more"

@@ -1,0 +1,253 @@
+"""What of an entry's effect does not follow from the log: as members have it, or collected for a standby.
+
+A server without a standby reads it from its members' memory while it processes the entry (`Live`). One with a
+standby collects it beforehand (`Resolved`): requests, reduced gradients, initial and assigned values, ids.
+Both then process the entry from that, in the same way, so they end with the same bits.
+
+Invariant: nothing collected depends on entries before it that are not applied yet, because a member is
+answered, and goes on, only when its entry is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater import messages as m
+from headwater.shard.outstanding import Members
+from headwater.shard.tables import StagedRows, Tables
+from headwater.shard.vector import Array, Staging, Update, Vector
+from headwater.standings import tickets_of
+
+Room: TypeAlias = Callable[[int], NDArray[np.uint8]]
+"""Gives so many bytes, contiguous, at a multiple of 8: for an array that stays until its entry is applied."""
+
+Steps: TypeAlias = Sequence[tuple[m.Ticket, m.Step]]
+
+
+def own_memory(size: int) -> NDArray[np.uint8]:
+    """Room in this process's own memory."""
+    return np.empty(-(-size // 8), dtype=np.int64).view(np.uint8)[:size]
+
+
+class Inputs(Protocol):
+    """Where an entry's processing finds what the log does not say; the methods fit the kinds of entries."""
+
+    def request(self, ticket: m.Ticket) -> m.Request:
+        """The request that an entry names."""
+
+    def updates(self, model: int, vector: Vector, steps: Steps) -> list[Update]:
+        """Gradients of a model, to be added up in this order."""
+
+    def pushed(self, steps: Steps) -> Sequence[Sequence[StagedRows]]:
+        """Gradients of rows, to be added up in this order."""
+
+    def initial(self, ticket: m.Ticket) -> Array:
+        """Initial values of this server's range of a model."""
+
+    def assigned(self, ticket: m.Ticket, model: int) -> Staging:
+        """Where the values are that are assigned to a model."""
+
+    def deleted(self, ticket: m.Ticket) -> StagedRows:
+        """The ids to be deleted."""
+
+
+class Live:
+    """Inputs as members have them now."""
+
+    def __init__(self, members: Members) -> None:
+        self._members = members
+
+    def request(self, ticket: m.Ticket) -> m.Request:
+        """As it is held."""
+        return self._members.of(ticket).request
+
+    def updates(self, model: int, vector: Vector, steps: Steps) -> list[Update]:
+        """Each member's, from its window."""
+        return [
+            Update(self._members.staging(ticket.member, model), vector.layout.unmask(carried.tensors))
+            for ticket, step in steps
+            for carried in step.carried
+            if carried.model == model and any(carried.tensors)
+        ]
+
+    def pushed(self, steps: Steps) -> Sequence[Sequence[StagedRows]]:
+        """Each member's."""
+        return [self._members.of(ticket).pushed() for ticket, step in steps if step.pushed]
+
+    def initial(self, ticket: m.Ticket) -> Array:
+        """From the member's parameters."""
+        staging = self._members.of(ticket).staging
+        assert staging is not None
+        return staging.parameters
+
+    def assigned(self, ticket: m.Ticket, model: int) -> Staging:
+        """The member's parameters."""
+        return self._members.staging(ticket.member, model)
+
+    def deleted(self, ticket: m.Ticket) -> StagedRows:
+        """From the request."""
+        (staged,) = self._members.of(ticket).rows
+        return staged
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resolved:
+    """An entry with its inputs. As a message: `inputs`, with `payload()` as its payload.
+
+    `models`: this server's whole range of each of `inputs.models`, float32; `tables`: the rows of each of
+    `inputs.tables`. The arrays must stay as they are until the entry was applied.
+    """
+
+    inputs: m.Inputs
+    models: tuple[Array, ...] = ()
+    tables: tuple[StagedRows, ...] = ()
+
+    def payload(self) -> list[NDArray[Any]]:
+        """The arrays in the order in which they travel."""
+        rows = [array for staged in self.tables for array in (staged.ids, staged.rows)]
+        return [array for array in (*self.models, *rows) if array.size]
+
+    def request(self, ticket: m.Ticket) -> m.Request:
+        """As it was held."""
+        return next(request for member, request in self.inputs.requests if member == ticket.member)
+
+    def updates(self, model: int, vector: Vector, steps: Steps) -> list[Update]:
+        """One, the sum of all."""
+        if all(model != present for present, _ in self.inputs.models):
+            return []
+        masks = [
+            vector.layout.unmask(carried.tensors)
+            for _, step in steps
+            for carried in step.carried
+            if carried.model == model
+        ]
+        return [Update(self._staging(model), np.logical_or.reduce(masks, axis=0))]
+
+    def pushed(self, steps: Steps) -> Sequence[Sequence[StagedRows]]:
+        """One, the sum of all."""
+        return [self.tables]
+
+    def initial(self, ticket: m.Ticket) -> Array:
+        """As they were."""
+        return self._staging(INITIAL).parameters
+
+    def assigned(self, ticket: m.Ticket, model: int) -> Staging:
+        """As they were."""
+        return self._staging(model)
+
+    def deleted(self, ticket: m.Ticket) -> StagedRows:
+        """As they were."""
+        return self.tables[0]
+
+    def _staging(self, model: int) -> Staging:
+        array = next(
+            array
+            for (present, _), array in zip(self.inputs.models, self.models, strict=True)
+            if present == model
+        )
+        return Staging(array, array)
+
+
+INITIAL = -1
+"""Stands in `m.Inputs.models` for a model that has no id yet."""
+
+
+def arriving(inputs: m.Inputs, room: Room = own_memory) -> Resolved:
+    """A Resolved with room for the payload that follows `inputs`: its `payload()` is to be received into."""
+    return Resolved(
+        inputs,
+        tuple(_floats(room, elements) for _, elements in inputs.models),
+        tuple(
+            StagedRows(table, _ids(room, count), _floats(room, count, dim))
+            for table, count, dim in inputs.tables
+        ),
+    )
+
+
+def owned(resolved: Resolved) -> Resolved:
+    """The same in this process's own memory."""
+    own = arriving(resolved.inputs)
+    for mine, shared in zip(own.payload(), resolved.payload(), strict=True):
+        mine[...] = shared
+    return own
+
+
+class Collector:
+    """Collects the inputs of entries on a server with a standby; reads members' memory, changes nothing."""
+
+    def __init__(self, vectors: Mapping[int, Vector], tables: Tables, live: Live) -> None:
+        self._vectors = vectors
+        self._tables = tables
+        self._live = live
+
+    def collect(self, entry: m.AnyEntry, term: int, room: Room) -> Resolved:
+        """The entry with copies of all it needs; blocks for a pass over the gradients of a commit."""
+        models: dict[int, Array] = {}
+        tables: list[StagedRows] = []
+        requests = tuple((ticket.member, self._live.request(ticket)) for ticket in tickets_of(entry))
+        if isinstance(entry, m.Committed):
+            steps = [(ticket, self._step(ticket)) for ticket in entry.updates]
+            models = self._reduced(steps, room)
+            tables = [_copy(staged, room) for staged in self._tables.reduce(self._live.pushed(steps))]
+        elif isinstance(entry, m.Registered) and isinstance(requests[0][1], m.Register):
+            models[INITIAL] = _fill(room, self._live.initial(entry.source))
+        elif isinstance(entry, m.Assigned) and isinstance(requests[0][1], m.Assign):
+            model = requests[0][1].carried.model
+            models[model] = _fill(room, self._live.assigned(entry.source, model).parameters)
+        elif isinstance(entry, m.Assigned):
+            staged = self._live.deleted(entry.source)
+            tables = [_copy(StagedRows(staged.table, staged.ids, staged.rows[:, :0]), room)]
+        inputs = m.Inputs(
+            term,
+            entry,
+            tuple((member, _without_payload(request)) for member, request in requests),
+            tuple((model, len(array)) for model, array in models.items()),
+            tuple((staged.table, *staged.rows.shape) for staged in tables),
+        )
+        return Resolved(inputs, tuple(models.values()), tuple(tables))
+
+    def _step(self, ticket: m.Ticket) -> m.Step:
+        request = self._live.request(ticket)
+        assert isinstance(request, m.Step)
+        return request
+
+    def _reduced(self, steps: Steps, room: Room) -> dict[int, Array]:
+        reduced: dict[int, Array] = {}
+        for model, vector in self._vectors.items():
+            updates = self._live.updates(model, vector, steps)
+            if updates:
+                reduced[model] = _floats(room, vector.stop - vector.start)
+                vector.reduce(updates, reduced[model])
+        return reduced
+
+
+def _floats(room: Room, *shape: int) -> Array:
+    return room(4 * int(np.prod(shape))).view(np.float32).reshape(shape)
+
+
+def _ids(room: Room, count: int) -> NDArray[np.int64]:
+    return room(8 * count).view(np.int64)
+
+
+def _fill(room: Room, values: Array) -> Array:
+    copy = _floats(room, *values.shape)
+    copy[...] = values
+    return copy
+
+
+def _copy(staged: StagedRows, room: Room) -> StagedRows:
+    ids = _ids(room, len(staged.ids))
+    ids[:] = staged.ids
+    return StagedRows(staged.table, ids, _fill(room, staged.rows))
+
+
+def _without_payload(request: m.Request) -> m.Request:
+    if isinstance(request, m.Step | m.Assign) and request.payload:
+        return msgspec.structs.replace(request, payload=())
+    return request

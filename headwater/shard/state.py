@@ -1,0 +1,336 @@
+"""A server's part of the shared state, and what each entry of the log does to it.
+
+Invariants:
+- Whatever depends on an entry alone (ids of models, sums, refusals) comes out the same on every server.
+- An exchange that was answered is never applied again; a repeat gets the same result and current values.
+- A member's memory is touched only for an entry that names its outstanding exchange, and written only if the
+  member can be answered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater import messages as m
+from headwater.errors import HeadwaterError, RegistrationError
+from headwater.layout import Layout
+from headwater.positions import Positions
+from headwater.shard.checks import difference
+from headwater.shard.ledger import Ledger
+from headwater.shard.outstanding import Members, Outstanding
+from headwater.shard.replica import Inputs
+from headwater.shard.snapshot import ShardSnapshot
+from headwater.shard.tables import Tables
+from headwater.shard.vector import Staging, Vector
+from headwater.standings import Standings
+from headwater.sync import Reduce
+
+Answers: TypeAlias = list[tuple[int, m.Answer]]
+"""Member and its answer."""
+
+
+class State:
+    """Of server `index` of `servers`, whose members are `members`.
+
+    Attributes:
+        version: of the last entry that changed values.
+        position: of the last entry processed.
+        standings: as of `position`; positions: where the workers are in their data.
+    """
+
+    def __init__(self, index: int, servers: int, reduce: Reduce, members: Members) -> None:
+        self.index = index
+        self.servers = servers
+        self.version = 0
+        self.position = 0
+        self.vectors: dict[int, Vector] = {}
+        self.tables = Tables(index, servers)
+        self.standings = Standings()
+        self.ledger = Ledger()
+        self.positions = Positions()
+        self._reduce = reduce
+        self._members = members
+        self._ids: dict[str, int] = {}
+        self._inputs: Inputs
+        self._on_entry: dict[type, Callable[[Any], Answers]] = {
+            m.Enrolled: lambda entry: [],
+            m.Registered: self._registered,
+            m.Committed: self._committed,
+            m.Served: self._served,
+            m.Late: self._late,
+            m.Assigned: self._assigned,
+            m.Activated: lambda entry: [],
+            m.Retired: self._retired,
+            m.Met: self._met,
+            m.Stopped: lambda entry: self._answer(entry.ticket),
+            m.Stalled: self._stalled,
+            m.Checkpointed: lambda entry: self._answer(entry.ticket),
+        }
+
+    def range_of(self, layout: Layout) -> tuple[int, int]:
+        """This server's elements [start, stop) of a model."""
+        return layout.cut(self.servers)[self.index]
+
+    def process(self, entry: m.AnyEntry, inputs: Inputs) -> Answers:
+        """Do what the next entry says, with what `inputs` say besides; blocks for passes over memory."""
+        self._inputs = inputs
+        self.position = entry.position
+        answers = self._on_entry[type(entry)](entry)
+        self.standings.apply(entry)
+        if isinstance(entry, m.Checkpointed) or (isinstance(entry, m.Served) and entry.kind == "checkpoint"):
+            self._keep_snapshot(answers)
+        return answers
+
+    def _keep_snapshot(self, answers: Answers) -> None:
+        for member, _ in answers:
+            self._members.keep_snapshot(member, self.snapshot())
+
+    # ── entries ─────────────────────────────────────────────────────────────────────────────────
+
+    def _registered(self, entry: m.Registered) -> Answers:
+        request = self._inputs.request(entry.source)
+        if isinstance(request, m.RegisterTable):
+            self.tables.create(request.spec)
+        elif isinstance(request, m.Register):
+            start, stop = self.range_of(Layout(request.spec.tensors))
+            initial = self._inputs.initial(entry.source)
+            self._add(Vector(request.spec, start, stop, initial, self.version))
+        return self._answer(entry.source, **self._bring(entry.source, request))
+
+    def _committed(self, entry: m.Committed) -> Answers:
+        self.version = entry.version
+        steps = [(ticket, self._step_of(ticket)) for ticket in entry.updates]
+        contributors = sum(_contributes(step) for _, step in steps)
+        self._change_settings(step for _, step in reversed(steps))
+        asked = {ticket.member: self._read_by(ticket.member, step) for ticket, step in steps}
+        readers = [self._members.reader(ticket) for ticket in entry.answered]
+        present = [reader for reader in readers if reader is not None]
+        self._apply(steps, contributors, [asked[reader.held.member] for reader in present])
+        for reader in present:
+            self.tables.pull(reader.pulled(), self.version)
+        for ticket, step in steps:
+            staleness = entry.version - 1 - step.seen
+            result = m.StepResult(entry.version, True, contributors, staleness)
+            self.ledger.record(ticket.member, step.step, result)
+            if step.position is not None:
+                self.positions.record(step.position)
+        answers: Answers = []
+        for ticket in entry.answered:
+            answers += self._answer_step(ticket, tuple(asked[ticket.member]))
+        return answers
+
+    def _late(self, entry: m.Late) -> Answers:
+        """Settings take effect all the same: they are orders to the rule, not part of the gradient."""
+        step = self._step_of(entry.ticket)
+        self._change_settings([step])
+        result = m.StepResult(self.version, False, 0, self.version - step.seen)
+        self.ledger.record(entry.ticket.member, step.step, result)
+        return self._answer_step(entry.ticket, **self._bring(entry.ticket, step))
+
+    def _read_by(self, member: int, step: m.Step) -> dict[int, Staging]:
+        """Where the values that a step asks for are to be written, by model."""
+        stagings = self._members.stagings(member)
+        if isinstance(step.read, tuple):
+            return {model: stagings[model] for model in step.read if model in stagings}
+        return stagings if step.read else {}
+
+    def _step_of(self, ticket: m.Ticket) -> m.Step:
+        request = self._inputs.request(ticket)
+        assert isinstance(request, m.Step)
+        return request
+
+    def _change_settings(self, steps: Iterable[m.Step]) -> None:
+        """The last ones win, so the lowest rank's must come last."""
+        for step in steps:
+            for setting in step.settings:
+                self.vectors[setting.model].set(setting.group, setting.values)
+            self.tables.set(step.table_settings)
+
+    def _apply(
+        self,
+        steps: Sequence[tuple[m.Ticket, m.Step]],
+        contributors: int,
+        readers: Sequence[dict[int, Staging]],
+    ) -> None:
+        divisor = contributors if self._reduce == "mean" else 1
+        for model, vector in self.vectors.items():
+            updates = self._inputs.updates(model, vector, steps)
+            answers = [stagings[model] for stagings in readers if model in stagings]
+            if updates:
+                vector.apply(updates, divisor, answers, self.version)
+            elif answers:
+                vector.write(answers)
+        self.tables.apply(self._inputs.pushed(steps), divisor, self.version)
+
+    def _served(self, entry: m.Served) -> Answers:
+        ticket = entry.ticket
+        request = self._inputs.request(ticket)
+        if ticket.number == self.ledger.last_number(ticket.member):
+            return self._serve_again(ticket, request)
+        try:
+            brought = self._bring(ticket, request)
+        except RegistrationError as error:
+            return self._answer(ticket, failure=_refused(error))
+        if not isinstance(request, m.Step):
+            return self._answer(ticket, **brought)
+        return self._answer_step(ticket, **brought, may_stop=entry.kind == "step")
+
+    def _serve_again(self, ticket: m.Ticket, request: m.Request) -> Answers:
+        """The answer was lost on its way: the same result, with the values of now."""
+        answer = self.ledger.answer(ticket.member)
+        brought = {} if answer.failure is not None else self._bring(ticket, request, again=True)
+        answer = msgspec.structs.replace(answer, version=self.version, **brought)
+        return self._emit(ticket, answer, self.ledger.count(ticket.member))
+
+    def _bring(self, ticket: m.Ticket, request: m.Request, again: bool = False) -> dict[str, Any]:
+        """Give a member that can be answered here what its request asks for; the fields that say so."""
+        reader = self._members.reader(ticket)
+        if reader is not None:
+            self.tables.pull(reader.pulled(), self.version)
+        if isinstance(request, m.Step):
+            return {"values": self._write(ticket, reader, self._read_by(ticket.member, request))}
+        if isinstance(request, m.Pull):
+            have = -1 if again else request.have
+            return {"values": self._write(ticket, reader, request.models, have)}
+        if isinstance(request, m.Register):
+            model = self._ids[request.spec.name]
+            if unlike := difference(self.vectors[model].spec, request.spec):
+                raise RegistrationError(unlike)
+            return self._join(ticket, reader, model)
+        if isinstance(request, m.Attach):
+            return self._join(ticket, reader, request.model)
+        if isinstance(request, m.RegisterTable):
+            return {"table": self.tables.resolve(request.spec)}
+        if isinstance(request, m.ReadState):
+            return self._read_state(ticket, reader, self.vectors[request.model])
+        if isinstance(request, m.CountRows) and reader is not None:
+            self._keep_count(ticket, len(self.tables[request.table]))
+        return {}
+
+    def _join(self, ticket: m.Ticket, reader: Outstanding | None, model: int) -> dict[str, Any]:
+        """The member takes part in a model from now on, with the memory that came with its request."""
+        if reader is not None:
+            assert reader.staging is not None
+            self._members.stage(ticket.member, model, reader.staging)
+            self.vectors[model].write([reader.staging])
+        return {"values": (model,), "model": model}
+
+    def _read_state(self, ticket: m.Ticket, reader: Outstanding | None, vector: Vector) -> dict[str, Any]:
+        if reader is not None:
+            copies: list[NDArray[Any]] = [state.copy() for state in vector.states.values()]
+            self._members.keep_copies(ticket.member, copies)
+        return {"states": tuple(vector.states), "counts": tuple(vector.counts.tolist())}
+
+    def _write(
+        self, ticket: m.Ticket, reader: Outstanding | None, models: Iterable[int], have: int = -1
+    ) -> tuple[int, ...]:
+        """Write the models that changed after version `have`; return which."""
+        changed = tuple(model for model in models if self.vectors[model].changed > have)
+        if reader is not None:
+            for model in changed:
+                self.vectors[model].write([self._members.staging(ticket.member, model)])
+        return changed
+
+    def _assigned(self, entry: m.Assigned) -> Answers:
+        request = self._inputs.request(entry.source)
+        self.version = entry.version
+        if isinstance(request, m.DeleteRows):
+            staged = self._inputs.deleted(entry.source)
+            return self._answer(entry.source, count=self.tables[staged.table].delete(staged.ids))
+        assert isinstance(request, m.Assign)
+        model = request.carried.model
+        vector = self.vectors[model]
+        source = self._inputs.assigned(entry.source, model)
+        vector.assign(source, vector.layout.unmask(request.carried.tensors), entry.version)
+        return self._answer(entry.source)
+
+    def _retired(self, entry: m.Retired) -> Answers:
+        answers: Answers = []
+        if entry.answered is not None:
+            request = self._inputs.request(entry.answered)
+            if isinstance(request, m.End) and request.position is not None:
+                self.positions.record(request.position)
+            answers = self._answer(entry.answered)
+        if entry.gone:
+            self._members.forget(entry.member)
+            self.ledger.forget(entry.member)
+        return answers
+
+    def _met(self, entry: m.Met) -> Answers:
+        sums: dict[str, float] = {}
+        for ticket in entry.tickets:
+            request = self._inputs.request(ticket)
+            assert isinstance(request, m.Meet)
+            for name, value in request.values.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return [answer for ticket in entry.tickets for answer in self._answer(ticket, sums=sums)]
+
+    def _stalled(self, entry: m.Stalled) -> Answers:
+        failure = m.Refused("StalledError", entry.reason)
+        return [answer for ticket in entry.tickets for answer in self._answer(ticket, failure=failure)]
+
+    # ── as plain arrays ─────────────────────────────────────────────────────────────────────────
+
+    def snapshot(self) -> ShardSnapshot:
+        """A copy of all of it; blocks for one pass over memory."""
+        return ShardSnapshot(
+            index=self.index,
+            servers=self.servers,
+            position=self.position,
+            version=self.version,
+            models=tuple(vector.snapshot() for vector in self.vectors.values()),
+            changed=tuple(vector.changed for vector in self.vectors.values()),
+            tables=self.tables.snapshot(),
+            ledger=self.ledger.records(),
+            standings=self.standings.record(),
+            recorded=self.positions.recorded(),
+        )
+
+    def restore(self, snapshot: ShardSnapshot) -> None:
+        """Become what `snapshot` was made of; copies the arrays."""
+        self.position, self.version = snapshot.position, snapshot.version
+        self.standings = Standings.of(snapshot.standings)
+        self.ledger = Ledger.of(snapshot.ledger)
+        self.positions = Positions(snapshot.recorded)
+        for model, changed in zip(snapshot.models, snapshot.changed, strict=True):
+            self._add(Vector.restore(model, changed))
+        self.tables.restore(snapshot.tables)
+
+    def _add(self, vector: Vector) -> None:
+        self._ids[vector.spec.name] = len(self.vectors)
+        self.vectors[len(self.vectors)] = vector
+
+    # ── answers ─────────────────────────────────────────────────────────────────────────────────
+
+    def _answer_step(self, ticket: m.Ticket, values: tuple[int, ...], may_stop: bool = True) -> Answers:
+        stopped = may_stop and self.standings.standing(ticket.member).stopping
+        return self._answer(ticket, values=values, result=self.ledger.result(ticket.member), stopped=stopped)
+
+    def _answer(self, ticket: m.Ticket, count: int | None = None, **fields: Any) -> Answers:
+        return self._emit(ticket, m.Answer(ticket.number, self.version, **fields), count)
+
+    def _emit(self, ticket: m.Ticket, answer: m.Answer, count: int | None) -> Answers:
+        """Note an answer, and give it out where the member can be told; `count`: this server's own."""
+        self.ledger.answered(ticket.member, answer, count)
+        if not self._members.end(ticket):
+            return []
+        if count is not None:
+            self._keep_count(ticket, count)
+        return [(ticket.member, answer)]
+
+    def _keep_count(self, ticket: m.Ticket, count: int) -> None:
+        self._members.keep_copies(ticket.member, [np.array([count], dtype=np.int64)])
+
+
+def _contributes(step: m.Step) -> bool:
+    """Whether it carries a gradient, on any server."""
+    return bool(step.pushed) or any(any(carried.tensors) for carried in step.carried)
+
+
+def _refused(error: HeadwaterError) -> m.Refused:
+    return m.Refused(type(error).__name__, str(error))

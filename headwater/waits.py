@@ -1,0 +1,69 @@
+"""Whom everybody waits for, in words for a user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from headwater.seats import Seat, Seats
+from headwater.standings import Standings
+from headwater.sync import Sync
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """A view of a sequencer. `ready`: steps not committed yet; `blocked`: committed and not answered yet."""
+
+    seats: Seats
+    standings: Standings
+    sync: Sync
+    min_workers: int
+    ready: Mapping[int, Seat]
+    blocked: Mapping[int, Seat]
+
+    def all(self) -> dict[int, str]:
+        """For each member that waits, by id: for what and for whom."""
+        return {id: self.why(seat) for id, seat in self.seats.of.items() if seat.held is not None}
+
+    def why(self, seat: Seat) -> str:
+        """For what and for whom one member waits."""
+        if not seat.waiting:
+            return f"{seat.what} waits for {_list('server', self.seats.missing(seat))}"
+        missing = self.standings.missing_ranks()
+        if not self.standings.started and not (seat.waits_in("register") and 0 not in missing):
+            return f"{seat.what} waits for {_list('worker', missing)} to join"
+        present = self.seats.present
+        if seat.member in self.ready and present + len(self.standings.finished) < self.min_workers:
+            workers = f"{present} worker{'s' * (present > 1)} present"
+            return f"training waits: {workers}, min_workers is {self.min_workers}"
+        return f"{seat.what} waits for {self._whom(seat)}"
+
+    def _whom(self, seat: Seat) -> str:
+        others = [other for other in self.seats.workers() if other is not seat]
+        active = [other for other in others if other.standing.phase == "active"]
+        if seat.waits_in("register"):
+            return f"{_named((active or others)[:1])} to declare the model"
+        if seat.member in self.blocked:
+            slowest = self.standings.clocks.slowest
+            reason = self.sync.may_read(seat.standing.clock, slowest).reason
+            return f"{_named([other for other in active if other.standing.clock == slowest])}: {reason}"
+        if seat.member in self.ready:
+            return self._round(active)
+        return _named([other for other in others if not other.waiting])
+
+    def _round(self, active: list[Seat]) -> str:
+        named = _named([other for other in active if other.member not in self.ready])
+        if self.sync.quorum is None:
+            return named
+        held, of = len(self.ready), len(self.standings.clocks)
+        return f"{named}: {self.sync.may_commit(held, of).reason}"
+
+
+def _named(workers: Iterable[Seat]) -> str:
+    return _list("worker", [seat.standing.rank for seat in workers])
+
+
+def _list(noun: str, indices: list[int]) -> str:
+    if not indices:
+        return "nobody"
+    return f"{noun}{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
