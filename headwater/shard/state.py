@@ -209,7 +209,7 @@ class State:
         if isinstance(request, m.ReadState):
             return self._read_state(ticket, reader, self.vectors[request.model])
         if isinstance(request, m.CountRows) and reader is not None:
-            self._keep_count(ticket, len(self.tables[request.table]))
+            self._keep_count(ticket, self.tables[request.table].count(self.version))
         return {}
 
     def _join(self, ticket: m.Ticket, reader: Outstanding | None, model: int) -> dict[str, Any]:
