@@ -34,3 +34,13 @@ def nothing_is_left():
         after = _left()
     left = {kind: [one for one in after[kind] if one not in before[kind]] for kind in after}
     assert not any(left.values()), f"the test left {left}"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="tests that run for a while run for longer")
+
+
+@pytest.fixture
+def long(request):
+    """Whether tests that run for a while should run for longer."""
+    return request.config.getoption("--long")

@@ -18,6 +18,7 @@ from headwater.errors import RefusedError
 from headwater.nodes.replica import Replica
 from headwater.shard import Shard
 from headwater.shard.replica import own_memory
+from headwater.wire.channel import Channel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,7 +26,15 @@ class Outbox:
     """Where the thread of a member's connection waits for answers; None ends it."""
 
     attempt: int
+    channel: Channel
     answers: queue.SimpleQueue[m.Answer | None] = field(default_factory=queue.SimpleQueue)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def end(self) -> None:
+        """Have the connection's thread end; blocks until it has."""
+        self.answers.put(None)
+        self.channel.close()
+        self.ended.wait()
 
 
 _Step: TypeAlias = tuple[int, m.AnyEntry | None, int]
@@ -86,8 +95,8 @@ class Course:
         except RefusedError:
             return False  # of a sequencer that is none any more
         if not self._replicated:
-            assert entry is not None
-            self._hand_out(shard.process(entry))
+            if entry is not None:
+                self._hand_out(shard.process(entry))
             return False
         replica = self.replica
         if entry is not None:

@@ -83,6 +83,8 @@ class Intake:
             ProtocolError: the window is not what the message says.
         """
         try:
+            if isinstance(message, m.Renew) and message.window is None:
+                return self._renewed(message.model)
             if isinstance(message, m.Register | m.Attach | m.Renew):
                 return self._memory(message, descriptors)
             if isinstance(message, m.Scratch):
@@ -108,6 +110,21 @@ class Intake:
             descriptors.pop(), size=message.window.size, elements=layout.elements, start=start, stop=stop
         )
         return Staging(view.gradients, view.parameters)
+
+    def _renewed(self, model: int) -> Staging | None:
+        """A private buffer for a member that connected anew; None where it has one, which stays.
+
+        What it staged before must stay there: it may be part of an entry that comes before it is sent again.
+        """
+        old = self._shard.stagings(self._member).get(model)
+        if old is None:
+            start, stop = self._shard.range_of(self._layout_of(m.Attach(0, model, None)))
+            initial = np.zeros(stop - start, dtype=np.float32)
+        elif is_private(old):
+            return None
+        else:
+            initial = old.gradients.copy()
+        return Staging(initial, initial)
 
     def _layout_of(self, message: m.Register | m.Attach | m.Renew) -> Layout:
         if isinstance(message, m.Register):

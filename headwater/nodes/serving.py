@@ -35,7 +35,7 @@ class MemberConnection:
         self._reporting = reporting
         self._patience = patience
         self._intake = Intake(course.shard, member.id)
-        self._outbox = Outbox(attempt)
+        self._outbox = Outbox(attempt, channel)
         self._snapshot: ShardSnapshot | None = None
 
     def serve(self) -> None:
@@ -58,18 +58,21 @@ class MemberConnection:
             raise
         finally:
             with self._course.lock:
-                if self._course.outboxes.get(self._member.id) is self._outbox:
-                    del self._course.outboxes[self._member.id]
+                del self._course.outboxes[self._member.id]
+            self._outbox.ended.set()
 
     def _enter(self) -> None:
-        with self._course.lock:
-            known = self._course.outboxes.get(self._member.id)
-            if known is not None and known.attempt >= self._attempt:
+        """Take the place of an older connection, once its thread is out of the member's memory."""
+        while True:
+            with self._course.lock:
+                known = self._course.outboxes.get(self._member.id)
+                if known is None:
+                    self._course.shard.reconnected(self._member.id, self._attempt)
+                    self._course.outboxes[self._member.id] = self._outbox
+                    return
+            if known.attempt >= self._attempt:
                 raise RefusedError(f"member {self._member.id} is connected to this server already")
-            self._course.shard.reconnected(self._member.id, self._attempt)
-            self._course.outboxes[self._member.id] = self._outbox
-        if known is not None:
-            known.answers.put(None)
+            known.end()
 
     def _take(self, received: Received) -> bool:
         """Serve one message; False when closing, or when a newer connection has taken over."""
@@ -79,9 +82,9 @@ class MemberConnection:
             return True
         if isinstance(message, m.Renew):
             staging = self._intake.staging(message, received.descriptors)
-            assert staging is not None
-            with self._course.lock:
-                self._course.shard.replace_staging(self._member.id, message.model, staging, self._attempt)
+            if staging is not None:
+                with self._course.lock:
+                    self._course.shard.replace_staging(self._member.id, message.model, staging, self._attempt)
             return True
         if isinstance(message, m.Store):
             self._channel.send(self._store(message), request=received.request)
@@ -92,7 +95,13 @@ class MemberConnection:
         if isinstance(message, m.Checkpoint):
             with self._course.lock:
                 self._snapshot = self._course.shard.take_snapshot(self._member.id)
-        self._channel.send(answer, request=received.request, buffers=self._intake.payload(answer))
+        try:
+            payload = self._intake.payload(answer)
+        except ProtocolError:
+            why = f"member {self._member.id} was retired while it was answered: connect again as a new one"
+            self._channel.send(m.Refused("RefusedError", why))
+            return False
+        self._channel.send(answer, request=received.request, buffers=payload)
         return True
 
     def _store(self, request: m.Store) -> m.Stored:

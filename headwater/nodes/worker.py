@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from headwater import messages as m
-from headwater.errors import HeadwaterError
+from headwater.errors import HeadwaterError, RefusedError
 from headwater.initializers import Initializer, Zeros
 from headwater.lifetime import AfterCount, Expiry
 from headwater.nodes.batches import Feed, Splits, plan_of
@@ -21,6 +22,8 @@ from headwater.nodes.table import Table, specify_table
 from headwater.nodes.turn import Turn
 from headwater.rules import Rule
 from headwater.splits import Indices
+
+_log = logging.getLogger("headwater.worker")
 
 _ZEROS = Zeros()
 _PROGRESS_S = 0.25
@@ -288,12 +291,18 @@ class Worker:
         """Leave the cluster; idempotent. Arrays and tensors got from it stay valid."""
         if self._session.usable():
             try:
-                self._session.ask(m.Leave, "leave")
+                self._leave()
                 self._tell(now=True)
                 self._session.membership.tell(m.Departed(self._session.welcome.member.id))
             finally:
                 self._close()
         self._close()
+
+    def _leave(self) -> None:
+        try:
+            self._session.ask(m.Leave, "leave")
+        except RefusedError as error:
+            _log.info("worker %d had left already: %s", self.rank, error)  # its answer was lost on the way
 
     def _close(self) -> None:
         self._session.close()

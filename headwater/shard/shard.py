@@ -155,6 +155,10 @@ class Shard:
         """
         return self._members.staging(member, model)
 
+    def stagings(self, member: int) -> dict[int, Staging]:
+        """The member's, by model; empty where it has none."""
+        return self._members.stagings(member)
+
     def take_copies(self, member: int) -> list[NDArray[Any]]:
         """The arrays made for the member's last answer, which are its payload, once; the caller's then."""
         return self._members.take_copies(member)
