@@ -245,6 +245,12 @@ class Sequencer:
         else:
             self._registering[seat.member] = seat
 
+    def _supply(self) -> None:
+        """Let those register who are the lowest active rank by now."""
+        for seat in by_rank(self._registering.values()):
+            if seat.member in self._registering:
+                self._register(seat)
+
     def _declare(self, seat: Seat) -> None:
         """A table has no initial values, so whoever comes first declares it."""
         assert seat.held is not None
@@ -271,6 +277,8 @@ class Sequencer:
         elif self._sync.quorum is not None and seat.standing.round < self.standings.rounds:
             self._write(Late(self._next(), seat.ticket))
             self._done(seat)
+        elif not self._sync.rounds and self._enough():
+            self._commit([seat])
         else:
             self._ready[seat.member] = seat
             self._commit_ready()
@@ -317,7 +325,7 @@ class Sequencer:
             if answered:
                 self._done(seat)
             else:
-                del self._ready[seat.member]
+                self._ready.pop(seat.member, None)
                 self._blocked[seat.member] = seat
         self._take_snapshots()
 
@@ -402,9 +410,8 @@ class Sequencer:
         if self.standings.started:
             self._commit_ready()
             self._release_blocked()
-            for seat in by_rank(self._registering.values()):
-                if seat.member in self._registering:
-                    self._register(seat)
+            if self._registering:
+                self._supply()
             if self._seats.all_wait() and not self.standings.clocks:
                 self._release_meeting()
             if self._seats.all_wait() and self.due is None and self._enough():

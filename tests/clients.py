@@ -6,7 +6,7 @@ A client is a generator: it yields the calls that its methods make and is sent (
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,9 @@ from headwater.layout import Layout
 from headwater.rules import Accumulate, Rule
 
 Program = Callable[["Client"], Generator[Any, Any, Any]]
+
+Rows = tuple[np.ndarray, np.ndarray]
+"""int64[n] ids, each once, and float32[n, dim]."""
 
 SHAPES = {"a": (3,), "b": (20, 75), "c": (4000,), "empty": (0, 4), "scalar": ()}
 """Six pages: five servers have some each, and no tensor but `a` starts where a range does."""
@@ -59,6 +62,8 @@ class Call:
     mirror: Mirror | None = None
     models: tuple[int, ...] = ()
     part: str = "gradients"
+    pushed: dict[int, Rows] = field(default_factory=dict)
+    pulled: dict[int, np.ndarray] = field(default_factory=dict)
 
     def __repr__(self):
         return f"{type(self.request).__name__} {self.request.number}"
@@ -73,6 +78,9 @@ class Client:
         self.number = self.steps = self.version = self.attempt = 0
         self.models: dict[int, Mirror] = {}
         self.staged: dict[int, set[str]] = {}
+        self.tables: dict[int, int] = {}
+        self.staged_rows: dict[int, Rows] = {}
+        self.rows: dict[tuple[int, int], np.ndarray] = {}
         self.call: Call | None = None
         self.exchange: Exchange | None = None
         self.outstanding = False
@@ -95,8 +103,14 @@ class Client:
     def attach(self, info: m.ModelInfo) -> Call:
         return Call(m.Attach(self._next(), info.model, self._window()), self._mirror(info.spec))
 
-    def step(self, *, read=True, settings=(), step=None) -> Call:
-        """What was pushed leaves; `step` other than the next one is a repeat, or an error."""
+    def register_table(self, spec: m.TableSpec) -> Call:
+        return Call(m.RegisterTable(self._next(), spec))
+
+    def step(self, *, read=True, settings=(), step=None, pulled=None) -> Call:
+        """What was pushed leaves; `step` other than the next one is a repeat, or an error.
+
+        `pulled`: by table the ids whose rows come with the answer, to `rows`.
+        """
         if step is None:
             self.steps += 1
         carried = {id: self.models[id].layout.mask(names) for id, names in self.staged.items()}
@@ -109,7 +123,8 @@ class Client:
             tuple(settings),
             read,
         )
-        return Call(request, None, tuple(carried))
+        pushed, self.staged_rows = self.staged_rows, {}
+        return Call(request, None, tuple(carried), "gradients", pushed, pulled or {})
 
     def pull(self, *models: int, have=-1) -> Call:
         return Call(m.Pull(self._next(), models or tuple(self.models), have))
@@ -150,6 +165,11 @@ class Client:
         for name in mirror.layout.index if names is None else names:
             mirror.grads[name][...] = value if np.isscalar(value) else value[name]
             self.staged.setdefault(model, set()).add(name)
+
+    def push_rows(self, ids: list[int], value: float, table: int = 0) -> None:
+        """Stage `value` for each element of these rows."""
+        rows = np.full((len(ids), self.tables[table]), value, np.float32)
+        self.staged_rows[table] = np.array(ids, np.int64), rows
 
     def read(self, model: int = 0) -> float:
         """The one value that all elements of a model have, on every server."""

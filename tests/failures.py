@@ -197,6 +197,7 @@ class ReplicatedCluster(FlakyCluster):
             return
         if isinstance(message, m.Agreed):
             shard.truncate(message)
+            server.reported = min(server.reported, message.position)
             if server.standby:
                 self.ship(server, message)
             self.report(server, (), shard.safe)
@@ -232,9 +233,13 @@ class ReplicatedCluster(FlakyCluster):
         self.report(server, (), server.shard.safe)
 
     def kill_server(self, index: int, *, zombie: bool = False) -> bool:
-        """A primary dies, or is taken for dead and goes on; whether it had a standby to take over."""
+        """A primary dies, or is taken for dead and goes on; whether it had a standby to take over.
+
+        That is one which has all that its primary ever reported as prepared.
+        """
         server = self.serving[index]
-        if server.down or server.standby is None:
+        struck_off = any(index == other for other, _ in self.links["promote",])
+        if struck_off or server.standby is None or server.shard.safe < server.reported:
             return False
         self.book.remove(next(one.id for one in self.book.of("server") if one.index == index))
         if not zombie:
@@ -327,6 +332,10 @@ def digest(shard: Shard) -> Any:
         for model in snapshot.models
         for array in (model.values, model.counts, *model.states.values())
     ]
+    for table in snapshot.tables:
+        rows = (table.ids, table.values, table.counts, table.last, table.pending_ids, table.pending_counts)
+        arrays += [array.tobytes() for array in (*rows, *table.states.values())]
     models = [(model.rules, model.updates) for model in snapshot.models]
+    models += [(table.rule, table.updates) for table in snapshot.tables]
     rest = (snapshot.position, snapshot.version, snapshot.changed, snapshot.ledger, snapshot.standings)
     return hash((*arrays, repr(models), repr(rest)))

@@ -1,7 +1,7 @@
 """A whole cluster of state machines in one thread: no sockets, no clock, delivery in an order of chance.
 
-Links are FIFO; which of them delivers next is the seed's choice, and some links are slow. Time stands still
-while anything can be delivered. Members are `Client`s; what fails is in `failures.py`.
+Links are FIFO; which of them delivers next is the seed's choice, and some links are slow. Time passes when
+a round is held open for a while. Members are `Client`s; what fails is in `failures.py`.
 
 What is checked on every delivery, whatever a test is about:
 - all servers process the same log, and are at one version at each position of it;
@@ -18,15 +18,17 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 from clients import SHAPES, Call, Client, Mirror, Program, model_spec
 
 from headwater import messages as m
 from headwater.errors import HeadwaterError, PeerError, ProtocolError, RefusedError, UsageError
 from headwater.exchange import Exchange
+from headwater.placement import servers_of
 from headwater.roster import RosterBook
 from headwater.sequencer import Sequencer
-from headwater.shard import Shard, Staging
+from headwater.shard import Shard, StagedRows, Staging
 from headwater.sync import parse_sync
 
 __all__ = ["SHAPES", "Call", "Client", "Cluster", "Mirror", "Program", "Server", "model_spec"]
@@ -35,13 +37,14 @@ __all__ = ["SHAPES", "Call", "Client", "Cluster", "Mirror", "Program", "Server",
 class Server:
     """A process that hosts a shard, as primary or standby.
 
-    `opens_at`: the position that it must have applied to serve members.
+    `opens_at`: position that it must have applied to serve members; `reported`: what it said is prepared.
     """
 
     def __init__(self, id: int, shard: Shard) -> None:
         self.id, self.shard = id, shard
         self.standby: Server | None = None
         self.opens_at: int | None = 0
+        self.reported = 0
         self.down = False
 
     def is_open(self) -> bool:
@@ -55,7 +58,7 @@ class Cluster:
         log: the entries, in order.
         clients: all there ever were.
         serving: the server of each index; all: every server there ever was, by id.
-        now: the virtual time.
+        now: the virtual time; hasty: how probably it passes though something could be delivered.
     """
 
     def __init__(
@@ -74,7 +77,9 @@ class Cluster:
         self.clients: dict[int, Client] = {}
         self.links: dict[tuple[Any, ...], deque[Any]] = defaultdict(deque)
         self.now = 0.0
+        self.hasty = 0.05
         self.term = 0
+        self.pulled: dict[tuple[int, int, int], list[StagedRows]] = {}
         self.snapshots: dict[tuple[int, int], dict[int, Any]] = defaultdict(dict)
         self._speeds: dict[tuple[Any, ...], float] = {}
         self._versions: dict[int, int] = {}
@@ -136,7 +141,7 @@ class Cluster:
     def deliver(self) -> bool:
         """Deliver one message of one link, or let time pass; False when there is nothing to wait for."""
         links = [link for link, messages in self.links.items() if messages and self.is_open(*link)]
-        if not links or (self.due() is not None and self.random.random() < 0.05):
+        if not links or (self.due() is not None and self.random.random() < self.hasty):
             return self._tick()
         for link in links:
             if link not in self._speeds:
@@ -205,8 +210,24 @@ class Cluster:
         for server in client.connected:
             memory = (call.mirror.gradients, call.mirror.parameters) if call.mirror else None
             payload = self._payload(client, server.shard) if self.private else {}
-            message = ("call", call, memory, payload)
+            request, rows = self._rows(client, server.shard.index)
+            message = ("call", request, call.mirror, memory, payload, rows)
             self.links["request", client.id, client.attempt, server.id].append(message)
+
+    def _rows(self, client: Client, index: int) -> tuple[Any, list[StagedRows]]:
+        """The request as one server gets it, with its part of the rows; they always travel."""
+        call, rows = client.call, []
+        if not (call.pushed or call.pulled):
+            return call.request, rows
+        for table, (ids, gradients) in call.pushed.items():
+            here = servers_of(ids, len(self.servers)) == index
+            rows.append(StagedRows(table, ids[here], gradients[here]))
+        for table, ids in call.pulled.items():
+            here = ids[servers_of(ids, len(self.servers)) == index]
+            rows.append(StagedRows(table, here, np.zeros((len(here), client.tables[table]), np.float32)))
+        specs = [m.Rows(one.table, len(one.ids), 0, 0) for one in rows]
+        pushed, pulled = tuple(specs[: len(call.pushed)]), tuple(specs[len(call.pushed) :])
+        return msgspec.structs.replace(call.request, pushed=pushed, pulled=pulled), rows
 
     def _payload(self, client: Client, shard: Shard) -> dict[int, np.ndarray]:
         call = client.call
@@ -228,23 +249,26 @@ class Cluster:
                 if not (client.dead or client.ended or attempt < client.attempt):
                     raise
 
-    def _take_call(self, server: Server, client: Client, attempt: int, call: Call, memory, payload) -> None:
+    def _take_call(self, server: Server, client: Client, attempt: int, request, mirror, *memory) -> None:
+        windows, payload, rows = memory
         try:
             server.shard.reconnected(client.id, attempt)  # before a byte of the payload is placed
-            staging = self._staging(server.shard, call, memory, payload)
-            self._receive(server.shard, client.id, call.request, payload)
-            held = server.shard.hold(client.id, call.request, staging, attempt=attempt)
+            staging = self._staging(server.shard, request, mirror, windows, payload)
+            self._receive(server.shard, client.id, request, payload)
+            held = server.shard.hold(client.id, request, staging, rows, attempt)
         except UsageError as error:
             refused = m.Refused(type(error).__name__, str(error))
-            answer = m.Answer(call.request.number, server.shard.version, failure=refused)
-            self.links["answer", client.id, attempt, server.id].append((answer, {}))
+            answer = m.Answer(request.number, server.shard.version, failure=refused)
+            self.links["answer", client.id, attempt, server.id].append((answer, {}, []))
         else:
+            pushed = len(request.pushed) if isinstance(request, m.Step) else 0
+            self.pulled[client.id, attempt, server.id] = rows[pushed:]
             self.report(server, (held,))
 
-    def _staging(self, shard: Shard, call: Call, memory, payload: dict[int, np.ndarray]) -> Staging | None:
-        if not isinstance(call.request, m.Register | m.Attach):
+    def _staging(self, shard: Shard, request: Any, mirror: Mirror, memory, payload) -> Staging | None:
+        if not isinstance(request, m.Register | m.Attach):
             return None
-        start, stop = shard.range_of(call.mirror.layout)
+        start, stop = shard.range_of(mirror.layout)
         if self.private:
             private = payload.get(-1, np.zeros(stop - start, np.float32))
             return Staging(private, private)
@@ -261,6 +285,7 @@ class Cluster:
                 staging.gradients[here] = payload[one.model][low:high]
 
     def report(self, server: Server, held: tuple[m.Held, ...], prepared: int = 0) -> None:
+        server.reported = max(server.reported, prepared)
         self.links["report", server.id, server.shard.term].append((held, prepared))
 
     def _report(self, link: deque[Any], server: int, term: int) -> None:
@@ -296,10 +321,12 @@ class Cluster:
                 self.snapshots[member, answer.number][shard.index] = shard.take_snapshot(member)
             attempt = shard.standings.members[member].attempt if not client.leaves() else client.attempt
             if not client.dead:
-                self.links["answer", member, attempt, server.id].append((answer, values))
+                pulled = self.pulled.get((member, attempt, server.id), [])
+                rows = [(one.table, one.ids, one.rows.copy()) for one in pulled]
+                self.links["answer", member, attempt, server.id].append((answer, values, rows))
 
     def _answer(self, link: deque[Any], member: int, attempt: int, server: int) -> None:
-        answer, values = link.popleft()
+        answer, values, rows = link.popleft()
         client, shard = self.clients[member], self.all[server].shard
         assert attempt <= client.attempt
         if attempt < client.attempt or client.ended:
@@ -309,6 +336,8 @@ class Cluster:
                 mirror = client.call.mirror or client.models[model]
                 start, stop = shard.range_of(mirror.layout)
                 mirror.parameters[start:stop] = array
+        for table, ids, values in rows:
+            client.rows.update({(table, int(id)): row for id, row in zip(ids, values, strict=True)})
         client.exchange.received(shard.index, answer)
         if not client.exchange.unanswered():
             self._settle(client)
@@ -324,6 +353,8 @@ class Cluster:
         else:
             assert answer.version >= client.version
             client.outcome, client.version = answer, answer.version
+            if answer.table is not None:
+                client.tables[answer.table] = client.call.request.spec.dim
             if answer.model is not None:
                 client.call.mirror.id = answer.model
                 client.models[answer.model] = client.call.mirror

@@ -129,9 +129,14 @@ class Course:
     # ── what the sequencer is told ──────────────────────────────────────────────────────────────
 
     def prepared(self) -> int:
-        """Up to where this server, and its standby where that counts, has the log; never less than before."""
+        """Up to where this server, and its standby where that counts, has the log; never less than before.
+
+        While a new sequencer has not said what stands: only what is applied, for the rest may be discarded.
+        """
         if not self._replicated:
             return 0
+        if not self.shard.agreed:
+            return self.shard.position
         replica = self.replica
         here = self.shard.safe if replica is not None and replica.needed else self.shard.prepared
         self._reported = max(self._reported, here)

@@ -37,6 +37,7 @@ class Shard:
 
     Attributes:
         term: of the sequencer it follows; what comes from an older one is refused.
+        agreed: the sequencer that it follows has said which entries stand.
         exchanges: held so far.
         vectors, tables: as of `position`.
     """
@@ -45,6 +46,7 @@ class Shard:
         self.index = index
         self.servers = servers
         self.term = 0
+        self.agreed = True
         self.exchanges = 0
         self._members = Members()
         self._state = State(index, servers, reduce, self._members)
@@ -87,7 +89,7 @@ class Shard:
         Raises:
             RefusedError: it is gone for good, or a newer attempt is known.
         """
-        if self.standings.is_gone(member):
+        if self._state.standings.is_gone(member):
             raise RefusedError(f"member {member} has left or was retired: connect again as a new one")
         self._members.reconnected(member, attempt)
 
@@ -124,7 +126,7 @@ class Shard:
         """
         self.reconnected(member, attempt)
         self._members.check(member, request.number, attempt)
-        standing = self.standings.members.get(member)
+        standing = self._state.standings.members.get(member)
         if standing is not None and (request.number, attempt) <= (standing.answered, standing.attempt):
             last = standing.answered
             raise ProtocolError(f"member {member} sent exchange {request.number}, but {last} was answered")
@@ -196,7 +198,13 @@ class Shard:
 
     @property
     def safe(self) -> int:
-        """What to report as prepared: entries up to here are on this server and on its standby, if any."""
+        """What to report as prepared: entries up to here are on this server and on its standby, if any.
+
+        Until a new sequencer has said what stands, that is only what is applied: it may say that an entry
+        which is here was not found everywhere, and give its position to another.
+        """
+        if not self.agreed:
+            return self.position
         return self.prepared if self._acknowledged is None else max(self.position, self._acknowledged)
 
     def attach_standby(self, room: Room = own_memory) -> tuple[ShardSnapshot, list[Resolved]]:
@@ -297,6 +305,7 @@ class Shard:
             RefusedError: a newer one is known.
         """
         self.admit(term)
+        self.agreed = False
         closed = tuple(entry for entry, _ in self._closed)
         return m.Recovery(term, self.index, self.standings.record(), closed, self.held())
 
@@ -308,6 +317,7 @@ class Shard:
             ProtocolError: entries after that position were applied here.
         """
         self.admit(agreed.term)
+        self.agreed = True
         if agreed.position < self.position:
             raise ProtocolError(f"agreed on {agreed.position}, but entry {self.position} is applied here")
         while self._closed and self._closed[-1][0].position > agreed.position:
