@@ -120,9 +120,96 @@ def test_gradient_and_area_of_logistic_are_those_of_the_definition():
     assert logistic.area_under_curve(np.array([0, 1, 0, 1.0]), np.array([1.0, 2, 2, 3])) == 3.5 / 4
 
 
+# ── with tables ─────────────────────────────────────────────────────────────────────────────────
+
+
+def figure_in(output, name):
+    """The number that an example printed under this name, and that it printed its speed."""
+    printed = re.findall(rf"test {name} (\d\.\d+), \d+ samples/s", output)
+    assert len(printed) == 1, output
+    return float(printed[0])
+
+
+@pytest.mark.parametrize("sync", ["sync", "async"])
+def test_recommender_predicts_the_last_tenth_of_movielens_within_0_96(sync):
+    ratings = data_folder() / "ml-100k.ratings.tsv.gz"
+    if not ratings.exists():
+        pytest.skip(f"no {ratings.name} in {data_folder()}: set HEADWATER_DATA to a folder that has it")
+    output = program("recommender.py", "--ratings", ratings, "--servers", 2, "--sync", sync)
+    assert figure_in(output, "RMSE") <= 0.96
+
+
+@pytest.mark.parametrize(("model", "bound"), [("dlrm", 0.88), ("mf", 0.99)])
+def test_recommender_learns_generated_ratings(model, bound):
+    recommender = module("recommender")
+    settings = {"model": model, "epochs": 2}
+    result = hw.run(recommender.train, workers=2, engine="inline", settings=settings)
+    stars = recommender.generate()[:, 2]
+    assert result.values[0] == result.values[1] < bound < stars.std()
+
+
+def test_what_is_known_of_a_rating_is_what_came_in_earlier_seconds():
+    recommender = module("recommender")
+    rng = np.random.default_rng(0)
+    keys, times, values = rng.integers(5, size=80), np.sort(rng.integers(30, size=80)), rng.random(80)
+    earlier = recommender.Earlier(keys, times)
+    last = earlier.last(np.arange(80), 4)
+    for i in range(80):
+        before = [j for j in range(80) if keys[j] == keys[i] and times[j] < times[i]]
+        assert earlier.count[i] == len(before)
+        assert earlier.sums(values)[i] == pytest.approx(values[before].sum())
+        assert earlier.sums(values, last=3)[i] == pytest.approx(values[before[-3:]].sum())
+        assert [j for j in last[i] if j >= 0] == before[::-1][:4]
+
+
+def test_a_rating_of_the_last_tenth_changes_nothing_that_was_known_before():
+    recommender = module("recommender")
+    rows = recommender.read("")
+    changed = rows.copy()
+    changed[-100:, 2] = 6 - changed[-100:, 2]
+    plain, other = recommender.Ratings(rows), recommender.Ratings(changed)
+    until = np.flatnonzero(rows[:, 3] <= rows[-100, 3])
+    for one, two in zip(plain.batch(until)[:-1], other.batch(until)[:-1], strict=True):
+        assert one.equal(two)
+
+
+@pytest.mark.parametrize("sync", ["sync", "async"])
+def test_ctr_learns_the_planted_model(sync):
+    ctr = module("ctr")
+    result = hw.run(ctr.train, workers=2, engine="inline", sync=sync, settings={"most": 20_000})
+    assert result.values[0] == result.values[1] > 0.76
+
+
+def test_ctr_reads_files_in_criteos_format(tmp_path):
+    ctr = module("ctr")
+    labels, _, _ = ctr.generate(400)
+    rng = np.random.default_rng(0)
+    lines = []
+    for label in labels:
+        numbers = ["" if rng.random() < 0.2 else str(rng.integers(-1, 9)) for _ in range(13)]
+        categories = ["" if rng.random() < 0.2 else f"{int(label):08x}" for _ in range(26)]
+        lines.append("\t".join([str(int(label)), *numbers, *categories]))
+    path = tmp_path / "rows.tsv.gz"
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    got, numbers, ids = ctr.read(str(path), 300)
+    assert (got == labels[:300]).all()
+    assert (numbers.shape, ids.shape, ids.dtype) == ((300, 13), (300, 26), np.int64)
+    assert len(np.unique(ids)) == 3 * 26  # 0, 1 and missing, each apart in each column
+    output = program("ctr.py", "--rows", path, "--epochs", 3)
+    assert figure_in(output, "AUC") > 0.9
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
+        ("recommender", ["--ratings", "/no/such/file"], "no file /no/such/file"),
+        ("recommender", ["--ratings", __file__], "expected USER ITEM RATING TIMESTAMP"),
+        ("recommender", ["--model", "svd"], "argument --model: invalid choice: 'svd'"),
+        ("recommender", ["--sync", "sometimes"], "sync: got 'sometimes', expected"),
+        ("ctr", ["--rows", "/no/such/file"], "No such file or directory: '/no/such/file'"),
+        ("ctr", ["--rows", __file__], "line 1: expected LABEL, 13 integers, 26 hexadecimal"),
+        ("ctr", ["--most", "5"], "most must be 10 or more, got 5"),
+        ("ctr", ["--workers", "0"], "workers must be an integer ≥ 1, got 0"),
         ("digits", ["--workers", "none"], "argument --workers: invalid int value"),
         ("digits", ["--workers", "0"], "workers must be an integer ≥ 1, got 0"),
         ("digits", ["--sync", "sometimes"], "sync: got 'sometimes', expected"),

@@ -12,7 +12,7 @@ from headwater.cli.bench import measure
 from headwater.cli.faults import faults_reported
 from headwater.cli.serve import serve
 from headwater.cli.status import show_status
-from headwater.cli.training import Job, train_script
+from headwater.cli.training import train_script
 
 app = typer.Typer(
     name="headwater",
@@ -48,7 +48,12 @@ def run(
     ],
     workers: Annotated[int, typer.Option(min=1, help="Processes that compute gradients.")] = 2,
     servers: Annotated[int, typer.Option(min=1, help="Processes that hold equal parts of the model.")] = 1,
-    sync: Annotated[str, typer.Option(help="sync, async, or ssp:N (a lead of at most N steps).")] = "sync",
+    sync: Annotated[
+        str,
+        typer.Option(
+            help="sync, async, ssp:N (lead at most N steps), or sync:quorum=K,grace=SECONDS (backup workers)."
+        ),
+    ] = "sync",
     engine: Annotated[
         str, typer.Option(help="local (processes) or inline (threads, for debugging).")
     ] = "local",
@@ -56,6 +61,26 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting for `worker.settings`; repeatable."),
     ] = None,
+    replicas: Annotated[
+        int, typer.Option(min=0, max=1, help="Standbys of every server, which take over when it is lost.")
+    ] = 0,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where checkpoints go: a directory or an fsspec URL.")
+    ] = None,
+    every: Annotated[
+        str, typer.Option(metavar="N[steps]|Ns", help="Commits, or seconds, between checkpoints.")
+    ] = "60s",
+    keep: Annotated[int, typer.Option(min=1, help="How many checkpoints stay.")] = 3,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest good checkpoint.")] = False,
+    on_server_loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="rewind|stop",
+            help="When a server is lost with its standby; rewind to the last checkpoint where there are any.",
+        ),
+    ] = None,
+    min_workers: Annotated[int, typer.Option(min=1, help="With fewer workers than that training waits.")] = 1,
+    restarts: Annotated[int, typer.Option(min=0, help="How often the process of a worker may die.")] = 3,
     rules: Annotated[
         list[str] | None,
         typer.Option(metavar="MODULE", help="A module with update rules of your own; repeatable."),
@@ -65,6 +90,9 @@ def run(
     ] = "unix",
     patience: Annotated[float, typer.Option(help="Seconds after which a wait is reported.")] = 10.0,
     deadline: Annotated[float, typer.Option(help="Seconds after which a wait fails.")] = 600.0,
+    lease: Annotated[
+        float, typer.Option(help="Seconds after which a node that is not heard of is declared dead.")
+    ] = 15.0,
 ) -> None:
     """Run a training function in every worker, against servers on this machine.
 
@@ -76,21 +104,32 @@ def run(
 
     headwater run train.py:fit --set epochs=3 --set lr=0.05
 
+    headwater run train.py --replicas 1 --checkpoint runs/a --every 1000steps --resume
+
     Exit codes: 0 done, 1 the training or the cluster failed, 2 a wrong argument, 130 interrupted.
     """
     with faults_reported():
-        job = Job(
+        train_script(
+            script,
+            set_ or (),
             workers=workers,
             servers=servers,
             sync=sync,
             engine=engine,
-            settings=tuple(set_ or ()),
+            replicas=replicas,
+            checkpoint=checkpoint,
+            every=every,
+            keep=keep,
+            resume=resume,
+            on_server_loss=on_server_loss,
+            min_workers=min_workers,
+            restarts=restarts,
             rules=tuple(rules or ()),
             transport=transport,
             patience=patience,
             deadline=deadline,
+            lease=lease,
         )
-        train_script(script, job)
 
 
 @app.command()

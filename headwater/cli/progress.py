@@ -40,7 +40,9 @@ class ProgressLines:
     def update(self, statistics: ClusterStatistics) -> list[WorkerLine]:
         """A line for each rank that has ever joined, in order of rank."""
         reports = {report.rank: report for report in statistics.progress}
-        waits = {node.rank: node.waits_for for node in statistics.nodes if isinstance(node.rank, int)}
+        waits = {
+            n.rank: n.waits_for for n in statistics.nodes if n.role == "worker" and isinstance(n.rank, int)
+        }
         for rank in reports.keys() | waits.keys():
             before, now = self._reports.get(rank), reports.get(rank)
             if now is not None and now != before:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 
@@ -16,48 +16,28 @@ from headwater.cli.summary import summarize
 from headwater.run import run
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """The options of `headwater run`, as given; `headwater.run` checks them."""
-
-    workers: int
-    servers: int
-    sync: str
-    engine: str
-    settings: tuple[str, ...]
-    rules: tuple[str, ...]
-    transport: str
-    patience: float
-    deadline: float
-
-
-def train_script(script: str, job: Job) -> None:
+def train_script(script: str, assignments: Sequence[str], **options: Any) -> None:
     """Run the script's function and print lines on the way and a summary at the end; blocks until it is over.
+
+    `assignments`: KEY=VALUE, for `worker.settings`; `options`: arguments of `headwater.run`.
 
     Raises:
         HeadwaterError: as `headwater.run`, or the script cannot be loaded.
     """
-    settings = parse_settings(job.settings)
+    settings = parse_settings(tuple(assignments))
     train = load_function(script)
     console = Console(highlight=False)
     display: Display = LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
     with display, _logs_to(display):
         result = run(
             train,
-            workers=job.workers,
-            servers=job.servers,
-            sync=job.sync,
-            engine=job.engine,
             settings=settings,
-            patience=job.patience,
-            deadline=job.deadline,
-            rules=job.rules,
-            transport=job.transport,
             output=display.line,
             started=lambda address: display.line(
                 f"cluster address: {address}; ask with: headwater status {address}"
             ),
             watch=display.show,
+            **options,
         )
         display.show(result.statistics)
     for line in summarize(result):

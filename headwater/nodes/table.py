@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.errors import GradientError, NonFiniteError, RegistrationError
 from headwater.initializers import Initializer
-from headwater.kernels import finite
+from headwater.kernels import finite, stage
 from headwater.kernels.arrange import Ids, Plan, arrange, as_ids
 from headwater.lifetime import AfterCount, Expiry
 from headwater.nodes.model import NonFinite, as_array, check_nonfinite
@@ -24,6 +24,7 @@ from headwater.shard.table import MOST_COLUMNS
 from headwater.wire.channel import Outgoing
 
 Array = NDArray[np.float32]
+Used = TypeVar("Used")
 
 
 def specify_table(
@@ -110,28 +111,7 @@ class Table:
             ClosedError: the worker has left.
             StalledError: no answer within the deadline.
         """
-        self._session.check_open("pull")
-        given, plan = self._plan(ids)
-        if not len(plan.ids):
-            return plan.scatter(np.empty((0, self.dim), dtype=np.float32))
-        ahead = self._take_ahead(given)
-        if ahead is not None:
-            self.read_version = ahead.version
-            return plan.scatter(ahead.rows)
-        self._session.finish()
-        used = self._memory.used
-        place = self._memory.take(plan, self.dim)
-        try:
-            self._memory.announce()
-            current = self._session.call(
-                lambda server, number: self._request(m.PullRows, place, server, number),
-                f"pull of table {self.name!r}",
-                lambda server, _: self._memory.incoming([place], server),
-            )
-            self.read_version = self._session.settle(current).version
-            return plan.scatter(self._memory.rows(place))
-        finally:
-            self._memory.reset(used)
+        return self.read(ids, lambda plan, rows: plan.scatter(rows))[1]
 
     def push(self, ids: Any, grads: Any) -> None:
         """Stage gradients of rows for the next `step`; what is pushed for an id before it adds up.
@@ -159,17 +139,18 @@ class Table:
         plan.combine(gradients, self._memory.rows(place))
         if self._nonfinite != "off" and not finite(self._memory.rows(place).reshape(-1)):
             self._memory.reset(used)
-            self._report_nonfinite()
+            self.report_nonfinite(self._nonfinite)
             return
-        self._pushed = place if self._pushed is None else self._joined(self._pushed, place)
+        self.carry(place)
 
     def prefetch(self, ids: Any) -> None:
         """Have the rows of `ids` ready for the `pull` of the same ids that follows the next `step`.
 
-        In synchronous and bounded-staleness training they come with the answer of that step, so they are
-        exactly what a pull after it would give. In asynchronous training they are asked for now, while this
-        worker goes on computing, and so they do not contain that step. Does not block for an answer. Another
-        call replaces what an earlier one asked for; pulls of other ids are not affected.
+        In synchronous and bounded-staleness training they come with the answer of that step and are of its
+        version: all that the mode demands, and in synchronous training exactly what a pull would give. In
+        asynchronous training they are asked for now, while this worker goes on computing, and so they do
+        not contain that step. Does not block for an answer. Another call replaces what an earlier one asked
+        for; pulls of other ids are not affected.
 
         Raises:
             UsageError: ids that are not integers, or do not fit int64.
@@ -233,6 +214,74 @@ class Table:
     def __bool__(self) -> bool:
         """True: a table without rows is a table."""
         return True
+
+    # ── for adapters ────────────────────────────────────────────────────────────────────────────
+
+    def read(self, ids: Any, use: Callable[[Plan, Array], Used]) -> tuple[Plan, Used]:
+        """Pull as `pull` does, without a copy: the plan of `ids`, and what `use(plan, rows)` makes of rows.
+
+        `rows`: float32[u, dim], of each of `plan.ids`, valid during the call only.
+        """
+        self._session.check_open("pull")
+        given = as_ids(ids)
+        ahead = self._take_ahead(given)
+        if ahead is not None:
+            self.read_version = ahead.version
+            return ahead.plan, use(ahead.plan, ahead.rows)
+        plan = self._plan(given)[1]
+        if not len(plan.ids):
+            return plan, use(plan, np.empty((0, self.dim), dtype=np.float32))
+        self._session.finish()
+        used = self._memory.used
+        place = self._memory.take(plan, self.dim)
+        try:
+            self._memory.announce()
+            current = self._session.call(
+                lambda server, number: self._request(m.PullRows, place, server, number),
+                f"pull of table {self.name!r}",
+                lambda server, _: self._memory.incoming([place], server),
+            )
+            self.read_version = self._session.settle(current).version
+            return plan, use(plan, self._memory.rows(place))
+        finally:
+            self._memory.reset(used)
+
+    def write(self, parts: Sequence[tuple[Plan, Array]]) -> tuple[Place, bool]:
+        """Put gradients where `carry` stages them from, and say whether the sum of them is finite.
+
+        `parts`: plans that `read` gave, each with float32[u, dim], a gradient for each of its ids.
+        """
+        self._session.finish()
+        if len(parts) > 1:
+            place = self._united([plan.ids for plan, _ in parts], [gradients for _, gradients in parts])
+            return place, bool(finite(self._memory.rows(place).reshape(-1)))
+        [(plan, gradients)] = parts
+        place = self._memory.take(plan, self.dim)
+        return place, bool(stage(gradients.reshape(-1), self._memory.rows(place).reshape(-1), False))
+
+    def carry(self, place: Place) -> None:
+        """The next step carries what `write` put there, and what was pushed before."""
+        if self._pushed is not None:
+            place = self._joined(self._pushed, place)
+        self._pushed = place
+
+    def skip(self) -> None:
+        """Make the next step an empty turn: a gradient was not finite."""
+        self._skip = True
+
+    def report_nonfinite(self, nonfinite: NonFinite) -> None:
+        """A gradient is not finite: with `nonfinite="skip"` the next step is an empty turn.
+
+        Raises:
+            NonFiniteError: with any other.
+        """
+        if nonfinite == "skip":
+            self._skip = True
+            return
+        raise NonFiniteError(
+            f"gradients of table {self.name!r} hold NaN or infinity: nothing was staged and the turn was not "
+            f"taken; pass nonfinite='skip' to make such a step an empty turn"
+        )
 
     # ── for the worker ──────────────────────────────────────────────────────────────────────────
 
@@ -302,21 +351,15 @@ class Table:
             )
         return np.ascontiguousarray(array, dtype=np.float32).reshape(-1, self.dim)
 
-    def _report_nonfinite(self) -> None:
-        if self._nonfinite == "skip":
-            self._skip = True
-            return
-        raise NonFiniteError(
-            f"gradients of table {self.name!r} hold NaN or infinity: nothing was staged and the turn was not "
-            f"taken; pass nonfinite='skip' to make such a step an empty turn"
-        )
-
     def _joined(self, first: Place, second: Place) -> Place:
         """One place with what is staged in two."""
-        both = np.concatenate([first.plan.ids, second.plan.ids])
-        gradients = np.concatenate([self._memory.rows(first), self._memory.rows(second)])
-        place = self._memory.take(arrange(both, len(self._session.channels)), self.dim)
-        place.plan.combine(gradients, self._memory.rows(place))
+        rows = [self._memory.rows(first), self._memory.rows(second)]
+        return self._united([first.plan.ids, second.plan.ids], rows)
+
+    def _united(self, ids: Sequence[Ids], gradients: Sequence[Array]) -> Place:
+        """One place with the sum of several lists of gradients."""
+        place = self._memory.take(arrange(np.concatenate(ids), len(self._session.channels)), self.dim)
+        place.plan.combine(np.concatenate(gradients), self._memory.rows(place))
         return place
 
     def _arrived(self, given: Ids, place: Place, version: int) -> None:

@@ -1,7 +1,9 @@
-"""Training PyTorch modules: an optimizer whose step pushes gradients and pulls parameters."""
+"""Training PyTorch modules: an optimizer that steps on the servers, and modules whose rows are there."""
 
 from __future__ import annotations
 
+from headwater.torch.bag import EmbeddingBag
+from headwater.torch.embedding import Embedding
 from headwater.torch.optimizer import DistributedOptimizer
 
-__all__ = ["DistributedOptimizer"]
+__all__ = ["DistributedOptimizer", "Embedding", "EmbeddingBag"]

@@ -63,7 +63,7 @@ def settings(rule: Rule) -> dict[str, Any]:
 def make_groups(
     module: torch.nn.Module,
     trained: Mapping[str, torch.nn.Parameter],
-    rule: Rule,
+    rule: Rule | None,
     groups: Sequence[Mapping[str, Any]],
 ) -> list[ParameterGroup]:
     """What the user wrote as groups, after one with the rest of the parameters, if there is a rest.

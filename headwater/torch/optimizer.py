@@ -4,12 +4,13 @@ Invariants:
 - A step sends what `parameter.grad` is at that moment, wherever it came from; None is not sent.
 - Parameters are written only inside `step`, `flush` and `pull_parameters`, and autograd is told.
 - Nothing is sent, and the turn is not taken, when a step raises UsageError.
+- Gradients of tables leave in the same exchange; each is sent once.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,14 @@ from torch.utils.hooks import RemovableHandle
 
 from headwater.errors import ConfigurationError, UsageError
 from headwater.messages import StepResult
-from headwater.nodes.model import Group, NonFinite
+from headwater.nodes.model import Group, Model, NonFinite, check_nonfinite
+from headwater.nodes.table import Table
 from headwater.nodes.worker import Worker
 from headwater.rules import Rule
 from headwater.torch.buffers import BufferMode, SharedBuffers, check_mode
 from headwater.torch.groups import make_groups, settings
 from headwater.torch.parameters import BoundParameter, find_parameters, wait_for_copies
+from headwater.torch.tables import TrainedTables, report_nonfinite
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -40,11 +43,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
     - A change of `param_groups`, as torch's schedulers make, travels with the next step. In synchronous
       training the lowest rank's counts, otherwise the last that arrives.
     - A `torch.amp.GradScaler` that finds infinity makes the step an empty turn.
+    - Each table that an `Embedding` or `EmbeddingBag` of the module looks up in has a group of its own,
+      after those of the parameters, with the settings of the table's rule and its name under "table".
+      Its "params" are, from backward to step, stand-ins that carry the gradients of rows. A step sends
+      these once: they do not go on adding up where nobody calls `zero_grad`, which forgets them.
 
     Args:
         worker: joined, used by this thread.
         module: its parameters are trained; on its device and of its dtype from here on.
-        rule: what the servers do with a gradient.
+        rule: what the servers do with a gradient of a parameter; may be left out where there are only tables.
         name: of the model.
         groups: dicts as torch's, with parameters or names under "params" and other settings of `rule`;
             all other parameters have `rule` itself and come first in `param_groups`.
@@ -67,7 +74,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self,
         worker: Worker,
         module: torch.nn.Module,
-        rule: Rule,
+        rule: Rule | None = None,
         *,
         name: str = "model",
         groups: Sequence[Mapping[str, Any]] | None = None,
@@ -78,37 +85,51 @@ class DistributedOptimizer(torch.optim.Optimizer):
     ) -> None:
         module = getattr(module, "_orig_mod", module)  # what torch.compile wraps: names must not depend on it
         check_mode(buffers)
+        check_nonfinite(nonfinite)
         self._accumulates = _check_periods(worker, rule, push_every, pull_every)
         trained = find_parameters(module)
-        self._groups = make_groups(module, trained, rule, groups or ())
+        self._tables = TrainedTables(module)
+        tables_only = bool(self._tables) and not trained
+        self._groups = [] if tables_only else make_groups(module, trained, rule, groups or ())
         self._worker = worker
         self._push_every, self._pull_every = push_every, pull_every
         self._nonfinite = nonfinite
         self._taken = 0
         self._accrued: set[str] = set()
         self.result: StepResult | None = None
-        values = {one: parameter.detach() for one, parameter in trained.items()}
-        own = [Group(group.names, group.rule) for group in self._groups if group.index]
-        self._model = worker.model(name, values, rule, groups=own, nonfinite=nonfinite)
+        self._model = None if tables_only else self._register(name, trained, rule)
         self._buffers = SharedBuffers(worker, module, f"{name}.buffers", buffers)
-        self._models = [self._model, *([self._buffers.model] if self._buffers.model else [])]
-        self._bounds = {
-            one: BoundParameter(module, one, p, self._model.gradients[one], self._model.parameters[one])
-            for one, p in trained.items()
-        }
+        self._models = [model for model in (self._model, self._buffers.model) if model is not None]
+        self._bounds = self._bind(module, trained)
         self._values_arrived()
         if not self._accumulates:
             handles = [bound.watch() for bound in self._bounds.values() if bound.mapped]
             weakref.finalize(self, _remove, handles)
         self._fixed = False
-        super().__init__(
-            [
-                {"params": [trained[one] for one in group.names], "param_names": group.names, **group.shown}
-                for group in self._groups
-            ],
-            settings(rule),
-        )
+        defaults = {} if rule is None else settings(rule)
+        own = [
+            {"params": [trained[one] for one in group.names], "param_names": group.names, **group.shown}
+            for group in self._groups
+        ]
+        super().__init__([*own, *self._tables.groups(defaults)], defaults)
         self._fixed = True
+
+    def _register(self, name: str, trained: Mapping[str, torch.nn.Parameter], rule: Rule | None) -> Model:
+        assert rule is not None  # make_groups refuses None
+        values = {one: parameter.detach() for one, parameter in trained.items()}
+        own = [Group(group.names, group.rule) for group in self._groups if group.index]
+        return self._worker.model(name, values, rule, groups=own, nonfinite=self._nonfinite)
+
+    def _bind(
+        self, module: torch.nn.Module, trained: Mapping[str, torch.nn.Parameter]
+    ) -> dict[str, BoundParameter]:
+        model = self._model
+        if model is None:
+            return {}
+        return {
+            one: BoundParameter(module, one, p, model.gradients[one], model.parameters[one])
+            for one, p in trained.items()
+        }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not possible: a model's tensors are fixed when it is registered.
@@ -126,23 +147,27 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Parameter groups as torch gives them, and the rule's state on the servers by tensor name.
 
-        Blocks for an exchange. Each tensor has `step` and the rule's state vectors under torch's names.
+        Blocks for an exchange. Each tensor has `step` and the rule's state vectors under torch's names;
+        rows of tables and their states stay where they are.
         """
         state = {
             name: {
                 key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
                 for key, value in one.items()
             }
-            for name, one in self._model.state().items()
+            for name, one in ({} if self._model is None else self._model.state()).items()
         }
-        return {**super().state_dict(), "state": state}
+        with self._tables.hidden():
+            return {**super().state_dict(), "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the parameter groups, such as a learning rate; the rule's state on the servers stays."""
-        super().load_state_dict({**state_dict, "state": {}})
+        with self._tables.hidden():
+            super().load_state_dict({**state_dict, "state": {}})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients, or make them zeros, which the next step then sends."""
+        """Forget all gradients, or make them zeros, which the next step then sends; rows' are forgotten."""
+        self._tables.discard()
         for bound in self._bounds.values():
             grad = bound.parameter.grad
             bound.parameter.grad = None if set_to_none or grad is None else grad.detach_().zero_()
@@ -171,28 +196,47 @@ class DistributedOptimizer(torch.optim.Optimizer):
         pushed = [bound for bound in self._bounds.values() if bound.parameter.grad is not None]
         overflowed = self._unscale(pushed)
         if self._accumulates:
-            self._step_locally([] if overflowed else pushed)
+            self._step_locally(pushed, overflowed)
         else:
             self._step_together(pushed, overflowed)
         return loss
 
     def _step_together(self, pushed: Sequence[BoundParameter], overflowed: bool) -> None:
         if overflowed:
-            self._model.skip()
+            self._skip()
         else:
-            hosts = [bound.to_host() for bound in pushed]
-            wait_for_copies(pushed)
-            bad = [bound.name for bound, host in zip(pushed, hosts, strict=True) if not bound.stage(host)]
-            if bad and self._nonfinite != "off":
-                self._model.report_nonfinite(bad)
-            self._carry([bound.name for bound in pushed])
+            self._stage(pushed)
         self.result = self._worker.step(read=self._models)
         self._values_arrived()
 
-    def _carry(self, names: Sequence[str]) -> None:
-        for name in names:
-            self._model.carry(name)
+    def _stage(self, pushed: Sequence[BoundParameter]) -> None:
+        """Have the next step carry all gradients, or none where one is not finite."""
+        hosts = [bound.to_host() for bound in pushed]
+        wait_for_copies(pushed)
+        bad = [bound.name for bound, host in zip(pushed, hosts, strict=True) if not bound.stage(host)]
+        bad_tables = self._tables.write()
+        if self._nonfinite != "off":
+            self._report_nonfinite(bad, bad_tables)
+        self._carry([bound.name for bound in pushed])
+
+    def _report_nonfinite(self, names: Sequence[str], tables: Sequence[Table]) -> None:
         if names:
+            assert self._model is not None
+            self._model.report_nonfinite(names)
+        report_nonfinite(tables, self._nonfinite)
+
+    def _skip(self) -> None:
+        if self._model is not None:
+            self._model.skip()
+        self._tables.skip()
+
+    def _carry(self, names: Collection[str], buffers: bool = True) -> None:
+        """Have the next step carry these tensors, the rows that were written, and with them the buffers."""
+        rows = self._tables.carry()
+        for name in names:
+            assert self._model is not None
+            self._model.carry(name)
+        if buffers and (rows or names):
             self._buffers.carry()
 
     def _unscale(self, pushed: Sequence[BoundParameter]) -> bool:
@@ -205,47 +249,57 @@ class DistributedOptimizer(torch.optim.Optimizer):
             for bound in pushed:
                 assert bound.parameter.grad is not None
                 bound.parameter.grad.mul_(inverse)
+            self._tables.unscale(inverse)
         return False
 
     def _send_settings(self) -> None:
-        for known, group in zip(self._groups, self.param_groups, strict=True):
+        for known, group in zip(self._groups, self.param_groups, strict=False):
             changes = known.take_changes(group)
             if changes and known.index is not None:
+                assert self._model is not None
                 self._model.set(group=known.index, **changes)
+        self._tables.send_settings(self.param_groups[len(self._groups) :])
 
     # ── steps on the local copy (DistBelief) ────────────────────────────────────────────────────
 
-    def _step_locally(self, pushed: Sequence[BoundParameter]) -> None:
+    def _step_locally(self, pushed: Sequence[BoundParameter], overflowed: bool) -> None:
         """Add the gradients to what is to be pushed, descend on the local copy, push and read when due."""
-        hosts = [bound.to_host() for bound in pushed]
-        wait_for_copies(pushed)
-        bad = [b.name for b, host in zip(pushed, hosts, strict=True) if not host.isfinite().all()]
-        if bad and self._nonfinite == "raise":
-            self._model.report_nonfinite(bad)
+        if overflowed or not self._accrue(pushed):
+            self._tables.discard()
         self._taken += 1
-        if not bad or self._nonfinite == "off":
-            for bound, host in zip(pushed, hosts, strict=True):
-                bound.stage(host, add=bound.name in self._accrued)
-                self._accrued.add(bound.name)
-            self._descend()
         push, pull = self._taken % self._push_every == 0, self._taken % self._pull_every == 0
         if push:
             self._push_accrued(read=pull)
         elif pull:
             self.pull_parameters()
 
+    def _accrue(self, pushed: Sequence[BoundParameter]) -> bool:
+        """Take all gradients over and descend, or none where one is not finite; whether it did."""
+        hosts = [bound.to_host() for bound in pushed]
+        wait_for_copies(pushed)
+        bad = [b.name for b, host in zip(pushed, hosts, strict=True) if not host.isfinite().all()]
+        bad_tables = self._tables.not_finite()
+        if (bad or bad_tables) and self._nonfinite != "off":
+            if self._nonfinite == "raise":
+                self._report_nonfinite(bad, bad_tables)
+            return False
+        for bound, host in zip(pushed, hosts, strict=True):
+            bound.stage(host, add=bound.name in self._accrued)
+            self._accrued.add(bound.name)
+        self._tables.accrue()
+        self._descend()
+        return True
+
     def _descend(self) -> None:
-        """p −= lr · g"""
-        for group in self.param_groups:
+        """p −= lr · g, of parameters; rows are read anew in every forward"""
+        for group in self.param_groups[: len(self._groups)]:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.add_(parameter.grad, alpha=-float(group["lr"]))
 
     def _push_accrued(self, read: bool) -> None:
-        for name in self._accrued:
-            self._model.carry(name)
-        if self._accrued and read:
-            self._buffers.carry()
+        self._tables.write()
+        self._carry(self._accrued, buffers=read)
         self._accrued.clear()
         self.result = self._worker.step(read=self._models if read else False)
         if read:
@@ -257,7 +311,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
         Does nothing where nothing is held back.
         """
-        if self._accrued:
+        if self._accrued or self._tables.accrued:
             self._check()
             self._push_accrued(read=True)
 
@@ -285,7 +339,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._check()
         for bound in self._bounds.values():
             bound.store()
-        self._model.assign_local(self._bounds)
+        if self._model is not None:
+            self._model.assign_local(self._bounds)
         self._buffers.push()
 
     def _values_arrived(self) -> None:
@@ -298,11 +353,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._buffers.load()
 
     def _check(self) -> None:
+        self._tables.check()
         for bound in self._bounds.values():
             bound.check()
 
 
-def _check_periods(worker: Worker, rule: Rule, push_every: int, pull_every: int) -> bool:
+def _check_periods(worker: Worker, rule: Rule | None, push_every: int, pull_every: int) -> bool:
     """Whether there are steps on the local copy alone.
 
     Raises:
