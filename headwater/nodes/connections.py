@@ -64,7 +64,13 @@ class Connections:
             channel.send(m.Hello(member.id, member.role, term, self._attempt), timeout=_DIAL_S)
             for frame in offers(index):
                 channel.send(frame.message, descriptors=frame.descriptors, timeout=_DIAL_S)
+        self._membership.expect(servers, self._hang_up)
         return list(self._channels)
+
+    def _hang_up(self) -> None:
+        """The servers are others now: whoever waits for those of before need not."""
+        for channel in list(self._channels):
+            channel.close()
 
     def drop(self) -> None:
         """Close all; idempotent."""

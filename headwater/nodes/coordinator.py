@@ -110,6 +110,8 @@ class CoordinatorNode:
         first = received.message if received is not None else None
         if isinstance(first, m.Ask):
             channel.send(self.statistics())
+        elif isinstance(first, m.Locate):
+            channel.send(self._whereabouts())
         elif isinstance(first, m.Join):
             self._serve_member(channel, first)
         elif first is not None:

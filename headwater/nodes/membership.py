@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable, Sequence
 
 from headwater import messages as m
-from headwater.errors import ConnectionLostError, ProtocolError, RefusedError, named
+from headwater.errors import ConnectionLostError, HeadwaterError, ProtocolError, RefusedError, named
 from headwater.nodes.join import join
 from headwater.wire.channel import Channel
+from headwater.wire.listener import dial
 
 _log = logging.getLogger("headwater")
 
@@ -31,6 +33,8 @@ class Membership:
         self, coordinator: str, role: m.Role, index: int | None, addresses: tuple[str, ...] = ()
     ) -> None:
         self._channel, self.welcome = join(coordinator, role, index, addresses=addresses)
+        self._coordinator = coordinator
+        self._expected: tuple[tuple[int, ...], Callable[[], None]] = ((), lambda: None)
         self._ended = threading.Event()
         member = self.welcome.member
         self._beating = threading.Thread(
@@ -79,6 +83,13 @@ class Membership:
             raise ProtocolError(f"the coordinator answered {type(answer).__name__}")
         return answer
 
+    def expect(self, servers: Sequence[m.Member], moved: Callable[[], None]) -> None:
+        """Have `moved` called, from another thread, when the servers are no longer these.
+
+        A server that was stopped keeps its connections open, so nothing else would tell.
+        """
+        self._expected = tuple(server.id for server in servers), moved
+
     def close(self) -> None:
         """End the connection, without a word, and the heartbeats; idempotent."""
         self._ended.set()
@@ -93,3 +104,22 @@ class Membership:
     def _beat(self) -> None:
         while not self._ended.wait(self.welcome.heartbeat):
             self.tell(m.Heartbeat())
+            expected, moved = self._expected
+            now = self._servers_now() if expected else ()
+            if now and now != expected and self._expected[0] == expected:
+                moved()
+
+    def _servers_now(self) -> tuple[int, ...]:
+        """Ids of all servers, by index, asked over a connection of its own; empty where nobody says."""
+        try:
+            channel = dial(self._coordinator, timeout=_ANSWER_S)
+            try:
+                channel.send(m.Locate(), timeout=_ANSWER_S)
+                received = channel.receive(timeout=_ANSWER_S)
+            finally:
+                channel.close()
+        except (HeadwaterError, TimeoutError) as error:
+            _log.debug("the coordinator was not asked: %s", error)
+            return ()
+        servers = received.message.servers if received and isinstance(received.message, m.Whereabouts) else ()
+        return tuple(server.id for server in servers) if len(servers) == len(self.welcome.servers) else ()

@@ -1,0 +1,259 @@
+"""Whole runs that end and go on: resumed, stopped for too long, with too few workers, with late ones."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import headwater as hw
+from headwater.errors import CheckpointError, ConfigurationError, HeadwaterError, RegistrationError
+
+DATA = np.random.default_rng(0).standard_normal((240, 6)).astype(np.float32)
+
+
+def fit(stop_at, folder, worker):
+    """Regress; `stop_at`: the run is killed as a whole at this version, once `folder` has a checkpoint."""
+    model = worker.model(
+        "net", {"w": np.zeros(6, np.float32), "wide": np.zeros(5000, np.float32)}, hw.Adam(lr=0.1)
+    )
+    table = worker.table("rows", 2, hw.Adagrad(lr=0.1), initializer=hw.Normal(std=1))
+    for batch in worker.batches(DATA, 10, epochs=3, shuffle=True, seed=4):
+        if worker.version == stop_at:
+            wait_until(lambda: list(Path(folder).glob("g*/manifest.json")))
+            os.kill(os.getppid(), signal.SIGKILL)
+            threading.Event().wait()
+        w = model.pull()["w"]
+        model.push({"w": batch.T @ (batch @ w - batch.sum(axis=1)), "wide": np.full(5000, batch.sum())})
+        ids = (batch[:, 0] * 5).astype(np.int64)
+        table.push(ids, table.pull(ids))
+        worker.step()
+    return table.pull(np.arange(-20, 20)).tobytes()
+
+
+def bits(result):
+    tensors = result.parameters["net"]
+    return {name: array.tobytes() for name, array in tensors.items()}, result.values
+
+
+@pytest.mark.parametrize("servers", [2, 3])
+def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(servers, tmp_path):
+    whole = hw.run(functools.partial(fit, -1, ""), workers=2, servers=2, engine="inline")
+    code = (
+        f"import sys, functools; sys.path.insert(0, {str(Path(__file__).parent)!r}); import headwater as hw;"
+        f"import test_resuming as t;"
+        f"hw.run(functools.partial(t.fit, 25, {str(tmp_path)!r}), workers=2, servers=2,"
+        f"checkpoint={str(tmp_path)!r}, every=10)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = hw.run(
+        functools.partial(fit, -1, ""),
+        workers=2,
+        servers=servers,
+        engine="inline",
+        checkpoint=tmp_path,
+        resume=True,
+    )
+    assert resumed.version == whole.version == 36
+    assert bits(resumed) == bits(whole)
+    assert "g001-v000000036" in resumed.checkpoint
+
+
+# ── directories ─────────────────────────────────────────────────────────────────────────────────
+
+
+def count(worker):
+    model = worker.model("sums", {"a": np.zeros(3, np.float32)}, hw.Accumulate())
+    model.push({"a": np.ones(3)})
+    worker.step()
+
+
+def inline(train, **options):
+    return hw.run(train, workers=1, engine="inline", patience=5, deadline=30, **options)
+
+
+def test_a_directory_without_a_checkpoint_cannot_be_resumed_from(tmp_path):
+    with pytest.raises(ConfigurationError, match="holds no checkpoint"):
+        inline(count, checkpoint=tmp_path, resume=True)
+
+
+def test_damaged_checkpoints_are_named_and_none_is_used(tmp_path):
+    path = Path(inline(count, checkpoint=tmp_path).checkpoint)
+    (file,) = path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(CheckpointError, match=file.name):
+        inline(count, checkpoint=tmp_path, resume=True)
+
+
+def test_another_model_of_the_same_name_cannot_go_on_from_a_checkpoint(tmp_path):
+    inline(count, checkpoint=tmp_path)
+
+    def other(worker):
+        with pytest.raises(RegistrationError, match="exists with other tensors"):
+            worker.model("sums", {"b": np.zeros(4, np.float32)}, hw.Accumulate())
+
+    inline(other, checkpoint=tmp_path, resume=True)
+
+
+def test_two_clusters_cannot_use_one_directory(tmp_path):
+    with hw.Cluster(workers=1, checkpoint=tmp_path), pytest.raises(HeadwaterError, match=str(os.getpid())):
+        hw.Cluster(workers=1, checkpoint=tmp_path)
+    hw.Cluster(workers=1, checkpoint=tmp_path).close()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"every": "often"}, "every"),
+        ({"every": 0}, "every"),
+        ({"keep": 0}, "keep"),
+        ({"resume": True}, "checkpoint directory"),
+        ({"on_server_loss": "rewind"}, "checkpoint=DIR"),
+        ({"on_server_loss": "wait"}, "on_server_loss"),
+        ({"replicas": 2}, "replicas"),
+        ({"min_workers": 2}, "min_workers"),
+        ({"restarts": -1}, "restarts"),
+        ({"lease": 0}, "lease"),
+    ],
+)
+def test_impossible_options_are_refused_before_anything_starts(options, text):
+    with pytest.raises(ConfigurationError, match=text):
+        inline(count, **options)
+
+
+# ── workers that stop, are late, or are too few ─────────────────────────────────────────────────
+
+
+def step_for_ever(folder, worker):
+    model = worker.model("sums", {"a": np.zeros(3, np.float32)}, hw.Accumulate())
+    while not (folder / "stop").exists():
+        model.push({"a": np.ones(3)})
+        worker.step()
+    return worker.version
+
+
+def wait_until(condition, seconds=30.0):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it never came true"
+        threading.Event().wait(0.02)
+
+
+def test_a_worker_that_was_stopped_is_named_then_retired_and_refused_when_it_wakes_up(tmp_path):
+    def node(rank):
+        nodes = [n for n in cluster.statistics().nodes if n.role == "worker" and n.rank == rank]
+        return nodes[0] if nodes else None
+
+    def version():
+        return cluster.statistics().version
+
+    options = {
+        "engine": "local",
+        "patience": 1.0,
+        "deadline": 60.0,
+        "lease": 3.0,
+        "output": lambda line: None,
+    }
+    with hw.Cluster(workers=2, servers=2, **options) as cluster:
+        for rank in range(2):
+            cluster.start_worker(rank, functools.partial(step_for_ever, tmp_path))
+        wait_until(lambda: version() > 10, 60)
+        stopped = node(1).pid
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            wait_until(lambda: "worker 1" in (node(0).waits_for or ""), 2.0)
+            wait_until(lambda: node(1) is None)
+            before = version()
+            wait_until(lambda: version() > before + 10)
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        outcome = cluster.next_outcome(30)
+        assert outcome.index == 1
+        assert "declared dead" in outcome.failure.summary or "retired" in outcome.failure.summary
+        (tmp_path / "stop").touch()
+        assert cluster.next_outcome(30).value == version()
+        _, parameters = cluster.parameters()
+        assert len(set(parameters["sums"]["a"].tolist())) == 1
+
+
+def test_a_server_that_was_stopped_loses_its_place_and_changes_nothing_when_it_wakes_up(tmp_path):
+    options = {
+        "engine": "local",
+        "patience": 1.0,
+        "deadline": 60.0,
+        "lease": 3.0,
+        "output": lambda line: None,
+    }
+    with hw.Cluster(workers=2, servers=2, replicas=1, **options) as cluster:
+        for rank in range(2):
+            cluster.start_worker(rank, functools.partial(step_for_ever, tmp_path))
+
+        def server():
+            return next(n for n in cluster.statistics().nodes if n.role == "server" and n.index == 1)
+
+        wait_until(lambda: cluster.statistics().version > 10 and not cluster.statistics().unreplicated, 60)
+        stopped = server().pid
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            wait_until(lambda: server().pid != stopped)
+            before = cluster.statistics().version
+            wait_until(lambda: cluster.statistics().version > before + 10)
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        before = cluster.statistics().version
+        wait_until(lambda: cluster.statistics().version > before + 10)
+        (tmp_path / "stop").touch()
+        assert {cluster.next_outcome(30).index for _ in range(2)} == {0, 1}
+        version, parameters = cluster.parameters()
+        total = parameters["sums"]["a"]
+        assert (total == total[0]).all()
+        assert version <= total[0] <= 2 * version  # rounds of two, and of one at the end
+
+
+def test_a_late_update_is_answered_and_applied_nowhere():
+    together = threading.Barrier(2)
+
+    def work(worker):
+        model = worker.model("sums", {"a": np.zeros(3, np.float32)}, hw.Accumulate())
+        if worker.rank == 0:
+            together.wait(20)
+        model.push({"a": np.full(3, worker.rank + 1)})
+        result = worker.step()
+        if worker.rank == 1:
+            together.wait(20)
+        return result.applied, result.version, model.pull()["a"].tolist()
+
+    result = hw.run(
+        work, workers=2, servers=2, engine="inline", sync="sync:quorum=1", patience=5, deadline=30
+    )
+    assert result.values[1] == (True, 1, [2.0] * 3)
+    assert result.values[0][0] is False
+    assert (result.parameters["sums"]["a"] == 2).all()
+
+
+def test_with_too_few_workers_nothing_is_committed_and_every_wait_says_so():
+    with hw.Cluster(workers=2, min_workers=2, patience=0.2, deadline=20) as cluster:
+        first, second = cluster.worker(), cluster.worker()
+        second._session.membership.close()  # it dies
+        wait_until(lambda: len([n for n in cluster.statistics().nodes if n.role == "worker"]) == 1)
+        steps = []
+        stepping = threading.Thread(target=lambda: steps.append(first.step()))
+        stepping.start()
+        wait_until(lambda: any("min_workers is 2" in (n.waits_for or "") for n in cluster.statistics().nodes))
+        assert not steps
+        third = cluster.worker()
+        leaving = threading.Thread(target=lambda: (third.step(), third.leave()))
+        leaving.start()
+        stepping.join(20)
+        leaving.join(20)
+        assert steps[0].version == 1
+        first.leave()
+        second._session.close()
+        second._close()
