@@ -177,7 +177,7 @@ def test_a_rating_of_the_last_tenth_changes_nothing_that_was_known_before():
 def test_ctr_learns_the_planted_model(sync):
     ctr = module("ctr")
     result = hw.run(ctr.train, workers=2, engine="inline", sync=sync, settings={"most": 20_000})
-    assert result.values[0] == result.values[1] > 0.76
+    assert result.values[0] == result.values[1] > 0.74
 
 
 def test_ctr_reads_files_in_criteos_format(tmp_path):
