@@ -30,8 +30,9 @@ _POPULATE_WRITE = 23
 class Slabs:
     """Parallel slabs: row r has `row_bytes[k]` bytes in slab k.
 
-    From the second chunk on they ask for huge pages (random rows then miss the TLB less); a small table
-    would only lose the rest of one by it. `large`: from the first on, for memory that is used all over.
+    They ask for huge pages (random rows then miss the TLB less, and fresh memory costs fewer faults) unless
+    the first chunk is all that is wanted yet: a small table would only lose the rest of one by it. `large`:
+    always, for memory that is used all over.
 
     Attributes:
         shift: a chunk holds 2^shift rows, of every slab.
@@ -53,7 +54,7 @@ class Slabs:
         """
         added: list[list[NDArray[np.uint8]]] = []
         while (len(self._chunks) + len(added)) << self.shift < rows:
-            large = self._large or bool(self._chunks or added)
+            large = self._large or bool(self._chunks or added) or rows > 1 << self.shift
             added.append([_chunk(size << self.shift, large) for size in self.row_bytes])
         if added:
             starts = np.array([[part.ctypes.data for part in chunk] for chunk in added], dtype=np.int64)
