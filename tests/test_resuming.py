@@ -168,7 +168,7 @@ def test_a_worker_that_was_stopped_is_named_then_retired_and_refused_when_it_wak
         stopped = node(1).pid
         os.kill(stopped, signal.SIGSTOP)
         try:
-            wait_until(lambda: "worker 1" in (node(0).waits_for or ""), 2.0)
+            wait_until(lambda: "worker 1" in (node(0).waits_for or ""), 5.0)
             wait_until(lambda: node(1) is None)
             before = version()
             wait_until(lambda: version() > before + 10)

@@ -9,6 +9,7 @@ from headwater.bench.figures import Effort, Figure
 from headwater.bench.kernels import measure_kernels
 from headwater.bench.latency import measure_latency
 from headwater.bench.memory import measure_memory
+from headwater.bench.safety import measure_safety
 from headwater.bench.splits import measure_splits
 from headwater.bench.table import measure_lookup, measure_table
 from headwater.bench.table_training import measure_table_training
@@ -21,6 +22,7 @@ SUITES: dict[str, Callable[[Effort], list[Figure]]] = {
     "tls": measure_tls,
     "kernels": measure_kernels,
     "memory": measure_memory,
+    "safety": measure_safety,
     "splits": measure_splits,
     "lookup": measure_lookup,
     "table": measure_table,

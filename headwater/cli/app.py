@@ -157,7 +157,8 @@ def bench(
 
     dense: rounds of a model of ResNet-50's size. latency: pulls of 1 KB. kernels: update loops.
     tcp, tls: the wire alone, against plain sockets. memory: what nodes keep resident. splits: who gets which
-    data. lookup, table: the loops of embedding tables. rows: tables in a cluster.
+    data. safety: replicas, failover, checkpoints. lookup, table: the loops of embedding tables. rows: tables
+    in a cluster.
 
     [bold]Examples[/bold]
 
