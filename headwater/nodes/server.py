@@ -169,6 +169,10 @@ class ServerNode:
 
     def _serve_member(self, channel: Channel, hello: m.Hello) -> None:
         roster = self._roster_of(hello.term)
+        if roster.term < hello.term:
+            # The coordinator has not reached this server yet: the member asks again where to go.
+            _log.info("%s knows term %d, a member came with %d", self._threads.name, roster.term, hello.term)
+            return
         member = next((one for one in roster.members if one.id == hello.member), None)
         if member is None or self._role != "server":
             why = f"is not in the roster of term {roster.term}" if member is None else "came to a standby"
