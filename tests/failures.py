@@ -222,7 +222,7 @@ class ReplicatedCluster(FlakyCluster):
     def kill_standby(self, index: int) -> None:
         """Its primary goes on alone: what it has counts as prepared."""
         server = self.serving[index]
-        if server.standby is None:
+        if server.standby is None or self.is_struck_off(index):
             return
         server.standby.down = True
         self.book.remove(next(one.id for one in self.book.of("standby") if one.index == index))
@@ -238,8 +238,7 @@ class ReplicatedCluster(FlakyCluster):
         That is one which has all that its primary ever reported as prepared.
         """
         server = self.serving[index]
-        struck_off = any(index == other for other, _ in self.links["promote",])
-        if struck_off or server.standby is None or server.shard.safe < server.reported:
+        if self.is_struck_off(index) or server.standby is None or server.shard.safe < server.reported:
             return False
         self.book.remove(next(one.id for one in self.book.of("server") if one.index == index))
         if not zombie:
@@ -249,6 +248,10 @@ class ReplicatedCluster(FlakyCluster):
         for client in self.living():
             self.links["lost", client.id].append(None)
         return True
+
+    def is_struck_off(self, index: int) -> bool:
+        """Whether the standby of this index is about to take over."""
+        return any(index == other for other, _ in self.links["promote",])
 
     def _die(self, server: Server) -> None:
         """Of what it sent a part may still arrive; what was sent to it is lost."""

@@ -1,7 +1,11 @@
 """Tables of whole clusters: what every mode promises of rows, in closed forms, and what is refused."""
 
 import random
+import re
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -437,3 +441,10 @@ def test_ids_of_another_server_end_the_connection_only(transport):
                 table.pull(np.arange(100))
         with cluster.worker() as other:
             assert len(other.table("rows", DIM, hw.Accumulate())) == 0
+
+
+def test_the_example_of_the_page_on_tables_runs():
+    page = (Path(__file__).parent.parent / "docs" / "tables.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
