@@ -115,6 +115,10 @@ def area_under_curve(labels: np.ndarray, scores: np.ndarray) -> float:
 
 def train(worker: hw.Worker) -> float:
     """Train on this worker's part; returns the area under the curve on the last tenth."""
+    if unknown := worker.settings.keys() - DEFAULTS.keys():
+        raise hw.errors.ConfigurationError(
+            f"unknown settings {sorted(unknown)}: choose from {list(DEFAULTS)}"
+        )
     options = {**DEFAULTS, **worker.settings}
     torch.manual_seed(0)
     labels, numbers, ids = map(torch.from_numpy, load(options["rows"], options["most"]))

@@ -143,11 +143,18 @@ class Dlrm(nn.Module):
 
 def train(worker: hw.Worker) -> float:
     """Train on this worker's part; returns the root mean squared error on the last tenth."""
+    if unknown := worker.settings.keys() - DEFAULTS.keys():
+        raise hw.errors.ConfigurationError(
+            f"unknown settings {sorted(unknown)}: choose from {list(DEFAULTS)}"
+        )
     options = {**DEFAULTS, **worker.settings}
     torch.manual_seed(0)
     ratings = Ratings(read(options["ratings"]))
     known = len(ratings.stars) - len(ratings.stars) // 10
-    kind = {"dlrm": Dlrm, "mf": Factorisation}[options["model"]]
+    kinds = {"dlrm": Dlrm, "mf": Factorisation}
+    if options["model"] not in kinds:
+        raise hw.errors.ConfigurationError(f"model={options['model']!r}: choose from {list(kinds)}")
+    kind = kinds[options["model"]]
     model = kind(worker, options["lr"])
     opt = hw.torch.DistributedOptimizer(worker, model, hw.Adam(lr=5e-3))
     began = time.perf_counter()
