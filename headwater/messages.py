@@ -830,6 +830,7 @@ class Inputs(Message, frozen=True):
     `requests`: those that the entry names, by member. The payload has, for each (model, elements) of
     `models`, this server's range: reduced gradients, assigned or (model -1) initial values; then, for each
     (table, count, dim) of `tables`, int64[count] ids and their reduced gradients, float32[count, dim].
+    `term` is that in which it is sent, `written` that of the sequencer that wrote the entry.
     """
 
     term: int
@@ -837,6 +838,7 @@ class Inputs(Message, frozen=True):
     requests: tuple[tuple[int, Request], ...]
     models: tuple[tuple[int, int], ...] = ()
     tables: tuple[tuple[int, int, int], ...] = ()
+    written: int = 0
 
 
 class Chunk(Message, frozen=True):
@@ -979,13 +981,21 @@ class Snapshot(Message, frozen=True):
 
 
 class Recovery(Message, frozen=True):
-    """A server's answer to a new sequencer: what it has applied, what it could apply, what it holds."""
+    """A server's answer to a new sequencer: what it has applied, what it could apply, what it holds.
+
+    `written`: for each of `closed` the term of the sequencer that wrote it, for another may have written
+    another entry for its position. `agreed`: the last term in which the server was told what stands;
+    `prepared`: as in `Reports`.
+    """
 
     term: int
     server: int
     standings: StandingsRecord
     closed: tuple[AnyEntry, ...]
     held: tuple[Held, ...]
+    written: tuple[int, ...]
+    agreed: int = 0
+    prepared: int = 0
 
 
 # ── what a person sees ──────────────────────────────────────────────────────────────────────────

@@ -2,7 +2,9 @@
 
 Pure. Invariants:
 - A position that any server applied was prepared everywhere, so every server has it; it stands.
-- A position prepared everywhere may have been committed and answered by a server that is lost; it stands.
+- An entry prepared everywhere may have been committed and answered by a server that is lost; it stands. Two
+  servers have the same entry at a position if one sequencer wrote it: a server that was not reached by the
+  sequencer before this one may still have an entry that the others have discarded for another.
 - Any other was applied and answered nowhere: it is discarded everywhere, and closed anew from what all hold.
 """
 
@@ -40,15 +42,22 @@ def find(answers: Sequence[Recovery], term: int) -> Found:
     if strange or sorted(answer.server for answer in answers) != list(range(len(answers))):
         got = [(answer.server, answer.term) for answer in answers]
         raise ProtocolError(f"recovery in term {term} needs one answer of each server, got {got}")
-    ends = {answer.server: answer.standings.position + len(answer.closed) for answer in answers}
+    ends = {answer.server: answer.standings.position + len(answer.written) for answer in answers}
     most = max(answers, key=lambda answer: answer.standings.position)
     committed = most.standings.position
     behind = [server for server, end in ends.items() if end < committed]
     if behind:
         raise ProtocolError(f"server {most.server} applied entry {committed}, which servers {behind} lack")
     standings = Standings.of(most.standings)
-    stands = min(ends.values())
     for entry in most.closed:
-        if entry.position <= stands:
-            standings.apply(entry)
+        writers = {_writer(answer, entry.position) for answer in answers}
+        if len(writers) > 1:
+            break
+        standings.apply(entry)
     return Found(committed, standings)
+
+
+def _writer(answer: Recovery, position: int) -> int | None:
+    """The term of the sequencer that wrote the entry which a server has at a position; None without one."""
+    place = position - answer.standings.position - 1
+    return answer.written[place] if place < len(answer.written) else None

@@ -17,28 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from headwater import messages as m
 from headwater.errors import RefusedError
-from headwater.messages import (
-    Activated,
-    Agreed,
-    AnyEntry,
-    Assigned,
-    Checkpointed,
-    Committed,
-    Enrolled,
-    Held,
-    Late,
-    Met,
-    Newcomer,
-    Recovery,
-    Registered,
-    Retired,
-    Roster,
-    Served,
-    Stalled,
-    Stopped,
-    Ticket,
-)
 from headwater.recovery import find
 from headwater.seats import Seat, Seats, by_rank, tickets
 from headwater.standings import Standings
@@ -87,7 +67,7 @@ class Sequencer:
         self._blocked: dict[int, Seat] = {}
         self._registering: dict[int, Seat] = {}
         self._snapshots: dict[int, Seat] = {}
-        self._entries: list[AnyEntry] = []
+        self._entries: list[m.AnyEntry] = []
         self._on_held: dict[str, Callable[[Seat], None]] = {
             "register": self._register,
             "table": self._declare,
@@ -109,14 +89,14 @@ class Sequencer:
     def recover(
         cls,
         sync: Sync,
-        answers: Sequence[Recovery],
-        roster: Roster,
+        answers: Sequence[m.Recovery],
+        roster: m.Roster,
         *,
         term: int,
         min_workers: int = 1,
         replicated: bool = True,
         now: float = 0.0,
-    ) -> tuple[Sequencer, Agreed, list[AnyEntry]]:
+    ) -> tuple[Sequencer, m.Agreed, list[m.AnyEntry]]:
         """The sequencer of a new term, from one answer of every server.
 
         Returns it, what every server (and its standby) must be told before anything else, and the first
@@ -135,7 +115,7 @@ class Sequencer:
             standings=found.standings,
         )
         sequencer._committed = found.committed
-        agreed = Agreed(term, sequencer.position)
+        agreed = m.Agreed(term, sequencer.position)
         if sequencer.standings.started:
             sequencer._activate_new()
         entries = sequencer.roster(roster, now)
@@ -160,7 +140,7 @@ class Sequencer:
 
     # ── inputs ──────────────────────────────────────────────────────────────────────────────────
 
-    def roster(self, roster: Roster, now: float = 0.0) -> list[AnyEntry]:
+    def roster(self, roster: m.Roster, now: float = 0.0) -> list[m.AnyEntry]:
         """Take over a new roster: new members get a seat, missing ones are retired for good.
 
         One that has left may still be in it, when the coordinator has not heard of that yet.
@@ -175,7 +155,7 @@ class Sequencer:
         for gone in [seat for id, seat in self._seats.of.items() if id not in members]:
             self._remove(gone, reason="its process ended or its connection was lost")
         newcomers = [
-            Newcomer(id, member.index if member.role == "worker" else -1)
+            m.Newcomer(id, member.index if member.role == "worker" else -1)
             for id, member in sorted(members.items())
             if id > self.standings.newest
         ]
@@ -186,12 +166,12 @@ class Sequencer:
     def report(
         self,
         server: int,
-        held: Iterable[Held],
+        held: Iterable[m.Held],
         now: float = 0.0,
         *,
         term: int | None = None,
         prepared: int = 0,
-    ) -> list[AnyEntry]:
+    ) -> list[m.AnyEntry]:
         """Note what `server` holds and up to which position it is prepared; `now` in seconds.
 
         A report of an unknown member is of one that is already gone. Reports may come twice or late.
@@ -211,7 +191,7 @@ class Sequencer:
             self._committed = max(self._committed, min(self._prepared))
         return self._settle()
 
-    def tick(self, now: float) -> list[AnyEntry]:
+    def tick(self, now: float) -> list[m.AnyEntry]:
         """Draw the consequences of time having passed; to be called when `due` has come."""
         self._now = max(self._now, now)
         return self._settle()
@@ -228,7 +208,7 @@ class Sequencer:
 
     def _serve(self, seat: Seat) -> None:
         assert seat.held is not None
-        self._write(Served(self._next(), seat.ticket, seat.held.kind))
+        self._write(m.Served(self._next(), seat.ticket, seat.held.kind))
         self._done(seat)
 
     def _register(self, seat: Seat) -> None:
@@ -237,7 +217,7 @@ class Sequencer:
         if ("register", name) in self.standings.names:
             self._serve(seat)
         elif self._may_supply(seat):
-            self._write(Registered(self._next(), seat.ticket, name))
+            self._write(m.Registered(self._next(), seat.ticket, name))
             self._done(seat)
             for other in self._seats.workers():
                 if other.waits_in("register") and other.held and other.held.name == name:
@@ -257,7 +237,7 @@ class Sequencer:
         if ("table", seat.held.name) in self.standings.names:
             self._serve(seat)
         else:
-            self._write(Registered(self._next(), seat.ticket, seat.held.name, "table"))
+            self._write(m.Registered(self._next(), seat.ticket, seat.held.name, "table"))
             self._done(seat)
 
     def _may_supply(self, seat: Seat) -> bool:
@@ -275,7 +255,7 @@ class Sequencer:
         elif seat.standing.phase != "active":
             self._resume(seat)
         elif self._sync.quorum is not None and seat.standing.round < self.standings.rounds:
-            self._write(Late(self._next(), seat.ticket))
+            self._write(m.Late(self._next(), seat.ticket))
             self._done(seat)
         elif not self._sync.rounds and self._enough():
             self._commit([seat])
@@ -320,7 +300,7 @@ class Sequencer:
         clock = seats[0].standing.clock
         may_read = self._sync.rounds or self._sync.may_read(clock + 1, clocks.slowest_after(clock))
         answered = updates if may_read else ()
-        self._write(Committed(self._next(), self.version + 1, updates, answered))
+        self._write(m.Committed(self._next(), self.version + 1, updates, answered))
         for seat in seats:
             if answered:
                 self._done(seat)
@@ -341,22 +321,22 @@ class Sequencer:
 
     def _assign(self, seat: Seat) -> None:
         if self.standings.started:
-            self._write(Assigned(self._next(), self.version + 1, seat.ticket))
+            self._write(m.Assigned(self._next(), self.version + 1, seat.ticket))
             self._done(seat)
             self._take_snapshots()
 
     def _meet(self, seat: Seat) -> None:
         if self.standings.started and seat.standing.phase != "meeting":
             assert seat.held is not None
-            self._write(Retired(self._next(), seat.member, False, f"waits in a {seat.held.kind}"))
+            self._write(m.Retired(self._next(), seat.member, False, f"waits in a {seat.held.kind}"))
 
     def _end(self, seat: Seat) -> None:
-        self._write(Retired(self._next(), seat.member, False, "its batches are over", seat.ticket))
+        self._write(m.Retired(self._next(), seat.member, False, "its batches are over", seat.ticket))
         self._done(seat)
 
     def _stop(self, seat: Seat) -> None:
         told = tuple(other.member for other in self._seats.workers() if not other.standing.over)
-        self._write(Stopped(self._next(), seat.ticket, told))
+        self._write(m.Stopped(self._next(), seat.ticket, told))
         self._done(seat)
 
     def _checkpoint(self, seat: Seat) -> None:
@@ -368,7 +348,7 @@ class Sequencer:
         for seat in list(self._snapshots.values()):
             assert seat.held is not None
             if self.version >= int(seat.held.name or 0):
-                self._write(Checkpointed(self._next(), seat.ticket))
+                self._write(m.Checkpointed(self._next(), seat.ticket))
                 self._done(seat)
 
     def _leave(self, seat: Seat) -> None:
@@ -376,11 +356,11 @@ class Sequencer:
 
     # ── membership ──────────────────────────────────────────────────────────────────────────────
 
-    def _enrol(self, workers: int, newcomers: list[Newcomer]) -> None:
+    def _enrol(self, workers: int, newcomers: list[m.Newcomer]) -> None:
         """Seat newcomers and activate them, all at once the first time: when the declared workers have
         joined."""
         started = self.standings.started
-        self._write(Enrolled(self._next(), workers, tuple(newcomers)))
+        self._write(m.Enrolled(self._next(), workers, tuple(newcomers)))
         for newcomer in newcomers:
             self._seats.add(newcomer.member, self.standings)
         if self.standings.started:
@@ -396,16 +376,16 @@ class Sequencer:
     def _activate(self, seats: list[Seat]) -> None:
         if seats:
             members = tuple(seat.member for seat in seats)
-            self._write(Activated(self._next(), members, self.standings.clocks.slowest))
+            self._write(m.Activated(self._next(), members, self.standings.clocks.slowest))
 
-    def _remove(self, seat: Seat, reason: str, answered: Ticket | None = None) -> None:
-        self._write(Retired(self._next(), seat.member, True, reason, answered))
+    def _remove(self, seat: Seat, reason: str, answered: m.Ticket | None = None) -> None:
+        self._write(m.Retired(self._next(), seat.member, True, reason, answered))
         self._done(seat)
         self._seats.remove(seat)
 
     # ── what follows when somebody became inactive ──────────────────────────────────────────────
 
-    def _settle(self) -> list[AnyEntry]:
+    def _settle(self) -> list[m.AnyEntry]:
         """Draw the consequences of the last input until there are none; return the new entries."""
         if self.standings.started:
             self._commit_ready()
@@ -427,7 +407,7 @@ class Sequencer:
         workers = self._seats.workers()
         kinds = {seat.held.kind for seat in workers if seat.held is not None}
         if kinds == {"barrier"} or kinds == {"sum"}:
-            self._write(Met(self._next(), tickets(workers)))
+            self._write(m.Met(self._next(), tickets(workers)))
             for seat in workers:
                 self._done(seat)
         elif resuming := [seat for seat in workers if seat.waits_in("step")]:
@@ -441,7 +421,7 @@ class Sequencer:
         reason = "everybody waits for each other: " + "; ".join(
             f"worker {seat.standing.rank} waits in {seat.what}" for seat in workers
         )
-        self._write(Stalled(self._next(), tickets(workers), reason))
+        self._write(m.Stalled(self._next(), tickets(workers), reason))
         for seat in workers:
             self._done(seat)
 
@@ -464,6 +444,6 @@ class Sequencer:
     def _next(self) -> int:
         return self.standings.position + 1
 
-    def _write(self, entry: AnyEntry) -> None:
+    def _write(self, entry: m.AnyEntry) -> None:
         self.standings.apply(entry)
         self._entries.append(entry)

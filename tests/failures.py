@@ -107,6 +107,7 @@ class ReplicatedCluster(FlakyCluster):
         self.book.caught_up(member.id)
         snapshot, closed = shard.attach_standby()
         standby = Server(len(self.all), Shard.restore(snapshot, self.sync.reduce))
+        standby.shard.admit(shard.agreed_term)
         self.all[standby.id] = server.standby = standby
         for resolved in closed:
             self.ship(server, resolved)
@@ -138,7 +139,8 @@ class ReplicatedCluster(FlakyCluster):
         """Apply what is committed, and compare with what the other of the pair became."""
         shard = server.shard
         while shard.position < position:
-            self.answer(server, shard.commit(shard.position + 1))
+            entry = shard._closed[0].entry
+            self.answer(server, entry, shard.commit(shard.position + 1))
             place = shard.index, shard.position
             assert self._digests.setdefault(place, digest(shard)) == digest(shard), place
 

@@ -29,6 +29,7 @@ from headwater.placement import servers_of
 from headwater.roster import RosterBook
 from headwater.sequencer import Sequencer
 from headwater.shard import Shard, StagedRows, Staging
+from headwater.standings import tickets_of
 from headwater.sync import parse_sync
 
 __all__ = ["SHAPES", "Call", "Client", "Cluster", "Mirror", "Program", "Server", "model_spec"]
@@ -305,12 +306,13 @@ class Cluster:
                 self.links["entry", server.id].append(entry)
 
     def _entry(self, link: deque[Any], server: int) -> None:
-        shard = self.all[server].shard
-        self.answer(self.all[server], shard.process(link.popleft()))
+        entry = link.popleft()
+        self.answer(self.all[server], entry, self.all[server].shard.process(entry))
 
-    def answer(self, server: Server, answers: list[tuple[int, m.Answer]]) -> None:
+    def answer(self, server: Server, entry: m.AnyEntry, answers: list[tuple[int, m.Answer]]) -> None:
         """Note that a server has processed one more entry, and send its answers."""
         shard = server.shard
+        attempts = {ticket.member: ticket.attempt for ticket in tickets_of(entry)}
         assert self._versions.setdefault(shard.position, shard.version) == shard.version
         for member, answer in answers:
             values = {model: shard.staging(member, model).parameters for model in answer.values}
@@ -319,9 +321,9 @@ class Cluster:
             client = self.clients[member]
             if client.call is not None and isinstance(client.call.request, m.Checkpoint):
                 self.snapshots[member, answer.number][shard.index] = shard.take_snapshot(member)
-            attempt = shard.standings.members[member].attempt if not client.leaves() else client.attempt
+            attempt = attempts[member]
             if not client.dead:
-                pulled = self.pulled.get((member, attempt, server.id), [])
+                pulled = self.pulled[member, attempt, server.id]
                 rows = [(one.table, one.ids, one.rows.copy()) for one in pulled]
                 self.links["answer", member, attempt, server.id].append((answer, values, rows))
 

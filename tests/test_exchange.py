@@ -52,6 +52,17 @@ def test_a_second_answer_breaks_the_protocol():
         exchange.received(0, ANSWER)
 
 
+def test_after_a_repeat_every_server_must_answer_anew():
+    exchange = Exchange(3, 2)
+    exchange.received(0, ANSWER)
+    exchange.repeat()
+    assert exchange.unanswered() == [0, 1]
+    later = Answer(3, 18, values=(0,), result=ANSWER.result)
+    for server in range(2):
+        exchange.received(server, later)
+    assert exchange.answer() == later
+
+
 def test_answers_that_differ_break_the_protocol_and_name_the_servers():
     exchange = Exchange(3, 3)
     for server, version in enumerate([17, 17, 18]):

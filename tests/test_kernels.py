@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from headwater.errors import ConfigurationError, EnvironmentFailure
-from headwater.kernels import cache, copy_out, dense, finite, reference, stage
+from headwater.kernels import add_up, cache, copy_out, dense, finite, reference, stage
 from headwater.kernels.source import float32_source
 from headwater.rules import SGD, Accumulate, Adagrad, Adam, AdamW, Assign, Ftrl, RMSprop, Rule
 
@@ -169,6 +169,27 @@ def test_gradients_are_summed_in_the_order_given():
         assert values.tolist() == [total] * 3
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 700), st.integers(1, 5), st.sampled_from([0.0, 0.005, 0.3]), st.integers(0, 2**32))
+def test_a_sum_made_beforehand_gives_the_bits_of_the_fused_pass(n, workers, special, seed):
+    generator = np.random.default_rng(seed)
+    gradients = [numbers(generator, n, special) for _ in range(workers)]
+    total, expected = numbers(generator, n, 0.1), numbers(generator, n, 0.1)
+    add_up(addresses(gradients), total)
+    reference.add_up(gradients, expected)
+    assert same_bits(total, expected)
+    values = numbers(generator, n, 0.0)
+    fused, apart = values.copy(), values.copy()
+    for by, result in ((gradients, fused), ([total], apart)):
+        dense(SGD(0.5))(addresses(by), 3.0, result, (), (0.5, 0.0), addresses([]))
+    assert same_bits(fused, apart)
+
+
+def test_a_sum_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least one gradient"):
+        add_up(addresses([]), np.ones(3, np.float32))
+
+
 def test_one_compilation_serves_all_settings_that_share_a_function():
     assert dense(Adam(0.1)) is dense(AdamW(0.2, betas=(0.5, 0.5)))
     assert dense(Adam(0.1)) is not dense(Adam(0.1, amsgrad=True))
@@ -193,7 +214,10 @@ def test_arrays_that_do_not_fit_are_refused_and_nothing_changes():
 
 
 def test_kernels_release_the_interpreter():
-    kernels = [dense(SGD(0.1)), *(getattr(moves_module(), name) for name in ("copy_out", "stage", "finite"))]
+    kernels = [
+        dense(SGD(0.1)),
+        *(getattr(moves_module(), name) for name in ("copy_out", "total", "stage", "finite")),
+    ]
     assert all(kernel.targetoptions["nogil"] for kernel in kernels)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import headwater as hw
+from headwater.checkpoint import list_checkpoints
 from headwater.errors import CheckpointError, ConfigurationError, HeadwaterError, RegistrationError
 
 DATA = np.random.default_rng(0).standard_normal((240, 6)).astype(np.float32)
@@ -26,7 +27,7 @@ def fit(stop_at, folder, worker):
     table = worker.table("rows", 2, hw.Adagrad(lr=0.1), initializer=hw.Normal(std=1))
     for batch in worker.batches(DATA, 10, epochs=3, shuffle=True, seed=4):
         if worker.version == stop_at:
-            wait_until(lambda: list(Path(folder).glob("g*/manifest.json")))
+            wait_until(lambda: list_checkpoints(folder))
             os.kill(os.getppid(), signal.SIGKILL)
             threading.Event().wait()
         w = model.pull()["w"]

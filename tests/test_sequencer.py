@@ -523,13 +523,15 @@ def test_one_that_left_by_itself_has_done_its_part(mode):
 # ── recovery ────────────────────────────────────────────────────────────────────────────────────
 
 
-def answer(server, entries, *, applied=0, closed=None, held=(), term=5):
+def answer(server, entries, *, applied=0, closed=None, held=(), term=5, written=0):
     """Of a server that has applied so many of these entries, and has so many more."""
     standings = Standings()
     for entry in entries[:applied]:
         standings.apply(entry)
     end = len(entries) if closed is None else applied + closed
-    return m.Recovery(term, server, standings.record(), tuple(entries[applied:end]), tuple(held))
+    closed = tuple(entries[applied:end])
+    written = (written,) * len(closed)
+    return m.Recovery(term, server, standings.record(), closed, tuple(held), written)
 
 
 def recovered(desk, *answers, term=5):
@@ -553,6 +555,16 @@ def test_what_was_applied_anywhere_or_is_everywhere_stands_and_the_rest_is_close
         assert sequencer.committed == 0
         sequencer.report(1, (), prepared=sequencer.position)
         assert sequencer.committed == sequencer.position
+
+
+def test_entries_of_different_sequencers_at_one_position_are_not_the_same_entry():
+    desk = Desk("async", workers=1, servers=2)
+    log = desk.opening + desk.hold(0, "step", "1")
+    _, agreed, entries = recovered(desk, answer(0, log, written=3), answer(1, log, written=4))
+    assert agreed.position == 0
+    assert kinds(entries) == ["Enrolled", "Activated"]
+    _, agreed, _ = recovered(desk, answer(0, log, written=3), answer(1, log, written=3))
+    assert agreed.position == 3
 
 
 def test_what_one_server_applied_may_be_applied_by_all():

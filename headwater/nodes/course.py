@@ -62,6 +62,7 @@ class Course:
         self._committed = 0
         self._reported = 0
         self._agreed: int | None = None
+        self._moved = False
 
     def put(self, term: int, entries: Sequence[m.AnyEntry], committed: int) -> None:
         """Append to what is to be processed; the caller's lock gives the order. Does not block."""
@@ -76,7 +77,7 @@ class Course:
         Raises:
             ProtocolError: what arrived is no continuation of the log.
         """
-        moved = False
+        moved, self._moved = self._moved, False
         while self._arrived:
             with self.lock:
                 if not self._arrived:
@@ -128,19 +129,20 @@ class Course:
 
     # ── what the sequencer is told ──────────────────────────────────────────────────────────────
 
-    def prepared(self) -> int:
-        """Up to where this server, and its standby where that counts, has the log; never less than before.
+    def prepared(self) -> tuple[int, int]:
+        """The term, and up to where this server, and its standby where that counts, has the log in it.
 
         While a new sequencer has not said what stands: only what is applied, for the rest may be discarded.
         """
         if not self._replicated:
-            return 0
-        if not self.shard.agreed:
-            return self.shard.position
-        replica = self.replica
-        here = self.shard.safe if replica is not None and replica.needed else self.shard.prepared
-        self._reported = max(self._reported, here)
-        return self._reported
+            return self.shard.term, 0
+        with self.lock:
+            shard, replica = self.shard, self.replica
+            if not shard.agreed:
+                return shard.term, shard.position
+            here = shard.safe if replica is not None and replica.needed else shard.prepared
+            self._reported = max(self._reported, here)
+            return shard.term, self._reported
 
     # ── the standby ─────────────────────────────────────────────────────────────────────────────
 
@@ -154,7 +156,7 @@ class Course:
             for resolved in missing:
                 replica.ship(resolved, self._committed)
             self.replica = replica
-            term = self.shard.term
+            term = self.shard.agreed_term
         replica.introduce(own, snapshot, term)
         replica.flush()
 
@@ -193,16 +195,21 @@ class Course:
             return self.recovery(term)
 
     def recovery(self, term: int) -> m.Recovery:
-        """As `begin_term`, for who has the lock already."""
+        """As `begin_term`, for who has the lock already; in a term that has begun, what stands stays so."""
+        recovery = self.shard.recovery(term)
         self._arrived.clear()
-        self._agreed = None
-        self.serving.clear()
-        return self.shard.recovery(term)
+        if not self.shard.agreed:
+            self._agreed = None
+            self.serving.clear()
+        return recovery
 
     def agree(self, agreed: m.Agreed) -> None:
         """Discard what a new sequencer did not find everywhere; the rest is applied as it is committed."""
         with self.lock:
+            if agreed.term == self.shard.agreed_term:
+                return
             self.shard.truncate(agreed)
+            self._moved = True
             if self.replica is not None:
                 self.replica.agree(agreed)
             self._reported = min(self._reported, agreed.position)

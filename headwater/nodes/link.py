@@ -105,6 +105,7 @@ class ReportLink(_Link):
         self._term = 0
         self._held: deque[Held] = deque()
         self._prepared = self._told = 0
+        self._putting = threading.Lock()
 
     def reset(self, term: int) -> None:
         """Queue what comes from now on for the sequencer of `term`, whom `Recovery` tells of all before.
@@ -112,7 +113,7 @@ class ReportLink(_Link):
         Under the shard's lock, together with that.
         """
         self._hang_up()
-        with self._sending:
+        with self._sending, self._putting:
             self._term = term
             self._held.clear()
             self._prepared = self._told = 0
@@ -123,10 +124,12 @@ class ReportLink(_Link):
             self._channel = channel
         self.flush()
 
-    def put(self, held: Iterable[Held], prepared: int) -> None:
-        """Append; does not block."""
-        self._held.extend(held)
-        self._prepared = max(self._prepared, prepared)
+    def put(self, held: Iterable[Held], term: int, prepared: int) -> None:
+        """Append; what was prepared in another term than this link's means nothing to its sequencer."""
+        with self._putting:
+            self._held.extend(held)
+            if term == self._term:
+                self._prepared = max(self._prepared, prepared)
 
     def _pending(self) -> bool:
         return bool(self._held) or self._prepared > self._told

@@ -104,7 +104,7 @@ class Reporting:
             if not isinstance(received.message, m.Reports) or received.message.server != server:
                 raise ProtocolError(f"server {server} sent {type(received.message).__name__}")
             reports = received.message
-            sequencing.report(server, reports.held, reports.prepared, reports.term)
+            sequencing.report(server, reports.held, reports.term, reports.prepared)
             self._spread()
 
     def _follow(self, term: int, address: str, own: int) -> None:
@@ -139,11 +139,17 @@ class Reporting:
     def held(self, held: Iterable[m.Held]) -> None:
         """This server holds these: tell the sequencer, and do what follows."""
         if self._sequencing is not None:
-            self._sequencing.report(0, tuple(held), self._course.prepared(), self._term)
+            self._report_here(tuple(held))
             self._spread()
         else:
-            self._link.put(held, self._course.prepared())
+            self._link.put(held, *self._course.prepared())
             self._link.flush()
+
+    def _report_here(self, held: tuple[m.Held, ...]) -> None:
+        """On server 0; what it holds counts in any term, what it has prepared only in the sequencer's."""
+        assert self._sequencing is not None
+        sequencing, (term, prepared) = self._sequencing, self._course.prepared()
+        sequencing.report(0, held, sequencing.term, prepared if term == sequencing.term else 0)
 
     def prepared(self) -> None:
         """What counts as prepared here may have grown: tell the sequencer, and do what follows."""
@@ -159,10 +165,10 @@ class Reporting:
         try:
             while self._course.process():
                 if self._sequencing is None:
-                    self._link.put((), self._course.prepared())
+                    self._link.put((), *self._course.prepared())
                     self._link.flush()
                     return
-                self._sequencing.report(0, (), self._course.prepared(), self._term)
+                self._report_here(())
                 self._sequencing.flush()
         except BaseException as error:
             if not isinstance(error, HeadwaterError) or not self._closed:

@@ -76,7 +76,8 @@ class Sequencing:
             if channel is not None:
                 self._connect(recovery, channel)
             if self._sequencer is not None:
-                held, prepared = recovery.held, _end(recovery)
+                # What it had before it was told where the log goes on may have been discarded since.
+                held, prepared = recovery.held, recovery.prepared if recovery.agreed == self.term else 0
                 self._extend(
                     self._sequencer.report(recovery.server, held, time.monotonic(), prepared=prepared)
                 )
@@ -89,11 +90,10 @@ class Sequencing:
         if self._sequencer is None or agreed is None:
             link.connect(channel, None, (), 0)
             return
-        after = _end(recovery)
-        if recovery.standings.position <= agreed.position:  # it may not know yet where the log goes on
-            after = min(after, agreed.position)
+        if recovery.agreed == self.term:
+            agreed, after = None, recovery.standings.position + len(recovery.closed)
         else:
-            agreed = None
+            after = agreed.position
         missing = [entry for entry in self._tail if entry.position > after]
         if len(missing) != self._sequencer.position - after:
             raise RefusedError(f"server {recovery.server} is at {after}, too far behind")
@@ -115,7 +115,7 @@ class Sequencing:
             link.agree(self._agreed)
         self._extend(entries)
         for early in self._early:
-            self._extend(self._sequencer.report(early.server, early.held, now, prepared=early.prepared))
+            self._extend(self._sequencer.report(early.server, early.held, now))
         self._early.clear()
 
     # ── inputs ──────────────────────────────────────────────────────────────────────────────────
@@ -131,18 +131,22 @@ class Sequencing:
             elif len(self._recoveries) == self._servers:
                 self._begin(roster)
 
-    def report(self, server: int, held: Sequence[m.Held], prepared: int, term: int) -> None:
+    def report(self, server: int, held: Sequence[m.Held], term: int, prepared: int) -> None:
         """A server holds these, and has prepared the log up to there.
+
+        What was prepared before the servers were told what stands means nothing: they say it again then.
 
         Raises:
             RefusedError: it reports to the sequencer of an older term.
         """
+        if term < self.term:
+            raise RefusedError(f"server {server} reports to the sequencer of term {term}, it is {self.term}")
         with self._lock:
             if self._sequencer is None:
-                self._early.append(m.Reports(server, tuple(held), term, prepared))
+                self._early.append(m.Reports(server, tuple(held), term))
             else:
                 now = time.monotonic()
-                self._extend(self._sequencer.report(server, held, now, term=term, prepared=prepared))
+                self._extend(self._sequencer.report(server, held, now, prepared=prepared))
 
     def tick(self) -> float | None:
         """Draw the consequences of time; returns seconds until it should be called again, if ever."""
@@ -188,7 +192,3 @@ class Sequencing:
         """
         for link in self._links.values():
             link.flush()
-
-
-def _end(recovery: m.Recovery) -> int:
-    return recovery.standings.position + len(recovery.closed)

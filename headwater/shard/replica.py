@@ -10,6 +10,7 @@ answered, and goes on, only when its entry is.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -170,12 +171,57 @@ def arriving(inputs: m.Inputs, room: Room = own_memory) -> Resolved:
     )
 
 
+def restamped(resolved: Resolved, term: int) -> Resolved:
+    """The same as it is sent in another term."""
+    inputs = msgspec.structs.replace(resolved.inputs, term=term)
+    return Resolved(inputs, resolved.models, resolved.tables)
+
+
 def owned(resolved: Resolved) -> Resolved:
     """The same in this process's own memory."""
     own = arriving(resolved.inputs)
     for mine, shared in zip(own.payload(), resolved.payload(), strict=True):
         mine[...] = shared
     return own
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Closed:
+    """An entry that is not applied yet; `written`: the term of its sequencer; `resolved`: with a standby."""
+
+    entry: m.AnyEntry
+    written: int
+    resolved: Resolved | None = None
+
+
+class Shipped:
+    """What a standby, which began with a snapshot of `position`, was sent, and how far it has that.
+
+    Entries may be discarded after they were sent, and others be sent for their positions: those of a newer
+    term. An acknowledgement of an older one does not count for them.
+
+    Attributes:
+        acknowledged: up to here it has every entry as it stands now.
+    """
+
+    def __init__(self, position: int) -> None:
+        self.acknowledged = position
+        self._open: deque[m.Inputs] = deque()
+
+    def add(self, resolved: Resolved) -> None:
+        """This was sent, after all others."""
+        self._open.append(resolved.inputs)
+
+    def acknowledge(self, term: int, position: int) -> None:
+        """It has everything up to `position` that was sent in `term` or before."""
+        while self._open and self._open[0].entry.position <= position and self._open[0].term <= term:
+            self.acknowledged = self._open.popleft().entry.position
+
+    def truncate(self, position: int) -> None:
+        """Entries after `position` are discarded, there as here."""
+        while self._open and self._open[-1].entry.position > position:
+            self._open.pop()
+        self.acknowledged = min(self.acknowledged, position)
 
 
 class Collector:
@@ -186,8 +232,11 @@ class Collector:
         self._tables = tables
         self._live = live
 
-    def collect(self, entry: m.AnyEntry, term: int, room: Room) -> Resolved:
-        """The entry with copies of all it needs; blocks for a pass over the gradients of a commit."""
+    def collect(self, entry: m.AnyEntry, term: int, written: int, room: Room) -> Resolved:
+        """The entry with copies of all it needs, as it is sent in `term` and was written in `written`.
+
+        Blocks for a pass over the gradients of a commit.
+        """
         models: dict[int, Array] = {}
         tables: list[StagedRows] = []
         requests = tuple((ticket.member, self._live.request(ticket)) for ticket in tickets_of(entry))
@@ -209,6 +258,7 @@ class Collector:
             tuple((member, _without_payload(request)) for member, request in requests),
             tuple((model, len(array)) for model, array in models.items()),
             tuple((staged.table, *staged.rows.shape) for staged in tables),
+            written,
         )
         return Resolved(inputs, tuple(models.values()), tuple(tables))
 

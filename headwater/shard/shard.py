@@ -23,7 +23,17 @@ from headwater.layout import Layout
 from headwater.positions import Positions
 from headwater.shard.checks import Checks, kind_of, name_of
 from headwater.shard.outstanding import Members, Outstanding
-from headwater.shard.replica import Collector, Live, Resolved, Room, own_memory, owned
+from headwater.shard.replica import (
+    Closed,
+    Collector,
+    Live,
+    Resolved,
+    Room,
+    Shipped,
+    own_memory,
+    owned,
+    restamped,
+)
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.shard.state import Answers, State
 from headwater.shard.tables import StagedRows
@@ -37,7 +47,7 @@ class Shard:
 
     Attributes:
         term: of the sequencer it follows; what comes from an older one is refused.
-        agreed: the sequencer that it follows has said which entries stand.
+        agreed_term: of the last sequencer that has said which entries stand.
         exchanges: held so far.
         vectors, tables: as of `position`.
     """
@@ -46,7 +56,7 @@ class Shard:
         self.index = index
         self.servers = servers
         self.term = 0
-        self.agreed = True
+        self.agreed_term = 0
         self.exchanges = 0
         self._members = Members()
         self._state = State(index, servers, reduce, self._members)
@@ -54,8 +64,13 @@ class Shard:
         self._checks = Checks(self.vectors, self.tables, self._members)
         self._live = Live(self._members)
         self._collector = Collector(self.vectors, self.tables, self._live)
-        self._closed: deque[tuple[m.AnyEntry, Resolved | None]] = deque()
-        self._acknowledged: int | None = None
+        self._closed: deque[Closed] = deque()
+        self._shipped: Shipped | None = None
+
+    @property
+    def agreed(self) -> bool:
+        """Whether the sequencer that it follows has said which entries stand."""
+        return self.agreed_term == self.term
 
     @property
     def version(self) -> int:
@@ -203,23 +218,30 @@ class Shard:
         Until a new sequencer has said what stands, that is only what is applied: it may say that an entry
         which is here was not found everywhere, and give its position to another.
         """
-        if not self.agreed:
-            return self.position
-        return self.prepared if self._acknowledged is None else max(self.position, self._acknowledged)
+        here = self.prepared if self._shipped is None else self._shipped.acknowledged
+        return here if self.agreed else min(here, self.position)
 
     def attach_standby(self, room: Room = own_memory) -> tuple[ShardSnapshot, list[Resolved]]:
         """Have a standby from now on: what it begins with, and what it must follow before anything else.
 
+        It begins in `agreed_term`, and has caught up once `safe` is what was reported before it came.
         Blocks for a pass over memory, and one over the gradients of each commit that is not applied yet.
         """
-        resolved = [one or self._collector.collect(entry, self.term, room) for entry, one in self._closed]
-        self._closed = deque((one.inputs.entry, one) for one in resolved)
-        self._acknowledged = self.position
+        self._shipped = Shipped(self.position)
+        resolved = [self._resolve_anew(closed, room) for closed in self._closed]
+        self._closed = deque(Closed(one.inputs.entry, one.inputs.written, one) for one in resolved)
+        for one in resolved:
+            self._shipped.add(one)
         return self.snapshot(), resolved
+
+    def _resolve_anew(self, closed: Closed, room: Room) -> Resolved:
+        if closed.resolved is not None:
+            return restamped(closed.resolved, self.agreed_term)
+        return self._collector.collect(closed.entry, self.agreed_term, closed.written, room)
 
     def detach_standby(self) -> None:
         """Go on without one."""
-        self._acknowledged = None
+        self._shipped = None
 
     def prepare(self, entry: m.AnyEntry, room: Room = own_memory) -> Resolved | None:
         """Keep the next entry until it is committed; with a standby, return what that must follow.
@@ -232,19 +254,16 @@ class Shard:
         """
         self._check_next(entry)
         resolved = None
-        if self._acknowledged is not None:
-            resolved = self._collector.collect(entry, self.term, room)
-        self._closed.append((entry, resolved))
+        if self._shipped is not None:
+            resolved = self._collector.collect(entry, self.term, self.term, room)
+            self._shipped.add(resolved)
+        self._closed.append(Closed(entry, self.term, resolved))
         return resolved
 
     def acknowledged(self, term: int, position: int) -> None:
         """The standby has everything up to `position` that was sent in `term` or before."""
-        if self._acknowledged is None:
-            return
-        for entry, resolved in self._closed:
-            if entry.position > position or resolved is None or resolved.inputs.term > term:
-                break
-            self._acknowledged = max(self._acknowledged, entry.position)
+        if self._shipped is not None:
+            self._shipped.acknowledge(term, position)
 
     def follow(self, resolved: Resolved) -> None:
         """On a standby: keep the next entry until it is committed.
@@ -255,7 +274,7 @@ class Shard:
         """
         self.admit(resolved.inputs.term)
         self._check_next(resolved.inputs.entry)
-        self._closed.append((resolved.inputs.entry, resolved))
+        self._closed.append(Closed(resolved.inputs.entry, resolved.inputs.written, resolved))
 
     def commit(self, position: int) -> Answers:
         """Process all entries up to `position`; blocks for the passes over memory that they ask for.
@@ -267,8 +286,8 @@ class Shard:
             raise ProtocolError(f"committed up to {position}, but the last entry here is {self.prepared}")
         answers: Answers = []
         while self.position < position:
-            entry, resolved = self._closed.popleft()
-            answers += self._state.process(entry, resolved or self._live)
+            closed = self._closed.popleft()
+            answers += self._state.process(closed.entry, closed.resolved or self._live)
         return answers
 
     # ── terms ───────────────────────────────────────────────────────────────────────────────────
@@ -296,7 +315,9 @@ class Shard:
         if term <= self.term:
             raise RefusedError(f"promoted in term {term}, but this server follows term {self.term} already")
         self.term = term
-        self._closed = deque((entry, resolved and owned(resolved)) for entry, resolved in self._closed)
+        self._closed = deque(
+            Closed(one.entry, one.written, one.resolved and owned(one.resolved)) for one in self._closed
+        )
 
     def recovery(self, term: int) -> m.Recovery:
         """Where this server is, for the new sequencer of `term`; nothing of an older one is taken any more.
@@ -305,25 +326,36 @@ class Shard:
             RefusedError: a newer one is known.
         """
         self.admit(term)
-        self.agreed = False
-        closed = tuple(entry for entry, _ in self._closed)
-        return m.Recovery(term, self.index, self.standings.record(), closed, self.held())
+        return m.Recovery(
+            term,
+            self.index,
+            self.standings.record(),
+            closed=tuple(one.entry for one in self._closed),
+            held=self.held(),
+            written=tuple(one.written for one in self._closed),
+            agreed=self.agreed_term,
+            prepared=self.safe,
+        )
 
     def truncate(self, agreed: m.Agreed) -> None:
         """Discard entries that a new sequencer did not find everywhere; none of them was applied.
+
+        The second time it changes nothing: what has come since is of that sequencer.
 
         Raises:
             RefusedError: a newer sequencer is known.
             ProtocolError: entries after that position were applied here.
         """
         self.admit(agreed.term)
-        self.agreed = True
+        if agreed.term == self.agreed_term:
+            return
         if agreed.position < self.position:
             raise ProtocolError(f"agreed on {agreed.position}, but entry {self.position} is applied here")
-        while self._closed and self._closed[-1][0].position > agreed.position:
+        while self._closed and self._closed[-1].entry.position > agreed.position:
             self._closed.pop()
-        if self._acknowledged is not None:
-            self._acknowledged = min(self._acknowledged, agreed.position)
+        if self._shipped is not None:
+            self._shipped.truncate(agreed.position)
+        self.agreed_term = agreed.term
 
     # ── snapshots ───────────────────────────────────────────────────────────────────────────────
 
