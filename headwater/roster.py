@@ -56,7 +56,7 @@ class RosterBook:
     # ── changes ─────────────────────────────────────────────────────────────────────────────────
 
     def join(self, join: Join, now: float = 0.0) -> Member:
-        """Take a node in.
+        """Take a node in; it counts as heard of at `now`, and infinity is before its lease begins.
 
         Raises:
             RefusedError: its rank or index is taken, or there can be no such server.
@@ -119,8 +119,8 @@ class RosterBook:
             self._heard[id] = now
 
     def silence(self, id: int, now: float) -> float:
-        """Seconds since a member was heard of."""
-        return now - self._heard.get(id, now)
+        """Seconds since a member was heard of; 0 before its lease begins."""
+        return max(0.0, now - self._heard.get(id, now))
 
     def expired(self, now: float) -> list[Member]:
         """Members whose lease has ended."""

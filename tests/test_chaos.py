@@ -52,6 +52,7 @@ class Chaos:
         self.cluster, self.work = cluster, work
         self.random = random.Random(seed)
         self.killed = Counter()
+        self.pids = set()
         self.running = set(range(WORKERS))
 
     def go_on(self, until):
@@ -73,6 +74,8 @@ class Chaos:
         statistics = self.cluster.statistics()
         kinds = ["worker"] * 2 + ["server", "standby"] * (not statistics.unreplicated)
         kind = self.random.choice(kinds)
+        if any(node.pid in self.pids for node in statistics.nodes):
+            return  # the coordinator has not noticed yet: what looks replicated may be so no more
         nodes = [node for node in statistics.nodes if node.role == kind]
         if len(nodes) < (WORKERS if kind == "worker" else SERVERS) or statistics.version == 0:
             return  # what was killed last is not back yet
@@ -80,7 +83,8 @@ class Chaos:
         try:
             os.kill(node.pid, signal.SIGKILL)
         except ProcessLookupError:
-            return  # it was killed before, and the coordinator had not heard of it
+            return  # it has just ended by itself
+        self.pids.add(node.pid)
         self.killed[kind if kind != "worker" else node.rank] += 1
 
     def finish(self, folder):

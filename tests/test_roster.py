@@ -1,5 +1,7 @@
 """The roster: ids, ranks and terms."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,3 +92,13 @@ def test_each_change_is_a_term_and_the_view_is_who_is_there(changes):
         assert book.term == term + 1
         assert book.view().term == book.term
         assert set(book.view().members) == set(there.values())
+
+
+def test_a_lease_begins_when_a_member_is_first_heard_of_not_while_it_waits_to_be_welcomed():
+    book = RosterBook(workers=1, servers=2, lease_s=3.0)
+    member = book.join(Join("server", 0, 0, "here"), math.inf)
+    assert book.expired(1e9) == []
+    assert book.silence(member.id, 1e9) == 0
+    book.heard(member.id, 10.0)
+    assert book.expired(13.0) == []
+    assert book.expired(13.1) == [member]

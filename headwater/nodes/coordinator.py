@@ -8,6 +8,7 @@ welcomed.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -157,7 +158,8 @@ class CoordinatorNode:
             if join.role != "server":
                 self._changed.wait_for(lambda: self._book.complete() or self._ended)
             self._check_not_ended()
-            member = self._book.join(join, time.monotonic())
+            # It sends heartbeats only once it is welcomed, so its lease begins then.
+            member = self._book.join(join, math.inf)
             self._members[member.id] = channel
             self._changed.notify_all()
             if join.role == "server":
@@ -190,6 +192,7 @@ class CoordinatorNode:
     def _welcome(self, member: m.Member, position: m.Position | None) -> m.Welcome:
         settings = self.settings
         with self._changed:
+            self._book.heard(member.id, time.monotonic())
             return m.Welcome(
                 member=member,
                 term=self._book.term,

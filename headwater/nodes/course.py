@@ -77,7 +77,7 @@ class Course:
         Raises:
             ProtocolError: what arrived is no continuation of the log.
         """
-        moved, self._moved = self._moved, False
+        moved = self._take_moved() if self._replicated else False
         while self._arrived:
             with self.lock:
                 if not self._arrived:
@@ -87,6 +87,12 @@ class Course:
             self.replica.flush()
         for table in self.shard.tables:
             table.prepare()
+        return moved
+
+    def _take_moved(self) -> bool:
+        """Whether a sequencer said what stands since the last look; under the lock, or a word is lost."""
+        with self.lock:
+            moved, self._moved = self._moved, False
         return moved
 
     def _advance(self, term: int, entry: m.AnyEntry | None, committed: int) -> bool:
