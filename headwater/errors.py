@@ -17,7 +17,8 @@ HeadwaterError
     ├── DataError               a file cannot be read, or not as it was described
     ├── StalledError            a wait passed its deadline, or could never end (also TimeoutError)
     ├── EngineError             a node could not be started or ended unasked
-    └── CheckpointError         a checkpoint is damaged, or cannot be read or written
+    ├── CheckpointError         a checkpoint is damaged, or cannot be read or written
+    └── JournalError            the coordinator's journal is damaged, or cannot be read or written
 """
 
 from __future__ import annotations
@@ -104,6 +105,10 @@ class EngineError(EnvironmentFailure):
 
 class CheckpointError(EnvironmentFailure):
     """A checkpoint is damaged or incomplete, or its files cannot be read or written."""
+
+
+class JournalError(EnvironmentFailure):
+    """The coordinator's journal is damaged, or its file cannot be read or written."""
 
 
 def named(name: str, reason: str, default: type[HeadwaterError]) -> HeadwaterError:

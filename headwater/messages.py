@@ -50,9 +50,11 @@ class Join(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """The coordinator's answer to Join, once every server knows the new member.
+    """The coordinator's answer to Join, once every server knows the new member, and to Rejoin.
 
-    `position`: what the log last recorded of this rank's reading; None where it recorded nothing.
+    `position`: what the log last recorded of this rank's reading; None where it recorded nothing, and after
+    Rejoin. `key`: what this member must show to Rejoin. `returns`: whether a coordinator that is gone may
+    come back, on its journal.
     """
 
     member: Member
@@ -66,6 +68,19 @@ class Welcome(Message, frozen=True):
     heartbeat: float = 5.0
     generation: int = 0
     position: Position | None = None
+    key: str = ""
+    returns: bool = False
+
+
+class Rejoin(Message, frozen=True):
+    """A member comes back to a coordinator that was gone, or that it lost the connection to.
+
+    `key` and `generation` as it was welcomed with.
+    """
+
+    member: int
+    key: str
+    generation: int
 
 
 class Roster(Message, frozen=True):
@@ -349,11 +364,15 @@ class Leased(Message, frozen=True):
 
 
 class Unleased(Message, frozen=True):
-    """No split: the call is `over`, or another answer will follow, when what `reason` says has changed."""
+    """No split: the call is `over`, or another answer will follow, when what `reason` says has changed.
+
+    `failure`: the request was impossible.
+    """
 
     number: int
     over: bool
     reason: str
+    failure: Refused | None = None
 
 
 class Finish(Message, frozen=True):
@@ -1096,6 +1115,7 @@ class ClusterStatistics(Message, frozen=True):
 AnyMessage: TypeAlias = (
     Join
     | Welcome
+    | Rejoin
     | Roster
     | Heartbeat
     | Locate

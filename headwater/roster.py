@@ -1,7 +1,8 @@
 """The roster: who is a member, who takes over from whom, and the term that each change of it gets.
 
 A state machine without I/O or clock: the time is an argument, in seconds. A node that starts again is a new
-member with the same index: the id names the incarnation, and an id is never used twice.
+member with the same index: the id names the incarnation, and an id is never used twice. `record` is all of
+it that outlives the process that keeps it; a book made of one goes on as the other would have.
 
 Invariants:
 - Of each index there is at most one server and one standby.
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from headwater.errors import RefusedError
+from headwater.errors import RefusedError, RewoundError
 from headwater.messages import Join, Member, Role, Roster
 
 
@@ -31,27 +32,52 @@ class Departure:
         return self.member.role == "server" and self.heir is None
 
 
+class RosterRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A RosterBook as plain values. `next`: the next id; `gone`: why members of this generation were struck
+    off without having left, by id."""
+
+    term: int
+    since: int
+    generation: int
+    next: int
+    members: tuple[Member, ...]
+    caught_up: tuple[int, ...]
+    gone: dict[int, str]
+
+
 class RosterBook:
     """Members of a cluster of `servers` servers that declared `workers` workers.
 
     Args:
         lease_s: how long a member that is not heard of stays one.
+        record: of a book to go on with, its generation too; everybody in it has a full lease from `now` on.
 
     Attributes:
         term: number of the last change; since: that of the last change among servers.
         generation: counts the times that everything began anew from a checkpoint.
     """
 
-    def __init__(self, workers: int, servers: int, *, lease_s: float = 15.0, generation: int = 0) -> None:
-        self.term = self.since = 0
-        self.generation = generation
+    def __init__(
+        self,
+        workers: int,
+        servers: int,
+        *,
+        lease_s: float = 15.0,
+        generation: int = 0,
+        record: RosterRecord | None = None,
+        now: float = 0.0,
+    ) -> None:
+        record = record or RosterRecord(0, 0, generation, 1, (), (), {})
+        self.term, self.since = record.term, record.since
+        self.generation = record.generation
         self._workers = workers
         self._servers = servers
         self._lease_s = lease_s
-        self._next = 1
-        self._members: dict[int, Member] = {}
-        self._caught_up: set[int] = set()
-        self._heard: dict[int, float] = {}
+        self._next = record.next
+        self._members = {member.id: member for member in record.members}
+        self._caught_up = set(record.caught_up)
+        self._heard = dict.fromkeys(self._members, now)
+        self._gone = dict(record.gone)
 
     # ── changes ─────────────────────────────────────────────────────────────────────────────────
 
@@ -69,11 +95,16 @@ class RosterBook:
         self._change(servers=join.role == "server")
         return member
 
-    def remove(self, id: int) -> Departure | None:
-        """Strike a member off; None when it is no member (any more). A caught-up standby takes over."""
+    def remove(self, id: int, why: str = "") -> Departure | None:
+        """Strike a member off; None when it is no member (any more). A caught-up standby takes over.
+
+        `why` is kept for a member that did not leave: should it come back, it is told.
+        """
         member = self._members.pop(id, None)
         if member is None:
             return None
+        if why:
+            self._gone[id] = why
         self._caught_up.discard(id)
         del self._heard[id]
         self._change(servers=member.role == "server")
@@ -89,9 +120,9 @@ class RosterBook:
         return None
 
     def caught_up(self, id: int) -> bool:
-        """Note that a standby has all that its server has; False when it is no standby (any more)."""
+        """Note that a standby has all that its server has; False when that is no news, or it is none."""
         member = self._members.get(id)
-        if member is None or member.role != "standby":
+        if member is None or member.role != "standby" or id in self._caught_up:
             return False
         self._caught_up.add(id)
         self._change()
@@ -100,7 +131,7 @@ class RosterBook:
     def begin_anew(self) -> list[Member]:
         """Strike everybody off and begin the next generation; returns who there was."""
         gone = list(self._members.values())
-        for kept in (self._members, self._heard, self._caught_up):
+        for kept in (self._members, self._heard, self._caught_up, self._gone):
             kept.clear()
         self.generation += 1
         self._change(servers=True)
@@ -126,6 +157,25 @@ class RosterBook:
         """Members whose lease has ended."""
         return [self._members[id] for id, heard in self._heard.items() if now - heard > self._lease_s]
 
+    def take_back(self, id: int, generation: int, now: float) -> Member:
+        """A member connects again: it is heard of.
+
+        Raises:
+            RefusedError: it is no member any more; says why.
+            RewoundError: everything began anew without it.
+        """
+        if generation != self.generation:
+            raise RewoundError(
+                f"training began anew from a checkpoint, as generation {self.generation}; "
+                f"member {id} is of generation {generation}: join again"
+            )
+        if id not in self._members:
+            raise RefusedError(
+                f"member {id} is none any more: {self._gone.get(id, 'it has left')}; join again as a new one"
+            )
+        self._heard[id] = now
+        return self._members[id]
+
     # ── views ───────────────────────────────────────────────────────────────────────────────────
 
     def of(self, role: Role) -> tuple[Member, ...]:
@@ -144,6 +194,18 @@ class RosterBook:
         """Indices of servers that have no caught-up standby."""
         replicated = {self._members[id].index for id in self._caught_up}
         return [server.index for server in self.of("server") if server.index not in replicated]
+
+    def record(self) -> RosterRecord:
+        """What a book that goes on is made of."""
+        return RosterRecord(
+            self.term,
+            self.since,
+            self.generation,
+            self._next,
+            tuple(self._members.values()),
+            tuple(sorted(self._caught_up)),
+            dict(self._gone),
+        )
 
     def view(self) -> Roster:
         """What every server is told."""

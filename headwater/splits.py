@@ -105,14 +105,15 @@ def batches_of(positions: range, batch_size: int) -> Iterator[range]:
 class _Reader:
     """A worker in a call. `taken`: what it was leased and may not have committed, in order.
 
-    `split`: what it reads now, the last of `taken`. `waiting`: the number of its unanswered request;
-    `told`: whether it knows that it waits.
+    `split`: what it reads now, the last of `taken`, and `leased` the answer that said so. `waiting`: the
+    number of its unanswered request; `told`: whether it knows that it waits.
     """
 
     rank: int
     batch: int = 1
     taken: list[Span] = field(default_factory=list)
     split: Span | None = None
+    leased: Leased | None = None
     waiting: int | None = None
     told: bool = False
 
@@ -221,6 +222,9 @@ class LeaseBook:
             return [(member, Unleased(lease.number, True, f"call {lease.call} of batches is over"))]
         call = self._call(rank, lease)
         reader = call.readers.pop(member, None) or _Reader(rank)
+        if reader.leased is not None and reader.leased.number == lease.number:  # the answer was lost
+            call.readers[member] = reader
+            return [(member, reader.leased)]
         call.readers[member] = reader  # the last of those that wait
         reader.keep_last(lease.pending)
         reader.batch, reader.split, reader.waiting = lease.batch, None, lease.number
@@ -292,7 +296,8 @@ class LeaseBook:
                     continue
                 span = call.take(reader, max(self._workers, len(call.readers)))
                 if span is not None:
-                    return member, Leased(number, span, call.total - call.free, call.total)
+                    reader.leased = Leased(number, span, call.total - call.free, call.total)
+                    return member, reader.leased
                 if not self._reading(call, member):
                     del call.readers[member]
                     return member, Unleased(number, True, f"call {call.number} of batches is read")

@@ -135,7 +135,7 @@ def test_a_worker_whose_connection_to_the_coordinator_is_lost_goes_on_until_it_i
     with hw.Cluster(workers=1, servers=2, patience=5, deadline=20) as cluster:
         worker = cluster.worker()
         model = worker.model("sums", {"a": np.zeros(3, np.float32)}, hw.Accumulate())
-        worker._session.membership.channel._stream.shutdown(socket.SHUT_RDWR)
+        worker._session.membership._channel._stream.shutdown(socket.SHUT_RDWR)
         try:
             with pytest.raises(hw.errors.HeadwaterError, match=r"gone|retired|declared dead|no member"):
                 step_until_it_fails(worker, model)
@@ -144,3 +144,26 @@ def test_a_worker_whose_connection_to_the_coordinator_is_lost_goes_on_until_it_i
         with cluster.worker() as other:
             values = other.model("sums", {"a": np.zeros(3, np.float32)}, hw.Accumulate()).pull()["a"]
             assert (values == values[0]).all()
+
+
+def test_a_pending_wait_ends_when_its_worker_is_declared_dead():
+    failures = []
+
+    def wait_for_the_other(worker):
+        try:
+            worker.barrier()
+        except hw.errors.HeadwaterError as error:
+            failures.append(error)
+
+    with hw.Cluster(workers=2, servers=2, patience=5, deadline=60) as cluster:
+        first, second = cluster.worker(), cluster.worker()
+        waiting = threading.Thread(target=wait_for_the_other, args=(first,))
+        waiting.start()
+        until = time.monotonic() + 30
+        while not any(node.waits_for for node in cluster.statistics().nodes if node.rank == 0):
+            assert time.monotonic() < until
+        first._session.membership._channel._stream.shutdown(socket.SHUT_RDWR)
+        waiting.join(30)
+        assert "gone" in str(failures[0])
+        first.leave()
+        second.leave()

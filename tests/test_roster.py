@@ -2,13 +2,14 @@
 
 import math
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwater.errors import RefusedError
+from headwater.errors import RefusedError, RewoundError
 from headwater.messages import Join
-from headwater.roster import Departure, RosterBook
+from headwater.roster import Departure, RosterBook, RosterRecord
 
 
 def join(book, role="worker", index=None):
@@ -102,3 +103,79 @@ def test_a_lease_begins_when_a_member_is_first_heard_of_not_while_it_waits_to_be
     book.heard(member.id, 10.0)
     assert book.expired(13.0) == []
     assert book.expired(13.1) == [member]
+
+
+# ── books that go on from a record ──────────────────────────────────────────────────────────────
+
+
+def again(book, now=0.0):
+    """A book made of what another process reads of this one's record."""
+    record = msgspec.json.decode(msgspec.json.encode(book.record()), type=RosterRecord)
+    return RosterBook(workers=2, servers=2, lease_s=10, record=record, now=now)
+
+
+roles = st.sampled_from(["worker", "server", "standby", "observer"])
+changes = st.one_of(
+    st.tuples(st.just("join"), roles, st.sampled_from([None, 0, 1])),
+    st.tuples(st.sampled_from(["leave", "die", "catch up"]), st.integers(1, 20)),
+    st.tuples(st.just("anew")),
+)
+
+
+def change(book, what, *which):
+    """What came of it, errors too."""
+    try:
+        if what == "join":
+            return join(book, *which)
+        if what == "catch up":
+            return book.caught_up(*which)
+        if what == "anew":
+            return book.begin_anew()
+        return book.remove(*which, "it died" if what == "die" else "")
+    except RefusedError as error:
+        return str(error)
+
+
+def fate(book, id):
+    try:
+        return book.take_back(id, 0, 0.0)
+    except (RefusedError, RewoundError) as error:
+        return str(error)
+
+
+@given(st.lists(st.tuples(changes, st.booleans()), max_size=40))
+def test_a_book_that_is_made_anew_at_any_point_goes_on_as_the_other_would_have(history):
+    book = RosterBook(workers=2, servers=2, lease_s=10)
+    restarted = again(book)
+    for what, restarts in history:
+        if restarts:
+            restarted = again(restarted)
+        assert change(restarted, *what) == change(book, *what)
+        assert restarted.record() == book.record()
+        assert restarted.view() == book.view()
+        assert (restarted.complete(), restarted.unreplicated()) == (book.complete(), book.unreplicated())
+        assert [fate(restarted, id) for id in range(21)] == [fate(book, id) for id in range(21)]
+
+
+def test_everybody_in_a_record_has_a_full_lease_and_then_none():
+    book = RosterBook(workers=2, servers=1, lease_s=10)
+    server, silent, back = join(book, "server"), join(book), join(book)
+    book = RosterBook(workers=2, servers=1, lease_s=10, record=book.record(), now=100.0)
+    assert book.expired(110.0) == []
+    assert book.take_back(back.id, 0, 105.0) == back
+    book.heard(server.id, 105.0)
+    assert book.expired(111.0) == [silent]
+
+
+def test_who_is_no_member_any_more_is_told_why_and_one_of_an_older_generation_to_begin_anew():
+    book = RosterBook(workers=2, servers=1)
+    dead, left = join(book), join(book)
+    book.remove(dead.id, "worker 0 was declared dead")
+    book.remove(left.id)
+    with pytest.raises(RefusedError, match="member 1 is none any more: worker 0 was declared dead"):
+        again(book).take_back(dead.id, 0, 0.0)
+    with pytest.raises(RefusedError, match="member 2 is none any more: it has left"):
+        again(book).take_back(left.id, 0, 0.0)
+    book.begin_anew()
+    with pytest.raises(RewoundError, match="as generation 1; member 1 is of generation 0"):
+        again(book).take_back(dead.id, 0, 0.0)

@@ -1,6 +1,7 @@
 """Who reads which part of a data set: orders, parts, and splits leased on demand."""
 
 import heapq
+import itertools
 import random
 
 import msgspec
@@ -291,6 +292,14 @@ def test_the_end_waits_for_the_last_splits_of_others_and_says_whose():
     assert [(member, r.over) for member, r in book.lease(2, 1, lease(2, size=2))] == [(1, True), (2, True)]
 
 
+def test_a_request_that_is_repeated_has_the_same_answer_and_leases_nothing_more():
+    book = LeaseBook(workers=2)
+    first = book.lease(1, 0, lease(1, size=64))
+    assert book.lease(1, 0, lease(1, size=64)) == first
+    assert spans(book.lease(2, 1, lease(1, size=64))) == {2: (0, 4, 7)}
+    assert spans(book.lease(1, 0, lease(2, size=64))) == {1: (0, 7, 10)}
+
+
 def test_a_wait_ends_with_what_a_dead_worker_held():
     book = LeaseBook(workers=2)
     book.lease(1, 0, lease(size=2))
@@ -363,10 +372,11 @@ def time_of(workers, size, slow, batch=1):
     """Seconds until the last batch, where worker 0 takes `slow` seconds for a batch and the others one."""
     book = LeaseBook(workers)
     due = [(0.0, rank) for rank in range(workers)]
+    numbers = itertools.count(1)
     last = 0.0
     while due:
         now, rank = heapq.heappop(due)
-        for member, reply in book.lease(rank + 1, rank, lease(size=size, batch=batch)):
+        for member, reply in book.lease(rank + 1, rank, lease(next(numbers), size=size, batch=batch)):
             if isinstance(reply, m.Leased):
                 batches = -(-(reply.span.stop - reply.span.start) // batch)
                 end = now + batches * (slow if member == 1 else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -11,6 +12,8 @@ from headwater.nodes.membership import Membership
 from headwater.wire.channel import Channel, Outgoing
 from headwater.wire.listener import dial
 
+_log = logging.getLogger("headwater.worker")
+
 _DIAL_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
 
@@ -19,7 +22,9 @@ class Connections:
     """One generation of connections after the other; each is an attempt that servers tell apart."""
 
     def __init__(self, membership: Membership) -> None:
+        welcome = membership.welcome
         self._membership = membership
+        self._servers, self._term = welcome.servers, welcome.term
         self._attempt = -1
         self._channels: list[Channel] = []
 
@@ -28,28 +33,37 @@ class Connections:
     ) -> list[Channel]:
         """Connect to every server; blocks, with growing pauses, until that works.
 
-        `offers(server)`: frames that every server is sent first. `until`: in monotonic seconds.
+        While the coordinator is away the servers are looked for where they were last, and it says now and
+        then that it waits. `offers(server)`: frames that every server is sent first. `until`: in monotonic
+        seconds.
 
         Raises:
-            StalledError: `until` has passed.
+            StalledError: `until` has passed; says which server is missing.
             HeadwaterError: as the coordinator named it, when it has ended this membership.
             ConnectionLostError: the coordinator is gone too.
         """
         welcome = self._membership.welcome
-        servers, term = welcome.servers, welcome.term
-        pause = _FIRST_PAUSE_S
+        pause, told = _FIRST_PAUSE_S, time.monotonic()
         while True:
             if self._attempt >= 0:
                 whereabouts = self._membership.locate()
-                servers, term = whereabouts.servers, whereabouts.term
+                if whereabouts is not None:
+                    self._servers, self._term = whereabouts.servers, whereabouts.term
             self._attempt += 1
-            if len(servers) == len(welcome.servers):
+            reason = "a server is gone, and nobody has taken over yet"
+            if len(self._servers) == len(welcome.servers):
                 try:
-                    return self._connect(servers, term, offers)
-                except ConnectionLostError:
+                    return self._connect(self._servers, self._term, offers)
+                except ConnectionLostError as error:
                     self.drop()  # a server is gone and the coordinator does not know it yet
-            if time.monotonic() > until:
-                raise StalledError("a server cannot be reached")
+                    reason = str(error)
+            now = time.monotonic()
+            if now > until:
+                raise StalledError(reason)
+            if now - told > welcome.patience:
+                told = now
+                why = self._membership.beside(reason)
+                _log.warning("%s %d: %s", welcome.member.role, welcome.member.index, why)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 

@@ -45,7 +45,7 @@ class Controls:
         """
         with self._busy:
             roster = view()
-            hosts = [member for member in roster.members if member.role in ("server", "standby")]
+            hosts = _hosts(roster)
             self._forget({member.id for member in hosts})
             self.behind = None in self._ask_all(hosts, roster)
 
@@ -54,6 +54,18 @@ class Controls:
         with self._busy:
             answers = self._ask_all(members, m.Ask())
         return [answer for answer in answers if isinstance(answer, m.ServerStatistics)]
+
+    def refusing(self, roster: m.Roster) -> list[m.Member]:
+        """Servers and standbys at whose address nobody listens; blocks for dialling."""
+        with self._busy:
+            return [member for member in _hosts(roster) if self._refuses(member)]
+
+    def _refuses(self, member: m.Member) -> bool:
+        try:
+            self._channel(member)
+        except (HeadwaterError, TimeoutError) as error:
+            return isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError)
+        return False
 
     def close(self) -> None:
         """Hang up on all."""
@@ -90,6 +102,10 @@ class Controls:
     def _forget(self, living: Iterable[int]) -> None:
         for gone in self._channels.keys() - set(living):
             self._channels.pop(gone).close()
+
+
+def _hosts(roster: m.Roster) -> list[m.Member]:
+    return [member for member in roster.members if member.role in ("server", "standby")]
 
 
 def _sent(channel: Channel, question: m.AnyMessage) -> bool:

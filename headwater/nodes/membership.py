@@ -1,28 +1,40 @@
-"""A node's membership in a cluster: its connection to the coordinator, kept alive by heartbeats."""
+"""A node's membership in a cluster: its connection to the coordinator, kept alive by heartbeats.
+
+A coordinator that ends this membership says so. One that is gone without a word is *away* where it keeps a
+journal: it is called until it is back, and training goes on meanwhile. Where it keeps none, it is gone.
+"""
 
 from __future__ import annotations
 
 import logging
+import random
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from headwater import messages as m
-from headwater.errors import ConnectionLostError, HeadwaterError, ProtocolError, RefusedError, named
-from headwater.nodes.join import join
+from headwater.errors import ConnectionLostError, HeadwaterError, RefusedError, named
+from headwater.nodes.join import join, rejoin
 from headwater.wire.channel import Channel
-from headwater.wire.listener import dial
 
 _log = logging.getLogger("headwater")
 
 _ANSWER_S = 10.0
 """How long the coordinator may take to answer a question, in seconds."""
 
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
+"""Between calls to a coordinator that is away."""
+
 
 class Membership:
-    """Joins as `role`; blocks until the coordinator takes this node in. Questions are for one thread.
+    """Joins as `role`; blocks until the coordinator takes this node in.
+
+    `locate` and `next_message` are for one thread at a time, the rest for any.
 
     Attributes:
-        welcome: what the coordinator said.
+        welcome: what the coordinator said first.
+        connection: counts the connections; what was sent over an older one may be lost.
 
     Raises:
         ConnectionLostError: nobody answers at that address.
@@ -33,93 +45,201 @@ class Membership:
         self, coordinator: str, role: m.Role, index: int | None, addresses: tuple[str, ...] = ()
     ) -> None:
         self._channel, self.welcome = join(coordinator, role, index, addresses=addresses)
+        self.connection = 0
+        self._calling: Channel | None = None
         self._coordinator = coordinator
+        self._changed = threading.Condition()
+        self._messages: deque[m.AnyMessage] = deque()
+        self._whereabouts: m.Whereabouts | None = None
+        self._refused: m.Refused | None = None
+        self._away_since: float | None = None
         self._expected: tuple[tuple[int, ...], Callable[[], None]] = ((), lambda: None)
-        self._ended = threading.Event()
-        member = self.welcome.member
-        self._beating = threading.Thread(
-            target=self._beat, name=f"headwater-heartbeat-{role}-{member.index}", daemon=True
-        )
-        self._beating.start()
+        self._closed = threading.Event()
+        name = f"{role}-{self.welcome.member.index}"
+        self._threads = [
+            threading.Thread(target=self._beat, name=f"headwater-heartbeat-{name}", daemon=True),
+            threading.Thread(target=self._keep, name=f"headwater-membership-{name}", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def tell(self, message: m.AnyMessage) -> None:
-        """Send something that has no answer; lost where the coordinator is, since nothing depends on it."""
+    # ── for the node ────────────────────────────────────────────────────────────────────────────
+
+    def tell(self, message: m.AnyMessage) -> int:
+        """Send something, lost where the coordinator is away or gone; returns the connection it went over."""
+        with self._changed:
+            channel, connection = self._channel, self.connection
         try:
-            self._channel.send(message, timeout=_ANSWER_S)
+            channel.send(message, timeout=_ANSWER_S)
         except ConnectionLostError as error:
             _log.debug("the coordinator was not told: %s", error)
+        return connection
 
-    def ask(self, question: m.AnyMessage) -> m.AnyMessage:
-        """Send a question and block for the answer.
+    def next_message(self, timeout: float | None = None) -> m.AnyMessage:
+        """What the coordinator says next, Whereabouts aside: Welcome when it is back after it was away.
 
         Raises:
             HeadwaterError: as the coordinator named it, when it has ended this membership.
-            ConnectionLostError: the coordinator is gone, or says nothing.
+            ConnectionLostError: the coordinator is gone, or `close` was called.
+            TimeoutError: it said nothing for `timeout` seconds, perhaps because it is away.
         """
-        try:
-            self._channel.send(question, timeout=_ANSWER_S)
-        except ConnectionLostError:
-            pass  # what it said before it hung up tells more
-        try:
-            return self.next_message(_ANSWER_S)
-        except TimeoutError as error:
-            raise ConnectionLostError(f"the coordinator does not answer: {error}") from error
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._messages or self._is_over(), timeout):
+                raise TimeoutError(f"the coordinator said nothing for {timeout} s")
+            if self._messages:
+                return self._messages.popleft()
+            raise self._end()
 
-    def next_message(self, timeout: float | None = None) -> m.AnyMessage:
-        """What the coordinator says next. Raises TimeoutError after `timeout` seconds, and as `ask`."""
-        received = self._channel.receive(timeout=timeout)
-        if received is None:
-            raise ConnectionLostError("the coordinator is gone")
-        if isinstance(received.message, m.Refused):
-            raise named(received.message.error, received.message.reason, default=RefusedError)
-        return received.message
+    def locate(self) -> m.Whereabouts | None:
+        """Where the servers are now; None where the coordinator is away or says nothing.
 
-    def locate(self) -> m.Whereabouts:
-        """Where the servers are now. Raises as `ask`."""
-        answer = self.ask(m.Locate())
-        while isinstance(answer, m.Leased | m.Unleased):  # of a request given up
-            answer = self.next_message(_ANSWER_S)
-        if not isinstance(answer, m.Whereabouts):
-            raise ProtocolError(f"the coordinator answered {type(answer).__name__}")
-        return answer
+        Raises:
+            HeadwaterError, ConnectionLostError: as `next_message`.
+        """
+        with self._changed:
+            self._whereabouts = None
+        self.tell(m.Locate())
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._whereabouts or self._away_since is not None or self._is_over(), _ANSWER_S
+            )
+            if self._is_over():
+                raise self._end()
+            return self._whereabouts
 
     def expect(self, servers: Sequence[m.Member], moved: Callable[[], None]) -> None:
-        """Have `moved` called, from another thread, when the servers are no longer these.
+        """Have `moved` called, from another thread, when the servers are no longer these, or this is over.
 
-        A server that was stopped keeps its connections open, so nothing else would tell.
+        A server that was stopped keeps its connections open, and one that retired this member owes it no
+        answer, so nothing else would tell.
         """
         self._expected = tuple(server.id for server in servers), moved
-
-    def close(self) -> None:
-        """End the connection, without a word, and the heartbeats; idempotent."""
-        self._ended.set()
-        self._channel.close()
-        self._beating.join()
+        if self._is_over():
+            moved()
 
     @property
-    def channel(self) -> Channel:
-        """The connection itself."""
-        return self._channel
+    def away_s(self) -> float:
+        """For how many seconds the coordinator has been away; 0.0 while it is there."""
+        since = self._away_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def beside(self, reason: str) -> str:
+        """Why something waits, with the coordinator's absence, without which it might not."""
+        seconds = self.away_s
+        if not seconds:
+            return reason
+        return f"{reason or 'waits'}; the coordinator at {self._coordinator} is away for {seconds:.1f} s"
+
+    def close(self) -> None:
+        """End the connection, without a word, and the threads; idempotent."""
+        self._closed.set()
+        with self._changed:
+            channels = [one for one in (self._channel, self._calling) if one is not None]
+            self._changed.notify_all()
+        for channel in channels:
+            channel.close()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    # ── what has ended it ───────────────────────────────────────────────────────────────────────
+
+    def _is_over(self) -> bool:
+        return self._refused is not None or self._closed.is_set()
+
+    def _end(self) -> HeadwaterError:
+        if self._refused is None:
+            return ConnectionLostError("this node has left the cluster")
+        return named(self._refused.error, self._refused.reason, default=RefusedError)
+
+    # ── in its threads ──────────────────────────────────────────────────────────────────────────
 
     def _beat(self) -> None:
-        while not self._ended.wait(self.welcome.heartbeat):
-            self.tell(m.Heartbeat())
-            expected, moved = self._expected
-            now = self._servers_now() if expected else ()
-            if now and now != expected and self._expected[0] == expected:
-                moved()
+        while not self._closed.wait(self.welcome.heartbeat):
+            self.tell(m.Locate() if self._expected[0] else m.Heartbeat())
 
-    def _servers_now(self) -> tuple[int, ...]:
-        """Ids of all servers, by index, asked over a connection of its own; empty where nobody says."""
+    def _keep(self) -> None:
+        """Take what the coordinator says, and have it back when it is away, until this is over."""
+        refused = None
+        while not self._closed.is_set() and (refused := self._listen()) is None:
+            if not self.welcome.returns:
+                refused = m.Refused("ConnectionLostError", "the coordinator is gone")
+                break
+            refused = self._call_back()
+            if refused is not None:
+                break
+        with self._changed:
+            self._refused = refused
+            self._changed.notify_all()
+        self._channel.close()
+        if refused is not None:
+            self._expected[1]()
+
+    def _listen(self) -> m.Refused | None:
+        """What ended this membership; None when the connection ended."""
         try:
-            channel = dial(self._coordinator, timeout=_ANSWER_S)
+            while (received := self._channel.receive()) is not None:
+                if isinstance(received.message, m.Refused):
+                    return received.message
+                self._take(received.message)
+        except HeadwaterError as error:
+            _log.info("lost the coordinator: %s", error)
+        return None
+
+    def _take(self, message: m.AnyMessage) -> None:
+        with self._changed:
+            if isinstance(message, m.Whereabouts):
+                self._whereabouts = message
+            else:
+                self._messages.append(message)
+            self._changed.notify_all()
+        if isinstance(message, m.Whereabouts):
+            self._compare(message)
+
+    def _compare(self, whereabouts: m.Whereabouts) -> None:
+        expected, moved = self._expected
+        now = tuple(server.id for server in whereabouts.servers)
+        if expected and now != expected and len(now) == len(expected):
+            moved()
+
+    def _call_back(self) -> m.Refused | None:
+        """Call until the coordinator takes this member back; what it says where it does not."""
+        member = self.welcome.member
+        with self._changed:
+            self._away_since = time.monotonic()
+            self._changed.notify_all()
+        if not self._closed.is_set():
+            _log.warning("%s %d: lost the coordinator, calls until it is back", member.role, member.index)
+        request = m.Rejoin(member.id, self.welcome.key, self.welcome.generation)
+        pause = _FIRST_PAUSE_S
+        while not self._closed.wait(pause * random.uniform(0.5, 1.0)):
             try:
-                channel.send(m.Locate(), timeout=_ANSWER_S)
-                received = channel.receive(timeout=_ANSWER_S)
-            finally:
+                channel, answer = rejoin(self._coordinator, request, own=self._adopt)
+            except (HeadwaterError, TimeoutError) as error:
+                _log.debug("%s %d: the coordinator is still away: %s", member.role, member.index, error)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+                continue
+            if isinstance(answer, m.Refused):
                 channel.close()
-        except (HeadwaterError, TimeoutError) as error:
-            _log.debug("the coordinator was not asked: %s", error)
-            return ()
-        servers = received.message.servers if received and isinstance(received.message, m.Whereabouts) else ()
-        return tuple(server.id for server in servers) if len(servers) == len(self.welcome.servers) else ()
+                return answer
+            self._is_back(channel, answer)
+            return None
+        return None
+
+    def _adopt(self, channel: Channel) -> Channel:
+        """`close` ends this one too from now on; nothing else is sent over it before the answer."""
+        with self._changed:
+            self._calling = channel
+        if self._closed.is_set():
+            channel.close()
+        return channel
+
+    def _is_back(self, channel: Channel, welcome: m.Welcome) -> None:
+        member = self.welcome.member
+        _log.warning("%s %d: the coordinator is back after %.1f s", member.role, member.index, self.away_s)
+        with self._changed:
+            self._channel, self._calling = channel, None
+            self.connection += 1
+            self._away_since = None
+            self._messages.append(welcome)
+            self._changed.notify_all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import msgspec
 
@@ -19,14 +19,19 @@ def overview(
     reports: Sequence[m.ServerStatistics],
     progress: Mapping[int, m.Progress],
     silence: Mapping[int, float],
+    absent: Set[int],
     unreplicated: Sequence[int],
     unvisited: Sequence[m.Unvisited],
 ) -> m.ClusterStatistics:
-    """The answer to Ask. `progress`: by rank; `silence`: by member, seconds since it was heard of."""
+    """The answer to Ask. `progress`: by rank; `silence`: by member, seconds since it was heard of; `absent`:
+    members that have not come back since the coordinator started again."""
     of_server = {report.member: report for report in reports}
     first = next((report for report in reports if report.index == 0 and report.role == "server"), None)
     version = max((report.version for report in reports), default=0)
     waits = first.waits if first is not None else {}
+
+    def away(member: m.Member) -> str | None:
+        return "has not come back to the coordinator yet" if member.id in absent else None
 
     def node(member: m.Member) -> m.NodeStatistics:
         place = member.addresses[0] if member.addresses else member.host
@@ -34,10 +39,11 @@ def overview(
             own = of_server.get(member.id)
             term, seen = (own.term, own.version) if own is not None else (0, 0)
             why = None if own is not None else _unheard(silence.get(member.id, 0.0))
+            why = why or away(member)
             return m.NodeStatistics(member.role, member.pid, place, term, seen, why, index=member.index)
         told = progress.get(member.index)
         seen = told.version if told is not None and told.member == member.id else 0
-        reason = waits.get(member.id)
+        reason = waits.get(member.id) or away(member)
         return m.NodeStatistics(member.role, member.pid, place, roster.term, seen, reason, rank=member.index)
 
     coordinator = m.NodeStatistics("coordinator", os.getpid(), address, roster.term, version, None, index=0)

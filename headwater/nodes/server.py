@@ -30,6 +30,7 @@ from headwater.wire.listener import Listener, dial
 _log = logging.getLogger("headwater.server")
 
 _DIAL_S = 10.0
+_LOOK_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,8 @@ class ServerNode:
         self._known = threading.Condition()
         self._membership: Membership | None = None
         self._closed = False
+        self._mirrors = False
+        self._standbys: dict[int, m.CaughtUp | m.Mislaid] = {}
         self._joined, self._ended = threading.Event(), threading.Event()
         self._why = ""
 
@@ -108,14 +111,27 @@ class ServerNode:
         raise EngineError(self._why)
 
     def _watch_membership(self) -> None:
-        """The coordinator says nothing but why this node's membership has ended."""
-        assert self._membership is not None
+        """The coordinator says nothing but that it is back after it was away, and why this node's membership
+        has ended."""
+        membership = self._membership
+        assert membership is not None
+        deadline = membership.welcome.deadline
         try:
-            self._membership.next_message()
+            while True:
+                try:
+                    membership.next_message(min(deadline / 4, _LOOK_S))
+                    self._tell_again()
+                except TimeoutError:
+                    if membership.away_s > deadline and not self._is_of_use():
+                        self._fail(f"no coordinator for {deadline:g} s, and nobody to serve")
         except ConnectionLostError as error:
             _log.info("%s: %s", self._threads.name, error)
         except HeadwaterError as error:
             self._fail(str(error))
+
+    def _is_of_use(self) -> bool:
+        """Whether somebody is served here, so that this node goes on however long the coordinator is away."""
+        return bool(self._course.outboxes) or self._mirrors
 
     def _fail(self, why: str) -> None:
         """End all connections: a server that cannot go on is of no use to anybody."""
@@ -238,6 +254,13 @@ class ServerNode:
 
     def _mirror(self, channel: Channel) -> None:
         """Follow a server entry by entry, until it ends or this node takes over from it."""
+        self._mirrors = True
+        try:
+            self._follow_server(channel)
+        finally:
+            self._mirrors = False
+
+    def _follow_server(self, channel: Channel) -> None:
         mirror = Mirror(channel)
         snapshot, term = mirror.begin()
         shard = Shard.restore(snapshot, self._sync.reduce)
@@ -267,6 +290,8 @@ class ServerNode:
 
     def _keep_standby(self, roster: m.Roster) -> None:
         """Begin with a new standby, and let go of one that is none any more."""
+        living = {member.id for member in roster.members}
+        self._standbys = {id: told for id, told in self._standbys.items() if id in living}
         index = self.settings.index
         standby = next((x for x in roster.members if x.role == "standby" and x.index == index), None)
         replica = self._course.replica
@@ -280,7 +305,6 @@ class ServerNode:
 
     def _replicate(self, standby: m.Member) -> None:
         """Keep a standby until its connection ends, and tell the coordinator of both ends."""
-        assert self._membership is not None
         try:
             channel = self._threads.own(dial(standby.addresses[0], timeout=_DIAL_S))
             replica = Replica(standby, channel)
@@ -288,13 +312,23 @@ class ServerNode:
             replica.follow(lambda message: self._followed(replica, message))
         except ConnectionLostError as error:
             _log.info("%s lost its standby: %s", self._threads.name, error)
-        self._membership.tell(m.Mislaid(standby.id))
+        self._tell_of(m.Mislaid(standby.id))
 
     def _followed(self, replica: Replica, message: m.Followed) -> None:
         if self._course.acknowledged(replica, message):
-            assert self._membership is not None
-            self._membership.tell(m.CaughtUp(replica.member.id))
+            self._tell_of(m.CaughtUp(replica.member.id))
         self._reporting.prepared()
+
+    def _tell_of(self, news: m.CaughtUp | m.Mislaid) -> None:
+        assert self._membership is not None
+        self._standbys[news.standby] = news
+        self._membership.tell(news)
+
+    def _tell_again(self) -> None:
+        """The coordinator is back: what it was told last of standbys it may never have read."""
+        assert self._membership is not None
+        for news in list(self._standbys.values()):
+            self._membership.tell(news)
 
     # ── what a person sees ──────────────────────────────────────────────────────────────────────
 

@@ -156,7 +156,7 @@ class Session:
         def received(server: int, frame: Received) -> bool:
             done = begun.exchange.received(server, frame.message)
             if not done and self.welcome.member.role == "worker":
-                _log.warning("%s: %s", self._name, begun.exchange.reason)
+                _log.warning("%s: %s", self._name, self.membership.beside(begun.exchange.reason))
             return done
 
         left = max(0.0, until - time.monotonic())
@@ -181,7 +181,11 @@ class Session:
         self._connections.drop()
         for memory in self.memories:
             memory.renew()
-        self.channels = self._connections.make(until, self._offers)
+        try:
+            self.channels = self._connections.make(until, self._offers)
+        except StalledError as error:
+            begun.exchange.reason = str(error)
+            raise
         return begun.again(len(self.channels))
 
     def _offers(self, server: int) -> Iterator[Outgoing]:
@@ -247,6 +251,7 @@ class Session:
         if isinstance(error, StalledError):
             servers = ", ".join(map(str, begun.exchange.unanswered()))
             why = begun.exchange.reason or f"no word from server {servers}"
+            why = self.membership.beside(why)
             return StalledError(f"{begun.what} had no answer for {self.welcome.deadline:g} s: {why}")
         if isinstance(error, HeadwaterError):
             return error

@@ -8,8 +8,10 @@ differ: `advertised` makes the second of the first.
 from __future__ import annotations
 
 import ipaddress
+import os
 import secrets
 import socket
+import stat
 import time
 
 from headwater.errors import ConfigurationError
@@ -109,14 +111,39 @@ def _connect_unix(place: str, timeout: float) -> socket.socket:
     return connection
 
 
-def listen_unix(directory: str) -> tuple[socket.socket, str]:
-    """Listen under a new name, in `directory` where the system knows no abstract names."""
+def fresh_name(directory: str) -> str:
+    """A place to listen that nobody has, in `directory` where the system knows no abstract names."""
     name = f"headwater-{secrets.token_hex(16)}"
-    path = f"{directory}/{name[:24]}"  # names of Unix sockets are short
+    return f"{directory}/{name[:24]}" if directory else f"@{name}"  # names of Unix sockets are short
+
+
+def listen_unix(place: str) -> tuple[socket.socket, str]:
+    """Listen at a path, or under an abstract name after "@". A path that a process left is taken over.
+
+    Raises:
+        ConfigurationError: the place cannot be had.
+    """
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listening.bind(path if directory else f"\0{name}")
-    listening.listen(_BACKLOG)
-    return listening, f"unix:{path}" if directory else f"unix:@{name}"
+    try:
+        if not place.startswith("@"):
+            _remove_left(place)
+        listening.bind(f"\0{place[1:]}" if place.startswith("@") else place)
+        listening.listen(_BACKLOG)
+    except OSError as error:
+        listening.close()
+        raise ConfigurationError(f"cannot listen on unix:{place}: {error}") from error
+    return listening, f"unix:{place}"
+
+
+def _remove_left(path: str) -> None:
+    """Remove a socket that nobody listens at: the process that did was killed."""
+    try:
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            _connect_unix(path, 1.0).close()
+    except ConnectionRefusedError:
+        os.unlink(path)
+    except OSError:
+        pass  # it is not there, or not ours: `bind` says what is wrong
 
 
 def listen_tcp(host: str, port: int) -> tuple[socket.socket, str]:

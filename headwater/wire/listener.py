@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from typing import Literal
 
 from headwater.errors import ConnectionLostError, ProtocolError, RefusedError
-from headwater.wire.addresses import connect, listen_tcp, listen_unix, split_tcp
+from headwater.wire.addresses import connect, fresh_name, listen_tcp, listen_unix, split_tcp
 from headwater.wire.channel import Channel
 from headwater.wire.encryption import load
 from headwater.wire.fork import close_in_child
@@ -43,7 +43,8 @@ class Listener:
     """Accepts connections on one address until it is closed.
 
     Args:
-        kind: "unix" for this machine, under a fresh random name; "tcp" for `host` and `port`.
+        kind: "unix" for this machine; "tcp" for `host` and `port`.
+        place: of a Unix socket, a path or an abstract name after "@"; "" takes a fresh random name.
         host: "" or "0.0.0.0" for every IPv4 address, "::" for every address.
         port: 0 takes a free one.
         security: who may connect.
@@ -63,6 +64,7 @@ class Listener:
         self,
         kind: Literal["unix", "tcp"],
         *,
+        place: str = "",
         host: str = "127.0.0.1",
         port: int = 0,
         security: Security | None = None,
@@ -81,9 +83,9 @@ class Listener:
             self._socket, self.address = listen_tcp(host, port)
         else:
             identity = None
-            if not sys.platform.startswith("linux"):
+            if not place and not sys.platform.startswith("linux"):
                 self._directory = tempfile.mkdtemp(prefix="headwater-")  # only this user can enter it
-            self._socket, self.address = listen_unix(self._directory)
+            self._socket, self.address = listen_unix(place or fresh_name(self._directory))
         self._socket.setblocking(False)
         self._waking, self._wake = socket.socketpair()
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)

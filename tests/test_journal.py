@@ -1,0 +1,399 @@
+"""The coordinator's journal, and coordinators of this process that end and go on where it ends."""
+
+import contextlib
+import secrets
+import socket
+import sqlite3
+import stat
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+from checkpoints import python
+from coordinators import wait_until
+
+import headwater as hw
+from headwater.errors import (
+    ConfigurationError,
+    EngineError,
+    JournalError,
+    StalledError,
+)
+from headwater.messages import Join, Member, Refused, Rejoin, Welcome
+from headwater.nodes.clustersettings import ClusterSettings
+from headwater.nodes.coordinator import CoordinatorNode
+from headwater.nodes.join import join, rejoin
+from headwater.nodes.journal import Journal
+from headwater.nodes.server import ServerNode, ServerSettings
+from headwater.roster import RosterBook, RosterRecord
+from headwater.wire.listener import Listener
+
+SETTINGS = {"workers": 2, "sync": "sync", "settings": {"lr": 0.5}}
+MEMBERS = (Member(3, "server", 0, 17, "here", ("unix:@a",)), Member(12, "standby", 0, 18, "there"))
+RECORD = RosterRecord(7, 5, 1, 13, MEMBERS, (12,), {4: "worker 0 was declared dead"})
+
+
+def found(path, settings=SETTINGS):
+    with contextlib.closing(Journal(path, settings)) as journal:
+        return journal.found
+
+
+def written(path, *records):
+    with contextlib.closing(Journal(path, SETTINGS)) as journal:
+        for record in records:
+            journal.write(record)
+    return path
+
+
+# ── one file ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_was_written_last_is_found(tmp_path):
+    path = tmp_path / "journal"
+    assert found(path) is None
+    book = RosterBook(workers=2, servers=1)
+    records = [book.record()]
+    for role in ("server", "standby", "worker"):
+        book.join(Join(role, None, 1, "here"))
+        records.append(book.record())
+    book.remove(2, "it was stopped")
+    book.begin_anew()
+    for record in [*records, book.record(), RECORD]:
+        assert found(written(path, record)) == record
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600, "it holds a secret"
+
+
+def test_in_memory_it_takes_everything_and_leaves_nothing():
+    with contextlib.closing(Journal("", SETTINGS)) as journal:
+        journal.write(RECORD)
+    assert found("") is None
+
+
+def test_keys_are_each_members_own_and_the_same_after_a_restart(tmp_path):
+    keys = []
+    for _ in range(2):
+        with contextlib.closing(Journal(tmp_path / "journal", SETTINGS)) as journal:
+            keys.append(journal.key_of(1))
+            assert journal.is_key(keys[0], 1)
+            assert not journal.is_key(keys[0], 2)
+            assert not journal.is_key("kéy", 1)
+    with contextlib.closing(Journal(tmp_path / "other", SETTINGS)) as journal:
+        assert not journal.is_key(keys[0], 1)
+
+
+HOLDS = """
+import sys
+from headwater.nodes.journal import Journal
+journal = Journal(sys.argv[1], {"workers": 2, "sync": "sync", "settings": {"lr": 0.5}})
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_coordinators_cannot_have_one_journal_until_the_first_is_gone(tmp_path):
+    path = tmp_path / "journal"
+    holder = python(HOLDS, path, stdin=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigurationError, match=rf"{path} is in use by another coordinator") as caught:
+            Journal(path, SETTINGS)
+        assert f"(process {holder.pid})" in str(caught.value)
+    finally:
+        holder.kill()
+        holder.communicate(timeout=20)
+    with contextlib.closing(Journal(path, SETTINGS)):
+        with pytest.raises(ConfigurationError, match="in use by another coordinator"):
+            Journal(path, SETTINGS)
+        with pytest.raises(ConfigurationError, match="in use by another coordinator"):
+            Journal(path, SETTINGS)
+
+
+def test_a_journal_of_a_cluster_with_other_settings_is_refused_with_what_differs(tmp_path):
+    path = written(tmp_path / "journal", RECORD)
+    with pytest.raises(
+        ConfigurationError, match=r"other settings: servers was None, now 2; workers was 2, now 3:"
+    ):
+        Journal(path, {**SETTINGS, "workers": 3, "servers": 2})
+    assert found(path) == RECORD
+
+
+def test_a_journal_of_a_cluster_that_has_ended_serves_no_other(tmp_path):
+    with contextlib.closing(Journal(tmp_path / "journal", SETTINGS)) as journal:
+        journal.end(Refused("ConnectionLostError", "server 1 is gone, and nobody else has its shard"))
+    with pytest.raises(
+        ConfigurationError, match=r"has ended \(server 1 is gone.*\): remove it, or name another"
+    ):
+        Journal(tmp_path / "journal", SETTINGS)
+
+
+# ── damage ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def changed(path, *statements):
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        for statement in statements:
+            database.execute(statement)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("statement", "text"),
+    [
+        ("UPDATE journal SET value = CAST('{}' AS BLOB) WHERE name = 'member/3'", "checksum of member/3"),
+        ("UPDATE journal SET name = 'member/4' WHERE name = 'member/3'", "checksum of member/4"),
+        ("UPDATE journal SET value = NULL WHERE name = 'roster/terms'", "checksum of roster/terms"),
+        ("DELETE FROM journal WHERE name = 'member/3'", "2 members are expected, 1 are there"),
+        ("DELETE FROM journal WHERE name = 'cluster/secret'", "cluster/secret is missing"),
+        ("DELETE FROM journal WHERE name = 'cluster/settings'", "cluster/settings is missing"),
+        ("DROP TABLE journal", "no such table"),
+        ("PRAGMA user_version = 2", "has format 2, this version of headwater reads 1"),
+        ("PRAGMA application_id = 1", "another program's SQLite file"),
+    ],
+)
+def test_a_changed_journal_is_named_with_what_is_wrong(statement, text, tmp_path):
+    path = changed(written(tmp_path / "journal", RECORD), statement)
+    with pytest.raises(JournalError, match=text) as caught:
+        Journal(path, SETTINGS)
+    assert str(path) in str(caught.value)
+
+
+def test_every_flipped_byte_is_found_or_changes_nothing(tmp_path):
+    whole = written(tmp_path / "journal", RECORD).read_bytes()
+    harmless = 0
+    for place in np.random.default_rng(0).choice(len(whole), 300, replace=False):
+        flipped = bytearray(whole)
+        flipped[place] ^= 0xFF
+        path = tmp_path / "flipped"
+        path.write_bytes(flipped)
+        try:
+            assert found(path) == RECORD
+            harmless += 1
+        except (JournalError, ConfigurationError):
+            pass
+        for left in tmp_path.glob("flipped*"):
+            left.unlink()
+    assert harmless < 300
+
+
+@pytest.mark.parametrize("content", [b"this is no database" * 100, b"SQLite format 3\0" + bytes(500)])
+def test_what_is_no_journal_is_refused(content, tmp_path):
+    (tmp_path / "journal").write_bytes(content)
+    with pytest.raises(JournalError, match=r"not a database|malformed"):
+        Journal(tmp_path / "journal", SETTINGS)
+    assert (tmp_path / "journal").read_bytes() == content
+
+
+def test_a_place_where_no_file_can_be_is_refused(tmp_path):
+    with pytest.raises(JournalError, match=r"cannot use the journal .*nowhere/journal: unable to open"):
+        Journal(tmp_path / "nowhere" / "journal", SETTINGS)
+    with pytest.raises(JournalError, match="cannot use the journal"):
+        Journal(tmp_path, SETTINGS)
+
+
+# ── coordinators of this process ────────────────────────────────────────────────────────────────
+
+
+class Small:
+    """A coordinator that ends and goes on, and one server; `node` is the coordinator of now."""
+
+    def __init__(self, folder, **settings):
+        self._settings = ClusterSettings(1, 1, "sync", patience=0.2, **{"deadline": 30.0, **settings})
+        self._journal = folder / "journal"
+        self._place = f"@headwater-{secrets.token_hex(8)}"
+        self.start()
+        self.address = self.node.address
+        self.server = ServerNode(ServerSettings(0, 1, "sync", self.address, patience=0.2))
+        self.server.start()
+
+    def start(self):
+        self.node = CoordinatorNode(
+            self._settings, journal=self._journal, listen=lambda: Listener("unix", place=self._place)
+        )
+
+    def ranks(self):
+        return [node.rank for node in self.node.statistics().nodes if node.role == "worker"]
+
+    def rejoin(self, member, key, generation=0):
+        channel, answer = rejoin(self.address, Rejoin(member, key, generation), own=lambda channel: channel)
+        channel.close()
+        return answer
+
+    def close(self):
+        self.node.close()
+        self.server.close()
+
+
+@pytest.fixture
+def small(tmp_path):
+    with contextlib.ExitStack() as undo:
+        yield lambda **settings: undo.enter_context(contextlib.closing(Small(tmp_path, **settings)))
+
+
+def counted(worker, model):
+    model.push({"a": np.ones(3)})
+    return worker.step().version, float(model.pull()["a"][0])
+
+
+def test_a_worker_steps_on_comes_back_and_leaves(small):
+    cluster = small()
+    with hw.connect(cluster.address) as worker:
+        model = worker.model("sums", {"a": np.zeros(3, np.float32)}, hw.Accumulate())
+        for version in range(1, 4):
+            cluster.node.halt()
+            assert counted(worker, model) == (version, float(version))
+            cluster.start()
+            wait_until(lambda: not cluster.node.statistics().nodes[-1].waits_for)
+        assert cluster.ranks() == [0]
+    wait_until(lambda: cluster.ranks() == [])
+
+
+def test_a_cut_connection_to_a_server_is_made_anew_without_a_coordinator(small):
+    cluster = small()
+    with hw.connect(cluster.address) as worker:
+        model = worker.model("sums", {"a": np.zeros(3, np.float32)}, hw.Accumulate())
+        cluster.node.halt()
+        for version in range(1, 4):
+            worker._session.channels[0]._stream.shutdown(socket.SHUT_RDWR)
+            assert counted(worker, model) == (version, float(version))
+        cluster.start()
+
+
+def test_a_worker_can_leave_while_the_coordinator_is_away(small):
+    cluster = small(lease=1.0)
+    worker = hw.connect(cluster.address)
+    cluster.node.halt()
+    worker.leave()
+    cluster.start()
+    assert cluster.ranks() == [0]
+    wait_until(lambda: cluster.ranks() == [])
+
+
+def test_who_does_not_come_back_within_its_lease_is_refused_with_the_reason(small):
+    cluster = small(lease=1.0)
+    channel, welcome = join(cluster.address, "worker", None)
+    cluster.node.halt()
+    channel.close()
+    cluster.start()
+    wait_until(lambda: cluster.ranks() == [])
+    answer = cluster.rejoin(welcome.member.id, welcome.key)
+    assert answer.error == "RefusedError"
+    assert "was declared dead: nothing was heard of it for 1 s" in answer.reason
+    cluster.node.halt()
+    cluster.start()
+    assert cluster.rejoin(welcome.member.id, welcome.key) == answer
+
+
+def test_only_the_member_itself_can_come_back(small):
+    cluster = small()
+    channel, welcome = join(cluster.address, "worker", None)
+    try:
+        own = welcome.member.id
+        for member, key in ((own, ""), (own, "0" * 64), (own + 1, welcome.key)):
+            answer = cluster.rejoin(member, key)
+            assert answer.error == "RefusedError"
+            assert "did not show its key" in answer.reason
+        answer = cluster.rejoin(own, welcome.key, generation=1)
+        assert (answer.error, cluster.ranks()) == ("RewoundError", [0])
+    finally:
+        channel.close()
+
+
+def test_of_two_connections_of_a_member_the_later_one_counts(small):
+    cluster = small()
+    first, welcome = join(cluster.address, "worker", None)
+    request = Rejoin(welcome.member.id, welcome.key, 0)
+    second, answer = rejoin(cluster.address, request, own=lambda channel: channel)
+    assert isinstance(answer, Welcome)
+    assert answer.member == welcome.member
+    assert first.receive(timeout=20) is None
+    first.close()
+    assert cluster.ranks() == [0]
+    second.close()
+    wait_until(lambda: cluster.ranks() == [])
+
+
+def test_a_server_ends_when_nobody_is_there_for_the_deadline(small):
+    cluster = small(deadline=0.4)
+    cluster.node.halt()
+    with pytest.raises(EngineError, match=r"no coordinator for 0.4 s, and nobody to serve"):
+        cluster.server.wait()
+
+
+def test_a_worker_that_finds_no_server_waits_for_its_deadline_and_says_for_whom(small):
+    cluster = small(deadline=1.0)
+    worker = hw.connect(cluster.address)
+    cluster.node.halt()
+    cluster.server.close()
+    with pytest.raises(StalledError, match=r"cannot connect to .*; the coordinator at .* is away for [1-9]"):
+        worker.step()
+    worker.leave()
+
+
+def test_a_lost_shard_ends_the_cluster_after_a_restart_too(small):
+    cluster = small()
+    worker = hw.connect(cluster.address)
+    cluster.node.halt()
+    cluster.server.close()
+    cluster.start()
+    with pytest.raises(hw.errors.ConnectionLostError, match=r"server 0 .* nobody else has its shard"):
+        worker.step()
+    worker.leave()
+    cluster.node.halt()
+    with pytest.raises(ConfigurationError, match="has ended"):
+        cluster.start()
+
+
+def join_until_it_fails(address):
+    while True:
+        join(address, "observer", None)[0].close()
+
+
+def test_a_coordinator_that_cannot_keep_its_journal_ends_and_nobody_else(small):
+    cluster = small()
+    with hw.connect(cluster.address) as worker:
+        model = worker.model("sums", {"a": np.zeros(3, np.float32)}, hw.Accumulate())
+        database = cluster.node._journal._database
+        (pages,) = database.execute("PRAGMA page_count").fetchone()
+        database.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(hw.errors.ConnectionLostError):
+            join_until_it_fails(cluster.address)
+        with pytest.raises(JournalError, match="database or disk is full: name a file on a disk with room"):
+            cluster.node.wait()
+        cluster.node.halt()
+        assert counted(worker, model) == (1, 1.0)
+        cluster.start()
+        wait_until(lambda: cluster.ranks() == [0] and not cluster.node.statistics().nodes[-1].waits_for)
+
+
+def test_nodes_that_wait_for_the_others_are_not_members_yet_and_are_forgotten(tmp_path):
+    settings = ClusterSettings(1, 2, "sync")
+    node = CoordinatorNode(settings, journal=tmp_path / "journal")
+    server = ServerNode(ServerSettings(0, 2, "sync", node.address))
+
+    def halt():
+        wait_until(lambda: len(node.statistics().nodes) == 2)
+        node.halt()
+
+    halting = threading.Thread(target=halt)
+    halting.start()
+    with pytest.raises(hw.errors.ConnectionLostError):
+        server.start()
+    halting.join()
+    server.close()
+    node = CoordinatorNode(settings, journal=tmp_path / "journal")
+    assert len(node.statistics().nodes) == 1
+    node.close()
+
+
+def test_a_path_that_a_killed_coordinator_left_is_listened_at_again_and_no_other_file_is_harmed(tmp_path):
+    place = str(tmp_path / "coordinator")
+    first = Listener("unix", place=place)
+    with pytest.raises(ConfigurationError, match=r"cannot listen on unix:.*in use"):
+        Listener("unix", place=place)
+    first.close()
+    Listener("unix", place=place).close()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigurationError, match="cannot listen"):
+        Listener("unix", place=str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
