@@ -9,6 +9,7 @@ from headwater import errors, initializers
 from headwater.checkpoint import load_checkpoint
 from headwater.cluster import Cluster, connect
 from headwater.data import Csv, Files, Parquet
+from headwater.engines import RayEngine
 from headwater.initializers import Normal, TruncatedNormal, Uniform, Zeros
 from headwater.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
 from headwater.messages import ClusterStatistics, StepResult
@@ -58,6 +59,7 @@ __all__ = [
     "Normal",
     "Parquet",
     "RMSprop",
+    "RayEngine",
     "RowwiseAdagrad",
     "Rule",
     "RunResult",

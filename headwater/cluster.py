@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.engines import Engine, Launch, Outcome, make_engine
+from headwater.engines import Engine, Launch, Outcome, RayEngine, make_engine
 from headwater.errors import ClosedError, ConfigurationError
 from headwater.messages import ClusterStatistics, Role, Scalar
 from headwater.nodes.checkpointer import Every
@@ -47,7 +47,7 @@ class Cluster:
         workers: how many workers must have joined before anything is committed.
         servers: into how many ranges every model is cut; one process (or thread) each.
         sync: "sync", "async", "ssp:N" or an object of `headwater.sync`.
-        engine: "inline" (threads of this process) or "local" (processes).
+        engine: "inline" (threads of this process), "local" (processes), "ray" (actors) or a `RayEngine`.
         replicas: 0, or 1 for a standby of every server, which takes over when it is lost.
         checkpoint: directory or fsspec URL for checkpoints; of one cluster at a time.
         resume: begin with the latest good checkpoint there; training then continues from its positions.
@@ -73,7 +73,7 @@ class Cluster:
         workers: int,
         servers: int = 1,
         sync: str | Sync = "sync",
-        engine: str = "inline",
+        engine: str | RayEngine = "inline",
         replicas: int = 0,
         checkpoint: str | os.PathLike[str] | None = None,
         resume: bool = False,
@@ -99,7 +99,7 @@ class Cluster:
         checkpoints = checkpoints_of(checkpoint, every, keep, resume, on_server_loss)
         for module in rules:
             load_rules(module)
-        self._engine: Engine = make_engine(engine, Launch(workers, tuple(rules), output))
+        self._engine: Engine = make_engine(engine, Launch(workers, tuple(rules), output, servers, replicas))
         self._storage = Storage(checkpoints)
         self._supervisor = Supervisor(
             self._engine,

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.cluster import Cluster, ClusterOptions
+from headwater.engines import RayEngine
 from headwater.errors import ConfigurationError
 from headwater.messages import ClusterStatistics, Scalar
 from headwater.nodes.worker import Worker
@@ -50,7 +51,7 @@ def run(
     workers: int = 2,
     servers: int = 1,
     sync: str | Sync = "sync",
-    engine: str = "local",
+    engine: str | RayEngine = "local",
     replicas: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,

@@ -6,11 +6,14 @@ import threading
 
 import psutil
 import pytest
+from rays import is_rays_own, ray_engine, ray_nodes, rays_descriptors, wait_for_actors
+
+__all__ = ["ray_engine", "ray_nodes"]
 
 
 def _left() -> dict[str, list[str]]:
-    descriptors = []
-    for name in os.listdir("/proc/self/fd"):
+    descriptors, rays = [], rays_descriptors()
+    for name in sorted(set(os.listdir("/proc/self/fd")) - rays - rays_descriptors()):
         try:
             target = os.readlink(f"/proc/self/fd/{name}")
         except FileNotFoundError:
@@ -19,7 +22,7 @@ def _left() -> dict[str, list[str]]:
             descriptors.append(f"{name} {target}")
     return {
         "threads": [t.name for t in threading.enumerate() if t.name.startswith("headwater")],
-        "processes": [str(child) for child in psutil.Process().children(recursive=True)],
+        "processes": [str(one) for one in psutil.Process().children(recursive=True) if not is_rays_own(one)],
         "descriptors": sorted(descriptors),
     }
 
@@ -31,6 +34,7 @@ def nothing_is_left():
     after = _left()
     if after != before:
         gc.collect()
+        wait_for_actors()
         after = _left()
     left = {kind: [one for one in after[kind] if one not in before[kind]] for kind in after}
     assert not any(left.values()), f"the test left {left}"

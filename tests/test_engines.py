@@ -1,5 +1,6 @@
 """One contract for every engine, and what only processes can show."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -18,6 +19,18 @@ from headwater.engines import ENGINES
 ONES = {"v": np.ones(3, np.float32)}
 
 
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request):
+    """Every engine, with shares of Ray's resources that fit on a small machine."""
+    return request.getfixturevalue("ray_engine") if request.param == "ray" else request.param
+
+
+@pytest.fixture(scope="module", params=[name for name in ENGINES if name != "inline"])
+def processes(request):
+    """Every engine whose nodes are processes."""
+    return request.getfixturevalue("ray_engine") if request.param == "ray" else request.param
+
+
 def add_rank(worker):
     """By reference: this module can be imported."""
     model = worker.model("v", ONES, hw.Accumulate())
@@ -29,7 +42,6 @@ def add_rank(worker):
 # ── every engine ────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 def test_values_come_back_by_rank_and_parameters_as_of_the_last_version(engine):
     result = hw.run(add_rank, workers=2, servers=2, engine=engine, settings={"epochs": 3})
     assert result.values == [(rank, {"epochs": 3}, [4.0] * 3) for rank in range(2)]
@@ -38,7 +50,6 @@ def test_values_come_back_by_rank_and_parameters_as_of_the_last_version(engine):
     assert [progress.steps for progress in result.statistics.progress] == [1, 1]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 def test_an_exception_in_train_reaches_the_caller_with_rank_and_traceback(engine):
     def train(worker):
         worker.model("v", ONES, hw.Accumulate())
@@ -53,7 +64,6 @@ def test_an_exception_in_train_reaches_the_caller_with_rank_and_traceback(engine
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 def test_waits_that_wait_for_each_other_are_an_error_at_once(engine):
     def train(worker):
         if worker.rank == 0:
@@ -67,7 +77,6 @@ def test_waits_that_wait_for_each_other_are_an_error_at_once(engine):
         hw.run(train, workers=2, engine=engine)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 def test_a_wait_past_the_deadline_names_whom_it_waits_for(engine):
     def train(worker):
         model = worker.model("v", ONES, hw.Accumulate())
@@ -82,7 +91,6 @@ def test_a_wait_past_the_deadline_names_whom_it_waits_for(engine):
         hw.run(train, workers=2, engine=engine, patience=0.2, deadline=2)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 def test_users_rules_are_loaded_from_the_named_module_only(engine, tmp_path, monkeypatch):
     (tmp_path / "doubling_rule.py").write_text(
         textwrap.dedent(
@@ -122,7 +130,6 @@ def test_users_rules_are_loaded_from_the_named_module_only(engine, tmp_path, mon
         hw.Cluster(workers=1, engine=engine, rules=["no_such_module"])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 def test_a_closed_cluster_refuses_calls(engine):
     cluster = hw.Cluster(workers=1, engine=engine)
     worker = cluster.worker()
@@ -166,28 +173,39 @@ def test_a_server_that_is_killed_ends_the_run_with_its_index():
         worker.leave()
 
 
-def test_functions_that_no_interpreter_could_import_run_too():
+def test_functions_that_no_interpreter_could_import_run_too(processes):
     module = types.ModuleType("not_on_any_path")
     exec("factor = 3\ndef train(worker):\n    return worker.rank * factor", module.__dict__)
     module.train.__module__ = module.__name__
     sys.modules[module.__name__] = module
     try:
-        assert hw.run(module.train, workers=2).values == [0, 3]
+        assert hw.run(module.train, workers=2, engine=processes).values == [0, 3]
     finally:
         del sys.modules[module.__name__]
 
 
-def test_what_cannot_be_pickled_is_named():
+def test_functions_of_a_file_that_was_loaded_under_a_name_of_its_own_run_too(processes, tmp_path):
+    (tmp_path / "train.py").write_text("factor = 5\ndef train(worker):\n    return worker.rank * factor")
+    spec = importlib.util.spec_from_file_location("loaded_by_hand", tmp_path / "train.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        assert hw.run(module.train, workers=2, engine=processes).values == [0, 5]
+    finally:
+        del sys.modules[spec.name]
+
+
+def test_what_cannot_be_pickled_is_named(processes):
     lock = threading.Lock()
     with pytest.raises(hw.errors.EngineError, match="train cannot be sent to a worker process"):
-        hw.run(lambda worker: lock.locked(), workers=1)
+        hw.run(lambda worker: lock.locked(), workers=1, engine=processes)
     with pytest.raises(hw.errors.WorkerError, match="the value that train returned cannot be pickled"):
-        hw.run(lambda worker: (i for i in range(3)), workers=1)
+        hw.run(lambda worker: (i for i in range(3)), workers=1, engine=processes)
 
 
-def test_output_of_every_process_is_prefixed_with_its_name():
+def test_output_of_every_process_is_prefixed_with_its_name(processes):
     lines = []
-    hw.run(lambda worker: print("hello from", worker.rank), workers=2, output=lines.append)
+    hw.run(lambda worker: print("hello from", worker.rank), workers=2, output=lines.append, engine=processes)
     assert sorted(lines) == ["[worker 0] hello from 0", "[worker 1] hello from 1"]
 
 

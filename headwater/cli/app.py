@@ -9,6 +9,7 @@ import typer
 from headwater.bench.suites import SUITES
 from headwater.cli import checkpoint as checkpoints
 from headwater.cli.bench import measure
+from headwater.cli.engines import chosen_engine
 from headwater.cli.faults import faults_reported
 from headwater.cli.serve import serve
 from headwater.cli.status import show_status
@@ -55,8 +56,24 @@ def run(
         ),
     ] = "sync",
     engine: Annotated[
-        str, typer.Option(help="local (processes) or inline (threads, for debugging).")
+        str, typer.Option(help="local (processes), ray (actors), or inline (threads, for debugging).")
     ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="The Ray cluster; otherwise what `ray.init()` finds."),
+    ] = None,
+    working_dir: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="With ray: uploaded, for scripts that import modules of their own."),
+    ] = None,
+    server_resource: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=AMOUNT", help="With ray: what a server reserves, as num_cpus=2."),
+    ] = None,
+    worker_resource: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=AMOUNT", help="With ray: what a worker reserves; repeatable."),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting for `worker.settings`; repeatable."),
@@ -94,7 +111,7 @@ def run(
         float, typer.Option(help="Seconds after which a node that is not heard of is declared dead.")
     ] = 15.0,
 ) -> None:
-    """Run a training function in every worker, against servers on this machine.
+    """Run a training function in every worker, against servers on this machine or in a Ray cluster.
 
     The script is loaded without its `if __name__ == "__main__":` block, and its folder is importable.
 
@@ -106,6 +123,8 @@ def run(
 
     headwater run train.py --replicas 1 --checkpoint runs/a --every 1000steps --resume
 
+    headwater run train.py --engine ray --ray-address 10.0.0.1:6379 --worker-resource num_cpus=4
+
     Exit codes: 0 done, 1 the training or the cluster failed, 2 a wrong argument, 130 interrupted.
     """
     with faults_reported():
@@ -115,7 +134,9 @@ def run(
             workers=workers,
             servers=servers,
             sync=sync,
-            engine=engine,
+            engine=chosen_engine(
+                engine, ray_address, working_dir, server_resource or (), worker_resource or ()
+            ),
             replicas=replicas,
             checkpoint=checkpoint,
             every=every,

@@ -1,4 +1,4 @@
-"""`--set key=value`: text into the scalars that `worker.settings` holds."""
+"""`--set key=value` and its like: text into the scalars that `worker.settings` holds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from headwater.errors import ConfigurationError
 from headwater.messages import Scalar
 
 
-def parse_settings(assignments: Iterable[str]) -> dict[str, Scalar]:
+def parse_settings(assignments: Iterable[str], option: str = "--set") -> dict[str, Scalar]:
     """`["epochs=3", "lr=0.1"]` as `{"epochs": 3, "lr": 0.1}`; a later one of the same name wins.
+
+    `option`: where they were given, for the text of errors.
 
     Raises:
         ConfigurationError: one has no `=`, or no name before it.
@@ -18,7 +20,7 @@ def parse_settings(assignments: Iterable[str]) -> dict[str, Scalar]:
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals or not key.strip():
-            raise ConfigurationError(f"--set takes key=value, got {assignment!r}")
+            raise ConfigurationError(f"{option} takes key=value, got {assignment!r}")
         settings[key.strip()] = parse_scalar(value)
     return settings
 

@@ -1,30 +1,36 @@
-"""Where nodes run: the same verbs for threads of this process and for processes of this machine."""
+"""Where nodes run: the same verbs for threads of this process, processes of this machine, actors of Ray."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
 
 from headwater.engines.engine import Engine, Launch, Outcome
 from headwater.engines.inline import InlineEngine
 from headwater.engines.local import LocalEngine
+from headwater.engines.ray import RayEngine
 from headwater.errors import ConfigurationError
 
-EngineName: TypeAlias = Literal["inline", "local"]
-
-ENGINES: dict[str, Callable[[Launch], Engine]] = {"inline": InlineEngine, "local": LocalEngine}
+ENGINES: dict[str, Callable[[Launch], Engine]] = {
+    "inline": InlineEngine,
+    "local": LocalEngine,
+    "ray": RayEngine().start,
+}
 """Every engine by the name users give; the contract suite runs over all of them."""
 
 
-def make_engine(name: str, launch: Launch) -> Engine:
-    """The engine of that name.
+def make_engine(engine: str | RayEngine, launch: Launch) -> Engine:
+    """The engine of that name, or with those options.
 
     Raises:
-        ConfigurationError: there is none; lists the valid names.
+        ConfigurationError: there is none, lists the valid names; or what it needs is not installed.
     """
-    if name not in ENGINES:
-        raise ConfigurationError(f"engine: got {name!r}, expected one of {', '.join(map(repr, ENGINES))}")
-    return ENGINES[name](launch)
+    if isinstance(engine, RayEngine):
+        return engine.start(launch)
+    if engine not in ENGINES:
+        raise ConfigurationError(
+            f"engine: got {engine!r}, expected one of {', '.join(map(repr, ENGINES))}, or a RayEngine"
+        )
+    return ENGINES[engine](launch)
 
 
-__all__ = ["ENGINES", "Engine", "EngineName", "Launch", "Outcome", "make_engine"]
+__all__ = ["ENGINES", "Engine", "Launch", "Outcome", "RayEngine", "make_engine"]

@@ -6,6 +6,7 @@ import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Protocol
 
 from headwater.errors import RewoundError, WorkerError
@@ -19,12 +20,15 @@ _log = logging.getLogger("headwater.worker")
 class Launch:
     """How to start nodes. `rules`: modules with users' rules, loaded by every node.
 
-    `output`: takes each line a node printed, with its prefix; called from several threads.
+    `workers`, `servers`, and `replicas` of every server: how many there will be. `output`: takes each line
+    a node printed, with its prefix; called from several threads.
     """
 
     workers: int
     rules: tuple[str, ...] = ()
     output: Callable[[str], None] = print
+    servers: int = 1
+    replicas: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +44,15 @@ class Failure:
     def of(error: BaseException) -> Failure:
         """Describe `error`, which is being handled; the engine's own frames are left out of its traceback."""
         frames = error.__traceback__
-        while frames is not None and frames.tb_frame.f_globals["__name__"].startswith("headwater.engines."):
+        while frames is not None and _module(frames).startswith("headwater.engines."):
             frames = frames.tb_next
         trace = "".join(traceback.format_exception(type(error), error, frames or error.__traceback__))
         return Failure(f"{type(error).__name__}: {error}", trace, error)
+
+
+def _module(frames: TracebackType) -> str:
+    """The module of a frame; a function that `exec` made may have none."""
+    return str(frames.tb_frame.f_globals.get("__name__", ""))
 
 
 @dataclass(frozen=True, slots=True)

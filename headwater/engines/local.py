@@ -6,7 +6,6 @@ one place where something is unpickled. Its end-of-file is the parent's end, how
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import queue
 import signal
@@ -20,6 +19,7 @@ from typing import IO, Any
 import cloudpickle
 
 from headwater.engines.engine import Failure, Launch, Outcome
+from headwater.engines.packing import pack_train
 from headwater.errors import EngineError
 from headwater.nodes.server import ServerSettings
 from headwater.nodes.worker import Worker
@@ -131,7 +131,7 @@ class LocalEngine:
 
     def start_worker(self, address: str, rank: int, train: Callable[[Worker], Any]) -> None:
         """Start a worker process."""
-        self._start("worker", rank, ("worker", self._launch.rules, (address, rank, _pickle(train))))
+        self._start("worker", rank, ("worker", self._launch.rules, (address, rank, pack_train(train))))
 
     def _start(self, role: str, index: int, start: tuple[Any, ...]) -> None:
         child = _Child(role, index, cloudpickle.dumps(start), self._launch, self._outcomes.put)
@@ -165,28 +165,3 @@ def _environment(workers: int) -> dict[str, str]:
     """The children's environment: torch and NumPy share the cores out, unless the user said otherwise."""
     threads = max(1, (os.cpu_count() or 1) // workers)
     return {"OMP_NUM_THREADS": str(threads), **os.environ}
-
-
-def _pickle(train: Callable[..., Any]) -> bytes:
-    """`train` by reference where a fresh interpreter can import its module, by value otherwise."""
-    module = sys.modules.get(getattr(train, "__module__", ""))
-    by_value = module is not None and module.__name__ != "__main__" and not _importable(module.__name__)
-    if by_value:
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        pickled: bytes = cloudpickle.dumps(train)
-    except Exception as error:
-        raise EngineError(f"train cannot be sent to a worker process: {error}") from error
-    finally:
-        if by_value:
-            cloudpickle.unregister_pickle_by_value(module)
-    return pickled
-
-
-def _importable(name: str) -> bool:
-    """Whether a fresh interpreter with this one's path finds the module itself."""
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        return False
-    return spec is not None and spec.origin is not None and os.path.exists(spec.origin)

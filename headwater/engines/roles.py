@@ -1,0 +1,42 @@
+"""What a process that an engine started does: it is a server, or a worker that runs `train`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import cloudpickle
+import numpy as np
+
+from headwater.engines.engine import Failure, run_worker
+from headwater.kernels import copy_out
+from headwater.nodes.server import ServerNode, ServerSettings
+from headwater.rules import load_rules
+
+_SWITCH_S = 0.0005
+"""Threads of a server hand the interpreter over quickly: they wait for each other all the time."""
+
+
+def run_role(role: str, rules: tuple[str, ...], start: Any) -> tuple[Any, Failure | None]:
+    """Be a "server" with the settings `start`, or a "worker" of (address, rank, packed train), until it ends.
+
+    Returns what `train` returned, or what was raised; a server's end is always a failure.
+    """
+    try:
+        for module in rules:
+            load_rules(module)
+        if role == "server":
+            _serve(start)
+            return None, None
+        address, rank, train = start
+        return run_worker(address, rank, cloudpickle.loads(train)), None
+    except BaseException as error:  # noqa: BLE001 - it is handed to the caller of `run`
+        return None, Failure.of(error)
+
+
+def _serve(settings: ServerSettings) -> None:
+    sys.setswitchinterval(_SWITCH_S)
+    copy_out(np.zeros(0, np.float32), np.zeros(0, np.int64))  # load the compiler before a worker waits for it
+    node = ServerNode(settings)
+    node.start()
+    node.wait()
