@@ -13,9 +13,9 @@ from headwater.engines import RayEngine
 from headwater.initializers import Normal, TruncatedNormal, Uniform, Zeros
 from headwater.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
 from headwater.messages import ClusterStatistics, StepResult
-from headwater.nodes.model import Group, Model
-from headwater.nodes.table import Table
 from headwater.nodes.worker import Worker, WorkerStatistics
+from headwater.nodes.worker.model import Group, Model
+from headwater.nodes.worker.table import Table
 from headwater.rules import (
     SGD,
     Accumulate,

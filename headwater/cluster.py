@@ -15,8 +15,8 @@ from headwater.engines import Engine, Launch, Outcome, RayEngine, make_engine
 from headwater.errors import ClosedError, ConfigurationError
 from headwater.messages import ClusterStatistics, Role, Scalar
 from headwater.nodes.checkpointer import Every
-from headwater.nodes.clustersettings import ClusterSettings
 from headwater.nodes.coordinator import CoordinatorNode
+from headwater.nodes.coordinator.settings import ClusterSettings
 from headwater.nodes.reader import read_parameters
 from headwater.nodes.server import ServerSettings
 from headwater.nodes.worker import Worker

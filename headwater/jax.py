@@ -21,8 +21,8 @@ from jax import tree_util
 from headwater.errors import GradientError, RegistrationError, UsageError
 from headwater.layout import DTYPES
 from headwater.messages import StepResult
-from headwater.nodes.model import Group, Model, NonFinite
 from headwater.nodes.worker import Worker
+from headwater.nodes.worker.model import Group, Model, NonFinite
 from headwater.rules import Rule
 
 __all__ = ["DistributedOptimizer"]

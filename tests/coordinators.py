@@ -22,7 +22,7 @@ from headwater.wire.listener import dial
 
 ALONE = """
 import json, sys
-from headwater.nodes.clustersettings import ClusterSettings
+from headwater.nodes.coordinator.settings import ClusterSettings
 from headwater.nodes.coordinator import CoordinatorNode
 from headwater.wire.listener import Listener
 

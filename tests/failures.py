@@ -17,7 +17,7 @@ from clients import Client
 from machines import Cluster, Server, refused
 
 from headwater import messages as m
-from headwater.sequencer import Sequencer
+from headwater.log.sequencer import Sequencer
 from headwater.shard import Shard, Staging
 from headwater.shard.replica import Resolved, arriving
 

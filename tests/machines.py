@@ -25,11 +25,11 @@ from clients import SHAPES, Call, Client, Mirror, Program, model_spec
 from headwater import messages as m
 from headwater.errors import HeadwaterError, PeerError, ProtocolError, RefusedError, UsageError
 from headwater.exchange import Exchange
+from headwater.log.sequencer import Sequencer
+from headwater.log.standings import tickets_of
 from headwater.placement import servers_of
 from headwater.roster import RosterBook
-from headwater.sequencer import Sequencer
 from headwater.shard import Shard, StagedRows, Staging
-from headwater.standings import tickets_of
 from headwater.sync import parse_sync
 
 __all__ = ["SHAPES", "Call", "Client", "Cluster", "Mirror", "Program", "Server", "model_spec"]

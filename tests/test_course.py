@@ -3,7 +3,7 @@
 import threading
 
 from headwater import messages as m
-from headwater.nodes.course import Course
+from headwater.nodes.server.course import Course
 from headwater.shard import Shard
 
 

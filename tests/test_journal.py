@@ -21,10 +21,10 @@ from headwater.errors import (
     StalledError,
 )
 from headwater.messages import Join, Member, Refused, Rejoin, Welcome
-from headwater.nodes.clustersettings import ClusterSettings
 from headwater.nodes.coordinator import CoordinatorNode
+from headwater.nodes.coordinator.journal import Journal
+from headwater.nodes.coordinator.settings import ClusterSettings
 from headwater.nodes.join import join, rejoin
-from headwater.nodes.journal import Journal
 from headwater.nodes.server import ServerNode, ServerSettings
 from headwater.roster import RosterBook, RosterRecord
 from headwater.wire.listener import Listener
@@ -84,7 +84,7 @@ def test_keys_are_each_members_own_and_the_same_after_a_restart(tmp_path):
 
 HOLDS = """
 import sys
-from headwater.nodes.journal import Journal
+from headwater.nodes.coordinator.journal import Journal
 journal = Journal(sys.argv[1], {"workers": 2, "sync": "sync", "settings": {"lr": 0.5}})
 print("held", flush=True)
 sys.stdin.read()

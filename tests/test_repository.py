@@ -20,8 +20,7 @@ LAYERS = [
     ],
     ["kernels"],
     [
-        *["shard", "sequencer", "standings", "seats", "waits", "recovery", "clocks", "roster"],
-        *["positions", "splits", "exchange"],
+        *["shard", "log", "roster", "positions", "splits", "exchange"],
     ],
     ["wire", "checkpoint", "data"],
     ["nodes", "engines"],

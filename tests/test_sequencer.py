@@ -6,9 +6,9 @@ import pytest
 
 from headwater import messages as m
 from headwater.errors import ProtocolError, RefusedError
+from headwater.log.sequencer import Sequencer
+from headwater.log.standings import Standings
 from headwater.roster import RosterBook
-from headwater.sequencer import Sequencer
-from headwater.standings import Standings
 from headwater.sync import parse_sync
 
 MODES = ["sync", "async", "ssp:1"]

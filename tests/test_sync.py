@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwater.clocks import Clocks
 from headwater.errors import ConfigurationError
+from headwater.log.clocks import Clocks
 from headwater.sync import Asynchronous, StaleSynchronous, Synchronous, parse_sync
 
 MODES = {

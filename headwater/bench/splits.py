@@ -14,9 +14,9 @@ from statistics import median
 import numpy as np
 
 from headwater.bench.figures import Effort, Figure, complain
-from headwater.nodes.batches import Splits
-from headwater.nodes.model import Model
 from headwater.nodes.worker import Worker
+from headwater.nodes.worker.batches import Splits
+from headwater.nodes.worker.model import Model
 from headwater.rules import SGD
 from headwater.run import run
 

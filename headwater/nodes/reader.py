@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.nodes.model import Model
 from headwater.nodes.session import Session
+from headwater.nodes.worker.model import Model
 
 
 def read_parameters(coordinator: str) -> tuple[int, dict[str, dict[str, NDArray[np.float32]]]]:

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
+from headwater.log.standings import tickets_of
 from headwater.shard.outstanding import Members
 from headwater.shard.tables import StagedRows, Tables
 from headwater.shard.vector import Array, Staging, Update, Vector
-from headwater.standings import tickets_of
 
 Room: TypeAlias = Callable[[int], NDArray[np.uint8]]
 """Gives so many bytes, contiguous, at a multiple of 8: for an array that stays until its entry is applied."""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.errors import ProtocolError, RefusedError
 from headwater.layout import Layout
+from headwater.log.standings import Standings
 from headwater.positions import Positions
 from headwater.shard.checks import Checks, kind_of, name_of
 from headwater.shard.outstanding import Members, Outstanding
@@ -38,7 +39,6 @@ from headwater.shard.snapshot import ShardSnapshot
 from headwater.shard.state import Answers, State
 from headwater.shard.tables import StagedRows
 from headwater.shard.vector import Staging
-from headwater.standings import Standings
 from headwater.sync import Reduce
 
 

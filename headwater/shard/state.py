@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.errors import HeadwaterError, RegistrationError
 from headwater.layout import Layout
+from headwater.log.standings import Standings
 from headwater.positions import Positions
 from headwater.shard.checks import difference
 from headwater.shard.ledger import Ledger
@@ -27,7 +28,6 @@ from headwater.shard.replica import Inputs
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.shard.tables import Tables
 from headwater.shard.vector import Staging, Vector
-from headwater.standings import Standings
 from headwater.sync import Reduce
 
 Answers: TypeAlias = list[tuple[int, m.Answer]]

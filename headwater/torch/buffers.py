@@ -11,8 +11,8 @@ from typing import Literal, TypeAlias
 import torch
 
 from headwater.errors import ConfigurationError
-from headwater.nodes.model import Model
 from headwater.nodes.worker import Worker
+from headwater.nodes.worker.model import Model
 from headwater.rules import SGD, Accumulate
 
 BufferMode: TypeAlias = Literal["rank0", "mean", "local"]

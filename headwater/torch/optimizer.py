@@ -20,9 +20,9 @@ from torch.utils.hooks import RemovableHandle
 
 from headwater.errors import ConfigurationError, UsageError
 from headwater.messages import StepResult
-from headwater.nodes.model import Group, Model, NonFinite, check_nonfinite
-from headwater.nodes.table import Table
 from headwater.nodes.worker import Worker
+from headwater.nodes.worker.model import Group, Model, NonFinite, check_nonfinite
+from headwater.nodes.worker.table import Table
 from headwater.rules import Rule
 from headwater.torch.buffers import BufferMode, SharedBuffers, check_mode
 from headwater.torch.groups import make_groups, settings

@@ -16,9 +16,9 @@ import torch
 
 from headwater.errors import UsageError
 from headwater.kernels.arrange import Plan
-from headwater.nodes.model import NonFinite
-from headwater.nodes.rowmemory import Place
-from headwater.nodes.table import Table
+from headwater.nodes.worker.model import NonFinite
+from headwater.nodes.worker.rowmemory import Place
+from headwater.nodes.worker.table import Table
 from headwater.rules import from_spec
 from headwater.torch.embedding import Array, Collected, TableModule
 from headwater.torch.groups import ParameterGroup, settings

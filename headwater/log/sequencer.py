@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from headwater import messages as m
 from headwater.errors import RefusedError
-from headwater.recovery import find
-from headwater.seats import Seat, Seats, by_rank, tickets
-from headwater.standings import Standings
+from headwater.log.recovery import find
+from headwater.log.seats import Seat, Seats, by_rank, tickets
+from headwater.log.standings import Standings
+from headwater.log.waits import Waits
 from headwater.sync import Sync
-from headwater.waits import Waits
 
 
 class Sequencer:

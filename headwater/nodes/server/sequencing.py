@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from headwater import messages as m
 from headwater.errors import RefusedError
-from headwater.nodes.link import EntryLink
-from headwater.sequencer import Sequencer
+from headwater.log.sequencer import Sequencer
+from headwater.nodes.server.link import EntryLink
 from headwater.sync import Sync
 from headwater.wire.channel import Channel
 

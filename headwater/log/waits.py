@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from headwater.seats import Seat, Seats
-from headwater.standings import Standings
+from headwater.log.seats import Seat, Seats
+from headwater.log.standings import Standings
 from headwater.sync import Sync
 
 

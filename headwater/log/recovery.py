@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headwater.errors import ProtocolError
+from headwater.log.standings import Standings
 from headwater.messages import Recovery
-from headwater.standings import Standings
 
 
 @dataclass(frozen=True, slots=True)

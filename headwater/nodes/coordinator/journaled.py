@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from headwater.errors import JournalError
 from headwater.messages import Join, Member, Refused
-from headwater.nodes.journal import Journal
+from headwater.nodes.coordinator.journal import Journal
 from headwater.roster import Departure, RosterBook
 
 

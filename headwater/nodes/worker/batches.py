@@ -17,8 +17,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 from headwater import messages as m
 from headwater.data import fetch, groups_of, length_of
 from headwater.errors import ConfigurationError
-from headwater.nodes.leases import LeaseClient
 from headwater.nodes.session import Session
+from headwater.nodes.worker.leases import LeaseClient
 from headwater.splits import Indices, Order, batches_of, part_of
 
 _log = logging.getLogger("headwater.worker")

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from headwater.log.standings import Standing, Standings
 from headwater.messages import Held, Ticket
-from headwater.standings import Standing, Standings
 
 
 @dataclass(slots=True, eq=False)

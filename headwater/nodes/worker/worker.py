@@ -14,12 +14,12 @@ from headwater import messages as m
 from headwater.errors import HeadwaterError, RefusedError
 from headwater.initializers import Initializer, Zeros
 from headwater.lifetime import AfterCount, Expiry
-from headwater.nodes.batches import Feed, Splits, plan_of
-from headwater.nodes.model import Group, Model, NonFinite, specify
-from headwater.nodes.rowmemory import RowMemory
 from headwater.nodes.session import Session
-from headwater.nodes.table import Table, specify_table
-from headwater.nodes.turn import Turn
+from headwater.nodes.worker.batches import Feed, Splits, plan_of
+from headwater.nodes.worker.model import Group, Model, NonFinite, specify
+from headwater.nodes.worker.rowmemory import RowMemory
+from headwater.nodes.worker.table import Table, specify_table
+from headwater.nodes.worker.turn import Turn
 from headwater.rules import Rule
 from headwater.splits import Indices
 

@@ -7,9 +7,9 @@ import queue
 from headwater import messages as m
 from headwater.checkpoint import write_part
 from headwater.errors import HeadwaterError, ProtocolError, RefusedError, UsageError
-from headwater.nodes.course import Course, Outbox
-from headwater.nodes.intake import Intake
-from headwater.nodes.reporting import Reporting
+from headwater.nodes.server.course import Course, Outbox
+from headwater.nodes.server.intake import Intake
+from headwater.nodes.server.reporting import Reporting
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.wire.channel import Channel, Received
 

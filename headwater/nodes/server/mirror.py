@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.errors import ProtocolError
-from headwater.nodes.snapshots import room
+from headwater.nodes.server.snapshots import room
 from headwater.shard.replica import Resolved, arriving, own_memory
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.wire.channel import Channel

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from headwater import messages as m
 from headwater.errors import RefusedError
-from headwater.nodes.replica import Replica
+from headwater.nodes.server.replica import Replica
 from headwater.shard import Shard
 from headwater.shard.replica import own_memory
 from headwater.wire.channel import Channel

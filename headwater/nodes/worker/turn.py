@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from headwater import messages as m
-from headwater.nodes.model import Model
-from headwater.nodes.rowmemory import Place, RowMemory
 from headwater.nodes.session import Session
-from headwater.nodes.table import Table
+from headwater.nodes.worker.model import Model
+from headwater.nodes.worker.rowmemory import Place, RowMemory
+from headwater.nodes.worker.table import Table
 from headwater.wire.channel import Outgoing
 
 

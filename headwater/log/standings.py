@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from headwater import messages as m
-from headwater.clocks import Clocks
+from headwater.log.clocks import Clocks
 
 
 @dataclass(slots=True, eq=False)

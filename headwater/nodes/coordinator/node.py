@@ -26,12 +26,12 @@ from headwater.errors import (
     RefusedError,
     named,
 )
-from headwater.nodes.clustersettings import ClusterSettings
-from headwater.nodes.controls import Controls
-from headwater.nodes.journal import Journal
-from headwater.nodes.journaled import JournaledBook
-from headwater.nodes.leases import LeaseDesk
-from headwater.nodes.overview import overview
+from headwater.nodes.coordinator.controls import Controls
+from headwater.nodes.coordinator.journal import Journal
+from headwater.nodes.coordinator.journaled import JournaledBook
+from headwater.nodes.coordinator.leases import LeaseDesk
+from headwater.nodes.coordinator.overview import overview
+from headwater.nodes.coordinator.settings import ClusterSettings
 from headwater.nodes.threads import ConnectionThreads
 from headwater.roster import Departure
 from headwater.splits import unvisited_parts

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.errors import ProtocolError
 from headwater.layout import Layout
-from headwater.nodes.rows import RowIntake
+from headwater.nodes.server.rows import RowIntake
 from headwater.shard import Shard, StagedRows, Staging
 from headwater.wire.window import WindowView
 

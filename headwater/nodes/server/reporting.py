@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable
 
 from headwater import messages as m
 from headwater.errors import ConnectionLostError, HeadwaterError, ProtocolError
-from headwater.nodes.course import Course
-from headwater.nodes.link import ReportLink
-from headwater.nodes.sequencing import Policy, Sequencing
+from headwater.nodes.server.course import Course
+from headwater.nodes.server.link import ReportLink
+from headwater.nodes.server.sequencing import Policy, Sequencing
 from headwater.nodes.threads import ConnectionThreads
 from headwater.wire.channel import Channel
 from headwater.wire.listener import dial

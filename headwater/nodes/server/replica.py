@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.errors import HeadwaterError, ProtocolError
-from headwater.nodes.snapshots import pack
+from headwater.nodes.server.snapshots import pack
 from headwater.shard.replica import Resolved, own_memory
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.wire.channel import Channel

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 from headwater import messages as m
 from headwater.errors import ConnectionLostError, EngineError, HeadwaterError, ProtocolError
-from headwater.nodes.course import Course
 from headwater.nodes.membership import Membership
-from headwater.nodes.mirror import Mirror
-from headwater.nodes.replica import Replica
-from headwater.nodes.reporting import Reporting
-from headwater.nodes.restoring import restored
-from headwater.nodes.sequencing import Policy
-from headwater.nodes.serving import MemberConnection
+from headwater.nodes.server.course import Course
+from headwater.nodes.server.mirror import Mirror
+from headwater.nodes.server.replica import Replica
+from headwater.nodes.server.reporting import Reporting
+from headwater.nodes.server.restoring import restored
+from headwater.nodes.server.sequencing import Policy
+from headwater.nodes.server.serving import MemberConnection
 from headwater.nodes.threads import ConnectionThreads
 from headwater.shard import Shard
 from headwater.sync import parse_sync

@@ -1,0 +1,283 @@
+"""From a worker to each server, one exchange at a time, and the answers."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from headwater.messages.base import Message, Refused
+from headwater.messages.checkpoints import PartRecord
+from headwater.messages.log import StandingsRecord
+from headwater.messages.models import ModelSpec, Rows, Run, TableSpec, WindowSpec
+from headwater.messages.reading import Position, Recorded
+
+
+class Hello(Message, frozen=True):
+    """First message on every connection to a server."""
+
+    member: int
+    role: Literal["worker", "server", "observer", "coordinator"]
+    term: int
+    attempt: int = 0
+
+
+class Register(Message, frozen=True):
+    """Declare a model; its initial values are in the window's parameters, or are the payload.
+
+    The window holds gradients in its first half and parameters in the second.
+    """
+
+    number: int
+    spec: ModelSpec
+    window: WindowSpec | None
+
+
+class RegisterTable(Message, frozen=True):
+    """Declare a table."""
+
+    number: int
+    spec: TableSpec
+
+
+class Scratch(Message, frozen=True):
+    """From now on `Rows` of this member lie in this window; not an exchange, never answered."""
+
+    window: WindowSpec
+
+
+class Attach(Message, frozen=True):
+    """A reader or a repeating worker gives (another) window, or asks for answers by payload."""
+
+    number: int
+    model: int
+    window: WindowSpec | None
+
+
+class Renew(Message, frozen=True):
+    """After a new Hello: the member's window for a model that it has registered; never answered."""
+
+    model: int
+    window: WindowSpec | None
+
+
+class Carried(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which tensors of a model a step carries: bit i of `tensors` (little-endian) is tensor i."""
+
+    model: int
+    tensors: bytes
+
+
+class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """New scalars for the rule of one parameter group of a model (-1: all groups)."""
+
+    model: int
+    group: int
+    values: dict[str, float]
+
+
+class TableSetting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """New scalars for the rule of a table."""
+
+    table: int
+    values: dict[str, float]
+
+
+class Step(Message, frozen=True):
+    """One turn. `seen` is the version the gradients were computed on.
+
+    `read` asks for values: of all the member's models, of none, or of these. `pushed` are gradients of rows,
+    `pulled` rows that the answer brings. The payload has runs first, then ids and gradients of each of
+    `pushed`, then ids of each of `pulled`; that of the answer has values first, then rows. `position`: where
+    the worker is in its data once this is committed; None where it reads none.
+    """
+
+    number: int
+    step: int
+    seen: int
+    carried: tuple[Carried, ...]
+    settings: tuple[Setting, ...]
+    read: bool | tuple[int, ...]
+    payload: tuple[Run, ...] = ()
+    pushed: tuple[Rows, ...] = ()
+    pulled: tuple[Rows, ...] = ()
+    table_settings: tuple[TableSetting, ...] = ()
+    position: Position | None = None
+
+
+class Pull(Message, frozen=True):
+    """Ask for the values of `models`, unless they have not changed since version `have`."""
+
+    number: int
+    models: tuple[int, ...]
+    have: int
+
+
+class PullRows(Message, frozen=True):
+    """Ask for rows of a table; where there is none yet, for what it would begin with."""
+
+    number: int
+    rows: Rows
+
+
+class DeleteRows(Message, frozen=True):
+    """Forget ids of a table; the answer's payload counts those that had a row, int64[1]."""
+
+    number: int
+    rows: Rows
+
+
+class CountRows(Message, frozen=True):
+    """Ask how many rows a table has; they are the answer's payload, int64[1]."""
+
+    number: int
+    table: int
+
+
+class ReadState(Message, frozen=True):
+    """Ask for the rule's state of a model, as payload."""
+
+    number: int
+    model: int
+
+
+class Assign(Message, frozen=True):
+    """Set the carried tensors to what lies in the window's parameters or in the payload."""
+
+    number: int
+    carried: Carried
+    payload: tuple[Run, ...] = ()
+
+
+class Meet(Message, frozen=True):
+    """Wait until every other member is here too; `values` are added up in rank order."""
+
+    number: int
+    kind: Literal["barrier", "sum"]
+    values: dict[str, float]
+
+
+class End(Message, frozen=True):
+    """The worker's batches are over: rounds no longer wait for it."""
+
+    number: int
+    position: Position | None = None
+
+
+class Stop(Message, frozen=True):
+    """End everybody's batches with their next answer."""
+
+    number: int
+
+
+class Leave(Message, frozen=True):
+    """The worker goes for good."""
+
+    number: int
+
+
+class Checkpoint(Message, frozen=True):
+    """Have every server take a snapshot at one position of the log: the first of version `at` or later."""
+
+    number: int
+    at: int = 0
+
+
+class Store(Message, frozen=True):
+    """Have every server write the snapshot it took into `directory`; answered at once, outside the log."""
+
+    number: int
+    directory: str
+    generation: int
+    version: int
+
+
+class Describe(Message, frozen=True):
+    """Which models and tables are there? Answered at once, outside the log."""
+
+    number: int
+
+
+Request: TypeAlias = (
+    Register
+    | RegisterTable
+    | Attach
+    | Step
+    | Pull
+    | PullRows
+    | DeleteRows
+    | CountRows
+    | ReadState
+    | Assign
+    | Meet
+    | End
+    | Stop
+    | Leave
+    | Checkpoint
+)
+
+
+class StepResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What became of a step: applied as part of `version`, or too late for it and dropped.
+
+    `staleness`: commits between the version its gradients were computed on and this one.
+    """
+
+    version: int
+    applied: bool
+    contributors: int
+    staleness: int
+
+
+class Answer(Message, frozen=True):
+    """The end of an exchange. `version` is that of the values now in the window or the payload.
+
+    `values`: the models whose values were written (or follow, in this order, each this server's
+    whole range); `result`: of a step; `model`, `table`: the id given to what was registered. `states`: names
+    of the rule's state vectors whose range follows, in this order; `counts`: updates of each tensor.
+    """
+
+    number: int
+    version: int
+    values: tuple[int, ...] = ()
+    result: StepResult | None = None
+    model: int | None = None
+    table: int | None = None
+    sums: dict[str, float] | None = None
+    states: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
+    stopped: bool = False
+    failure: Refused | None = None
+
+
+class Stored(Message, frozen=True):
+    """Answer to Store: what this server wrote and the log's standings then; or why it could not."""
+
+    number: int
+    part: PartRecord | None
+    standings: StandingsRecord | None = None
+    recorded: Recorded | None = None
+    failure: Refused | None = None
+
+
+class Waiting(Message, frozen=True):
+    """Not an answer yet, and whom it waits for; sent each time another `patience` has passed."""
+
+    number: int
+    reason: str
+
+
+class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A registered model with its id."""
+
+    model: int
+    spec: ModelSpec
+
+
+class Description(Message, frozen=True):
+    """Answer to Describe."""
+
+    number: int
+    version: int
+    models: tuple[ModelInfo, ...]
+    tables: tuple[TableSpec, ...] = ()

@@ -1,0 +1,220 @@
+"""The log: what servers report, and the entries that the sequencer makes of it."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from headwater.messages.base import Message
+
+Kind: TypeAlias = Literal[
+    "register",
+    "table",
+    "attach",
+    "step",
+    "pull",
+    "state",
+    "assign",
+    "delete",
+    "barrier",
+    "sum",
+    "end",
+    "stop",
+    "leave",
+    "checkpoint",
+]
+
+Phase: TypeAlias = Literal["new", "active", "ended", "meeting", "observer"]
+"""`new`: joined, not yet activated; `ended`: its batches are over; `meeting`: in a barrier or sum."""
+
+
+class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A server holds exchange `number` of `member` completely, as it came with `attempt`."""
+
+    member: int
+    number: int
+    kind: Kind
+    name: str = ""
+    attempt: int = 0
+
+
+class Reports(Message, frozen=True):
+    """From a server to the sequencer of `term`.
+
+    `prepared`: it has all entries up to this position, and so has its standby where there is one.
+    """
+
+    server: int
+    held: tuple[Held, ...]
+    term: int = 0
+    prepared: int = 0
+
+
+class Entry(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """One position of the log; every server processes entries strictly in order."""
+
+    position: int
+
+
+class Ticket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Names one exchange of one member, and the newest attempt with which every server holds it."""
+
+    member: int
+    number: int
+    attempt: int = 0
+
+
+class Newcomer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A member that joined; `rank` is -1 for observers."""
+
+    member: int
+    rank: int
+
+
+class Enrolled(Entry, frozen=True):
+    """These joined a cluster that declared `workers` workers; ids are larger than all before."""
+
+    workers: int
+    members: tuple[Newcomer, ...]
+
+
+class Registered(Entry, frozen=True):
+    """A model or table comes into being as `source` declared it, whose registration this answers."""
+
+    source: Ticket
+    name: str = ""
+    kind: Kind = "register"
+
+
+class Committed(Entry, frozen=True):
+    """Updates, in rank order, applied as one; those in `answered` get their answer here."""
+
+    version: int
+    updates: tuple[Ticket, ...]
+    answered: tuple[Ticket, ...]
+
+
+class Served(Entry, frozen=True):
+    """Answer this exchange with the values as of this position; the first time, or once more."""
+
+    ticket: Ticket
+    kind: Kind = "pull"
+
+
+class Late(Entry, frozen=True):
+    """This step came after its round was closed: it is answered, but its gradients are not applied."""
+
+    ticket: Ticket
+
+
+class Assigned(Entry, frozen=True):
+    """Values set or rows deleted by a worker; a version of its own."""
+
+    version: int
+    source: Ticket
+
+
+class Activated(Entry, frozen=True):
+    """From here on rounds wait for these members, whose clocks are `clock` now."""
+
+    members: tuple[int, ...]
+    clock: int = 0
+
+
+class Retired(Entry, frozen=True):
+    """From here on rounds do not wait for this member; `gone` means for good."""
+
+    member: int
+    gone: bool
+    reason: str
+    answered: Ticket | None = None
+
+
+class Met(Entry, frozen=True):
+    """Everybody is at the same barrier or sum: all are answered, all active again."""
+
+    tickets: tuple[Ticket, ...]
+
+
+class Stopped(Entry, frozen=True):
+    """The next answered step of each of these members tells it to end its batches."""
+
+    ticket: Ticket
+    members: tuple[int, ...]
+
+
+class Stalled(Entry, frozen=True):
+    """These exchanges wait for each other and fail with this reason."""
+
+    tickets: tuple[Ticket, ...]
+    reason: str
+
+
+class Checkpointed(Entry, frozen=True):
+    """Every server takes a snapshot here."""
+
+    ticket: Ticket
+
+
+AnyEntry: TypeAlias = (
+    Enrolled
+    | Registered
+    | Committed
+    | Served
+    | Late
+    | Assigned
+    | Activated
+    | Retired
+    | Met
+    | Stopped
+    | Stalled
+    | Checkpointed
+)
+
+
+class Entries(Message, frozen=True):
+    """From the sequencer of `term` to a server; entries up to position `committed` may be applied."""
+
+    entries: tuple[AnyEntry, ...]
+    term: int = 0
+    committed: int = 0
+
+
+class MemberRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A member as the log has it.
+
+    `over`: its batches are, until it is active again; `answered`, `attempt`: its last answered exchange;
+    `committed`: the exchange of its last step that was; `round`: commits before its last answer;
+    `stopping`: its next step is told to end its batches.
+    """
+
+    member: int
+    rank: int
+    phase: Phase
+    over: bool
+    clock: int
+    answered: int
+    attempt: int
+    committed: int
+    round: int
+    stopping: bool
+
+
+class StandingsRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything about members that follows from the log up to `position`.
+
+    `newest`: the largest id enrolled; `ranks`: ever taken; `finished`: ranks that left by themselves;
+    `names`: (kind, name) of what was registered.
+    """
+
+    version: int
+    position: int
+    rounds: int
+    late: int
+    workers: int
+    newest: int
+    ranks: tuple[int, ...]
+    finished: tuple[int, ...]
+    names: tuple[tuple[Kind, str], ...]
+    members: tuple[MemberRecord, ...]

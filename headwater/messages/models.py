@@ -1,0 +1,74 @@
+"""What models, tables and windows consist of."""
+
+from __future__ import annotations
+
+import msgspec
+
+from headwater.messages.base import Scalar
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A named tensor of a model and the parameter group it belongs to."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    group: int = 0
+
+
+class RuleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A rule by name, with its settings; the receiver looks the name up among its loaded rules.
+
+    A setting that is itself a named object (a schedule) is a RuleSpec of its own.
+    """
+
+    name: str
+    settings: dict[str, Scalar | RuleSpec]
+
+
+class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a model is: tensors in order, and one rule per parameter group."""
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+    rules: tuple[RuleSpec, ...]
+
+
+class TableSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a table is: `dim` float32 a row, its rule, how its rows begin and end (None: at once, never)."""
+
+    name: str
+    dim: int
+    rule: RuleSpec
+    initializer: RuleSpec
+    seed: int
+    admission: RuleSpec | None
+    expiry: RuleSpec | None
+
+
+class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A descriptor that travels with the message: a window of `size` bytes, laid out as the message says."""
+
+    generation: int
+    size: int
+
+
+class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Elements [start, stop) of a model's flat vector whose float32 values are in the payload."""
+
+    model: int
+    start: int
+    stop: int
+
+
+class Rows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`count` ids of a table that one server holds, each once, and a row for each.
+
+    `ids` and `rows`: byte offsets of int64[count] and float32[count, dim] in the member's scratch window.
+    Without one the ids are in the payload of the request, and rows in that of whoever writes them.
+    """
+
+    table: int
+    count: int
+    ids: int
+    rows: int

@@ -1,0 +1,122 @@
+"""Who reads which samples: positions, as the log records them, and splits leased on demand."""
+
+from __future__ import annotations
+
+import msgspec
+
+from headwater.messages.base import Message, Refused
+
+
+class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Positions [start, stop) in the order of an epoch."""
+
+    epoch: int
+    start: int
+    stop: int
+
+
+class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far a worker's static part in one call of `batches` is: `done` of `size` samples of `epoch`."""
+
+    call: int
+    epochs: int
+    size: int
+    epoch: int
+    done: int
+
+
+class Visit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a step adds to the done part of a data set of `size` samples that all workers read together."""
+
+    call: int
+    epochs: int
+    size: int
+    spans: tuple[Span, ...]
+
+
+class Position(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a worker is in its data: what is done once the step that carries this is committed.
+
+    `call` numbers the calls of `batches` and `splits` of one incarnation from 0, in the order in which
+    they were begun. Calls before `over` are over; `places` and `visits` are of calls that are not.
+    """
+
+    rank: int
+    over: int
+    places: tuple[Place, ...] = ()
+    visits: tuple[Visit, ...] = ()
+
+
+class Visited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All that is done of a call with dynamic splits: `complete` epochs, and `spans` of those after them."""
+
+    call: int
+    epochs: int
+    size: int
+    complete: int
+    spans: tuple[Span, ...]
+
+
+class Recorded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All positions at one position of the log. `last`: by rank; calls before `first` are over for all."""
+
+    last: tuple[Position, ...] = ()
+    visited: tuple[Visited, ...] = ()
+    first: int = 0
+
+
+class Lease(Message, frozen=True):
+    """From a worker to the coordinator: the next split, please; what was leased before is handed out.
+
+    The same call is made by all workers, so `call`, `epochs`, `size`, `shuffle` and `seed` must agree.
+    `pending`: of the samples handed out, how many are not part of a committed step yet, the last ones.
+    """
+
+    number: int
+    call: int
+    epochs: int
+    size: int
+    shuffle: bool
+    seed: int
+    batch: int
+    pending: int
+
+
+class Leased(Message, frozen=True):
+    """A split for one worker alone. `handed` of the `total` samples still to do are leased or done by now."""
+
+    number: int
+    span: Span
+    handed: int
+    total: int
+
+
+class Unleased(Message, frozen=True):
+    """No split: the call is `over`, or another answer will follow, when what `reason` says has changed.
+
+    `failure`: the request was impossible.
+    """
+
+    number: int
+    over: bool
+    reason: str
+    failure: Refused | None = None
+
+
+class Finish(Message, frozen=True):
+    """From a worker to the coordinator: it reads no more of this call.
+
+    The last `left` samples of its split go back; with `stopped` nobody is leased more of the call.
+    """
+
+    call: int
+    left: int
+    stopped: bool
+
+
+class Unvisited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Samples of a call that nobody reads any more: of a rank's part, or (`rank` None) of what all shared."""
+
+    call: int
+    rank: int | None
+    samples: int

@@ -1,0 +1,131 @@
+"""Members and their coordinator: who is one, joining and leaving, where everybody is."""
+
+from __future__ import annotations
+
+import msgspec
+
+from headwater.messages.base import Message, Role, Scalar
+from headwater.messages.reading import Position
+
+
+class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One incarnation of a node. `index` is that of a server or standby, a worker's rank, or -1."""
+
+    id: int
+    role: Role
+    index: int
+    pid: int
+    host: str
+    addresses: tuple[str, ...] = ()
+
+
+class Join(Message, frozen=True):
+    """A node asks the coordinator to become a member; `index` None takes the next free one."""
+
+    role: Role
+    index: int | None
+    pid: int
+    host: str
+    addresses: tuple[str, ...] = ()
+
+
+class Welcome(Message, frozen=True):
+    """The coordinator's answer to Join, once every server knows the new member, and to Rejoin.
+
+    `position`: what the log last recorded of this rank's reading; None where it recorded nothing, and after
+    Rejoin. `key`: what this member must show to Rejoin. `returns`: whether a coordinator that is gone may
+    come back, on its journal.
+    """
+
+    member: Member
+    term: int
+    servers: tuple[Member, ...]
+    workers: int
+    sync: str
+    settings: dict[str, Scalar]
+    patience: float
+    deadline: float
+    heartbeat: float = 5.0
+    generation: int = 0
+    position: Position | None = None
+    key: str = ""
+    returns: bool = False
+
+
+class Rejoin(Message, frozen=True):
+    """A member comes back to a coordinator that was gone, or that it lost the connection to.
+
+    `key` and `generation` as it was welcomed with.
+    """
+
+    member: int
+    key: str
+    generation: int
+
+
+class Roster(Message, frozen=True):
+    """Who is a member in this term; from the coordinator to every server and standby.
+
+    `since`: the term in which the servers became those of now, and their sequencer began. `caught_up`: ids
+    of standbys that have all that their servers have. `generation` counts the times that everything began
+    anew from a checkpoint.
+    """
+
+    term: int
+    workers: int
+    members: tuple[Member, ...]
+    since: int = 0
+    caught_up: tuple[int, ...] = ()
+    generation: int = 0
+
+
+class Heartbeat(Message, frozen=True):
+    """From a member to the coordinator, now and then: it lives."""
+
+
+class Locate(Message, frozen=True):
+    """From a member that lost a connection to the coordinator: where are the servers now?"""
+
+
+class Whereabouts(Message, frozen=True):
+    """The answer to Locate; `servers` by index, fewer than all while one has nobody to take over."""
+
+    term: int
+    servers: tuple[Member, ...]
+
+
+class CaughtUp(Message, frozen=True):
+    """From a server to the coordinator: this standby has all that it has, and will from now on."""
+
+    standby: int
+
+
+class Mislaid(Message, frozen=True):
+    """From a server to the coordinator: it lost the connection to this standby."""
+
+    standby: int
+
+
+class Progress(Message, frozen=True):
+    """A worker's own statistics, to the coordinator. `waiting` and `elapsed` in seconds.
+
+    `planned`: samples that the `batches` begun so far have for this worker, 0 where there were none; an
+    estimate while it reads dynamic splits: its share so far of all that there is.
+    """
+
+    member: int
+    rank: int
+    steps: int
+    version: int
+    samples: int
+    planned: int
+    waiting: float
+    elapsed: float
+    staleness: dict[int, int]
+    metrics: dict[str, float]
+
+
+class Departed(Message, frozen=True):
+    """A member has left the log and will close; its connection's end is not a death."""
+
+    member: int

@@ -1,0 +1,101 @@
+"""What a person sees of a cluster."""
+
+from __future__ import annotations
+
+import msgspec
+
+from headwater.messages.base import Message, Role
+from headwater.messages.reading import Recorded, Unvisited
+from headwater.messages.roster import Progress
+
+
+class Ask(Message, frozen=True):
+    """Ask the coordinator or a server for its statistics."""
+
+
+class ModelStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One model on one server; sizes in bytes."""
+
+    name: str
+    rule: str
+    tensors: int
+    elements: int
+    updates: int
+    resident: int
+
+
+class TableStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One table on one server, since it exists.
+
+    `rows`: that exist now, expired ones that were not swept yet included. `resident`: bytes. `refused`: ids
+    whose gradient admission dropped; `expired`: rows that expiry ended; `pulled`: ids that were pulled,
+    `hits` of them had a row.
+    """
+
+    name: str
+    dim: int
+    rule: str
+    rows: int
+    resident: int
+    updates: int
+    refused: int
+    expired: int
+    pulled: int
+    hits: int
+
+    @property
+    def hit_ratio(self) -> float:
+        """Share of pulled ids that had a row; 1 before the first pull."""
+        return self.hits / self.pulled if self.pulled else 1.0
+
+
+class ServerStatistics(Message, frozen=True):
+    """One server or standby. `waits` maps a member to whom its exchange waits for (server 0 only).
+
+    `recorded`: where every rank is in its data, as of `position`.
+    """
+
+    member: int
+    role: Role
+    index: int
+    version: int
+    position: int
+    term: int
+    exchanges: int
+    models: tuple[ModelStatistics, ...]
+    tables: tuple[TableStatistics, ...]
+    waits: dict[int, str]
+    recorded: Recorded = Recorded()
+
+
+class NodeStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One node in the coordinator's answer; exactly one of `index` and `rank` is set."""
+
+    role: str
+    pid: int
+    address: str
+    term: int
+    version: int
+    waits_for: str | None
+    index: int | msgspec.UnsetType = msgspec.UNSET
+    rank: int | msgspec.UnsetType = msgspec.UNSET
+
+
+class ClusterStatistics(Message, frozen=True):
+    """The coordinator's answer to Ask.
+
+    `tables` in all, over the servers; `unvisited`: samples that a worker left, and nobody took over;
+    `unreplicated`: indices of servers that should have a caught-up standby and have none.
+    """
+
+    term: int
+    generation: int
+    version: int
+    workers: int
+    sync: str
+    nodes: tuple[NodeStatistics, ...]
+    models: tuple[ModelStatistics, ...]
+    tables: tuple[TableStatistics, ...]
+    progress: tuple[Progress, ...]
+    unreplicated: tuple[int, ...] = ()
+    unvisited: tuple[Unvisited, ...] = ()
