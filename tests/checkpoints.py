@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from headwater import checkpoint
 from headwater.layout import Layout
@@ -142,3 +143,17 @@ def python(code, *arguments, **options):
     command = [sys.executable, "-c", code, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, **pipes, **options)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 512 KB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "headwater-test", str(path)]
+    if os.getuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    if subprocess.run(mount, capture_output=True, timeout=20).returncode != 0:
+        pytest.skip("no file system can be mounted here")
+    yield path
+    subprocess.run(["umount", str(path)], check=True, timeout=20)

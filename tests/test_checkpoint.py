@@ -1,7 +1,10 @@
 """Checkpoints: what is written is read back to the bit, by any number of servers, by anybody."""
 
 import json
+import os
 import re
+import tempfile
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -27,7 +30,7 @@ from hypothesis import strategies as st
 import headwater as hw
 from headwater import checkpoint
 from headwater.checkpoint.manifest import decode, parse_name
-from headwater.checkpoint.store import LocalFolder
+from headwater.checkpoint.store import LocalFolder, write_all
 from headwater.checkpoint.tensors import open_tensors
 from headwater.errors import CheckpointError, ConfigurationError
 from headwater.layout import Layout
@@ -109,6 +112,20 @@ def test_a_file_larger_than_one_piece_is_whole(tmp_path):
 
 
 # ── the manifest ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("folder", ["the usual disk", "memory"])
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 4 << 20, (4 << 20) + 1, (9 << 20) + 4099])
+def test_a_file_of_any_size_is_written_as_it_is(size, folder):
+    if folder == "memory" and not os.access("/dev/shm", os.W_OK):
+        pytest.skip("there is no file system in memory")
+    content = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8).tobytes()
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if folder == "memory" else None) as place:
+        with LocalFolder(Path(place)).write("file") as sink:
+            for at in range(0, size, 1_000_003):
+                write_all(sink, memoryview(content)[at : at + 1_000_003])
+        assert os.listdir(place) == ["file"]
+        assert (Path(place) / "file").read_bytes() == content
 
 
 def test_the_manifest_says_what_there_is(tmp_path):

@@ -7,10 +7,12 @@ import socket
 import subprocess
 
 import pytest
-from checkpoints import assert_same, model, python, table, write
+from checkpoints import assert_same, model, python, small_disk, table, write
 
 from headwater import checkpoint
 from headwater.errors import CheckpointError, ConfigurationError
+
+__all__ = ["small_disk"]
 
 KILLED = """
 import os, signal, sys
@@ -103,20 +105,6 @@ def attempt():
     except CheckpointError as error:
         print(error)
 """
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 512 KB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "headwater-test", str(path)]
-    if os.getuid() != 0:
-        pytest.skip("only root can mount a small file system")
-    if subprocess.run(mount, capture_output=True, timeout=20).returncode != 0:
-        pytest.skip("no file system can be mounted here")
-    yield path
-    subprocess.run(["umount", str(path)], check=True, timeout=20)
 
 
 def test_a_full_disk_is_reported_and_costs_nothing_that_was_there(small_disk):

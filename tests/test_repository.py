@@ -79,6 +79,14 @@ def test_nothing_is_unpickled_on_the_way_of_what_comes_from_the_network(folder):
         assert not {"pickle", "cloudpickle", "marshal", "shelve"} & set(_imports(path)), path
 
 
+def test_no_decision_reads_a_clock_that_can_jump():
+    """Dates are written into manifests and certificates; everything that waits counts monotonic seconds."""
+    dates = {"write.py", "certificates.py"}
+    for path in PACKAGE.rglob("*.py"):
+        jumps = re.findall(r"\btime\.(?:time|time_ns|localtime|gmtime)\b|\bdatetime\b", path.read_text())
+        assert not jumps or path.name in dates or path.parent.name == "bench", (path, jumps)
+
+
 def test_importing_headwater_loads_neither_torch_nor_ray_nor_jax_nor_the_compiler():
     code = "import sys, headwater; print([m for m in ('torch', 'ray', 'jax', 'numba') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -1,5 +1,6 @@
 """Whole runs that end and go on: resumed, stopped for too long, with too few workers, with late ones."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -11,12 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import small_disk
 
 import headwater as hw
 from headwater.checkpoint import list_checkpoints
 from headwater.errors import CheckpointError, ConfigurationError, HeadwaterError, RegistrationError
 
 DATA = np.random.default_rng(0).standard_normal((240, 6)).astype(np.float32)
+
+
+__all__ = ["small_disk"]
 
 
 def fit(stop_at, folder, worker):
@@ -91,6 +96,36 @@ def test_damaged_checkpoints_are_named_and_none_is_used(tmp_path):
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")
     with pytest.raises(CheckpointError, match=file.name):
         inline(count, checkpoint=tmp_path, resume=True)
+
+
+def test_training_goes_on_over_a_full_disk_and_checkpoints_are_written_again_once_there_is_room(
+    small_disk, caplog
+):
+    """A file system of 512 KB, a model of 64 KB and a checkpoint at every step."""
+    ballast = small_disk / "ballast"
+
+    def train(worker):
+        model = worker.model("sums", {"a": np.zeros(16_384, np.float32)}, hw.Accumulate())
+
+        def step_until(condition):
+            while not condition():
+                model.push({"a": np.ones(16_384)})
+                worker.step()
+
+        step_until(lambda: list_checkpoints(small_disk))
+        with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(b"x" * 4096):
+                pass
+        step_until(lambda: "No space left on device" in caplog.text)
+        newest = list_checkpoints(small_disk)[-1].version
+        ballast.unlink()
+        step_until(lambda: list_checkpoints(small_disk)[-1].version > newest)
+        return model.pull()["a"][[0, -1]].tolist() == [worker.version] * 2
+
+    result = inline(train, checkpoint=small_disk, every=1, keep=1)
+    assert result.values == [True]
+    assert "no checkpoint of version" in caplog.text
+    assert hw.load_checkpoint(result.checkpoint)["sums"]["a"].tolist() == [result.version] * 16_384
 
 
 def test_another_model_of_the_same_name_cannot_go_on_from_a_checkpoint(tmp_path):
@@ -216,6 +251,63 @@ def test_a_server_that_was_stopped_loses_its_place_and_changes_nothing_when_it_w
         total = parameters["sums"]["a"]
         assert (total == total[0]).all()
         assert version <= total[0] <= 2 * version  # rounds of two, and of one at the end
+
+
+def step_and_compare(folder, worker):
+    """Every element is what all rounds of two workers add up to, after every step."""
+    model = worker.model("sums", {"a": np.zeros(4 << 20, np.float32)}, hw.Accumulate())
+    pushed = np.ones(4 << 20, np.float32)
+    while not worker.sum(told=float((folder / "stop").exists()))["told"]:
+        model.push({"a": pushed})
+        worker.step()
+        values = model.pull()["a"]
+        assert values.min() == values.max() == 2 * worker.version
+
+
+def stop_in_the_middle_of_a_pass(pid):
+    """SIGSTOP at a moment when a thread computes: none of the others is outside of a system call."""
+
+    def computing():
+        calls = (Path(f"/proc/{pid}/task/{thread}/syscall") for thread in os.listdir(f"/proc/{pid}/task"))
+        return any(call.read_text().startswith("-1") for call in calls)
+
+    def caught():
+        os.kill(pid, signal.SIGSTOP)
+        if computing():
+            return True
+        os.kill(pid, signal.SIGCONT)
+        return False
+
+    wait_until(caught)
+
+
+def test_a_server_stopped_in_the_middle_of_a_pass_writes_to_no_window_that_is_used_when_it_wakes_up(tmp_path):
+    if not os.access("/proc/self/syscall", os.R_OK):
+        pytest.skip("this system does not tell what a thread is doing")
+    options = {"engine": "local", "patience": 1.0, "deadline": 60.0, "lease": 3.0}
+    with hw.Cluster(workers=2, servers=1, replicas=1, output=lambda line: None, **options) as cluster:
+        for rank in range(2):
+            cluster.start_worker(rank, functools.partial(step_and_compare, tmp_path))
+
+        def server():
+            return next(n for n in cluster.statistics().nodes if n.role == "server")
+
+        def passes(count):
+            before = cluster.statistics().version
+            wait_until(lambda: cluster.statistics().version > before + count)
+
+        wait_until(lambda: cluster.statistics().version > 10 and not cluster.statistics().unreplicated, 60)
+        stopped = server().pid
+        stop_in_the_middle_of_a_pass(stopped)
+        try:
+            wait_until(lambda: server().pid != stopped)
+            passes(5)
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        passes(20)
+        (tmp_path / "stop").touch()
+        outcomes = [cluster.next_outcome(30) for _ in range(2)]
+        assert [outcome.failure for outcome in outcomes] == [None, None]
 
 
 def test_a_late_update_is_answered_and_applied_nowhere():

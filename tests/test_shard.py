@@ -11,6 +11,7 @@ from headwater.errors import ConfigurationError, ProtocolError, RegistrationErro
 from headwater.layout import PAGE, Layout
 from headwater.rules import SGD, Accumulate, Adam, Assign
 from headwater.shard import Shard, Staging, Vector
+from headwater.shard.copies import Copies
 from headwater.shard.ledger import Ledger
 from headwater.shard.vector import Update
 
@@ -301,3 +302,20 @@ def test_entries_are_processed_in_order_and_once(shard):
     for position in (1, 3):
         with pytest.raises(ProtocolError, match=f"entry {position} after 1"):
             shard.process(m.Activated(position, (1,)))
+
+
+# ── snapshots ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_copies_are_made_in_memory_that_was_given_back_and_in_no_other():
+    copies, arrays = Copies(), [np.arange(5, dtype=np.float32), np.ones(5, np.float32)]
+    assert [copies.copy(array).tolist() for array in arrays] == [[0, 1, 2, 3, 4], [1] * 5]
+    copies.begin(arrays)
+    first = [copies.copy(array) for array in arrays]
+    second = copies.copy(arrays[0])
+    assert not any(np.shares_memory(one, second) for one in (*first, *arrays))
+    copies.take_back(first)
+    again = [copies.copy(array) for array in reversed(arrays)]
+    assert [one.tolist() for one in again] == [[1] * 5, [0, 1, 2, 3, 4]]
+    assert {one.ctypes.data for one in again} == {one.ctypes.data for one in first}
+    assert second.tolist() == [0, 1, 2, 3, 4]

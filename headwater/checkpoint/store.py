@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from headwater.checkpoint.direct import direct
 from headwater.checkpoint.remote import RemoteFolder
 from headwater.errors import CheckpointError, ConfigurationError
 
@@ -151,9 +152,8 @@ class LocalFolder:
         path, draft = self.path / name, self.path / (name + DRAFT)
         with _failures("write", path):
             try:
-                with open(draft, "wb", buffering=0) as file:
-                    yield file
-                    os.fsync(file.fileno())
+                with direct(draft) as sink:
+                    yield sink
                 os.replace(draft, path)
             except BaseException:
                 with suppress(OSError):  # what went wrong first is what matters

@@ -181,8 +181,16 @@ class Shard:
         return self._members.take_copies(member)
 
     def take_snapshot(self, member: int) -> ShardSnapshot | None:
-        """What the member's answered Checkpoint asked for, once; the caller's then."""
+        """What the member's answered Checkpoint asked for, once; the caller's until it is given back."""
         return self._members.take_snapshot(member)
+
+    def give_back(self, snapshot: ShardSnapshot) -> None:
+        """Use the memory of a snapshot that was taken, and that nobody reads any more, for the next one."""
+        self._state.copies.take_back(array for model in snapshot.models for array in model.arrays())
+
+    def expect_snapshots(self) -> None:
+        """A member will ask for snapshots; blocks while the system finds memory for the first."""
+        self._state.copies.begin(array for vector in self.vectors.values() for array in vector.arrays())
 
     def describe(self, number: int) -> m.Description:
         """Which models and tables there are, outside the log."""

@@ -39,6 +39,10 @@ class ModelSnapshot:
     counts: NDArray[np.int64]
     updates: int
 
+    def arrays(self) -> list[Array]:
+        """All that are as long as the range."""
+        return [self.values, *self.states.values()]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TableSnapshot:

@@ -22,6 +22,7 @@ from headwater.layout import Layout
 from headwater.log.standings import Standings
 from headwater.positions import Positions
 from headwater.shard.checks import difference
+from headwater.shard.copies import Copies
 from headwater.shard.ledger import Ledger
 from headwater.shard.outstanding import Members, Outstanding
 from headwater.shard.replica import Inputs
@@ -41,6 +42,7 @@ class State:
         version: of the last entry that changed values.
         position: of the last entry processed.
         standings: as of `position`; positions: where the workers are in their data.
+        copies: memory for what members ask snapshots for.
     """
 
     def __init__(self, index: int, servers: int, reduce: Reduce, members: Members) -> None:
@@ -53,6 +55,7 @@ class State:
         self.standings = Standings()
         self.ledger = Ledger()
         self.positions = Positions()
+        self.copies = Copies()
         self._reduce = reduce
         self._members = members
         self._ids: dict[str, int] = {}
@@ -88,7 +91,7 @@ class State:
 
     def _keep_snapshot(self, answers: Answers) -> None:
         for member, _ in answers:
-            self._members.keep_snapshot(member, self.snapshot())
+            self._members.keep_snapshot(member, self.snapshot(self.copies.copy))
 
     # ── entries ─────────────────────────────────────────────────────────────────────────────────
 
@@ -276,14 +279,14 @@ class State:
 
     # ── as plain arrays ─────────────────────────────────────────────────────────────────────────
 
-    def snapshot(self) -> ShardSnapshot:
-        """A copy of all of it; blocks for one pass over memory."""
+    def snapshot(self, copy: Callable[[NDArray[np.float32]], NDArray[np.float32]] = np.copy) -> ShardSnapshot:
+        """A copy of all of it; blocks for one pass over memory. `copy` makes those of models' arrays."""
         return ShardSnapshot(
             index=self.index,
             servers=self.servers,
             position=self.position,
             version=self.version,
-            models=tuple(vector.snapshot() for vector in self.vectors.values()),
+            models=tuple(vector.snapshot(copy) for vector in self.vectors.values()),
             changed=tuple(vector.changed for vector in self.vectors.values()),
             tables=self.tables.snapshot(),
             ledger=self.ledger.records(),
@@ -304,6 +307,7 @@ class State:
     def _add(self, vector: Vector) -> None:
         self._ids[vector.spec.name] = len(self.vectors)
         self.vectors[len(self.vectors)] = vector
+        self.copies.expect(vector.arrays())
 
     # ── answers ─────────────────────────────────────────────────────────────────────────────────
 

@@ -8,7 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -160,15 +160,19 @@ class Vector:
             self.values[here] = source.parameters[here]
         self.changed = version
 
-    def snapshot(self) -> ModelSnapshot:
-        """A copy of all of it but `changed`; `restore` is the inverse."""
+    def arrays(self) -> list[Array]:
+        """All that are as long as the range."""
+        return [self.values, *self.states.values()]
+
+    def snapshot(self, copy: Callable[[Array], Array] = np.copy) -> ModelSnapshot:
+        """A copy of all of it but `changed`; `restore` is the inverse. `copy` makes those of large arrays."""
         return ModelSnapshot(
             spec=self.spec,
             rules=tuple(rule.to_spec() for rule in self.rules),
             start=self.start,
             stop=self.stop,
-            values=self.values.copy(),
-            states={name: state.copy() for name, state in self.states.items()},
+            values=copy(self.values),
+            states={name: copy(state) for name, state in self.states.items()},
             counts=self.counts.copy(),
             updates=self.updates,
         )

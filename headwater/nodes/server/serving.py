@@ -115,6 +115,9 @@ class MemberConnection:
             part = write_part(*place, snapshot.models, snapshot.tables)
         except HeadwaterError as error:
             return m.Stored(request.number, None, failure=m.Refused(type(error).__name__, str(error)))
+        finally:
+            with self._course.lock:
+                self._course.shard.give_back(snapshot)
         return m.Stored(request.number, part, snapshot.standings, snapshot.recorded)
 
     def _exchange(self, received: Received) -> m.Answer | m.Description | None:
@@ -127,6 +130,9 @@ class MemberConnection:
             raise ProtocolError(f"a member sent {type(message).__name__}")
         if member.role == "observer" and not isinstance(message, _READING):
             raise ProtocolError(f"an observer sent {type(message).__name__}, which only workers may")
+        if isinstance(message, m.Checkpoint):
+            with self._course.lock:
+                self._course.shard.expect_snapshots()
         try:
             staging, rows = self._intake.staging(message, received.descriptors), self._intake.rows(message)
             with self._course.lock:
