@@ -32,12 +32,16 @@ _SERVERS = 2
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What both workers are told. `peers`: for a plain socket copy, without them memory is the limit."""
+    """What both workers are told. `peers`: for a plain socket copy, without them memory is the limit.
+
+    `alone`: no limit is measured.
+    """
 
     effort: Effort
     elements: int
     meeting: str
     peers: tuple[str, ...] = ()
+    alone: bool = False
 
 
 def measure_dense(effort: Effort) -> list[Figure]:
@@ -46,7 +50,7 @@ def measure_dense(effort: Effort) -> list[Figure]:
 
 
 def _windows(sync: str, effort: Effort) -> list[Figure]:
-    plan = _Plan(effort, _elements(effort), new_meeting_name())
+    plan = _Plan(effort, elements_of(effort), new_meeting_name())
     times = _run(sync, "unix", plan)
     target = 1.15 if sync == "sync" else 1.2
     placed, pushed = f"dense, {sync}, windows, gradients in place", f"dense, {sync}, windows, arrays pushed"
@@ -59,7 +63,7 @@ def _windows(sync: str, effort: Effort) -> list[Figure]:
 
 
 def _sockets(effort: Effort) -> list[Figure]:
-    elements = _elements(effort)
+    elements = elements_of(effort)
     with peers("tcp", _SERVERS, 4 * elements // _SERVERS) as addresses:
         places = tuple(address for address, _ in addresses)
         times = _run("sync", "tcp", _Plan(effort, elements, new_meeting_name(), places))
@@ -78,7 +82,15 @@ def _sockets(effort: Effort) -> list[Figure]:
     ]
 
 
-def _elements(effort: Effort) -> int:
+def pushed_rounds(effort: Effort) -> list[float]:
+    """Seconds of synchronous rounds over windows, gradients pushed as arrays; nothing else is measured."""
+    return list(
+        _run("sync", "unix", _Plan(effort, elements_of(effort), new_meeting_name(), alone=True))["pushed"]
+    )
+
+
+def elements_of(effort: Effort) -> int:
+    """Of the vector that the model is."""
     specs = [TensorSpec(name, shape, "float32") for name, shape in effort.shapes.items()]
     return Layout(specs).elements
 
@@ -110,7 +122,9 @@ def _train(plan: _Plan, worker: Worker) -> Times:
         worker.step()
 
     cases: dict[str, Callable[[], object]] = {"placed": placed}
-    if not plan.peers:
+    if plan.alone:
+        cases = {"pushed": pushed}
+    elif not plan.peers:
         cases |= {"pushed": pushed, **_bare(plan, worker, meet)}
     else:
         cases["socket"] = make_socket_copy(list(plan.peers), 4 * plan.elements // _SERVERS)

@@ -9,6 +9,7 @@ from headwater.bench.figures import Effort, Figure
 from headwater.bench.kernels import measure_kernels
 from headwater.bench.latency import measure_latency
 from headwater.bench.memory import measure_memory
+from headwater.bench.peers import measure_peers
 from headwater.bench.safety import measure_safety
 from headwater.bench.splits import measure_splits
 from headwater.bench.table import measure_lookup, measure_table
@@ -18,6 +19,7 @@ from headwater.bench.wire import measure_tcp, measure_tls
 SUITES: dict[str, Callable[[Effort], list[Figure]]] = {
     "dense": measure_dense,
     "latency": measure_latency,
+    "peers": measure_peers,
     "tcp": measure_tcp,
     "tls": measure_tls,
     "kernels": measure_kernels,

@@ -176,10 +176,10 @@ def bench(
 ) -> None:
     """Measure this machine: each figure beside the limit it is held against, taken in the same run.
 
-    dense: rounds of a model of ResNet-50's size. latency: pulls of 1 KB. kernels: update loops.
-    tcp, tls: the wire alone, against plain sockets. memory: what nodes keep resident. splits: who gets which
-    data. safety: replicas, failover, checkpoints. lookup, table: the loops of embedding tables. rows: tables
-    in a cluster.
+    dense: rounds of a model of ResNet-50's size. peers: the same beside gloo, torch RPC and Ray.
+    latency: pulls of 1 KB. kernels: update loops. tcp, tls: the wire alone, against plain sockets.
+    memory: what nodes keep resident. splits: who gets which data. safety: replicas, failover,
+    checkpoints. lookup, table: the loops of embedding tables. rows: tables in a cluster.
 
     [bold]Examples[/bold]
 
