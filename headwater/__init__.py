@@ -14,7 +14,8 @@ from headwater.initializers import Normal, TruncatedNormal, Uniform, Zeros
 from headwater.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
 from headwater.messages import ClusterStatistics, StepResult
 from headwater.nodes.worker import Worker, WorkerStatistics
-from headwater.nodes.worker.model import Group, Model
+from headwater.nodes.worker.declaring import Group
+from headwater.nodes.worker.model import Model
 from headwater.nodes.worker.table import Table
 from headwater.rules import (
     SGD,

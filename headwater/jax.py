@@ -22,7 +22,8 @@ from headwater.errors import GradientError, RegistrationError, UsageError
 from headwater.layout import DTYPES
 from headwater.messages import StepResult
 from headwater.nodes.worker import Worker
-from headwater.nodes.worker.model import Group, Model, NonFinite
+from headwater.nodes.worker.declaring import Group, NonFinite
+from headwater.nodes.worker.model import Model
 from headwater.rules import Rule
 
 __all__ = ["DistributedOptimizer"]
@@ -47,6 +48,8 @@ class DistributedOptimizer(Generic[Tree]):
         rule: what the servers do with a gradient.
         name: of the model.
         groups: tensors, by name, whose rule has other settings.
+        clip_norm: largest norm of the gradient of all leaves together, as the servers combined it from all
+            workers; a larger one is scaled down before the rule gets it. As in `Worker.model`.
         nonfinite: what a NaN or infinite gradient does: "raise", "skip" (an empty turn) or "off".
 
     Attributes:
@@ -69,6 +72,7 @@ class DistributedOptimizer(Generic[Tree]):
         *,
         name: str = "model",
         groups: Sequence[Group] = (),
+        clip_norm: float | None = None,
         nonfinite: NonFinite = "raise",
     ) -> None:
         leaves, self._structure = _flatten(params, RegistrationError)
@@ -83,7 +87,9 @@ class DistributedOptimizer(Generic[Tree]):
         self._on_host = jax.default_backend() == "cpu" and not any(self._places)
         self._worker = worker
         self.result: StepResult | None = None
-        self.model: Model = worker.model(name, values, rule, groups=groups, nonfinite=nonfinite)
+        self.model: Model = worker.model(
+            name, values, rule, groups=groups, clip_norm=clip_norm, nonfinite=nonfinite
+        )
         self.params: Tree = self._read()
 
     def step(self, grads: Any) -> Tree:

@@ -25,13 +25,15 @@ SHAPES = {"a": (3,), "b": (20, 75), "c": (4000,), "empty": (0, 4), "scalar": ()}
 """Six pages: five servers have some each, and no tensor but `a` starts where a range does."""
 
 
-def model_spec(name="model", shapes=None, rule: Rule | None = None, rules=(), groups=None) -> m.ModelSpec:
+def model_spec(
+    name="model", shapes=None, rule: Rule | None = None, rules=(), groups=None, clip_norm=None
+) -> m.ModelSpec:
     rules = rules or (rule or Accumulate(),)
     tensors = [
         m.TensorSpec(tensor, tuple(shape), "float32", (groups or {}).get(tensor, 0))
         for tensor, shape in (shapes or SHAPES).items()
     ]
-    return m.ModelSpec(name, tuple(tensors), tuple(rule.to_spec() for rule in rules))
+    return m.ModelSpec(name, tuple(tensors), tuple(rule.to_spec() for rule in rules), clip_norm)
 
 
 @dataclass

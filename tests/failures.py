@@ -158,15 +158,15 @@ class ReplicatedCluster(FlakyCluster):
 
     def _report(self, link: deque[Any], server: int, term: int) -> None:
         if term in self._zombies:
-            held, prepared = link.popleft()
+            held, prepared, sums = link.popleft()
             zombie, _ = self._zombies[term]
             index = self.all[server].shard.index
-            entries = zombie.report(index, held, self.now, term=term, prepared=prepared)
+            entries = zombie.report(index, held, self.now, term=term, prepared=prepared, sums=sums)
             if self.sequencer is None and term == self.term:  # nobody has asked yet what there is
                 self.log += entries
             self.spread(zombie, entries)
         elif term < self.sequencer.term:
-            held, prepared = link.popleft()
+            held, *_ = link.popleft()
             assert refused(lambda: self.sequencer.report(0, held, term=term))
         else:
             super()._report(link, server, term)

@@ -287,16 +287,19 @@ class Cluster:
 
     def report(self, server: Server, held: tuple[m.Held, ...], prepared: int = 0) -> None:
         server.reported = max(server.reported, prepared)
-        self.links["report", server.id, server.shard.term].append((held, prepared))
+        sums = tuple(server.shard.take_measured())
+        self.links["report", server.id, server.shard.term].append((held, prepared, sums))
 
     def _report(self, link: deque[Any], server: int, term: int) -> None:
         batch = [link.popleft() for _ in range(self.random.randint(1, len(link)))]
-        held = [one for held, _ in batch for one in held]
+        held = [one for held, _, _ in batch for one in held]
+        sums = [one for _, _, sums in batch for one in sums]
         if held and self.random.random() < 0.1:
-            link.append((tuple(self.random.sample(held, self.random.randint(1, len(held)))), 0))
-        prepared = max(prepared for _, prepared in batch)
+            again = tuple(self.random.sample(held, self.random.randint(1, len(held))))
+            link.append((again, 0, tuple(self.random.sample(sums, self.random.randint(0, len(sums))))))
+        prepared = max(prepared for _, prepared, _ in batch)
         index = self.all[server].shard.index
-        self._extend(self.sequencer.report(index, held, self.now, term=term, prepared=prepared))
+        self._extend(self.sequencer.report(index, held, self.now, term=term, prepared=prepared, sums=sums))
 
     def _extend(self, entries: list[m.AnyEntry]) -> None:
         for entry in entries:
@@ -308,6 +311,8 @@ class Cluster:
     def _entry(self, link: deque[Any], server: int) -> None:
         entry = link.popleft()
         self.answer(self.all[server], entry, self.all[server].shard.process(entry))
+        if isinstance(entry, m.Measured):
+            self.report(self.all[server], ())
 
     def answer(self, server: Server, entry: m.AnyEntry, answers: list[tuple[int, m.Answer]]) -> None:
         """Note that a server has processed one more entry, and send its answers."""

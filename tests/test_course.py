@@ -3,7 +3,7 @@
 import threading
 
 from headwater import messages as m
-from headwater.nodes.server.course import Course
+from headwater.nodes.server.course import Course, Progress
 from headwater.shard import Shard
 
 
@@ -35,4 +35,4 @@ def test_what_is_prepared_is_reported_however_a_new_sequencers_word_meets_the_lo
     reported = course.process()
     course.interrupting.join(10)
     assert reported or course.process()
-    assert course.prepared() == (3, 0)
+    assert course.progress() == Progress(3, 0)

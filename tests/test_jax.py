@@ -47,6 +47,17 @@ def network(seed=0):
     }
 
 
+def test_the_gradient_of_all_leaves_together_is_clipped():
+    def work(worker):
+        params = {"a": jnp.zeros(3), "b": [jnp.zeros((2, 2))]}
+        opt = optimizer(worker, params, clip_norm=0.5 * (5 + 1e-6))
+        opt.step({"a": jnp.array([3.0, 0, 0]), "b": [jnp.array([[0, 0], [0, 4.0]])]})
+        assert opt.result.norms == {"model": 5.0}
+        return opt.params["a"].tolist(), opt.params["b"][0].tolist()
+
+    assert train(work).values == [([-1.5, 0, 0], [[0, 0], [0, -2.0]])]
+
+
 def loss_of(params, x, y):
     hidden = jnp.tanh(x @ params["layers"][0]["w"] + params["layers"][0]["b"])
     logits = hidden @ params["layers"][1]["w"] + params["layers"][1]["b"]

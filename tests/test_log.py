@@ -177,9 +177,10 @@ def gradient(rank, step, name):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def training(carried, steps=5):
+def training(carried, steps=5, clip_norm=None):
     """A program of a worker that in each step carries `carried(rank, step)`."""
-    spec = model_spec(rules=(Adam(lr=0.1), Adam(lr=0.01, weight_decay=0.1)), groups={"c": 1, "scalar": 1})
+    rules = (Adam(lr=0.1), Adam(lr=0.01, weight_decay=0.1))
+    spec = model_spec(rules=rules, groups={"c": 1, "scalar": 1}, clip_norm=clip_norm)
 
     def program(me):
         yield me.register(spec, value=me.rank + 1)
@@ -200,9 +201,9 @@ def mixed(rank, step):
     return sorted(names - ({"scalar"} if step == 3 else set()))
 
 
-def trained(count, workers, seed, private, carried=mixed, mode="sync"):
+def trained(count, workers, seed, private, carried=mixed, mode="sync", clip_norm=None):
     cluster = Cluster(mode, workers=workers, servers=count, seed=seed, private=private)
-    cluster.run(*[training(carried)] * workers)
+    cluster.run(*[training(carried, clip_norm=clip_norm)] * workers)
     return final(cluster)
 
 

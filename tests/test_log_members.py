@@ -294,13 +294,13 @@ def test_a_joiner_takes_the_rank_of_a_dead_worker_and_starts_from_current_values
     assert digits(final_count(cluster), 2)[1] == digits(seen[0], 2)[1] + 2
 
 
-def chaos(seed):
+def chaos(seed, clip_norm=None):
     """A program that does anything in any order; a wait that can never end is its end."""
     actions = ["step"] * 6 + ["turn", "end", "barrier", "sum", "pull", "assign", "stop", "register", "repeat"]
 
     def program(me):
         random = np.random.default_rng([seed, me.id])
-        yield me.register()
+        yield me.register(model_spec(clip_norm=clip_norm))
         try:
             for action in random.choice(actions, size=12):
                 if action == "step":

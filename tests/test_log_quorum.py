@@ -17,12 +17,12 @@ modes = st.builds(
 )
 
 
-def counter(steps):
+def counter(steps, clip_norm=None):
     """Take steps that count; return what became of each."""
 
     def program(me):
         results = []
-        yield me.register()
+        yield me.register(model_spec(clip_norm=clip_norm))
         for _ in range(steps):
             me.push(BASE**me.rank)
             answer = yield me.step()
@@ -129,7 +129,7 @@ def test_the_settings_of_a_late_step_take_effect():
         return me.read()
 
     spec = model_spec(rule=SGD(lr=1.0))
-    cluster = Cluster("sync:quorum=1", workers=2, servers=2)
+    cluster = Cluster("sync:quorum=1", workers=2, servers=2, seed=1)
     first, second = cluster.join(quick), cluster.join(slow)
     cluster.is_open = lambda kind, *where: (
         kind != "report" or where[0] == 0 or second.steps == 0 or cluster.sequencer.version > 0

@@ -7,5 +7,6 @@ from __future__ import annotations
 
 from headwater.kernels.fused import Update, dense
 from headwater.kernels.moves import add_up, copy_out, finite, stage
+from headwater.kernels.squares import square_up
 
-__all__ = ["Update", "add_up", "copy_out", "dense", "finite", "stage"]
+__all__ = ["Update", "add_up", "copy_out", "dense", "finite", "square_up", "stage"]

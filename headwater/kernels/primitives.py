@@ -119,6 +119,26 @@ stream_line = _line_operation(_stream)
 
 
 @intrinsic
+def square_line(typing_context: Any, sums: Any, source: Any, index: Any, divisor: Any) -> Any:
+    """sums += (source / divisor)², for `LINE` elements from number `index` on: the quotient is float32, its
+    square and the sums, one each at the address `sums`, are float64."""
+    doubles = ir.VectorType(ir.DoubleType(), LINE)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sums, source, index, divisor = arguments
+        place = builder.inttoptr(sums, doubles.as_pointer())
+        every = builder.insert_element(_FLOATS(ir.Undefined), divisor, _INT32(0))
+        every = builder.shuffle_vector(every, _FLOATS(ir.Undefined), ir.VectorType(_INT32, LINE)([0] * LINE))
+        line = builder.fdiv(builder.load(_at(builder, source, index, _FLOATS), align=4), every)
+        wide = builder.fpext(line, doubles)
+        total = builder.fadd(builder.load(place, align=8), builder.fmul(wide, wide))
+        builder.store(total, place, align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
 def fence(typing_context: Any) -> Any:
     """Make streamed lines visible to other processes before anything that follows."""
 

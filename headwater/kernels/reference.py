@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headwater.layout import LINE, PAGE
 from headwater.rules import Rule
 
 Array = NDArray[np.float32]
@@ -52,6 +53,18 @@ def add_up(gradients: Sequence[Array], total: Array) -> None:
         total[:] = gradients[0]
         for gradient in gradients[1:]:
             total += gradient
+
+
+def square_up(
+    gradients: Sequence[Array], divisor: float, first: int, n: int, lanes: NDArray[np.float64]
+) -> None:
+    """What `kernels.square_up` does, with arrays for addresses."""
+    total = np.empty(n, np.float32)
+    add_up(gradients, total)
+    with np.errstate(all="ignore"):
+        total /= np.float32(divisor)
+        for start in range(0, n, LINE):
+            lanes[(first + start) // PAGE] += total[start : start + LINE].astype(np.float64) ** 2
 
 
 def stage(source: Array, destination: Array, add: bool) -> bool:

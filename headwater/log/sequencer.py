@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from headwater import messages as m
 from headwater.errors import RefusedError
+from headwater.log.measures import Measures
 from headwater.log.recovery import find
 from headwater.log.seats import Seat, Seats, by_rank, tickets
 from headwater.log.standings import Standings
@@ -66,6 +67,7 @@ class Sequencer:
         self._ready: dict[int, Seat] = {}
         self._blocked: dict[int, Seat] = {}
         self._registering: dict[int, Seat] = {}
+        self._measures = Measures(servers)
         self._snapshots: dict[int, Seat] = {}
         self._entries: list[m.AnyEntry] = []
         self._on_held: dict[str, Callable[[Seat], None]] = {
@@ -81,7 +83,7 @@ class Sequencer:
             "sum": self._meet,
             "end": self._end,
             "stop": self._stop,
-            "leave": self._leave,
+            "leave": lambda seat: self._remove(seat, "it left", seat.ticket),
             "checkpoint": self._checkpoint,
         }
 
@@ -154,12 +156,7 @@ class Sequencer:
         members = {member.id: member for member in roster.members if member.role in ("worker", "observer")}
         for gone in [seat for id, seat in self._seats.of.items() if id not in members]:
             self._remove(gone, reason="its process ended or its connection was lost")
-        newcomers = [
-            m.Newcomer(id, member.index if member.role == "worker" else -1)
-            for id, member in sorted(members.items())
-            if id > self.standings.newest
-        ]
-        if newcomers:
+        if newcomers := self.standings.newcomers(members.values()):
             self._enrol(roster.workers, newcomers)
         return self._settle()
 
@@ -171,8 +168,9 @@ class Sequencer:
         *,
         term: int | None = None,
         prepared: int = 0,
+        sums: Iterable[m.Sums] = (),
     ) -> list[m.AnyEntry]:
-        """Note what `server` holds and up to which position it is prepared; `now` in seconds.
+        """Note what `server` holds, has prepared and has measured; `now` in seconds.
 
         A report of an unknown member is of one that is already gone. Reports may come twice or late.
 
@@ -186,6 +184,7 @@ class Sequencer:
             seat = self._seats.of.get(one.member)
             if seat is not None and self._seats.hold(seat, server, one):
                 self._decide(seat)
+        self._measures.add(server, sums)
         if prepared > self._prepared[server]:
             self._prepared[server] = prepared
             self._committed = max(self._committed, min(self._prepared))
@@ -216,7 +215,7 @@ class Sequencer:
         name = seat.held.name
         if ("register", name) in self.standings.names:
             self._serve(seat)
-        elif self._may_supply(seat):
+        elif self.standings.may_supply(seat.standing):
             self._write(m.Registered(self._next(), seat.ticket, name))
             self._done(seat)
             for other in self._seats.workers():
@@ -240,13 +239,6 @@ class Sequencer:
             self._write(m.Registered(self._next(), seat.ticket, seat.held.name, "table"))
             self._done(seat)
 
-    def _may_supply(self, seat: Seat) -> bool:
-        """The lowest active rank supplies initial values; before all have joined that is rank 0."""
-        if not self.standings.started:
-            return seat.standing.rank == 0
-        active = [other.standing.rank for other in self._seats.workers() if other.standing.phase == "active"]
-        return seat.standing.rank <= min(active, default=seat.standing.rank)
-
     def _step(self, seat: Seat) -> None:
         assert seat.held is not None
         if seat.held.number == seat.standing.committed:
@@ -257,8 +249,6 @@ class Sequencer:
         elif self._sync.quorum is not None and seat.standing.round < self.standings.rounds:
             self._write(m.Late(self._next(), seat.ticket))
             self._done(seat)
-        elif not self._sync.rounds and self._enough():
-            self._commit([seat])
         else:
             self._ready[seat.member] = seat
             self._commit_ready()
@@ -278,7 +268,7 @@ class Sequencer:
             self._close_round(len(self._ready), len(self.standings.clocks))
         else:
             for seat in by_rank(self._ready.values()):
-                self._commit([seat])
+                self._close([seat])
 
     def _close_round(self, held: int, active: int) -> None:
         if held < self._sync.needed(active):
@@ -287,25 +277,36 @@ class Sequencer:
         if self.due is None:
             self.due = self._now + self._sync.grace_s
         if self._sync.may_commit(held, active, self._now >= self.due):
-            self.due = None
-            self._commit(by_rank(self._ready.values()))
+            self._close(by_rank(self._ready.values()))
+
+    def _close(self, seats: list[Seat]) -> None:
+        """Commit these steps; where gradients are clipped, once it is known how large they are."""
+        if not any(seat.held is not None and seat.held.clipped for seat in seats):
+            self._commit(seats)
+        elif not self._measures.under_way(seats):
+            self._write(m.Measured(self._next(), tickets(seats)))
+            self._measures.begin(seats, self.position)
+        elif (norms := self._measures.norms(seats)) is not None:
+            self._commit(seats, norms)
 
     def _enough(self) -> bool:
         """Whether enough workers are present to train."""
         return self._seats.present + len(self.standings.finished) >= self._min_workers
 
-    def _commit(self, seats: list[Seat]) -> None:
+    def _commit(self, seats: list[Seat], norms: tuple[tuple[int, float], ...] = ()) -> None:
         """Commit the steps of these seats, one alone where there are no rounds."""
+        self.due = None
         clocks, updates = self.standings.clocks, tickets(seats)
         clock = seats[0].standing.clock
         may_read = self._sync.rounds or self._sync.may_read(clock + 1, clocks.slowest_after(clock))
         answered = updates if may_read else ()
-        self._write(m.Committed(self._next(), self.version + 1, updates, answered))
+        self._write(m.Committed(self._next(), self.version + 1, updates, answered, norms))
         for seat in seats:
             if answered:
                 self._done(seat)
             else:
                 self._ready.pop(seat.member, None)
+                self._measures.forget(seat)
                 self._blocked[seat.member] = seat
         self._take_snapshots()
 
@@ -351,9 +352,6 @@ class Sequencer:
                 self._write(m.Checkpointed(self._next(), seat.ticket))
                 self._done(seat)
 
-    def _leave(self, seat: Seat) -> None:
-        self._remove(seat, "it left", seat.ticket)
-
     # ── membership ──────────────────────────────────────────────────────────────────────────────
 
     def _enrol(self, workers: int, newcomers: list[m.Newcomer]) -> None:
@@ -394,7 +392,7 @@ class Sequencer:
                 self._supply()
             if self._seats.all_wait() and not self.standings.clocks:
                 self._release_meeting()
-            if self._seats.all_wait() and self.due is None and self._enough():
+            if self._seats.all_wait() and self.due is None and not self._measures and self._enough():
                 self._fail_stalled()
         entries, self._entries = self._entries, []
         return entries
@@ -429,8 +427,9 @@ class Sequencer:
 
     def waits(self) -> dict[int, str]:
         """For each member that waits, by id: for what and for whom."""
+        ready, blocked, measures = self._ready, self._blocked, self._measures
         return Waits(
-            self._seats, self.standings, self._sync, self._min_workers, self._ready, self._blocked
+            self._seats, self.standings, self._sync, self._min_workers, ready, blocked, measures
         ).all()
 
     # ── small things ────────────────────────────────────────────────────────────────────────────
@@ -439,6 +438,7 @@ class Sequencer:
         """Its exchange is over."""
         for waiting in (self._ready, self._blocked, self._registering, self._snapshots):
             waiting.pop(seat.member, None)
+        self._measures.forget(seat)
         self._seats.release(seat)
 
     def _next(self) -> int:

@@ -10,7 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -61,6 +61,7 @@ class Standings:
         self._on_entry: dict[type, Callable[[Any], None]] = {
             m.Enrolled: self._enrolled,
             m.Registered: self._registered,
+            m.Measured: lambda entry: None,
             m.Committed: self._committed,
             m.Served: self._served,
             m.Late: self._late,
@@ -76,6 +77,21 @@ class Standings:
     def missing_ranks(self) -> list[int]:
         """Declared ranks that nobody has taken yet."""
         return [rank for rank in range(self.workers) if rank not in self.ranks]
+
+    def newcomers(self, members: Iterable[m.Member]) -> list[m.Newcomer]:
+        """Those of a roster's workers and observers who were not enrolled yet, by id."""
+        return [
+            m.Newcomer(member.id, member.index if member.role == "worker" else -1)
+            for member in sorted(members, key=lambda member: member.id)
+            if member.id > self.newest
+        ]
+
+    def may_supply(self, standing: Standing) -> bool:
+        """The lowest active rank supplies initial values; before all have joined that is rank 0."""
+        if not self.started:
+            return standing.rank == 0
+        active = [one.rank for one in self.members.values() if one.phase == "active"]
+        return standing.rank <= min(active, default=standing.rank)
 
     def is_gone(self, member: int) -> bool:
         """Whether the member was enrolled and is no longer there."""

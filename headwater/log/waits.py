@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from headwater.log.measures import Measures
 from headwater.log.seats import Seat, Seats
 from headwater.log.standings import Standings
 from headwater.sync import Sync
@@ -20,6 +21,7 @@ class Waits:
     min_workers: int
     ready: Mapping[int, Seat]
     blocked: Mapping[int, Seat]
+    measures: Measures
 
     def all(self) -> dict[int, str]:
         """For each member that waits, by id: for what and for whom."""
@@ -47,6 +49,8 @@ class Waits:
             slowest = self.standings.clocks.slowest
             reason = self.sync.may_read(seat.standing.clock, slowest).reason
             return f"{_named([other for other in active if other.standing.clock == slowest])}: {reason}"
+        if missing := self.measures.missing(seat):
+            return f"{_list('server', missing)} to say how large the gradients are"
         if seat.member in self.ready:
             return self._round(active)
         return _named([other for other in others if not other.waiting])

@@ -61,6 +61,7 @@ from headwater.messages.log import (
     Held,
     Kind,
     Late,
+    Measured,
     MemberRecord,
     Met,
     Newcomer,
@@ -72,6 +73,8 @@ from headwater.messages.log import (
     Stalled,
     StandingsRecord,
     Stopped,
+    Sum,
+    Sums,
     Ticket,
 )
 from headwater.messages.models import ModelSpec, Rows, RuleSpec, Run, TableSpec, TensorSpec, WindowSpec
@@ -213,6 +216,7 @@ __all__ = [
     "Leased",
     "Leave",
     "Locate",
+    "Measured",
     "Meet",
     "Member",
     "MemberRecord",
@@ -266,6 +270,8 @@ __all__ = [
     "Stopped",
     "Store",
     "Stored",
+    "Sum",
+    "Sums",
     "TablePart",
     "TableRecord",
     "TableSetting",

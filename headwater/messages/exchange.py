@@ -220,13 +220,15 @@ Request: TypeAlias = (
 class StepResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What became of a step: applied as part of `version`, or too late for it and dropped.
 
-    `staleness`: commits between the version its gradients were computed on and this one.
+    `staleness`: commits between the version its gradients were computed on and this one. `norms`: by name of
+    each model with `clip_norm`, the norm that the commit's gradient had before it was clipped.
     """
 
     version: int
     applied: bool
     contributors: int
     staleness: int
+    norms: dict[str, float] = {}
 
 
 class Answer(Message, frozen=True):
@@ -235,6 +237,7 @@ class Answer(Message, frozen=True):
     `values`: the models whose values were written (or follow, in this order, each this server's
     whole range); `result`: of a step; `model`, `table`: the id given to what was registered. `states`: names
     of the rule's state vectors whose range follows, in this order; `counts`: updates of each tensor.
+    `notice`: what a person should know of it.
     """
 
     number: int
@@ -248,6 +251,7 @@ class Answer(Message, frozen=True):
     counts: tuple[int, ...] = ()
     stopped: bool = False
     failure: Refused | None = None
+    notice: str = ""
 
 
 class Stored(Message, frozen=True):

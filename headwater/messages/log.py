@@ -30,13 +30,33 @@ Phase: TypeAlias = Literal["new", "active", "ended", "meeting", "observer"]
 
 
 class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A server holds exchange `number` of `member` completely, as it came with `attempt`."""
+    """A server holds exchange `number` of `member` completely, as it came with `attempt`.
+
+    `clipped`: it is a step whose gradients cannot be applied before their norm is known.
+    """
 
     member: int
     number: int
     kind: Kind
     name: str = ""
     attempt: int = 0
+    clipped: bool = False
+
+
+class Sum(msgspec.Struct, frozen=True, array_like=True):
+    """Of squares: `value` is that of the blocks [index · 2**level, (index + 1) · 2**level) of a model."""
+
+    model: int
+    level: int
+    index: int
+    value: float
+
+
+class Sums(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A server's part of what the Measured entry at `position` asks for; the ranges of all give the whole."""
+
+    position: int
+    parts: tuple[Sum, ...]
 
 
 class Reports(Message, frozen=True):
@@ -49,6 +69,7 @@ class Reports(Message, frozen=True):
     held: tuple[Held, ...]
     term: int = 0
     prepared: int = 0
+    sums: tuple[Sums, ...] = ()
 
 
 class Entry(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -87,12 +108,22 @@ class Registered(Entry, frozen=True):
     kind: Kind = "register"
 
 
+class Measured(Entry, frozen=True):
+    """Every server reports squares of what these updates, in rank order, come to; nothing is applied."""
+
+    updates: tuple[Ticket, ...]
+
+
 class Committed(Entry, frozen=True):
-    """Updates, in rank order, applied as one; those in `answered` get their answer here."""
+    """Updates, in rank order, applied as one; those in `answered` get their answer here.
+
+    `norms`: (model, norm of the gradient) for each model that is clipped and that they carry.
+    """
 
     version: int
     updates: tuple[Ticket, ...]
     answered: tuple[Ticket, ...]
+    norms: tuple[tuple[int, float], ...] = ()
 
 
 class Served(Entry, frozen=True):
@@ -160,6 +191,7 @@ class Checkpointed(Entry, frozen=True):
 AnyEntry: TypeAlias = (
     Enrolled
     | Registered
+    | Measured
     | Committed
     | Served
     | Late

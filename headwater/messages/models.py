@@ -27,11 +27,15 @@ class RuleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a model is: tensors in order, and one rule per parameter group."""
+    """What a model is: tensors in order, and one rule per parameter group.
+
+    `clip_norm`: the largest norm that the gradient of one commit may have; a larger one is scaled down.
+    """
 
     name: str
     tensors: tuple[TensorSpec, ...]
     rules: tuple[RuleSpec, ...]
+    clip_norm: float | None = None
 
 
 class TableSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

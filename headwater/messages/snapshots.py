@@ -6,7 +6,7 @@ import msgspec
 
 from headwater.messages.base import Message
 from headwater.messages.exchange import Answer, StepResult
-from headwater.messages.log import AnyEntry, Held, StandingsRecord
+from headwater.messages.log import AnyEntry, Held, StandingsRecord, Sums
 from headwater.messages.models import ModelSpec, RuleSpec, TableSpec
 from headwater.messages.reading import Recorded
 
@@ -34,6 +34,7 @@ class ModelPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     states: tuple[str, ...]
     counts: int
     updates: int
+    resumed: bool = False
 
 
 class TablePart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,7 +70,7 @@ class Recovery(Message, frozen=True):
 
     `written`: for each of `closed` the term of the sequencer that wrote it, for another may have written
     another entry for its position. `agreed`: the last term in which the server was told what stands;
-    `prepared`: as in `Reports`.
+    `prepared`: as in `Reports`. `sums`: of what is measured and not committed yet.
     """
 
     term: int
@@ -80,3 +81,4 @@ class Recovery(Message, frozen=True):
     written: tuple[int, ...]
     agreed: int = 0
     prepared: int = 0
+    sums: tuple[Sums, ...] = ()

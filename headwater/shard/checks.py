@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from headwater import messages as m
@@ -125,13 +126,18 @@ def _check_spec(spec: m.ModelSpec) -> None:
             f"model {spec.name!r}: tensors name parameter groups {sorted(set(layout.groups.tolist()))}, "
             f"but there are rules for {len(spec.rules)}"
         )
+    if spec.clip_norm is not None and not 0 < spec.clip_norm < math.inf:
+        raise RegistrationError(f"model {spec.name!r}: clip_norm={spec.clip_norm}, expected a number > 0")
     for rule in map(from_spec, spec.rules):
         if rule.rows_only:
             raise RegistrationError(f"model {spec.name!r}: {rule.name} is a rule for tables' rows only")
 
 
-def difference(old: m.ModelSpec, new: m.ModelSpec) -> str:
-    """What keeps `new` from being the model `old`; "" when nothing does."""
+def difference(old: m.ModelSpec, new: m.ModelSpec, resumed: bool = False) -> str:
+    """What keeps `new` from being the model `old`; "" when nothing does.
+
+    One that was `resumed` from a checkpoint may be clipped otherwise.
+    """
     here, there = set(old.tensors), set(new.tensors)
     if here != there:
         return (
@@ -141,6 +147,11 @@ def difference(old: m.ModelSpec, new: m.ModelSpec) -> str:
     kinds = [rule.name for rule in old.rules], [rule.name for rule in new.rules]
     if kinds[0] != kinds[1]:
         return f"model {old.name!r} exists with rule {kinds[0]}, got {kinds[1]}: use the same or another name"
+    if old.clip_norm != new.clip_norm and not resumed:
+        return (
+            f"model {old.name!r} exists with clip_norm={old.clip_norm}, got clip_norm={new.clip_norm}: "
+            f"pass the same or use another name"
+        )
     return ""
 
 

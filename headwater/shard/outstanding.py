@@ -95,6 +95,11 @@ class Members:
             raise ProtocolError(f"an entry names exchange {ticket}, which this server does not hold")
         return held
 
+    def holds(self, ticket: m.Ticket) -> bool:
+        """Whether the exchange is outstanding here, in whichever attempt."""
+        held = self._outstanding.get(ticket.member)
+        return held is not None and held.held.number == ticket.number
+
     def reader(self, ticket: m.Ticket) -> Outstanding | None:
         """The exchange, where the member can be answered here: it has not connected again since."""
         held = self._outstanding.get(ticket.member)

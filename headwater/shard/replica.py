@@ -68,6 +68,12 @@ class Live:
         """As it is held."""
         return self._members.of(ticket).request
 
+    def step(self, ticket: m.Ticket) -> m.Step:
+        """As it is held."""
+        request = self.request(ticket)
+        assert isinstance(request, m.Step)
+        return request
+
     def updates(self, model: int, vector: Vector, steps: Steps) -> list[Update]:
         """Each member's, from its window."""
         return [
@@ -241,7 +247,7 @@ class Collector:
         tables: list[StagedRows] = []
         requests = tuple((ticket.member, self._live.request(ticket)) for ticket in tickets_of(entry))
         if isinstance(entry, m.Committed):
-            steps = [(ticket, self._step(ticket)) for ticket in entry.updates]
+            steps = [(ticket, self._live.step(ticket)) for ticket in entry.updates]
             models = self._reduced(steps, room)
             tables = [_copy(staged, room) for staged in self._tables.reduce(self._live.pushed(steps))]
         elif isinstance(entry, m.Registered) and isinstance(requests[0][1], m.Register):
@@ -261,11 +267,6 @@ class Collector:
             written,
         )
         return Resolved(inputs, tuple(models.values()), tuple(tables))
-
-    def _step(self, ticket: m.Ticket) -> m.Step:
-        request = self._live.request(ticket)
-        assert isinstance(request, m.Step)
-        return request
 
     def _reduced(self, steps: Steps, room: Room) -> dict[int, Array]:
         reduced: dict[int, Array] = {}

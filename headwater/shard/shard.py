@@ -23,6 +23,7 @@ from headwater.layout import Layout
 from headwater.log.standings import Standings
 from headwater.positions import Positions
 from headwater.shard.checks import Checks, kind_of, name_of
+from headwater.shard.measures import Measures
 from headwater.shard.outstanding import Members, Outstanding
 from headwater.shard.replica import (
     Closed,
@@ -64,6 +65,7 @@ class Shard:
         self._checks = Checks(self.vectors, self.tables, self._members)
         self._live = Live(self._members)
         self._collector = Collector(self.vectors, self.tables, self._live)
+        self._measures = Measures(self.vectors, self._members, self._live, reduce)
         self._closed: deque[Closed] = deque()
         self._shipped: Shipped | None = None
 
@@ -146,7 +148,9 @@ class Shard:
             last = standing.answered
             raise ProtocolError(f"member {member} sent exchange {request.number}, but {last} was answered")
         self._checks.check(member, request, rows)
-        held = m.Held(member, request.number, self._kind(member, request), name_of(request), attempt)
+        kind = self._kind(member, request)
+        clipped = isinstance(request, m.Step) and kind == "step" and self._measures.needed(request)
+        held = m.Held(member, request.number, kind, name_of(request), attempt, clipped)
         self._members.hold(Outstanding(held, request, staging, rows))
         self.exchanges += 1
         return held
@@ -206,7 +210,18 @@ class Shard:
             ProtocolError: it is not the next one.
         """
         self._check_next(entry)
+        if isinstance(entry, m.Measured):
+            self._measures.measure(entry)
         return self._state.process(entry, self._live)
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether there is something to take."""
+        return self._measures.has_new
+
+    def take_measured(self) -> list[m.Sums]:
+        """For the sequencer: what its Measured entries asked for since the last call."""
+        return self._measures.take_new() if self.agreed else []
 
     def _check_next(self, entry: m.AnyEntry) -> None:
         if entry.position != self.prepared + 1:
@@ -254,6 +269,8 @@ class Shard:
     def prepare(self, entry: m.AnyEntry, room: Room = own_memory) -> Resolved | None:
         """Keep the next entry until it is committed; with a standby, return what that must follow.
 
+        What it asks to be measured is measured at once, and need not be committed to be reported.
+
         `room` gives memory for gradients and values, which stays until the entry is applied. Blocks, with a
         standby, for a pass over the gradients of a commit.
 
@@ -261,6 +278,8 @@ class Shard:
             ProtocolError: it is not the next one.
         """
         self._check_next(entry)
+        if isinstance(entry, m.Measured):
+            self._measures.measure(entry)
         resolved = None
         if self._shipped is not None:
             resolved = self._collector.collect(entry, self.term, self.term, room)
@@ -343,6 +362,7 @@ class Shard:
             written=tuple(one.written for one in self._closed),
             agreed=self.agreed_term,
             prepared=self.safe,
+            sums=self._measures.all(),
         )
 
     def truncate(self, agreed: m.Agreed) -> None:
@@ -361,6 +381,7 @@ class Shard:
             raise ProtocolError(f"agreed on {agreed.position}, but entry {self.position} is applied here")
         while self._closed and self._closed[-1].entry.position > agreed.position:
             self._closed.pop()
+        self._measures.clear()
         if self._shipped is not None:
             self._shipped.truncate(agreed.position)
         self.agreed_term = agreed.term

@@ -28,6 +28,7 @@ class ModelSnapshot:
         states: state name → float32[stop − start].
         counts: int64[tensors], updates of each tensor, in the order of the layout.
         updates: commits that touched the model.
+        resumed: it is from a checkpoint, and nobody has declared it since.
     """
 
     spec: ModelSpec
@@ -38,6 +39,7 @@ class ModelSnapshot:
     states: dict[str, Array]
     counts: NDArray[np.int64]
     updates: int
+    resumed: bool = False
 
     def arrays(self) -> list[Array]:
         """All that are as long as the range."""

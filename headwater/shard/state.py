@@ -24,6 +24,7 @@ from headwater.positions import Positions
 from headwater.shard.checks import difference
 from headwater.shard.copies import Copies
 from headwater.shard.ledger import Ledger
+from headwater.shard.measures import contributors, divisor_of
 from headwater.shard.outstanding import Members, Outstanding
 from headwater.shard.replica import Inputs
 from headwater.shard.snapshot import ShardSnapshot
@@ -63,6 +64,7 @@ class State:
         self._on_entry: dict[type, Callable[[Any], Answers]] = {
             m.Enrolled: lambda entry: [],
             m.Registered: self._registered,
+            m.Measured: lambda entry: [],
             m.Committed: self._committed,
             m.Served: self._served,
             m.Late: self._late,
@@ -108,17 +110,19 @@ class State:
     def _committed(self, entry: m.Committed) -> Answers:
         self.version = entry.version
         steps = [(ticket, self._step_of(ticket)) for ticket in entry.updates]
-        contributors = sum(_contributes(step) for _, step in steps)
+        count = contributors(step for _, step in steps)
         self._change_settings(step for _, step in reversed(steps))
         asked = {ticket.member: self._read_by(ticket.member, step) for ticket, step in steps}
         readers = [self._members.reader(ticket) for ticket in entry.answered]
         present = [reader for reader in readers if reader is not None]
-        self._apply(steps, contributors, [asked[reader.held.member] for reader in present])
+        norms = dict(entry.norms)
+        self._apply(steps, count, [asked[reader.held.member] for reader in present], norms)
         for reader in present:
             self.tables.pull(reader.pulled(), self.version)
+        named = {self.vectors[model].spec.name: norm for model, norm in norms.items()}
         for ticket, step in steps:
             staleness = entry.version - 1 - step.seen
-            result = m.StepResult(entry.version, True, contributors, staleness)
+            result = m.StepResult(entry.version, True, count, staleness, named)
             self.ledger.record(ticket.member, step.step, result)
             if step.position is not None:
                 self.positions.record(step.position)
@@ -157,15 +161,16 @@ class State:
     def _apply(
         self,
         steps: Sequence[tuple[m.Ticket, m.Step]],
-        contributors: int,
+        count: int,
         readers: Sequence[dict[int, Staging]],
+        norms: dict[int, float],
     ) -> None:
-        divisor = contributors if self._reduce == "mean" else 1
+        divisor = divisor_of(count, self._reduce)
         for model, vector in self.vectors.items():
             updates = self._inputs.updates(model, vector, steps)
             answers = [stagings[model] for stagings in readers if model in stagings]
             if updates:
-                vector.apply(updates, divisor, answers, self.version)
+                vector.apply(updates, divisor, answers, self.version, norms.get(model))
             elif answers:
                 vector.write(answers)
         self.tables.apply(self._inputs.pushed(steps), divisor, self.version)
@@ -202,9 +207,11 @@ class State:
             return {"values": self._write(ticket, reader, request.models, have)}
         if isinstance(request, m.Register):
             model = self._ids[request.spec.name]
-            if unlike := difference(self.vectors[model].spec, request.spec):
+            vector = self.vectors[model]
+            if unlike := difference(vector.spec, request.spec, vector.resumed):
                 raise RegistrationError(unlike)
-            return self._join(ticket, reader, model)
+            notice = vector.declared(request.spec)
+            return self._join(ticket, reader, model) | ({"notice": notice} if notice else {})
         if isinstance(request, m.Attach):
             return self._join(ticket, reader, request.model)
         if isinstance(request, m.RegisterTable):
@@ -329,11 +336,6 @@ class State:
 
     def _keep_count(self, ticket: m.Ticket, count: int) -> None:
         self._members.keep_copies(ticket.member, [np.array([count], dtype=np.int64)])
-
-
-def _contributes(step: m.Step) -> bool:
-    """Whether it carries a gradient, on any server."""
-    return bool(step.pushed) or any(any(carried.tensors) for carried in step.carried)
 
 
 def _refused(error: HeadwaterError) -> m.Refused:

@@ -8,14 +8,17 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.kernels import add_up, copy_out, dense
-from headwater.layout import Layout
+from headwater.kernels import add_up, copy_out, dense, square_up
+from headwater.layout import LINE, PAGE, Layout
+from headwater.log.norms import Node, scale, subtrees
 from headwater.messages import ModelSpec, ModelStatistics
 from headwater.rules import Rule, from_spec
 from headwater.shard.snapshot import ModelSnapshot
@@ -60,6 +63,8 @@ class Vector:
         counts: int64[tensors], updates of each tensor.
         updates: commits that touched this model, which schedules are evaluated at.
         changed: version of the last change.
+        clip_norm: the largest norm that the gradient of a commit may have; None: any.
+        resumed: it is from a checkpoint, and nobody has declared it since.
     """
 
     def __init__(self, spec: ModelSpec, start: int, stop: int, initial: Array, version: int) -> None:
@@ -69,6 +74,7 @@ class Vector:
         self.values = np.array(initial, dtype=np.float32)
         self.updates = 0
         self.changed = version
+        self.resumed = False
         self.rules: list[Rule] = [from_spec(rule) for rule in spec.rules]
         self.states = self._initial_states()
         self.counts = np.zeros(len(self.layout.tensors), dtype=np.int64)
@@ -85,21 +91,43 @@ class Vector:
                     vector[low - self.start : high - self.start] = value
         return states
 
+    @property
+    def clip_norm(self) -> float | None:
+        return self.spec.clip_norm
+
+    def declared(self, spec: ModelSpec) -> str:
+        """A member declares this model, which is no other one; what a person should know of it, or "".
+
+        After a resume the first declaration says how gradients are clipped.
+        """
+        before, self.resumed = self.clip_norm if self.resumed else spec.clip_norm, False
+        if before == spec.clip_norm:
+            return ""
+        self.spec = msgspec.structs.replace(self.spec, clip_norm=spec.clip_norm)
+        return f"clip_norm was {before} in the checkpoint and is {spec.clip_norm} from now on"
+
     def set(self, group: int, values: dict[str, float]) -> None:
         """Change scalars of the rule of one parameter group (-1: all)."""
         for i in range(len(self.rules)) if group < 0 else (group,):
             self.rules[i] = self.rules[i].with_settings(**values)
 
     def apply(
-        self, updates: Sequence[Update], divisor: int, answers: Sequence[Staging], version: int
+        self,
+        updates: Sequence[Update],
+        divisor: int,
+        answers: Sequence[Staging],
+        version: int,
+        norm: float | None = None,
     ) -> None:
         """Apply the sum of `updates`, in the given order, over `divisor`; write all values to `answers`.
 
-        Every piece of memory is read and written once; blocks for one pass over the range.
+        `norm`: of that quotient over all servers, where it is to be clipped. Every piece of memory is read
+        and written once; blocks for one pass over the range.
         """
         carried = np.stack([update.carried for update in updates])
         touched: NDArray[np.bool_] = np.logical_or.reduce(carried, axis=0)
         self.counts[touched] += 1
+        over = self._clipped(self._divisor(divisor), norm)
         for low, high, tensor in self._segments(carried):
             here = slice(low - self.start, high - self.start)
             places = _addresses([staging.parameters_at for staging in answers], here.start)
@@ -110,7 +138,7 @@ class Vector:
             by = [update.staging.gradients_at for update in updates if update.carried[tensor]]
             dense(rule)(
                 _addresses(by, here.start),
-                1.0 if rule.always_sum else float(divisor),
+                over,
                 self.values[here],
                 tuple(self.states[name][here] for name in rule.states()),
                 rule.scalars(self.updates, int(self.counts[tensor])),
@@ -118,6 +146,34 @@ class Vector:
             )
         self.updates += 1
         self.changed = version
+
+    def _divisor(self, contributors: int) -> float:
+        """All groups have one kind of rule."""
+        return 1.0 if self.rules[0].always_sum else float(contributors)
+
+    def _clipped(self, divisor: float, norm: float | None) -> float:
+        """What the sum is divided by to be clipped too: with no norm too large, the same to the bit."""
+        if norm is None or self.clip_norm is None:
+            return divisor
+        factor = scale(self.clip_norm, norm)
+        return divisor / factor if factor else math.inf
+
+    def squares(self, updates: Sequence[Update], divisor: int) -> list[Node]:
+        """Sums of the squares of what `apply` would apply of this range, unclipped.
+
+        Blocks for one pass over the range.
+        """
+        carried = np.stack([update.carried for update in updates])
+        lanes = np.zeros(((self.stop - self.start) // PAGE, LINE))
+        for low, high, tensor in self._segments(carried):
+            by = [update.staging.gradients_at for update in updates if update.carried[tensor]]
+            if by:
+                here = low - self.start
+                square_up(_addresses(by, here), self._divisor(divisor), here, high - low, lanes)
+        with np.errstate(all="ignore"):
+            while lanes.shape[1] > 1:
+                lanes = lanes[:, 0::2] + lanes[:, 1::2]
+        return subtrees(lanes[:, 0], self.start // PAGE)
 
     def reduce(self, updates: Sequence[Update], out: Array) -> None:
         """Write the sum of `updates`, in the given order, to `out`, float32[stop - start].
@@ -175,6 +231,7 @@ class Vector:
             states={name: copy(state) for name, state in self.states.items()},
             counts=self.counts.copy(),
             updates=self.updates,
+            resumed=self.resumed,
         )
 
     @classmethod
@@ -186,6 +243,7 @@ class Vector:
             state[:] = snapshot.states[name]
         vector.counts[:] = snapshot.counts
         vector.updates = snapshot.updates
+        vector.resumed = snapshot.resumed
         return vector
 
     def statistics(self) -> ModelStatistics:

@@ -21,7 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from headwater.errors import ConfigurationError, UsageError
 from headwater.messages import StepResult
 from headwater.nodes.worker import Worker
-from headwater.nodes.worker.model import Group, Model, NonFinite, check_nonfinite
+from headwater.nodes.worker.declaring import Group, NonFinite, check_clip_norm, check_nonfinite
+from headwater.nodes.worker.model import Model
 from headwater.nodes.worker.table import Table
 from headwater.rules import Rule
 from headwater.torch.buffers import BufferMode, SharedBuffers, check_mode
@@ -57,6 +58,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
             all other parameters have `rule` itself and come first in `param_groups`.
         push_every, pull_every: steps between pushes of the accumulated gradients and between reads, with
             p −= lr · g on the local copy in each step (Dean et al. 2012, DistBelief, n_push and n_fetch).
+        clip_norm: largest norm of the gradient of all parameters together, as the servers combined it from
+            all workers; a larger one is scaled down before the rule gets it. Rows of tables do not count, and
+            are not scaled. As in `Worker.model`.
         buffers: "rank0", "mean" or "local", see `SharedBuffers`.
         nonfinite: what a NaN or infinite gradient does: "raise", "skip" (an empty turn) or "off".
 
@@ -80,16 +84,23 @@ class DistributedOptimizer(torch.optim.Optimizer):
         groups: Sequence[Mapping[str, Any]] | None = None,
         push_every: int = 1,
         pull_every: int = 1,
+        clip_norm: float | None = None,
         buffers: BufferMode = "rank0",
         nonfinite: NonFinite = "raise",
     ) -> None:
         module = getattr(module, "_orig_mod", module)  # what torch.compile wraps: names must not depend on it
         check_mode(buffers)
         check_nonfinite(nonfinite)
+        check_clip_norm(clip_norm)
         self._accumulates = _check_periods(worker, rule, push_every, pull_every)
         trained = find_parameters(module)
         self._tables = TrainedTables(module)
         tables_only = bool(self._tables) and not trained
+        if tables_only and clip_norm is not None:
+            raise ConfigurationError(
+                f"clip_norm={clip_norm} is for parameters, and this module has rows of tables only: clip "
+                f"them in the training loop, by nn.utils.clip_grad_norm_ over the optimizer's groups"
+            )
         self._groups = [] if tables_only else make_groups(module, trained, rule, groups or ())
         self._worker = worker
         self._push_every, self._pull_every = push_every, pull_every
@@ -97,7 +108,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._taken = 0
         self._accrued: set[str] = set()
         self.result: StepResult | None = None
-        self._model = None if tables_only else self._register(name, trained, rule)
+        self._model = None if tables_only else self._register(name, trained, rule, clip_norm)
         self._buffers = SharedBuffers(worker, module, f"{name}.buffers", buffers)
         self._models = [model for model in (self._model, self._buffers.model) if model is not None]
         self._bounds = self._bind(module, trained)
@@ -114,11 +125,19 @@ class DistributedOptimizer(torch.optim.Optimizer):
         super().__init__([*own, *self._tables.groups(defaults)], defaults)
         self._fixed = True
 
-    def _register(self, name: str, trained: Mapping[str, torch.nn.Parameter], rule: Rule | None) -> Model:
+    def _register(
+        self,
+        name: str,
+        trained: Mapping[str, torch.nn.Parameter],
+        rule: Rule | None,
+        clip_norm: float | None,
+    ) -> Model:
         assert rule is not None  # make_groups refuses None
         values = {one: parameter.detach() for one, parameter in trained.items()}
         own = [Group(group.names, group.rule) for group in self._groups if group.index]
-        return self._worker.model(name, values, rule, groups=own, nonfinite=self._nonfinite)
+        return self._worker.model(
+            name, values, rule, groups=own, clip_norm=clip_norm, nonfinite=self._nonfinite
+        )
 
     def _bind(
         self, module: torch.nn.Module, trained: Mapping[str, torch.nn.Parameter]

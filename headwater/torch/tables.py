@@ -16,7 +16,7 @@ import torch
 
 from headwater.errors import UsageError
 from headwater.kernels.arrange import Plan
-from headwater.nodes.worker.model import NonFinite
+from headwater.nodes.worker.declaring import NonFinite
 from headwater.nodes.worker.rowmemory import Place
 from headwater.nodes.worker.table import Table
 from headwater.rules import from_spec

@@ -37,6 +37,16 @@ class Outbox:
         self.ended.wait()
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What the sequencer of `term` is told: `prepared` is up to where this server, and its standby where that
+    counts, has the log; `measured` what it asked for since it was told last."""
+
+    term: int
+    prepared: int
+    measured: tuple[m.Sums, ...] = ()
+
+
 _Step: TypeAlias = tuple[int, m.AnyEntry | None, int]
 """Term, next entry (None: only news), and how far the log is committed."""
 
@@ -104,7 +114,7 @@ class Course:
         if not self._replicated:
             if entry is not None:
                 self._hand_out(shard.process(entry))
-            return False
+            return isinstance(entry, m.Measured)
         replica = self.replica
         if entry is not None:
             resolved = shard.prepare(entry, replica.room if replica is not None else own_memory)
@@ -135,20 +145,24 @@ class Course:
 
     # ── what the sequencer is told ──────────────────────────────────────────────────────────────
 
-    def prepared(self) -> tuple[int, int]:
-        """The term, and up to where this server, and its standby where that counts, has the log in it.
+    def progress(self) -> Progress:
+        """For the sequencer.
 
-        While a new sequencer has not said what stands: only what is applied, for the rest may be discarded.
+        While a new one has not said what stands only what is applied is prepared, for the rest may be
+        discarded.
         """
-        if not self._replicated:
-            return self.shard.term, 0
+        if not self._replicated and not self.shard.has_measured:
+            return Progress(self.shard.term, 0)  # without waiting for the pass under way
         with self.lock:
             shard, replica = self.shard, self.replica
+            measured = tuple(shard.take_measured())
+            if not self._replicated:
+                return Progress(shard.term, 0, measured)
             if not shard.agreed:
-                return shard.term, shard.position
+                return Progress(shard.term, shard.position)
             here = shard.safe if replica is not None and replica.needed else shard.prepared
             self._reported = max(self._reported, here)
-            return shard.term, self._reported
+            return Progress(shard.term, self._reported, measured)
 
     # ── the standby ─────────────────────────────────────────────────────────────────────────────
 

@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from headwater.errors import ConnectionLostError
-from headwater.messages import Agreed, AnyEntry, AnyMessage, Entries, Held, Reports
+from headwater.messages import Agreed, AnyEntry, AnyMessage, Entries, Held, Reports, Sums
+from headwater.nodes.server.course import Progress
 from headwater.wire.channel import Channel
 
 
@@ -104,6 +105,7 @@ class ReportLink(_Link):
         self._index = index
         self._term = 0
         self._held: deque[Held] = deque()
+        self._measured: deque[Sums] = deque()
         self._prepared = self._told = 0
         self._putting = threading.Lock()
 
@@ -116,6 +118,7 @@ class ReportLink(_Link):
         with self._sending, self._putting:
             self._term = term
             self._held.clear()
+            self._measured.clear()
             self._prepared = self._told = 0
 
     def connect(self, channel: Channel) -> None:
@@ -124,17 +127,19 @@ class ReportLink(_Link):
             self._channel = channel
         self.flush()
 
-    def put(self, held: Iterable[Held], term: int, prepared: int) -> None:
-        """Append; what was prepared in another term than this link's means nothing to its sequencer."""
+    def put(self, held: Iterable[Held], progress: Progress) -> None:
+        """Append; what was done in another term than this link's means nothing to its sequencer."""
         with self._putting:
             self._held.extend(held)
-            if term == self._term:
-                self._prepared = max(self._prepared, prepared)
+            if progress.term == self._term:
+                self._measured.extend(progress.measured)
+                self._prepared = max(self._prepared, progress.prepared)
 
     def _pending(self) -> bool:
-        return bool(self._held) or self._prepared > self._told
+        return bool(self._held) or bool(self._measured) or self._prepared > self._told
 
     def _take(self) -> Iterable[AnyMessage]:
         batch = tuple(self._held.popleft() for _ in range(len(self._held)))
+        measured = tuple(self._measured.popleft() for _ in range(len(self._measured)))
         prepared = self._told = self._prepared
-        yield Reports(self._index, batch, self._term, prepared)
+        yield Reports(self._index, batch, self._term, prepared, measured)

@@ -103,8 +103,7 @@ class Reporting:
         while (received := channel.receive()) is not None:
             if not isinstance(received.message, m.Reports) or received.message.server != server:
                 raise ProtocolError(f"server {server} sent {type(received.message).__name__}")
-            reports = received.message
-            sequencing.report(server, reports.held, reports.term, reports.prepared)
+            sequencing.report(received.message)
             self._spread()
 
     def _follow(self, term: int, address: str, own: int) -> None:
@@ -142,14 +141,17 @@ class Reporting:
             self._report_here(tuple(held))
             self._spread()
         else:
-            self._link.put(held, *self._course.prepared())
+            self._link.put(held, self._course.progress())
             self._link.flush()
 
     def _report_here(self, held: tuple[m.Held, ...]) -> None:
         """On server 0; what it holds counts in any term, what it has prepared only in the sequencer's."""
         assert self._sequencing is not None
-        sequencing, (term, prepared) = self._sequencing, self._course.prepared()
-        sequencing.report(0, held, sequencing.term, prepared if term == sequencing.term else 0)
+        sequencing, progress = self._sequencing, self._course.progress()
+        if progress.term == sequencing.term:
+            sequencing.report(m.Reports(0, held, progress.term, progress.prepared, progress.measured))
+        else:
+            sequencing.report(m.Reports(0, held, sequencing.term))
 
     def prepared(self) -> None:
         """What counts as prepared here may have grown: tell the sequencer, and do what follows."""
@@ -165,7 +167,7 @@ class Reporting:
         try:
             while self._course.process():
                 if self._sequencing is None:
-                    self._link.put((), *self._course.prepared())
+                    self._link.put((), self._course.progress())
                     self._link.flush()
                     return
                 self._report_here(())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import msgspec
 
 from headwater import messages as m
@@ -41,7 +43,7 @@ def restored(path: str, index: int, servers: int, reduce: Reduce) -> Shard:
         servers=servers,
         position=0,
         version=manifest.version,
-        models=tuple(models),
+        models=tuple(dataclasses.replace(model, resumed=True) for model in models),
         changed=(manifest.version,) * len(models),
         tables=tuple(tables),
         ledger=(),

@@ -77,10 +77,9 @@ class Sequencing:
                 self._connect(recovery, channel)
             if self._sequencer is not None:
                 # What it had before it was told where the log goes on may have been discarded since.
-                held, prepared = recovery.held, recovery.prepared if recovery.agreed == self.term else 0
-                self._extend(
-                    self._sequencer.report(recovery.server, held, time.monotonic(), prepared=prepared)
-                )
+                agreed = recovery.agreed == self.term
+                prepared, sums = (recovery.prepared, recovery.sums) if agreed else (0, ())
+                self._report(m.Reports(recovery.server, recovery.held, self.term, prepared, sums))
             elif len(self._recoveries) == self._servers and self._roster is not None:
                 self._begin(self._roster)
 
@@ -115,7 +114,7 @@ class Sequencing:
             link.agree(self._agreed)
         self._extend(entries)
         for early in self._early:
-            self._extend(self._sequencer.report(early.server, early.held, now))
+            self._report(m.Reports(early.server, early.held, self.term))
         self._early.clear()
 
     # ── inputs ──────────────────────────────────────────────────────────────────────────────────
@@ -131,22 +130,30 @@ class Sequencing:
             elif len(self._recoveries) == self._servers:
                 self._begin(roster)
 
-    def report(self, server: int, held: Sequence[m.Held], term: int, prepared: int) -> None:
-        """A server holds these, and has prepared the log up to there.
+    def report(self, told: m.Reports) -> None:
+        """What a server holds, and what it has done of the log.
 
-        What was prepared before the servers were told what stands means nothing: they say it again then.
+        What it did before the servers were told what stands means nothing: they say it again then.
 
         Raises:
             RefusedError: it reports to the sequencer of an older term.
         """
-        if term < self.term:
-            raise RefusedError(f"server {server} reports to the sequencer of term {term}, it is {self.term}")
+        if told.term < self.term:
+            raise RefusedError(
+                f"server {told.server} reports to the sequencer of term {told.term}, it is {self.term}"
+            )
         with self._lock:
             if self._sequencer is None:
-                self._early.append(m.Reports(server, tuple(held), term))
+                self._early.append(told)
             else:
-                now = time.monotonic()
-                self._extend(self._sequencer.report(server, held, now, prepared=prepared))
+                self._report(told)
+
+    def _report(self, told: m.Reports) -> None:
+        assert self._sequencer is not None
+        now = time.monotonic()
+        self._extend(
+            self._sequencer.report(told.server, told.held, now, prepared=told.prepared, sums=told.sums)
+        )
 
     def tick(self) -> float | None:
         """Draw the consequences of time; returns seconds until it should be called again, if ever."""

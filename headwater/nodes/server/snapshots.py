@@ -22,7 +22,9 @@ def pack(snapshot: ShardSnapshot, term: int) -> tuple[m.Snapshot, Arrays]:
         position=snapshot.position,
         version=snapshot.version,
         models=tuple(
-            m.ModelPart(x.spec, x.rules, x.start, x.stop, tuple(x.states), len(x.counts), x.updates)
+            m.ModelPart(
+                x.spec, x.rules, x.start, x.stop, tuple(x.states), len(x.counts), x.updates, x.resumed
+            )
             for x in snapshot.models
         ),
         changed=snapshot.changed,
@@ -83,6 +85,7 @@ def _model(part: m.ModelPart, array: Any) -> ModelSnapshot:
         states={name: array(np.float32, length) for name in part.states},
         counts=array(np.int64, part.counts),
         updates=part.updates,
+        resumed=part.resumed,
     )
 
 

@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.errors import (
-    ConfigurationError,
-    GradientError,
-    NonFiniteError,
-    RegistrationError,
-    UsageError,
-)
+from headwater.errors import ConfigurationError, GradientError, NonFiniteError
 from headwater.kernels import finite, stage
 from headwater.layout import Layout
 from headwater.nodes.session import Session
+from headwater.nodes.worker.declaring import NonFinite, as_array, check_nonfinite, named
 from headwater.rules import Rule, from_spec
 from headwater.wire.channel import Outgoing
 from headwater.wire.shared_memory import windows_possible
 from headwater.wire.window import Window
 
+_log = logging.getLogger("headwater.worker")
+
 Array: TypeAlias = NDArray[np.float32]
-NonFinite: TypeAlias = Literal["raise", "skip", "off"]
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Tensors of a model that have a rule with other settings than the model's own.
-
-    Raises:
-        ConfigurationError: no names.
-    """
-
-    names: Sequence[str]
-    rule: Rule
-
-    def __post_init__(self) -> None:
-        if not self.names:
-            raise ConfigurationError("Group: names is empty: leave the group out")
 
 
 @dataclass(slots=True, eq=False)
@@ -51,42 +32,6 @@ class _Memory:
 
     gradients: Array
     parameters: Array
-
-
-def specify(
-    name: str, params: Mapping[str, Any], rule: Rule, groups: Sequence[Group]
-) -> tuple[m.ModelSpec, dict[str, NDArray[Any]]]:
-    """The spec of a model and its initial values as arrays.
-
-    Raises:
-        RegistrationError: what it names is not a model.
-    """
-    if not isinstance(rule, Rule):
-        raise RegistrationError(f"model {name!r}: rule must be a Rule such as hw.SGD(lr=0.1), got {rule!r}")
-    if not params:
-        raise RegistrationError(f"model {name!r} has no tensors: pass at least one")
-    group_of: dict[str, int] = {}
-    for i, group in enumerate(groups, start=1):
-        for tensor in group.names:
-            if tensor not in params:
-                raise RegistrationError(
-                    f"model {name!r}: a group names {tensor!r}, the tensors are {_names(params)}"
-                )
-            if group_of.setdefault(tensor, i) != i:
-                raise RegistrationError(f"model {name!r}: tensor {tensor!r} is in two groups")
-        if type(group.rule) is not type(rule):
-            raise RegistrationError(
-                f"model {name!r}: all groups have one kind of rule, got {rule.name} and {group.rule.name}"
-            )
-    arrays = {
-        tensor: as_array(f"tensor {tensor!r}", value, RegistrationError) for tensor, value in params.items()
-    }
-    specs = tuple(
-        m.TensorSpec(tensor, array.shape, _dtype(params[tensor], array), group_of.get(tensor, 0))
-        for tensor, array in arrays.items()
-    )
-    rules = tuple(one.to_spec() for one in (rule, *(group.rule for group in groups)))
-    return m.ModelSpec(name, Layout(specs).tensors, rules), arrays
 
 
 class Model:
@@ -259,7 +204,7 @@ class Model:
             self._skip = True
             return
         raise NonFiniteError(
-            f"the gradient of {_names(names)} of model {self.name!r} holds NaN or infinity: nothing was "
+            f"the gradient of {named(names)} of model {self.name!r} holds NaN or infinity: nothing was "
             f"staged and the turn was not taken; pass nonfinite='skip' to make such a step an empty turn"
         )
 
@@ -355,6 +300,8 @@ class Model:
             self._session.memories.remove(self)
             raise
         assert answer.model is not None
+        if answer.notice:
+            _log.warning("model %r: %s", self.name, answer.notice)
         self.id = answer.model
         self._session.receivers[self.id] = self
         self.written()
@@ -384,7 +331,7 @@ class Model:
         for name, value in values.items():
             if name not in self.gradients:
                 raise GradientError(
-                    f"model {self.name!r} has no tensor {name!r}, it has {_names(self.gradients)}"
+                    f"model {self.name!r} has no tensor {name!r}, it has {named(self.gradients)}"
                 )
             array = as_array(f"tensor {name!r}", value)
             if array.shape != self.gradients[name].shape:
@@ -407,43 +354,7 @@ class Model:
         return bool(finite(target.reshape(-1)))
 
 
-def check_nonfinite(nonfinite: str) -> None:
-    """Raise ConfigurationError unless it is a NonFinite."""
-    if nonfinite not in ("raise", "skip", "off"):
-        raise ConfigurationError(f"nonfinite must be 'raise', 'skip' or 'off', got {nonfinite!r}")
-
-
-def as_array(what: str, value: Any, error: type[UsageError] = GradientError) -> NDArray[Any]:
-    """`value` as an array of a real dtype, without a copy where its memory can be read.
-
-    Raises:
-        error: it is none; says what of.
-    """
-    try:
-        if hasattr(value, "detach"):
-            value = value.detach().cpu()
-            value = value.float() if _dtype(value) == "bfloat16" else value
-        only_dlpack = hasattr(value, "__dlpack__") and not hasattr(value, "__array__")
-        array = np.from_dlpack(value) if only_dlpack else np.asarray(value)
-        if array.dtype.name == "bfloat16":  # of ml_dtypes, as JAX's arrays become
-            array = array.astype(np.float32)
-    except (TypeError, ValueError, RuntimeError, BufferError) as cause:
-        raise error(f"{what}: cannot read a {type(value).__name__} as an array: {cause}") from cause
-    if array.dtype.kind not in "fiu":
-        raise error(f"{what} must be of a real dtype such as float32, got {array.dtype}")
-    return array
-
-
-def _dtype(value: Any, otherwise: Any = None) -> str:
-    return str(getattr(value, "dtype", getattr(otherwise, "dtype", None))).removeprefix("torch.")
-
-
 def _read_only(array: Array) -> Array:
     view = array.view()
     view.flags.writeable = False
     return view
-
-
-def _names(names: Iterable[str]) -> str:
-    shown = list(names)
-    return ", ".join(map(repr, shown[:6])) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")

@@ -17,7 +17,7 @@ from headwater.kernels import finite, stage
 from headwater.kernels.arrange import Ids, Plan, arrange, as_ids
 from headwater.lifetime import AfterCount, Expiry
 from headwater.nodes.session import Session
-from headwater.nodes.worker.model import NonFinite, as_array, check_nonfinite
+from headwater.nodes.worker.declaring import NonFinite, as_array, check_nonfinite
 from headwater.nodes.worker.rowmemory import Place, RowMemory
 from headwater.rules import Rule, from_spec
 from headwater.shard.table import MOST_COLUMNS

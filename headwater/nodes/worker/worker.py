@@ -16,7 +16,8 @@ from headwater.initializers import Initializer, Zeros
 from headwater.lifetime import AfterCount, Expiry
 from headwater.nodes.session import Session
 from headwater.nodes.worker.batches import Feed, Splits, plan_of
-from headwater.nodes.worker.model import Group, Model, NonFinite, specify
+from headwater.nodes.worker.declaring import Group, NonFinite, specify
+from headwater.nodes.worker.model import Model
 from headwater.nodes.worker.rowmemory import RowMemory
 from headwater.nodes.worker.table import Table, specify_table
 from headwater.nodes.worker.turn import Turn
@@ -92,6 +93,7 @@ class Worker:
         rule: Rule,
         *,
         groups: Sequence[Group] = (),
+        clip_norm: float | None = None,
         nonfinite: NonFinite = "raise",
     ) -> Model:
         """Register a model, or join the one that has this name; blocks until the lowest rank declared it.
@@ -100,11 +102,17 @@ class Worker:
         values. `groups` give tensors a rule of their own with other settings. Later calls with the
         same name return the same object.
 
+        With `clip_norm` the gradient of each commit, of all tensors together and as the rule would get it,
+        is scaled down on the servers where its 2-norm is larger: g ← g · min(1, clip_norm / (norm + 1e-6)),
+        as `torch.nn.utils.clip_grad_norm_` does. `StepResult.norms` has the norms of before. It costs a pass
+        over the gradients and one exchange more between servers.
+
         Raises:
+            ConfigurationError: an impossible `clip_norm`.
             RegistrationError: not a model, or another one than already registered; names both.
         """
         self._session.check_open("model")
-        spec, initial = specify(name, params, rule, groups)
+        spec, initial = specify(name, params, rule, groups, clip_norm)
         model = Model(self._session, spec, params, nonfinite)
         known = self._models.get(name)
         if known is None or known.spec != spec:

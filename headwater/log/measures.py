@@ -1,0 +1,84 @@
+"""Gradients whose norm a commit needs: who is measured together, and what the servers have said of it.
+
+Lost with the sequencer, and asked anew by the next one. Invariant: a measurement counts for exactly those
+whose exchanges it was made of, so nobody who comes or goes meanwhile makes a norm wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from headwater.log.norms import norm
+from headwater.log.seats import Seat
+from headwater.messages import Sum, Sums
+
+_Key: TypeAlias = tuple[tuple[int, int], ...]
+"""Member and number of each exchange."""
+
+
+@dataclass(slots=True, eq=False)
+class _Measure:
+    key: _Key
+    position: int
+    parts: dict[int, tuple[Sum, ...]] = field(default_factory=dict)
+
+
+class Measures:
+    """For `servers` servers."""
+
+    def __init__(self, servers: int) -> None:
+        self._servers = servers
+        self._of: dict[int, _Measure] = {}
+        self._at: dict[int, _Measure] = {}
+
+    def __bool__(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self._at)
+
+    def under_way(self, seats: Sequence[Seat]) -> bool:
+        """Whether servers have been asked for the norms of exactly these."""
+        measure = self._of.get(seats[0].member)
+        return measure is not None and measure.key == _key(seats)
+
+    def begin(self, seats: Sequence[Seat], position: int) -> None:
+        """The entry at `position` asks for them; what was asked of some of them with others is void."""
+        for seat in seats:
+            self.forget(seat)
+        measure = self._at[position] = _Measure(_key(seats), position)
+        self._of.update((seat.member, measure) for seat in seats)
+
+    def add(self, server: int, sums: Iterable[Sums]) -> None:
+        """A server's parts; those that nobody asks for any more change nothing."""
+        for one in sums:
+            if one.position in self._at:
+                self._at[one.position].parts[server] = one.parts
+
+    def norms(self, seats: Sequence[Seat]) -> tuple[tuple[int, float], ...] | None:
+        """(Model, norm) for each that these exchanges carry; None until every server has said its part."""
+        measure = self._of[seats[0].member]
+        if len(measure.parts) < self._servers:
+            return None
+        parts = [part for server in measure.parts.values() for part in server]
+        models = sorted({part.model for part in parts})
+        return tuple(
+            (model, norm((p.level, p.index, p.value) for p in parts if p.model == model)) for model in models
+        )
+
+    def missing(self, seat: Seat) -> list[int]:
+        """The servers whose part of what this exchange is measured in is still out."""
+        measure = self._of.get(seat.member)
+        return [i for i in range(self._servers) if i not in measure.parts] if measure is not None else []
+
+    def forget(self, seat: Seat) -> None:
+        """Its exchange is over, or measured otherwise."""
+        measure = self._of.get(seat.member)
+        if measure is not None:
+            del self._at[measure.position]
+            for member, _ in measure.key:
+                del self._of[member]
+
+
+def _key(seats: Iterable[Seat]) -> _Key:
+    return tuple((seat.member, seat.ticket.number) for seat in seats)

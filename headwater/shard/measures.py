@@ -1,0 +1,80 @@
+"""What a server has of gradients whose norm a commit needs, and how many a commit's sum is divided by.
+
+Invariant: sums stay until their exchanges are over, for they may have to be reported again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from headwater import messages as m
+from headwater.shard.outstanding import Members
+from headwater.shard.replica import Live
+from headwater.shard.vector import Vector
+from headwater.sync import Reduce
+
+
+def contributors(steps: Iterable[m.Step]) -> int:
+    """How many carry a gradient, on any server."""
+    return sum(bool(step.pushed) or any(any(one.tensors) for one in step.carried) for step in steps)
+
+
+def divisor_of(count: int, reduce: Reduce) -> int:
+    """What the sum of gradients of `count` contributors is divided by."""
+    return count if reduce == "mean" else 1
+
+
+class Measures:
+    """Of the models of one server; reads members' memory, changes nothing."""
+
+    def __init__(self, vectors: Mapping[int, Vector], members: Members, live: Live, reduce: Reduce) -> None:
+        self._vectors = vectors
+        self._members = members
+        self._live = live
+        self._reduce = reduce
+        self._kept: dict[m.Measured, m.Sums] = {}
+        self._new: list[m.Sums] = []
+
+    def needed(self, step: m.Step) -> bool:
+        """Whether the norms of its gradients must be known before they are applied."""
+        return any(
+            self._vectors[one.model].clip_norm is not None and any(one.tensors) for one in step.carried
+        )
+
+    def measure(self, entry: m.Measured) -> None:
+        """Sum up the squares that an entry asks for; blocks for a pass over those gradients."""
+        steps = [(ticket, self._live.step(ticket)) for ticket in entry.updates]
+        divisor = divisor_of(contributors(step for _, step in steps), self._reduce)
+        parts: list[m.Sum] = []
+        for model, vector in self._vectors.items():
+            updates = self._live.updates(model, vector, steps) if vector.clip_norm is not None else []
+            if updates:
+                parts += [m.Sum(model, *node) for node in vector.squares(updates, divisor)]
+        self._forget_answered()
+        sums = self._kept[entry] = m.Sums(entry.position, tuple(parts))
+        self._new.append(sums)
+
+    def _forget_answered(self) -> None:
+        over = [one for one in self._kept if not all(self._members.holds(ticket) for ticket in one.updates)]
+        for entry in over:
+            del self._kept[entry]
+
+    @property
+    def has_new(self) -> bool:
+        """Whether anything was measured since it was taken last."""
+        return bool(self._new)
+
+    def take_new(self) -> list[m.Sums]:
+        """What was measured since the last call."""
+        new, self._new = self._new, []
+        return new
+
+    def all(self) -> tuple[m.Sums, ...]:
+        """Of everything that was measured and is not over."""
+        self._forget_answered()
+        return tuple(self._kept.values())
+
+    def clear(self) -> None:
+        """Another sequencer will ask anew."""
+        self._kept.clear()
+        self._new.clear()
