@@ -19,6 +19,7 @@ from headwater.nodes.coordinator import CoordinatorNode
 from headwater.nodes.coordinator.settings import ClusterSettings
 from headwater.nodes.reader import read_parameters
 from headwater.nodes.server import ServerSettings
+from headwater.nodes.verifier import Verification, verify
 from headwater.nodes.worker import Worker
 from headwater.rules import load_rules
 from headwater.storage import OnServerLoss, Storage, checkpoints_of
@@ -185,6 +186,17 @@ class Cluster:
         """A snapshot of all nodes; blocks for the servers' answers."""
         self._check_open()
         return self._coordinator.statistics()
+
+    def verify(self) -> Verification:
+        """Compare every server with its standby at one entry of the log, while training goes on.
+
+        Blocks until all have summed up what they are; each pauses for a copy of its shard in memory.
+
+        Raises:
+            HeadwaterError: a node could not be asked.
+        """
+        self._check_open()
+        return verify(self.address)
 
     def close(self) -> None:
         """Stop all nodes; idempotent. Workers that are still joined get ConnectionLostError."""

@@ -7,7 +7,7 @@ position of the log, so their answers must agree.
 from __future__ import annotations
 
 from headwater.errors import ProtocolError, RefusedError, named
-from headwater.messages import Answer, AnyMessage, Description, Refused, Stored, Waiting
+from headwater.messages import Answer, AnyMessage, Compared, Description, Refused, Stored, Waiting
 
 
 class Exchange:
@@ -20,7 +20,7 @@ class Exchange:
     def __init__(self, number: int, servers: int) -> None:
         self.number = number
         self.reason = ""
-        self._answers: list[Answer | Description | Stored | None] = [None] * servers
+        self._answers: list[Answer | Description | Stored | Compared | None] = [None] * servers
 
     def received(self, server: int, message: AnyMessage) -> bool:
         """Take a message from `server`; True when it was that server's answer.
@@ -31,7 +31,10 @@ class Exchange:
         """
         if isinstance(message, Refused):
             raise named(message.error, message.reason, default=RefusedError)
-        if not isinstance(message, Answer | Waiting | Description | Stored) or message.number != self.number:
+        if (
+            not isinstance(message, Answer | Waiting | Description | Stored | Compared)
+            or message.number != self.number
+        ):
             raise ProtocolError(f"server {server} sent {message!r} during exchange {self.number}")
         if isinstance(message, Waiting):
             self.reason = message.reason
@@ -79,3 +82,9 @@ class Exchange:
         stored = [answer for answer in self._answers if isinstance(answer, Stored)]
         assert len(stored) == len(self._answers), "not all servers have answered"
         return stored
+
+    def compared(self) -> list[Compared]:
+        """What each server and its standby are, in their order."""
+        compared = [answer for answer in self._answers if isinstance(answer, Compared)]
+        assert len(compared) == len(self._answers), "not all servers have answered"
+        return compared

@@ -8,11 +8,14 @@ import time
 import numpy as np
 import pytest
 import torch
+from clients import model_spec
 from test_training import train
 from torch_loops import STEPS, assert_agrees, loss_of, network, optimizer, reference
 
 import headwater as hw
+from headwater import messages as m
 from headwater.errors import ConfigurationError, RegistrationError
+from headwater.shard import Shard
 
 HALVES = 0.5 * (5 + 1e-6)
 """Scales a gradient of norm 5 by exactly one half."""
@@ -120,6 +123,13 @@ def test_an_impossible_limit_is_refused(bad):
             optimizer(worker, network(), hw.SGD(lr=0.1), clip_norm=bad)
 
     train(work, workers=1)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_server_refuses_an_impossible_limit_whoever_sends_it(bad):
+    spec = model_spec(clip_norm=bad)
+    with pytest.raises(RegistrationError, match="expected a number > 0"):
+        Shard(0, 1, "mean").hold(1, m.Register(1, spec, None))
 
 
 def test_a_module_of_tables_alone_has_nothing_to_clip():

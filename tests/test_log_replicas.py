@@ -30,6 +30,7 @@ from headwater.initializers import Uniform
 from headwater.lifetime import AfterCount
 from headwater.rules import Adagrad, Adam
 from headwater.shard import Shard
+from headwater.shard.digest import digests
 
 EVENTS = ["server", "server", "zombie", "standby", "attach"]
 events = st.lists(st.tuples(st.integers(1, 10), st.sampled_from(EVENTS)), min_size=1, max_size=4)
@@ -60,6 +61,7 @@ def assert_settled(cluster):
         assert server.shard.standings.record() == record
         if server.standby is not None:
             assert digest(server.standby.shard) == digest(server.shard)
+            assert digests(server.standby.shard.snapshot()) == digests(server.shard.snapshot())
 
 
 @some

@@ -14,6 +14,7 @@ from headwater.cli.faults import faults_reported
 from headwater.cli.serve import serve
 from headwater.cli.status import show_status
 from headwater.cli.training import train_script
+from headwater.cli.verify import show_verification
 
 app = typer.Typer(
     name="headwater",
@@ -166,6 +167,25 @@ def status(
     """
     with faults_reported():
         show_status(address, as_json=json)
+
+
+@app.command()
+def verify(
+    address: Annotated[str, typer.Argument(help="What `headwater run` printed as cluster address.")],
+    json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+) -> None:
+    """Compare every server of a running cluster with its standby, at one entry of the log.
+
+    Training goes on; each node copies what it holds in memory, as for a checkpoint, and sums that up.
+
+    [bold]Example[/bold]
+
+    headwater verify unix:@headwater-0f3a
+
+    Exit codes: 0 all equal, 1 a standby differs, has not caught up or does not exist.
+    """
+    with faults_reported():
+        show_verification(address, as_json=json)
 
 
 @app.command()

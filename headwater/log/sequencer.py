@@ -85,6 +85,7 @@ class Sequencer:
             "stop": self._stop,
             "leave": lambda seat: self._remove(seat, "it left", seat.ticket),
             "checkpoint": self._checkpoint,
+            "verify": self._serve,
         }
 
     @classmethod

@@ -47,6 +47,7 @@ from headwater.messages.exchange import (
     Store,
     Stored,
     TableSetting,
+    Verify,
     Waiting,
 )
 from headwater.messages.log import (
@@ -115,6 +116,7 @@ from headwater.messages.statistics import (
     ServerStatistics,
     TableStatistics,
 )
+from headwater.messages.verification import Compare, Compared, Digest, Digested
 
 AnyMessage: TypeAlias = (
     Join
@@ -152,6 +154,10 @@ AnyMessage: TypeAlias = (
     | Stop
     | Leave
     | Checkpoint
+    | Verify
+    | Compare
+    | Compared
+    | Digested
     | Describe
     | Answer
     | Store
@@ -193,11 +199,15 @@ __all__ = [
     "Chunk",
     "ClusterStatistics",
     "Committed",
+    "Compare",
+    "Compared",
     "CountRows",
     "DeleteRows",
     "Departed",
     "Describe",
     "Description",
+    "Digest",
+    "Digested",
     "End",
     "Enrolled",
     "Entries",
@@ -281,6 +291,7 @@ __all__ = [
     "Ticket",
     "Unleased",
     "Unvisited",
+    "Verify",
     "Visit",
     "Visited",
     "Waiting",

@@ -183,6 +183,12 @@ class Checkpoint(Message, frozen=True):
     at: int = 0
 
 
+class Verify(Message, frozen=True):
+    """Have every server, and its standby, sum up what it is at one position of the log."""
+
+    number: int
+
+
 class Store(Message, frozen=True):
     """Have every server write the snapshot it took into `directory`; answered at once, outside the log."""
 
@@ -214,6 +220,7 @@ Request: TypeAlias = (
     | Stop
     | Leave
     | Checkpoint
+    | Verify
 )
 
 

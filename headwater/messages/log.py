@@ -23,6 +23,7 @@ Kind: TypeAlias = Literal[
     "stop",
     "leave",
     "checkpoint",
+    "verify",
 ]
 
 Phase: TypeAlias = Literal["new", "active", "ended", "meeting", "observer"]

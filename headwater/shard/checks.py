@@ -28,6 +28,7 @@ _KINDS: dict[type, m.Kind] = {
     m.Stop: "stop",
     m.Leave: "leave",
     m.Checkpoint: "checkpoint",
+    m.Verify: "verify",
 }
 
 

@@ -35,6 +35,9 @@ from headwater.sync import Reduce
 Answers: TypeAlias = list[tuple[int, m.Answer]]
 """Member and its answer."""
 
+_SNAPSHOTS = ("checkpoint", "verify")
+"""Exchanges that are answered with a snapshot."""
+
 
 class State:
     """Of server `index` of `servers`, whose members are `members`.
@@ -87,7 +90,7 @@ class State:
         self.position = entry.position
         answers = self._on_entry[type(entry)](entry)
         self.standings.apply(entry)
-        if isinstance(entry, m.Checkpointed) or (isinstance(entry, m.Served) and entry.kind == "checkpoint"):
+        if isinstance(entry, m.Checkpointed) or (isinstance(entry, m.Served) and entry.kind in _SNAPSHOTS):
             self._keep_snapshot(answers)
         return answers
 

@@ -175,6 +175,7 @@ class Course:
             snapshot, missing = self.shard.attach_standby()
             for resolved in missing:
                 replica.ship(resolved, self._committed)
+            replica.began = snapshot.position
             self.replica = replica
             term = self.shard.agreed_term
         replica.introduce(own, snapshot, term)

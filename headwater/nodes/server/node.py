@@ -15,7 +15,7 @@ from headwater import messages as m
 from headwater.errors import ConnectionLostError, EngineError, HeadwaterError, ProtocolError
 from headwater.nodes.membership import Membership
 from headwater.nodes.server.course import Course
-from headwater.nodes.server.mirror import Mirror
+from headwater.nodes.server.following import Following
 from headwater.nodes.server.replica import Replica
 from headwater.nodes.server.reporting import Reporting
 from headwater.nodes.server.restoring import restored
@@ -256,28 +256,9 @@ class ServerNode:
         """Follow a server entry by entry, until it ends or this node takes over from it."""
         self._mirrors = True
         try:
-            self._follow_server(channel)
+            Following(channel, self._course, self._sync.reduce, self._threads).run()
         finally:
             self._mirrors = False
-
-    def _follow_server(self, channel: Channel) -> None:
-        mirror = Mirror(channel)
-        snapshot, term = mirror.begin()
-        shard = Shard.restore(snapshot, self._sync.reduce)
-        shard.admit(term)
-        self._course.restart(shard)
-        channel.send(m.Followed(shard.term, shard.prepared, shard.position))
-        while (news := mirror.next()) is not None:
-            resolved, term, committed = news
-            with self._course.lock:
-                if isinstance(resolved, m.Agreed):
-                    shard.truncate(resolved)
-                elif resolved is not None:
-                    shard.follow(resolved)
-                else:
-                    shard.admit(term)
-                shard.commit(max(shard.position, min(committed, shard.prepared)))
-            channel.send(m.Followed(shard.term, shard.prepared, shard.position))
 
     def _take_over(self, term: int) -> None:
         """The roster says that this node is the server now."""

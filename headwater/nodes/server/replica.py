@@ -30,6 +30,10 @@ from headwater.wire.shared_memory import windows_possible
 _log = logging.getLogger("headwater.server")
 
 
+_KEPT = 64
+"""Digests kept for who asked; each asks for them at once."""
+
+
 @dataclass(slots=True, eq=False)
 class _Loan:
     """The chunks of an entry's arrays: number by address of the array."""
@@ -47,12 +51,17 @@ class Replica:
         applied: position up to which it has applied entries.
         needed: whether an entry counts as prepared only when the standby has it.
         caught_up: whether it has all that was ever reported as prepared, and so may take over.
+        began: position of the snapshot that it began with.
+        over: whether its connection has ended.
     """
 
     def __init__(self, member: m.Member, channel: Channel) -> None:
         self.member = member
         self.applied = 0
-        self.needed = self.caught_up = False
+        self.needed = self.caught_up = self.over = False
+        self.began = 0
+        self._digested: deque[m.Digested] = deque(maxlen=_KEPT)
+        self._told = threading.Condition()
         self._channel = channel
         self._shares = channel.can_pass_descriptors and windows_possible()
         self._chunks = GivenChunks()
@@ -136,17 +145,43 @@ class Replica:
         self._channel.send(shipment, buffers=inline)
 
     def follow(self, acknowledged: Callable[[m.Followed], None]) -> None:
-        """Take acknowledgements until the connection ends.
+        """Take acknowledgements, and what it says that it is, until the connection ends.
 
         Raises:
             ProtocolError: the standby says something else.
         """
-        while (received := self._channel.receive()) is not None:
-            if not isinstance(received.message, m.Followed):
-                raise ProtocolError(f"a standby sent {type(received.message).__name__}")
-            acknowledged(received.message)
+        try:
+            while (received := self._channel.receive()) is not None:
+                message = received.message
+                if isinstance(message, m.Followed):
+                    acknowledged(message)
+                elif isinstance(message, m.Digested):
+                    with self._told:
+                        self._digested.append(message)
+                        self._told.notify_all()
+                else:
+                    raise ProtocolError(f"a standby sent {type(message).__name__}")
+        finally:
+            self._end()
+
+    def digests_at(self, position: int, timeout: float) -> tuple[m.Digest, ...] | None:
+        """What it was right after that entry; None where it has not said so within `timeout` seconds."""
+
+        def found() -> m.Digested | None:
+            return next((one for one in self._digested if one.position == position), None)
+
+        with self._told:
+            self._told.wait_for(lambda: found() is not None or self.over, timeout)
+            told = found()
+        return told.digests if told is not None else None
+
+    def _end(self) -> None:
+        with self._told:
+            self.over = True
+            self._told.notify_all()
 
     def close(self) -> None:
         """End the connection and give the memory back; idempotent."""
+        self._end()
         self._channel.close()
         self._chunks.close_descriptors()

@@ -7,13 +7,14 @@ import queue
 from headwater import messages as m
 from headwater.checkpoint import write_part
 from headwater.errors import HeadwaterError, ProtocolError, RefusedError, UsageError
+from headwater.nodes.server.comparing import compare
 from headwater.nodes.server.course import Course, Outbox
 from headwater.nodes.server.intake import Intake
 from headwater.nodes.server.reporting import Reporting
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.wire.channel import Channel, Received
 
-_READING = (m.Attach, m.Pull, m.PullRows, m.CountRows, m.ReadState, m.Checkpoint, m.Leave)
+_READING = (m.Attach, m.Pull, m.PullRows, m.CountRows, m.ReadState, m.Checkpoint, m.Verify, m.Leave)
 
 
 class MemberConnection:
@@ -89,10 +90,13 @@ class MemberConnection:
         if isinstance(message, m.Store):
             self._channel.send(self._store(message), request=received.request)
             return True
+        if isinstance(message, m.Compare):
+            self._channel.send(self._compare(message), request=received.request)
+            return True
         answer = self._exchange(received)
         if answer is None:
             return False
-        if isinstance(message, m.Checkpoint):
+        if isinstance(message, m.Checkpoint | m.Verify):
             with self._course.lock:
                 self._snapshot = self._course.shard.take_snapshot(self._member.id)
         try:
@@ -120,6 +124,21 @@ class MemberConnection:
                 self._course.shard.give_back(snapshot)
         return m.Stored(request.number, part, snapshot.standings, snapshot.recorded)
 
+    def _compare(self, request: m.Compare) -> m.Compared:
+        """The snapshot that the member asked for beside what the standby was then; blocks for both."""
+        snapshot, self._snapshot = self._snapshot, None
+        course = self._course
+
+        def waiting(reason: str) -> None:
+            self._channel.send(m.Waiting(request.number, reason))
+
+        try:
+            return compare(request.number, snapshot, course.replica, self._patience, waiting)
+        finally:
+            if snapshot is not None:
+                with course.lock:
+                    course.shard.give_back(snapshot)
+
     def _exchange(self, received: Received) -> m.Answer | m.Description | None:
         """Hold the request, report it, and wait for the entry that answers it; None when closing."""
         message, member = received.message, self._member
@@ -130,7 +149,7 @@ class MemberConnection:
             raise ProtocolError(f"a member sent {type(message).__name__}")
         if member.role == "observer" and not isinstance(message, _READING):
             raise ProtocolError(f"an observer sent {type(message).__name__}, which only workers may")
-        if isinstance(message, m.Checkpoint):
+        if isinstance(message, m.Checkpoint | m.Verify):
             with self._course.lock:
                 self._course.shard.expect_snapshots()
         try:
