@@ -23,6 +23,7 @@ from headwater.bench import figures as bench_figures
 from headwater.bench import latency
 from headwater.bench.figures import Effort, Figure
 from headwater.bench.resnet import resnet50_shapes
+from headwater.bench.rivals import RIVALS
 from headwater.bench.suites import SUITES
 from headwater.bench.turns import take_turns
 from headwater.cli import app
@@ -444,6 +445,7 @@ def test_a_target_is_met_from_its_own_side():
 def test_every_suite_measures_figures_and_limits(command, monkeypatch, suite):
     monkeypatch.setattr(cli_bench, "QUICK", TINY)
     monkeypatch.setattr(latency, "_PINNINGS", {"one core": (0, 0)})
+    monkeypatch.delitem(RIVALS, "Ray")  # which takes half a minute to start and to end
     result = command("bench", suite, "--quick", "--json")
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)

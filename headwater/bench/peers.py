@@ -7,7 +7,7 @@ from statistics import median
 
 from headwater.bench.dense import elements_of, pushed_rounds
 from headwater.bench.figures import Effort, Figure, complain
-from headwater.bench.rivals import RIVALS
+from headwater.bench.rivals import RIVALS, measure
 
 
 def measure_peers(effort: Effort) -> list[Figure]:
@@ -18,11 +18,11 @@ def measure_peers(effort: Effort) -> list[Figure]:
     rounds, elements = effort.rounds * 2, elements_of(effort)
     ours = pushed_rounds(effort)
     theirs = {}
-    for name, (package, rival) in RIVALS.items():
+    for name, (package, _) in RIVALS.items():
         if importlib.util.find_spec(package) is None:
             complain(f"{name} is left out: {package} is not installed")
         else:
-            theirs[name] = rival(elements, rounds)
+            theirs[name] = measure(name, elements, rounds)
     ours += pushed_rounds(effort)  # before and after the others: machines drift
     return [
         Figure(

@@ -8,9 +8,13 @@ arrays and end with parameters in ordinary arrays.
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -65,6 +69,25 @@ RIVALS: dict[str, tuple[str, Callable[[int, int], list[float]]]] = {
     "Ray": ("ray", ray),
 }
 """By name: the package that must be installed, and what measures it."""
+
+
+def measure(name: str, elements: int, rounds: int) -> list[float]:
+    """Seconds of each round of that rival, in a process whose children all end with it.
+
+    Raises:
+        EngineError: it failed; what it printed says why.
+    """
+    command = [sys.executable, "-m", __name__, name, str(elements), str(rounds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, text=True) as process:
+        try:
+            output, _ = process.communicate(timeout=2 * START_S + 30 * rounds)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode != 0:
+        raise EngineError(f"{name} ended with {process.returncode}, expected 0: what it printed says why")
+    times: list[float] = json.loads(output.splitlines()[-1])
+    return times
 
 
 # ── processes ───────────────────────────────────────────────────────────────────────────────────
@@ -146,3 +169,7 @@ def _ray_worker(servers: Sequence[Any], half: int, rounds: int) -> list[float]:
 
     gradients = np.full(half, 1e-6, np.float32)
     return timed(lambda: ray_.get([one.push_pull.remote(gradients) for one in servers]), rounds)
+
+
+if __name__ == "__main__":
+    print(json.dumps(RIVALS[sys.argv[1]][1](int(sys.argv[2]), int(sys.argv[3]))))
