@@ -33,11 +33,13 @@ from headwater.rules import (
 from headwater.run import RunResult, run
 from headwater.schedules import Constant, Cosine, Linear, Schedule, StepDecay
 from headwater.sync import Asynchronous, StaleSynchronous, Synchronous
+from headwater.wire.security import TLS
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SGD",
+    "TLS",
     "Accumulate",
     "Adagrad",
     "Adam",

@@ -25,8 +25,11 @@ from headwater.rules import load_rules
 from headwater.storage import OnServerLoss, Storage, checkpoints_of
 from headwater.supervisor import Supervisor
 from headwater.sync import Sync, parse_sync
+from headwater.wire.reach import Reach
+from headwater.wire.security import TLS, Security
 
 TRANSPORTS = ("unix", "tcp")
+_LOOPBACK = "127.0.0.1"
 
 
 class ClusterOptions(TypedDict, total=False):
@@ -38,6 +41,11 @@ class ClusterOptions(TypedDict, total=False):
     lease: float
     rules: Sequence[str]
     transport: str
+    bind: str | None
+    advertise: str | None
+    token: str | None
+    tls: TLS | None
+    insecure: bool
     output: Callable[[str], None]
 
 
@@ -61,6 +69,11 @@ class Cluster:
         lease: seconds after which a node that is not heard of is declared dead.
         rules: names of modules with the user's own rules, loaded by every node at its start.
         transport: "unix" (shared memory) or "tcp" (loopback, as between machines).
+        bind: "host[:port]" to listen on for nodes of other machines, "0.0.0.0" or "::" for every address;
+            the port is the coordinator's. None: this machine alone.
+        advertise: "host[:port]" that they dial, where that is another. A port is the coordinator's alone.
+        token, tls: what nodes must prove over TCP, see `headwater.TLS`; one of them is needed beyond
+            loopback unless `insecure`.
         output: takes each line that a node's process prints.
 
     Raises:
@@ -88,49 +101,66 @@ class Cluster:
         lease: float = 15.0,
         rules: Sequence[str] = (),
         transport: str = "unix",
+        bind: str | None = None,
+        advertise: str | None = None,
+        token: str | None = None,
+        tls: TLS | None = None,
+        insecure: bool = False,
         output: Callable[[str], None] = print,
     ) -> None:
-        _check_counts(workers=workers, servers=servers, min_workers=min_workers, replicas=replicas)
-        if not (patience > 0 and deadline > 0 and lease > 0):
-            times = f"{patience}, {deadline}, {lease}"
-            raise ConfigurationError(f"patience, deadline and lease must be > 0 seconds, got {times}")
         if transport not in TRANSPORTS:
             raise ConfigurationError(f"transport: got {transport!r}, expected one of {TRANSPORTS}")
         mode = str(parse_sync(sync))
+        security = Security(token, tls, insecure)
+        reach = Reach(bind, advertise, security)
         checkpoints = checkpoints_of(checkpoint, every, keep, resume, on_server_loss)
+        told = ClusterSettings(
+            workers=workers,
+            servers=servers,
+            sync=mode,
+            settings=dict(settings or {}),
+            patience=patience,
+            deadline=deadline,
+            lease=lease,
+            replicas=replicas,
+            rewinds=checkpoints.rewinds,
+            min_workers=min_workers,
+        )
         for module in rules:
             load_rules(module)
-        self._engine: Engine = make_engine(engine, Launch(workers, tuple(rules), output, servers, replicas))
+        launch = Launch(workers, tuple(rules), output, servers, replicas, security)
+        self._engine: Engine = make_engine(engine, launch)
         self._storage = Storage(checkpoints)
+        if checkpoints.resume:
+            self._storage.resume()
         self._supervisor = Supervisor(
             self._engine,
             self._start_server,
             servers=servers,
             replicas=replicas,
             rewind=self._storage.rewind if checkpoints.rewinds else None,
+            end=lambda why: self._coordinator.end("EngineError", why),
         )
         self._coordinator = CoordinatorNode(
-            ClusterSettings(
-                workers=workers,
-                servers=servers,
-                sync=mode,
-                settings=dict(settings or {}),
-                patience=patience,
-                deadline=deadline,
-                lease=lease,
-                replicas=replicas,
-                rewinds=checkpoints.rewinds,
-                generation=self._storage.generation,
-            ),
+            dataclasses.replace(told, generation=self._storage.generation),
             self._supervisor.departures.put,
+            reach=reach,
         )
+        self._security = security
         self._server = ServerSettings(
-            0, servers, mode, self.address, transport, patience, replicas=replicas, min_workers=min_workers
+            0,
+            servers,
+            mode,
+            self._near,
+            _of_servers(reach, transport, self._engine.nearby),
+            patience,
+            replicas=replicas,
+            min_workers=min_workers,
         )
         self._closed = False
         try:
             self._supervisor.begin()
-            self._storage.begin(self.address)
+            self._storage.begin(self._coordinator.addresses[0], security=security)
         except BaseException:
             self.close()
             raise
@@ -146,6 +176,11 @@ class Cluster:
         return self._coordinator.address
 
     @property
+    def _near(self) -> str:
+        """Where nodes of the engine do."""
+        return self._coordinator.addresses[0] if self._engine.nearby else self.address
+
+    @property
     def checkpoint(self) -> str | None:
         """Path of the newest checkpoint that was written, or resumed from; None without one."""
         return self._storage.last
@@ -153,12 +188,12 @@ class Cluster:
     def worker(self) -> Worker:
         """Join as the next worker, from any thread of this process; blocks until the servers are up."""
         self._check_open()
-        return Worker(self.address)
+        return Worker(self._coordinator.addresses[0], security=self._security)
 
     def start_worker(self, rank: int, train: Callable[[Worker], Any]) -> None:
         """Have the engine start a worker that runs `train`; its end arrives at `next_outcome`."""
         self._check_open()
-        self._engine.start_worker(self.address, rank, train)
+        self._engine.start_worker(self._near, rank, train)
 
     def next_outcome(self, timeout: float) -> Outcome | None:
         """How the next worker ended; None after `timeout` seconds.
@@ -171,7 +206,7 @@ class Cluster:
     def parameters(self) -> tuple[int, dict[str, dict[str, NDArray[np.float32]]]]:
         """The version, and every model's values by name at that version, as arrays of the caller's own."""
         self._check_open()
-        return read_parameters(self.address)
+        return read_parameters(self._coordinator.addresses[0], security=self._security)
 
     def take_last_checkpoint(self) -> None:
         """Write a checkpoint of now, where there is a directory for it; none are taken afterwards. Blocks.
@@ -219,21 +254,25 @@ class Cluster:
         self.close()
 
 
-def connect(address: str) -> Worker:
+def connect(address: str, *, token: str | None = None, tls: TLS | None = None) -> Worker:
     """Join the cluster at `address` as its next worker; blocks until its servers are up.
 
+    `token`, `tls`: as the cluster was given.
+
     Raises:
+        ConfigurationError: not an address, too short a token, or files that cannot be used.
         ConnectionLostError: nobody answers there.
-        RefusedError: the coordinator refuses; the text is its reason.
+        RefusedError: one side does not admit the other, or the coordinator refuses; the text is the reason.
+        ProtocolError: what answers there is no Headwater node, or one of another version.
     """
-    return Worker(address)
+    return Worker(address, security=Security(token, tls))
 
 
-def _check_counts(*, workers: int, servers: int, min_workers: int, replicas: int) -> None:
-    for name, value in (("workers", workers), ("servers", servers), ("min_workers", min_workers)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigurationError(f"{name} must be an integer ≥ 1, got {value!r}")
-    if isinstance(replicas, bool) or replicas not in (0, 1):
-        raise ConfigurationError(f"replicas must be 0 or 1, got {replicas!r}")
-    if min_workers > workers:
-        raise ConfigurationError(f"min_workers must be at most workers={workers}, got {min_workers}")
+def _of_servers(reach: Reach, transport: str, nearby: bool) -> Reach:
+    """Where servers listen whose coordinator listens there."""
+    near = reach.on_any_port()
+    if not nearby:  # what this machine is called leads to none of theirs
+        near = dataclasses.replace(near, advertise=None)
+    if transport == "tcp":
+        near = dataclasses.replace(near, bind=near.bind or _LOOPBACK, local=False)
+    return near

@@ -10,9 +10,11 @@ HeadwaterError
 ├── PeerError                   the other side's fault
 │   ├── ProtocolError           bytes or messages that break the protocol
 │   ├── RefusedError            a node refused this one, and said why
+│   │   └── UnreachableError    it advertises an address where nobody reaches it
 │   └── WorkerError             `train` raised, or its process ended, in a worker of `run`
 └── EnvironmentFailure          nobody's fault: the machine, the network, time
     ├── ConnectionLostError     a connection closed or could not be made    (also ConnectionError)
+    │   └── ClusterEndedError   the coordinator has ended the cluster
     ├── RewoundError            everything began anew from a checkpoint; make a new Worker
     ├── DataError               a file cannot be read, or not as it was described
     ├── StalledError            a wait passed its deadline, or could never end (also TimeoutError)
@@ -64,6 +66,10 @@ class RefusedError(PeerError):
     """A node refused this one; the text is the node's reason."""
 
 
+class UnreachableError(RefusedError):
+    """A node advertises an address at which the others do not reach it."""
+
+
 class WorkerError(PeerError):
     """`train` failed in a worker started by `run`.
 
@@ -85,6 +91,10 @@ class EnvironmentFailure(HeadwaterError):
 
 class ConnectionLostError(EnvironmentFailure, ConnectionError):
     """A connection closed, or could not be made."""
+
+
+class ClusterEndedError(ConnectionLostError):
+    """The coordinator has ended the cluster; the text says why. Calling again will not help."""
 
 
 class RewoundError(EnvironmentFailure):

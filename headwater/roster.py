@@ -34,7 +34,7 @@ class Departure:
 
 class RosterRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A RosterBook as plain values. `next`: the next id; `gone`: why members of this generation were struck
-    off without having left, by id."""
+    off without having left, by id; `finished`: ranks; `first`: the first generation."""
 
     term: int
     since: int
@@ -43,6 +43,8 @@ class RosterRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     members: tuple[Member, ...]
     caught_up: tuple[int, ...]
     gone: dict[int, str]
+    finished: tuple[int, ...] = ()
+    first: int = 0
 
 
 class RosterBook:
@@ -54,7 +56,7 @@ class RosterBook:
 
     Attributes:
         term: number of the last change; since: that of the last change among servers.
-        generation: counts the times that everything began anew from a checkpoint.
+        generation: counts the times that everything began anew from a checkpoint; first: where that began.
     """
 
     def __init__(
@@ -67,9 +69,9 @@ class RosterBook:
         record: RosterRecord | None = None,
         now: float = 0.0,
     ) -> None:
-        record = record or RosterRecord(0, 0, generation, 1, (), (), {})
+        record = record or RosterRecord(0, 0, generation, 1, (), (), {}, first=generation)
         self.term, self.since = record.term, record.since
-        self.generation = record.generation
+        self.generation, self.first = record.generation, record.first
         self._workers = workers
         self._servers = servers
         self._lease_s = lease_s
@@ -78,6 +80,7 @@ class RosterBook:
         self._caught_up = set(record.caught_up)
         self._heard = dict.fromkeys(self._members, now)
         self._gone = dict(record.gone)
+        self._finished = set(record.finished)
 
     # ── changes ─────────────────────────────────────────────────────────────────────────────────
 
@@ -88,10 +91,12 @@ class RosterBook:
             RefusedError: its rank or index is taken, or there can be no such server.
         """
         index = self._index_for(join)
-        member = Member(self._next, join.role, index, join.pid, join.host, join.addresses)
+        member = Member(self._next, join.role, index, join.pid, join.host, join.addresses, join.machine)
         self._next += 1
         self._members[member.id] = member
         self._heard[member.id] = now
+        if join.role == "worker":
+            self._finished.discard(index)
         self._change(servers=join.role == "server")
         return member
 
@@ -128,10 +133,16 @@ class RosterBook:
         self._change()
         return True
 
+    def finish(self, id: int) -> None:
+        """Note that a worker has done all that it was to do, whether it stays a member or not."""
+        member = self._members.get(id)
+        if member is not None and member.role == "worker":
+            self._finished.add(member.index)
+
     def begin_anew(self) -> list[Member]:
         """Strike everybody off and begin the next generation; returns who there was."""
         gone = list(self._members.values())
-        for kept in (self._members, self._heard, self._caught_up, self._gone):
+        for kept in (self._members, self._heard, self._caught_up, self._gone, self._finished):
             kept.clear()
         self.generation += 1
         self._change(servers=True)
@@ -190,6 +201,10 @@ class RosterBook:
         """Whether there is a server of every index."""
         return len(self.of("server")) == self._servers
 
+    def all_finished(self) -> bool:
+        """Whether every declared worker has done its work, and nobody else is at work."""
+        return {*range(self._workers), *(worker.index for worker in self.of("worker"))} <= self._finished
+
     def unreplicated(self) -> list[int]:
         """Indices of servers that have no caught-up standby."""
         replicated = {self._members[id].index for id in self._caught_up}
@@ -205,6 +220,8 @@ class RosterBook:
             tuple(self._members.values()),
             tuple(sorted(self._caught_up)),
             dict(self._gone),
+            tuple(sorted(self._finished)),
+            self.first,
         )
 
     def view(self) -> Roster:

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 from headwater import checkpoint as files
 from headwater.errors import ConfigurationError
 from headwater.nodes.checkpointer import Checkpointer, Every
+from headwater.wire.security import PLAIN, Security
 
 OnServerLoss: TypeAlias = Literal["rewind", "stop"]
 
@@ -65,11 +66,11 @@ class Storage:
 
     Attributes:
         generation: of the log, to begin with.
-        restore: path of the checkpoint that servers begin with; "" for none.
+        restore: path of the checkpoint that servers begin with; "" for none, as before `resume`.
 
     Raises:
-        ConfigurationError: no such checkpoint, or another cluster uses the directory.
-        CheckpointError: none is good.
+        ConfigurationError: another cluster uses the directory.
+        CheckpointError: it cannot be made or read.
     """
 
     def __init__(self, settings: Checkpoints) -> None:
@@ -83,8 +84,6 @@ class Storage:
         self._lock = files.DirectoryLock(settings.directory)
         try:
             self.generation = files.next_generation(settings.directory)
-            if settings.resume:
-                self._use(files.latest(settings.directory))
         except BaseException:
             self._lock.release()
             raise
@@ -95,18 +94,39 @@ class Storage:
         written = self._checkpointer.last if self._checkpointer is not None else ""
         return written or self.restore or None
 
-    def begin(self, address: str) -> None:
+    def begin(self, address: str, *, security: Security = PLAIN) -> None:
         """Take checkpoints of the cluster at this address from now on."""
         settings = self.settings
         if settings.directory:
-            self._checkpointer = Checkpointer(address, settings.directory, settings.every, settings.keep)
+            self._checkpointer = Checkpointer(
+                address, settings.directory, settings.every, settings.keep, security=security
+            )
             self._checkpointer.begin()
 
-    def rewind(self) -> None:
-        """Have servers begin with the latest good checkpoint; from nothing where there is none yet."""
+    def resume(self, *, required: bool = True) -> None:
+        """Have servers begin with the latest good checkpoint; without one, if not `required`, with nothing.
+
+        Raises:
+            ConfigurationError: there is none at all.
+            CheckpointError: none is good.
+        """
+        try:
+            if required or files.list_checkpoints(self.settings.directory):
+                self._use(files.latest(self.settings.directory))
+        except BaseException:
+            self.close()
+            raise
+
+    def rewind(self, first: int | None = None) -> None:
+        """Have servers begin with the latest good checkpoint of this cluster, or what it resumed from; from
+        nothing where there is neither: what another training left in the directory is not its own.
+
+        `first`: the cluster's first generation, where another process than this one began it.
+        """
         self.restore = ""
-        if files.list_checkpoints(self.settings.directory):
-            self._use(files.latest(self.settings.directory))
+        since = 0 if self.settings.resume else self.generation if first is None else first
+        if any(found.generation >= since for found in files.list_checkpoints(self.settings.directory)):
+            self._use(files.latest(self.settings.directory, since=since))
         _log.warning("training begins anew from %s", self.restore or "the start: there is no checkpoint yet")
 
     def take_last(self) -> None:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 
 from headwater.engines import Engine, Outcome
-from headwater.errors import EngineError, HeadwaterError
+from headwater.errors import ConfigurationError, EngineError, HeadwaterError, UnreachableError
 from headwater.messages import Role
 from headwater.roster import Departure
 
@@ -25,6 +25,7 @@ class Supervisor:
         replicas: standbys of every server.
         rewind: called when a shard was lost and the servers are stopped, before all are started anew; None
             where that ends the cluster.
+        end: ends the cluster, with a text that says why.
 
     Attributes:
         departures: takes what the coordinator says of members that ended.
@@ -38,6 +39,7 @@ class Supervisor:
         servers: int,
         replicas: int,
         rewind: Callable[[], None] | None,
+        end: Callable[[str], None],
     ) -> None:
         self.departures: queue.SimpleQueue[Departure] = queue.SimpleQueue()
         self._engine = engine
@@ -45,6 +47,7 @@ class Supervisor:
         self._servers = servers
         self._replicas = replicas
         self._rewind = rewind
+        self._end = end
         self._outcomes: queue.SimpleQueue[Outcome | EngineError] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="headwater-supervisor", daemon=True)
@@ -102,12 +105,16 @@ class Supervisor:
         text = (
             f"{outcome.role} {outcome.index}: {outcome.failure.summary}\n\n{outcome.failure.trace}".rstrip()
         )
-        if self._replicas or self._rewind is not None:
+        error = outcome.failure.error
+        never_joined = outcome.role == "server" and isinstance(error, ConfigurationError | UnreachableError)
+        if not never_joined and (self._replicas or self._rewind is not None):
             _log.warning("%s", text)  # what follows from it follows from the departure
             return
-        error = EngineError(text)
-        error.__cause__ = outcome.failure.error
-        self._outcomes.put(error)
+        ended = EngineError(text)
+        ended.__cause__ = error
+        self._outcomes.put(ended)
+        if never_joined:
+            self._end(f"{outcome.role} {outcome.index}: {outcome.failure.summary}")
 
     def _departed(self, departure: Departure) -> None:
         member = departure.member

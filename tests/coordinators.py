@@ -19,15 +19,16 @@ from headwater.engines.local import LocalEngine
 from headwater.messages import Ask
 from headwater.nodes.server import ServerSettings
 from headwater.wire.listener import dial
+from headwater.wire.reach import HERE, Reach
 
 ALONE = """
 import json, sys
 from headwater.nodes.coordinator.settings import ClusterSettings
 from headwater.nodes.coordinator import CoordinatorNode
-from headwater.wire.listener import Listener
+from headwater.wire.reach import Reach
 
-settings, journal, listen = json.loads(sys.argv[1])
-node = CoordinatorNode(ClusterSettings(**settings), journal=journal, listen=lambda: Listener(**listen))
+settings, journal, reach = json.loads(sys.argv[1])
+node = CoordinatorNode(ClusterSettings(**settings), journal=journal, reach=Reach(**reach))
 print(node.address, flush=True)
 sys.stdin.read()
 node.close()
@@ -53,20 +54,20 @@ def asked(address):
 class Coordinator:
     """A process that `kill` ends as nobody wants it to, and `start` begins again on the same journal."""
 
-    def __init__(self, folder, settings, listen):
+    def __init__(self, folder, settings, bind):
         self.journal = str(Path(folder) / "journal.db")
-        self._settings, self._listen = settings, listen
+        self._settings = settings
+        self._reach = {"bind": bind, "local": bind.startswith("unix:")}
         self._process = None
         self.address = ""
         self.start()
 
     def start(self):
-        start = json.dumps([self._settings, self.journal, self._listen])
+        start = json.dumps([self._settings, self.journal, self._reach])
         self._process = python(ALONE, start, stdin=subprocess.PIPE)
         self.address = self._process.stdout.readline().strip()
         assert self.address, self._process.communicate(timeout=20)[1]
-        if self._listen["kind"] == "tcp":
-            self._listen = {"kind": "tcp", "port": int(self.address.rpartition(":")[2])}
+        self._reach["bind"] = self.address.removeprefix("tcp:")
 
     def kill(self):
         self._process.send_signal(signal.SIGKILL)
@@ -96,7 +97,7 @@ class Coordinator:
 class Field:
     """A coordinator, and servers and workers that are processes of this one: they outlive it."""
 
-    def __init__(self, folder, listen, *, workers=2, servers=2, sync="sync", replicas=0, lease=15.0):
+    def __init__(self, folder, bind, *, workers=2, servers=2, sync="sync", replicas=0, lease=15.0):
         settings = {
             "workers": workers,
             "servers": servers,
@@ -109,7 +110,8 @@ class Field:
         self.workers = workers
         self.lines = []
         self._ended = queue.SimpleQueue()
-        self.coordinator = Coordinator(folder, settings, listen)
+        self.coordinator = Coordinator(folder, settings, bind)
+        reach = HERE if bind.startswith("unix:") else Reach(bind, local=False)
         self._engine = LocalEngine(Launch(workers, output=self.lines.append))
         for role in ("server", *["standby"] * replicas):
             for index in range(servers):
@@ -119,7 +121,7 @@ class Field:
                         servers,
                         sync,
                         self.coordinator.address,
-                        listen["kind"],
+                        reach,
                         5.0,
                         role=role,
                         replicas=replicas,
@@ -170,8 +172,8 @@ class Field:
 
 @contextlib.contextmanager
 def field(folder, kind="unix", **options):
-    place = {} if kind == "tcp" else {"place": f"@headwater-{secrets.token_hex(8)}"}
-    made = Field(folder, {"kind": kind, **place}, **options)
+    bind = "127.0.0.1" if kind == "tcp" else f"unix:@headwater-{secrets.token_hex(8)}"
+    made = Field(folder, bind, **options)
     try:
         yield made
     finally:

@@ -28,6 +28,7 @@ from headwater.nodes.join import join, rejoin
 from headwater.nodes.server import ServerNode, ServerSettings
 from headwater.roster import RosterBook, RosterRecord
 from headwater.wire.listener import Listener
+from headwater.wire.reach import Reach
 
 SETTINGS = {"workers": 2, "sync": "sync", "settings": {"lr": 0.5}}
 MEMBERS = (Member(3, "server", 0, 17, "here", ("unix:@a",)), Member(12, "standby", 0, 18, "there"))
@@ -207,9 +208,7 @@ class Small:
         self.server.start()
 
     def start(self):
-        self.node = CoordinatorNode(
-            self._settings, journal=self._journal, listen=lambda: Listener("unix", place=self._place)
-        )
+        self.node = CoordinatorNode(self._settings, journal=self._journal, reach=Reach(f"unix:{self._place}"))
 
     def ranks(self):
         return [node.rank for node in self.node.statistics().nodes if node.role == "worker"]

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from connections import TOKEN, tls
 from hypothesis import given
 from hypothesis import strategies as st
 from rays import REASON, actors, share
@@ -114,9 +115,29 @@ def test_local_modules_are_for_the_call_that_connects_to_ray(ray_nodes, where):
 
 def test_nodes_on_hosts_that_a_unix_socket_does_not_reach_are_refused(ray_nodes, monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
-    with pytest.raises(ConfigurationError, match=r"cannot reach this cluster.*on elsewhere.*TCP addresses"):
+    with pytest.raises(ConfigurationError, match=r"cannot reach this cluster.*on elsewhere.*bind='0.0.0.0'"):
         hw.Cluster(workers=1, engine=share())
     assert not places_reserved()
+
+
+def test_servers_on_other_hosts_cannot_listen_at_an_address_of_this_one(ray_nodes, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    with pytest.raises(ConfigurationError, match=r"bind='127.0.0.1' is an address of elsewhere.*'0.0.0.0'"):
+        hw.Cluster(workers=1, engine=share(), bind="127.0.0.1", token=TOKEN)
+    assert not places_reserved()
+
+
+def test_actors_join_over_tcp_with_the_proofs_of_the_cluster(ray_nodes):
+    def train(worker):
+        model = worker.model("sums", {"a": np.zeros(5000, np.float32)}, hw.Accumulate())
+        model.push({"a": np.ones(5000, np.float32)})
+        worker.step()
+        return worker._session.membership._channel.peer, float(model.pull()["a"].sum())
+
+    options = {"bind": "127.0.0.1", "token": TOKEN, "tls": tls()}
+    result = hw.run(train, workers=2, servers=2, engine=share(), **options)
+    assert [total for _, total in result.values] == [10000.0] * 2
+    assert all(peer.startswith("tcp:127.0.0.1:") for peer, _ in result.values)
 
 
 # ── in a Ray job ────────────────────────────────────────────────────────────────────────────────

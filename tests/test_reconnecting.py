@@ -4,11 +4,14 @@ import random
 import socket
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
+from connections import TOKEN
 
 import headwater as hw
+from headwater.nodes import dialling
 
 SHAPES = {"a": (9000,), "b": (5,)}
 
@@ -99,6 +102,53 @@ def test_steps_count_once_however_often_connections_to_servers_are_cut(mode, tra
         assert all(versions == list(range(1, steps + 1)) for versions, _, _ in results.values())
 
 
+@pytest.fixture
+def kinds(monkeypatch):
+    """Every connection is over a Unix socket or over TCP, as it happens; returns how often each was."""
+    counts, chance, known = Counter(), random.Random(5), dialling.reachable
+
+    def either(member):
+        addresses = known(member)
+        chance.shuffle(addresses)
+        counts[addresses[0].partition(":")[0]] += 1
+        return addresses
+
+    monkeypatch.setattr(dialling, "reachable", either)
+    return counts
+
+
+BEYOND = {"bind": "127.0.0.1", "token": TOKEN}
+
+
+@pytest.mark.parametrize("mode", ["sync", "async", "ssp:1"])
+def test_steps_count_once_though_each_new_connection_may_share_memory_or_not(mode, kinds):
+    results = steps_with_cuts(mode, 60, **BEYOND)
+    for _, values, rows in results.values():
+        assert all((array == 180).all() for array in values.values())
+        assert rows.tolist() == [[240, 240], [120, 120]]
+    assert kinds["unix"] > 5
+    assert kinds["tcp"] > 5
+
+
+def test_values_are_assigned_as_they_were_given_though_connections_are_cut_and_change(kinds):
+    def full(value):
+        return {name: np.full(shape, value, np.float32) for name, shape in SHAPES.items()}
+
+    cluster = hw.Cluster(workers=1, servers=2, patience=5, deadline=30, **BEYOND)
+    with cluster, cluster.worker() as worker:
+        model = worker.model("m", full(0), hw.SGD(lr=1))
+        with Cutter(lambda: worker._session.channels) as cutter:
+            for turn in range(150):
+                model.push(full(1 + turn))
+                model.assign(full(turn))
+                assert all((array == turn).all() for array in model.pull(copy=True).values())
+                worker.step()
+                assert all((array == -1).all() for array in model.pull().values())
+        assert cutter.cuts > 5
+    assert kinds["unix"] > 2
+    assert kinds["tcp"] > 2
+
+
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_the_log_goes_on_when_the_connection_between_servers_is_cut(mode):
     def link(cluster):
@@ -164,6 +214,6 @@ def test_a_pending_wait_ends_when_its_worker_is_declared_dead():
             assert time.monotonic() < until
         first._session.membership._channel._stream.shutdown(socket.SHUT_RDWR)
         waiting.join(30)
-        assert "gone" in str(failures[0])
+        assert "declared dead" in str(failures[0])
         first.leave()
         second.leave()

@@ -24,7 +24,10 @@ LAYERS = [
     ],
     ["wire", "checkpoint", "data"],
     ["nodes", "engines"],
-    ["cluster", "supervisor", "storage", "run", "torch", "jax", "bench", "cli", "__main__", "__init__"],
+    [
+        *["cluster", "served", "supervisor", "storage", "run", "torch", "jax", "bench", "cli"],
+        *["__main__", "__init__"],
+    ],
 ]
 """A module imports from its own group and the groups above it (docs/architecture.md)."""
 

@@ -10,7 +10,7 @@ from connections import DEADLINE, attended
 from typer.testing import CliRunner
 
 from headwater.cli import app
-from headwater.cli.serve import make_certificates
+from headwater.cli.certificates import make_certificates
 from headwater.errors import ConfigurationError, RefusedError
 from headwater.wire.certificates import new_authority, new_node, write_new
 from headwater.wire.listener import dial

@@ -220,6 +220,17 @@ def test_a_request_that_breaks_the_protocol_is_not_held(shard, request_, text):
     shard.hold(1, step([(0, b"\1")]))
 
 
+def test_what_an_outstanding_exchange_brought_is_values_for_an_assignment_and_gradients_else(shard):
+    staging = memory()
+    shard.replace_staging(1, 0, staging, 0)
+    assert shard.staged(1, 0) is staging.gradients
+    shard.hold(1, m.Assign(2, m.Carried(0, b"\1")))
+    assert shard.staged(1, 0) is staging.parameters
+    shard.process(m.Assigned(2, 1, m.Ticket(1, 2)))
+    shard.hold(1, m.Step(3, 1, 1, (m.Carried(0, b"\1"),), (), True))
+    assert shard.staged(1, 0) is staging.gradients
+
+
 def test_a_member_has_one_exchange_at_a_time(shard):
     shard.hold(1, step())
     with pytest.raises(ProtocolError, match="sent 3 before 2 was answered"):

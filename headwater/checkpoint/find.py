@@ -56,8 +56,10 @@ def list_checkpoints(directory: Location) -> tuple[Listed, ...]:
     )
 
 
-def latest(directory: Location, *, verify: bool = True) -> Latest:
+def latest(directory: Location, *, verify: bool = True, since: int = 0) -> Latest:
     """The newest checkpoint that is good: its manifest and, with `verify`, every byte of its files.
+
+    `since`: the first generation that counts.
 
     Blocks for reading all of that. Newer ones that are damaged are skipped; the caller should say so.
 
@@ -65,7 +67,7 @@ def latest(directory: Location, *, verify: bool = True) -> Latest:
         ConfigurationError: there is none at all, or the newest good one has a newer format.
         CheckpointError: none is good; the text names each and why.
     """
-    listed = list_checkpoints(directory)
+    listed = [found for found in list_checkpoints(directory) if found.generation >= since]
     if not listed:
         raise ConfigurationError(f"{open_folder(directory).url} holds no checkpoint: start without resuming")
     skipped: list[str] = []

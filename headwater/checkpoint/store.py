@@ -203,7 +203,10 @@ _ADVICE = {
     errno.EACCES: _FORBIDDEN,
     errno.EPERM: _FORBIDDEN,
     errno.EROFS: _FORBIDDEN,
-    errno.ENOENT: "it is not there (or not on this machine: all nodes need the same directory)",
+    errno.ENOENT: (
+        "it is not there, or not on this machine: nodes of several machines need one directory, on a file "
+        "system that all of them mount, or an fsspec URL such as s3://bucket/run"
+    ),
     errno.ENOTDIR: "a part of that path is a file: use another directory",
 }
 

@@ -132,7 +132,8 @@ def _check_there(folder: Folder, manifest: Manifest) -> None:
         if found.pop(file.name, None) != file.size:
             raise CheckpointError(
                 f"{folder.url}/{file.name}, {file.size} bytes, was written but is not seen from here: "
-                "the directory must be the same one for all servers and the coordinator"
+                "the directory must be the same one for all servers and the coordinator, on a file system "
+                "that all their machines mount, or an fsspec URL such as s3://bucket/run"
             )
     for stranger in found:
         folder.delete(stranger)

@@ -10,6 +10,16 @@ from headwater.bench.suites import SUITES
 from headwater.cli import checkpoint as checkpoints
 from headwater.cli.bench import measure
 from headwater.cli.engines import chosen_engine
+from headwater.cli.environment import (
+    Advertise,
+    Bind,
+    Insecure,
+    TlsCa,
+    TlsCertificate,
+    TlsKey,
+    TokenFile,
+    security_of,
+)
 from headwater.cli.faults import faults_reported
 from headwater.cli.serve import serve
 from headwater.cli.status import show_status
@@ -106,6 +116,13 @@ def run(
     transport: Annotated[
         str, typer.Option(help="unix (shared memory) or tcp (as between machines).")
     ] = "unix",
+    bind: Bind = None,
+    advertise: Advertise = None,
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
+    insecure: Insecure = False,
     patience: Annotated[float, typer.Option(help="Seconds after which a wait is reported.")] = 10.0,
     deadline: Annotated[float, typer.Option(help="Seconds after which a wait fails.")] = 600.0,
     lease: Annotated[
@@ -126,9 +143,12 @@ def run(
 
     headwater run train.py --engine ray --ray-address 10.0.0.1:6379 --worker-resource num_cpus=4
 
+    headwater run train.py --bind 0.0.0.0:7000 --token-file token
+
     Exit codes: 0 done, 1 the training or the cluster failed, 2 a wrong argument, 130 interrupted.
     """
     with faults_reported():
+        security = security_of(token_file, tls_ca, tls_certificate, tls_key, insecure)
         train_script(
             script,
             set_ or (),
@@ -148,6 +168,11 @@ def run(
             restarts=restarts,
             rules=tuple(rules or ()),
             transport=transport,
+            bind=bind,
+            advertise=advertise,
+            token=security.token,
+            tls=security.tls,
+            insecure=insecure,
             patience=patience,
             deadline=deadline,
             lease=lease,
@@ -158,15 +183,22 @@ def run(
 def status(
     address: Annotated[str, typer.Argument(help="What `headwater run` printed as cluster address.")],
     json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
 ) -> None:
     """Show the nodes and models of a running cluster, and whom each node waits for.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
     headwater status unix:@headwater-0f3a --json
+
+    headwater status tcp:node1:7000 --token-file token
     """
     with faults_reported():
-        show_status(address, as_json=json)
+        security = security_of(token_file, tls_ca, tls_certificate, tls_key)
+        show_status(address, as_json=json, security=security)
 
 
 @app.command()

@@ -1,28 +1,203 @@
-"""`headwater serve`: what it takes to run nodes by hand, on machines of different networks."""
+"""`headwater serve`: nodes one by one, for machines and schedulers of any kind; their options."""
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from headwater.cli.assignments import parse_settings
+from headwater.cli.certificates import make_certificates
+from headwater.cli.environment import (
+    FROM_ENVIRONMENT,
+    Advertise,
+    Bind,
+    Insecure,
+    TlsCa,
+    TlsCertificate,
+    TlsKey,
+    TokenFile,
+    reach_of,
+    security_of,
+)
 from headwater.cli.faults import faults_reported
-from headwater.errors import ConfigurationError
-from headwater.wire.certificates import Signed, load_authority, new_authority, new_node, write_new
-
-_AUTHORITY = "ca"
-_THIS_MACHINE = "node"
+from headwater.cli.serving import node_reported, serve_coordinator, serve_server, serve_worker
+from headwater.nodes.coordinator import ClusterSettings
+from headwater.storage import checkpoints_of
+from headwater.sync import parse_sync
 
 serve = typer.Typer(
-    help="Run nodes by hand, and make the certificates that they show each other.", no_args_is_help=True
+    help="Run nodes one by one, under any scheduler, and make the certificates that they show each other. "
+    "Every option of a node can be an environment variable: HEADWATER_MIN_WORKERS for --min-workers.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
 )
 
+Coordinator = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="What `headwater serve coordinator` printed.")
+]
+Wait = Annotated[
+    float,
+    typer.Option(min=0, help="Seconds for which a coordinator that cannot be reached is tried again."),
+]
 
-@serve.callback()
-def _commands() -> None:
-    """Keep `certificates` a command of its own while it is the only one."""
+
+@serve.command(context_settings=FROM_ENVIRONMENT)
+def coordinator(
+    workers: Annotated[int, typer.Option(min=1, help="Workers that must have joined, and must finish.")],
+    servers: Annotated[int, typer.Option(min=1, help="Servers, which hold equal parts of the model.")] = 1,
+    sync: Annotated[
+        str, typer.Option(help="sync, async, ssp:N, or sync:quorum=K,grace=SECONDS, as for `run`.")
+    ] = "sync",
+    replicas: Annotated[
+        int, typer.Option(min=0, max=1, help="Standbys of every server, which take over when it is lost.")
+    ] = 0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            envvar="HEADWATER_SET",
+            help="A setting for `worker.settings`; repeatable.",
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Where checkpoints go: a directory or fsspec URL that every server reaches."
+        ),
+    ] = None,
+    every: Annotated[
+        str, typer.Option(metavar="N[steps]|Ns", help="Commits, or seconds, between checkpoints.")
+    ] = "60s",
+    keep: Annotated[int, typer.Option(min=1, help="How many checkpoints stay.")] = 3,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Begin with the latest good checkpoint, where there is one.")
+    ] = False,
+    on_server_loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="rewind|stop",
+            help="When a server is lost with its standby; rewind to the last checkpoint where there are any.",
+        ),
+    ] = None,
+    min_workers: Annotated[int, typer.Option(min=1, help="With fewer workers than that training waits.")] = 1,
+    patience: Annotated[float, typer.Option(help="Seconds after which a wait is reported.")] = 10.0,
+    deadline: Annotated[float, typer.Option(help="Seconds after which a wait fails.")] = 600.0,
+    lease: Annotated[
+        float, typer.Option(help="Seconds after which a node that is not heard of is declared dead.")
+    ] = 15.0,
+    journal: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="With it the coordinator may be killed and started again: the roster is there. "
+            "Needs a --bind that is always the same.",
+        ),
+    ] = None,
+    bind: Bind = None,
+    advertise: Advertise = None,
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
+    insecure: Insecure = False,
+) -> None:
+    """Keep the roster of a cluster, hand out data, take checkpoints; prints its address when it is ready.
+
+    [bold]Examples[/bold]
+
+    headwater serve coordinator --workers 4 --servers 2 --bind 0.0.0.0:7000 --token-file token
+
+    headwater serve coordinator --workers 4 --bind unix:/tmp/hw --journal hw.journal --checkpoint runs/a
+
+    Exit codes: 0 every worker has finished, 1 the cluster cannot go on, 2 a wrong argument, 130 and 143 told
+    to end.
+    """
+    with faults_reported():
+        security = security_of(token_file, tls_ca, tls_certificate, tls_key, insecure)
+        checkpoints = checkpoints_of(checkpoint, every, keep, resume, on_server_loss)  # type: ignore[arg-type]
+        settings = ClusterSettings(
+            workers=workers,
+            servers=servers,
+            sync=str(parse_sync(sync)),
+            settings=parse_settings(tuple(set_ or ())),
+            patience=patience,
+            deadline=deadline,
+            lease=lease,
+            replicas=replicas,
+            min_workers=min_workers,
+        )
+        serve_coordinator(settings, checkpoints, journal, reach_of(bind, advertise, security))
+
+
+@serve.command(context_settings=FROM_ENVIRONMENT)
+def server(
+    coordinator: Coordinator = None,
+    role: Annotated[
+        str | None, typer.Option(metavar="server|standby", help="Without: whichever is missing.")
+    ] = None,
+    index: Annotated[
+        int | None, typer.Option(min=0, help="Which server, or whose standby; without: one that is missing.")
+    ] = None,
+    rules: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="A module with update rules of your own; repeatable."),
+    ] = None,
+    wait: Wait = 300.0,
+    bind: Bind = None,
+    advertise: Advertise = None,
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
+    insecure: Insecure = False,
+) -> None:
+    """Be a server or standby, whichever is missing, or a spare that waits until one is.
+
+    [bold]Example[/bold]
+
+    headwater serve server --coordinator tcp:node1:7000 --bind 0.0.0.0 --token-file token
+
+    Exit codes: 0 training has finished, 1 it cannot go on, 2 a wrong argument, 75 no coordinator (any more):
+    start it again, 130 and 143 told to end.
+    """
+    with node_reported():
+        security = security_of(token_file, tls_ca, tls_certificate, tls_key, insecure)
+        serve_server(coordinator, role, index, rules or (), reach_of(bind, advertise, security), wait)
+
+
+@serve.command(context_settings=FROM_ENVIRONMENT)
+def worker(
+    script: Annotated[
+        str,
+        typer.Argument(
+            metavar="SCRIPT[:FUNCTION]",
+            envvar="HEADWATER_SCRIPT",
+            help="A Python file; FUNCTION(worker) is `train` unless named.",
+        ),
+    ],
+    coordinator: Coordinator = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Which worker; without: the next free one.")] = None,
+    wait: Wait = 300.0,
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
+) -> None:
+    """Run a training function as a worker; its settings come from the coordinator.
+
+    [bold]Example[/bold]
+
+    headwater serve worker train.py --coordinator tcp:node1:7000 --rank $SLURM_PROCID --token-file token
+
+    Exit codes: 0 training has finished, 1 it failed, 2 a wrong argument, 75 the cluster, or the place in it,
+    is lost: start it again, 130 and 143 told to end.
+    """
+    with node_reported():
+        security = security_of(token_file, tls_ca, tls_certificate, tls_key)
+        serve_worker(script, coordinator, rank, security, wait)
 
 
 @serve.command()
@@ -50,58 +225,3 @@ def certificates(
     with faults_reported():
         for line in make_certificates(directory, host or []):
             print(line)
-
-
-def make_certificates(directory: Path, hosts: list[str]) -> list[str]:
-    """Write the files; return what was written, in words.
-
-    Raises:
-        ConfigurationError: a file exists, half an authority is there, or a name is not one.
-    """
-    own, key = _files(directory, _AUTHORITY)
-    new = not own.exists() and not key.exists()
-    authority = new_authority() if new else load_authority(own, key)
-    nodes = [_node(directory, authority, machine) for machine in _machines(hosts).items()]
-    for certificate, secret, _, _ in nodes:
-        for path in (certificate, secret):
-            if path.exists():
-                raise ConfigurationError(f"{path} exists: remove it first, or name another directory")
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"cannot make {directory}: {error}") from error
-    lines = []
-    if new:
-        write_new(authority, own, key)
-        lines.append(f"{own}: the authority, for every node; {key.name} makes nodes: keep it secret")
-    for certificate, secret, signed, names in nodes:
-        write_new(signed, certificate, secret)
-        until = signed.certificate.not_valid_after_utc.date()
-        lines.append(f"{certificate} and {secret.name}: {', '.join(names)}; valid until {until}")
-    return lines
-
-
-def _machines(hosts: list[str]) -> dict[str, list[str]]:
-    """The names of each machine, by the name of its files."""
-    if not hosts:
-        return {_THIS_MACHINE: [socket.gethostname(), "localhost", "127.0.0.1", "::1"]}
-    machines: dict[str, list[str]] = {}
-    for host in hosts:
-        names = [name.strip() for name in host.split(",")]
-        stem = names[0].replace(":", "_")
-        if stem in machines or stem == _AUTHORITY:
-            raise ConfigurationError(f"--host {names[0]!r}: its files would be those of another: rename it")
-        machines[stem] = names
-    return machines
-
-
-def _node(
-    directory: Path, authority: Signed, machine: tuple[str, list[str]]
-) -> tuple[Path, Path, Signed, list[str]]:
-    stem, names = machine
-    signed = new_node(authority, names)  # refuses what is no host name, so what is no file name either
-    return (*_files(directory, stem), signed, names)
-
-
-def _files(directory: Path, stem: str) -> tuple[Path, Path]:
-    return directory / f"{stem}.pem", directory / f"{stem}.key"

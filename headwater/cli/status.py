@@ -9,19 +9,20 @@ from rich.table import Table
 from headwater.errors import ConnectionLostError, HeadwaterError, ProtocolError
 from headwater.messages import Ask, ClusterStatistics, ServerStatistics
 from headwater.wire.listener import dial
+from headwater.wire.security import PLAIN, Security
 
 _ANSWER_S = 10.0
 """How long a coordinator may take to be reached, and again to answer, in seconds."""
 
 
-def show_status(address: str, *, as_json: bool) -> None:
+def show_status(address: str, *, as_json: bool, security: Security = PLAIN) -> None:
     """Print the state of the cluster at `address`; blocks for its answer.
 
     Raises:
         ConnectionLostError: nobody answers there.
         ProtocolError: whoever answers is not a coordinator.
     """
-    statistics = ask(address)
+    statistics = ask(address, security)
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(statistics), indent=2).decode())
         return
@@ -29,6 +30,7 @@ def show_status(address: str, *, as_json: bool) -> None:
     console.print(
         f"{statistics.sync}, {statistics.workers} workers declared, "
         f"version {statistics.version}, term {statistics.term}"
+        + (f", spares {statistics.spares}" if statistics.spares else "")
     )
     console.print(_nodes(statistics))
     if statistics.models:
@@ -37,14 +39,14 @@ def show_status(address: str, *, as_json: bool) -> None:
         console.print(_tables(statistics))
 
 
-def ask(address: str) -> ClusterStatistics:
+def ask(address: str, security: Security = PLAIN) -> ClusterStatistics:
     """The statistics of the cluster whose coordinator is at `address`.
 
     Raises:
         ConnectionLostError: nobody answers there.
         ProtocolError: whoever answers is not a coordinator.
     """
-    channel = dial(address, timeout=_ANSWER_S)
+    channel = dial(address, timeout=_ANSWER_S, security=security)
     try:
         channel.send(Ask(), timeout=_ANSWER_S)
         received = channel.receive(timeout=_ANSWER_S)

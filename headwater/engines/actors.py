@@ -156,6 +156,8 @@ class _Node:
 class ActorEngine:
     """Servers and workers in places reserved when the first of a kind is started; see `RayEngine`."""
 
+    nearby = False
+
     def __init__(self, launch: Launch, options: RayEngine) -> None:
         self._launch, self._options = launch, options
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
@@ -171,12 +173,12 @@ class ActorEngine:
             EngineError: there is no such Ray cluster, or no room in it.
             ConfigurationError: what only a running Ray cluster shows to be impossible.
         """
-        group = self._group("server", settings.coordinator)
+        group = self._group("server", settings.coordinator, settings.reach.bind)
         self._start(settings.role, settings.index, group, "server", settings)
 
     def start_worker(self, address: str, rank: int, train: Callable[[Worker], Any]) -> None:
         """Start a worker. The first call blocks until Ray has reserved places for all. Raises as above."""
-        argument = address, rank, pack_train(train)
+        argument = address, rank, pack_train(train), self._launch.security
         self._start("worker", rank, self._group("worker", address), "worker", argument)
 
     def _start(self, name: str, index: int, group: _Group, role: str, argument: Any) -> None:
@@ -187,15 +189,15 @@ class ActorEngine:
             self._nodes.append(node)
         node.start(start, self._outcomes.put)
 
-    def _group(self, kind: str, address: str) -> _Group:
+    def _group(self, kind: str, address: str, bind: str | None = None) -> _Group:
         with self._lock:
             if self._connection is None:
                 self._connection = RayConnection(self._options)
             if kind not in self._groups:
-                self._groups[kind] = self._reserve(kind, address, self._connection)
+                self._groups[kind] = self._reserve(kind, address, bind, self._connection)
             return self._groups[kind]
 
-    def _reserve(self, kind: str, address: str, connection: RayConnection) -> _Group:
+    def _reserve(self, kind: str, address: str, bind: str | None, connection: RayConnection) -> _Group:
         launch, options = self._launch, self._options
         if kind == "server":
             resources, strategy = options.server_resources, "SPREAD"
@@ -204,7 +206,7 @@ class ActorEngine:
             resources, strategy, count = options.worker_resources, options.strategy, launch.workers
         places = Places(count, resources, strategy, options.timeout)
         try:
-            places.check_reachable(address)
+            places.check_reachable(address, bind)
         except BaseException:
             places.remove()
             raise

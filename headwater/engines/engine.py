@@ -12,6 +12,9 @@ from typing import Any, Protocol
 from headwater.errors import RewoundError, WorkerError
 from headwater.nodes.server import ServerSettings
 from headwater.nodes.worker import Worker
+from headwater.wire.security import PLAIN, Security
+
+_OWN = ("headwater.engines.", "headwater.served.")
 
 _log = logging.getLogger("headwater.worker")
 
@@ -21,7 +24,7 @@ class Launch:
     """How to start nodes. `rules`: modules with users' rules, loaded by every node.
 
     `workers`, `servers`, and `replicas` of every server: how many there will be. `output`: takes each line
-    a node printed, with its prefix; called from several threads.
+    a node printed, with its prefix; called from several threads. `security`: what workers must prove.
     """
 
     workers: int
@@ -29,6 +32,7 @@ class Launch:
     output: Callable[[str], None] = print
     servers: int = 1
     replicas: int = 0
+    security: Security = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class Failure:
     def of(error: BaseException) -> Failure:
         """Describe `error`, which is being handled; the engine's own frames are left out of its traceback."""
         frames = error.__traceback__
-        while frames is not None and _module(frames).startswith("headwater.engines."):
+        while frames is not None and _module(frames).startswith(_OWN):
             frames = frames.tb_next
         trace = "".join(traceback.format_exception(type(error), error, frames or error.__traceback__))
         return Failure(f"{type(error).__name__}: {error}", trace, error)
@@ -76,7 +80,13 @@ class Outcome:
 
 
 class Engine(Protocol):
-    """Starts nodes and watches them. After `close` nothing it started is left."""
+    """Starts nodes and watches them. After `close` nothing it started is left.
+
+    Attributes:
+        nearby: whether every node it starts is on this machine.
+    """
+
+    nearby: bool
 
     def start_server(self, settings: ServerSettings) -> None:
         """Start a server or standby; does not wait until it has joined."""
@@ -94,11 +104,11 @@ class Engine(Protocol):
         """Stop everything within two seconds; idempotent."""
 
 
-def run_worker(address: str, rank: int, train: Callable[[Worker], Any]) -> Any:
+def run_worker(address: str, rank: int, train: Callable[[Worker], Any], security: Security) -> Any:
     """What a worker's process or thread does: again from the start when training begins anew."""
     while True:
         try:
-            with Worker(address, rank) as worker:
+            with Worker(address, rank, security=security) as worker:
                 return train(worker)
         except RewoundError as error:
             _log.warning("worker %d: %s", rank, error)

@@ -17,7 +17,10 @@ _JOIN_S = 1.0
 class InlineEngine:
     """Threads share the interpreter, so nothing runs faster than with one worker; nothing is pickled."""
 
+    nearby = True
+
     def __init__(self, launch: Launch) -> None:
+        self._launch = launch
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._servers: list[ServerNode] = []
         self._threads: list[threading.Thread] = []
@@ -30,7 +33,9 @@ class InlineEngine:
 
     def start_worker(self, address: str, rank: int, train: Callable[[Worker], Any]) -> None:
         """Run `train` in a thread."""
-        self._start("worker", rank, lambda: run_worker(address, rank, train), report_end=True)
+        self._start(
+            "worker", rank, lambda: run_worker(address, rank, train, self._launch.security), report_end=True
+        )
 
     def _start(self, role: str, index: int, run: Callable[[], Any], report_end: bool) -> None:
         def body() -> None:

@@ -120,6 +120,8 @@ class _Child:
 class LocalEngine:
     """Processes; the train function travels by cloudpickle, functions of `__main__` by value."""
 
+    nearby = True
+
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
@@ -131,7 +133,8 @@ class LocalEngine:
 
     def start_worker(self, address: str, rank: int, train: Callable[[Worker], Any]) -> None:
         """Start a worker process."""
-        self._start("worker", rank, ("worker", self._launch.rules, (address, rank, pack_train(train))))
+        argument = address, rank, pack_train(train), self._launch.security
+        self._start("worker", rank, ("worker", self._launch.rules, argument))
 
     def _start(self, role: str, index: int, start: tuple[Any, ...]) -> None:
         child = _Child(role, index, cloudpickle.dumps(start), self._launch, self._outcomes.put)

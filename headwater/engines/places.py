@@ -21,6 +21,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from headwater.engines.ray import RayEngine
 from headwater.errors import ConfigurationError, EngineError
+from headwater.wire.addresses import split_place
+from headwater.wire.reach import EVERYWHERE
 
 _PROBE_S = 5.0
 _RAYS_NAMES = {"num_cpus": "CPU", "num_gpus": "GPU"}
@@ -87,18 +89,26 @@ class Places:
         by_place = placement_group_table(self._group)["bundles_to_node_id"]
         return [by_place[place] for place in sorted(by_place)]
 
-    def check_reachable(self, address: str) -> None:
-        """Unix sockets lead to processes of this host alone.
+    def check_reachable(self, address: str, bind: str | None) -> None:
+        """Unix sockets lead to processes of this host alone, and only a host can listen at an address of it.
+
+        `address`: the coordinator's; `bind`: where nodes in these places listen, None where they do not.
 
         Raises:
-            ConfigurationError: some places are on other hosts, where nobody reaches `address`.
+            ConfigurationError: some places are on other hosts, where nobody reaches `address` or has `bind`.
         """
         hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
         others = {hosts[machine] for machine in self.machines if machine in hosts} - {socket.gethostname()}
         if address.startswith("unix:") and others:
             raise ConfigurationError(
                 f"Ray's nodes on {', '.join(sorted(others))} cannot reach this cluster, whose coordinator "
-                f"listens at {address} on {socket.gethostname()}: nodes of several hosts need TCP addresses"
+                f"listens at {address} on {socket.gethostname()}: give it an address for other hosts, with "
+                "bind='0.0.0.0' and tls or a token"
+            )
+        if others and bind is not None and split_place(bind)[0] not in EVERYWHERE:
+            raise ConfigurationError(
+                f"bind={bind!r} is an address of {socket.gethostname()}, but servers are to listen on "
+                f"{', '.join(sorted(others))} too: pass bind='0.0.0.0', or '::' for IPv6"
             )
 
     def options(self, place: int) -> dict[str, Any]:

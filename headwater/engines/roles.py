@@ -18,7 +18,8 @@ _SWITCH_S = 0.0005
 
 
 def run_role(role: str, rules: tuple[str, ...], start: Any) -> tuple[Any, Failure | None]:
-    """Be a "server" with the settings `start`, or a "worker" of (address, rank, packed train), until it ends.
+    """Be a "server" with the settings `start`, or a "worker" of (address, rank, packed train, security),
+    until it ends.
 
     Returns what `train` returned, or what was raised; a server's end is always a failure.
     """
@@ -28,15 +29,20 @@ def run_role(role: str, rules: tuple[str, ...], start: Any) -> tuple[Any, Failur
         if role == "server":
             _serve(start)
             return None, None
-        address, rank, train = start
-        return run_worker(address, rank, cloudpickle.loads(train)), None
+        address, rank, train, security = start
+        return run_worker(address, rank, cloudpickle.loads(train), security), None
     except BaseException as error:  # noqa: BLE001 - it is handed to the caller of `run`
         return None, Failure.of(error)
 
 
-def _serve(settings: ServerSettings) -> None:
+def prepare_server() -> None:
+    """Have this process serve well: its threads take turns quickly, and the compiler is loaded."""
     sys.setswitchinterval(_SWITCH_S)
-    copy_out(np.zeros(0, np.float32), np.zeros(0, np.int64))  # load the compiler before a worker waits for it
+    copy_out(np.zeros(0, np.float32), np.zeros(0, np.int64))  # before a worker waits for it
+
+
+def _serve(settings: ServerSettings) -> None:
+    prepare_server()
     node = ServerNode(settings)
     node.start()
     node.wait()

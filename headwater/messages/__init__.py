@@ -96,6 +96,8 @@ from headwater.messages.replication import Advance, Agreed, Chunk, Followed, Inp
 from headwater.messages.roster import (
     CaughtUp,
     Departed,
+    Enlist,
+    Finished,
     Heartbeat,
     Join,
     Locate,
@@ -104,6 +106,8 @@ from headwater.messages.roster import (
     Progress,
     Rejoin,
     Roster,
+    Spare,
+    Terms,
     Welcome,
     Whereabouts,
 )
@@ -119,7 +123,10 @@ from headwater.messages.statistics import (
 from headwater.messages.verification import Compare, Compared, Digest, Digested
 
 AnyMessage: TypeAlias = (
-    Join
+    Enlist
+    | Spare
+    | Terms
+    | Join
     | Welcome
     | Rejoin
     | Roster
@@ -130,6 +137,7 @@ AnyMessage: TypeAlias = (
     | Mislaid
     | Progress
     | Departed
+    | Finished
     | Acknowledged
     | Refused
     | Lease
@@ -209,11 +217,13 @@ __all__ = [
     "Digest",
     "Digested",
     "End",
+    "Enlist",
     "Enrolled",
     "Entries",
     "Entry",
     "FileRecord",
     "Finish",
+    "Finished",
     "Followed",
     "Heartbeat",
     "Held",
@@ -272,6 +282,7 @@ __all__ = [
     "Shipment",
     "Snapshot",
     "Span",
+    "Spare",
     "Stalled",
     "StandingsRecord",
     "Step",
@@ -288,6 +299,7 @@ __all__ = [
     "TableSpec",
     "TableStatistics",
     "TensorSpec",
+    "Terms",
     "Ticket",
     "Unleased",
     "Unvisited",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from headwater.messages.base import Message, Role, Scalar
@@ -9,7 +11,10 @@ from headwater.messages.reading import Position
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One incarnation of a node. `index` is that of a server or standby, a worker's rank, or -1."""
+    """One incarnation of a node. `index` is that of a server or standby, a worker's rank, or -1.
+
+    `addresses`: where it listens, the nearest first. `machine`: equal where Unix sockets connect.
+    """
 
     id: int
     role: Role
@@ -17,6 +22,40 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pid: int
     host: str
     addresses: tuple[str, ...] = ()
+    machine: str = ""
+
+
+class Enlist(Message, frozen=True):
+    """A node that holds nothing yet asks the coordinator which server or standby is missing.
+
+    `role` and `index` None: whichever.
+    """
+
+    role: Literal["server", "standby"] | None
+    index: int | None
+
+
+class Spare(Message, frozen=True):
+    """An answer to Enlist: no such place is free, as `reason` says. Terms follow once one is."""
+
+    reason: str
+
+
+class Terms(Message, frozen=True):
+    """The answer to Enlist: what the node is to be, in which cluster. The place is kept for the Join that
+    follows on this connection.
+
+    `restore`: path of the checkpoint that a server begins with, "" for none.
+    """
+
+    role: Literal["server", "standby"]
+    index: int
+    servers: int
+    sync: str
+    replicas: int
+    min_workers: int
+    patience: float
+    restore: str
 
 
 class Join(Message, frozen=True):
@@ -27,6 +66,7 @@ class Join(Message, frozen=True):
     pid: int
     host: str
     addresses: tuple[str, ...] = ()
+    machine: str = ""
 
 
 class Welcome(Message, frozen=True):
@@ -126,6 +166,17 @@ class Progress(Message, frozen=True):
 
 
 class Departed(Message, frozen=True):
-    """A member has left the log and will close; its connection's end is not a death."""
+    """A member has left the log and will close; its connection's end is not a death.
+
+    `finished`: a worker did all that it was to do, so nobody need take its place.
+    """
+
+    member: int
+    finished: bool = True
+
+
+class Finished(Message, frozen=True):
+    """A worker has left the log, having done all that it was to do; it stays a member until all others have,
+    since it is to begin anew with them where everything does."""
 
     member: int

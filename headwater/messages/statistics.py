@@ -85,7 +85,8 @@ class ClusterStatistics(Message, frozen=True):
     """The coordinator's answer to Ask.
 
     `tables` in all, over the servers; `unvisited`: samples that a worker left, and nobody took over;
-    `unreplicated`: indices of servers that should have a caught-up standby and have none.
+    `unreplicated`: indices of servers that should have a caught-up standby and have none; `spares`: how many
+    nodes wait to become a server or standby.
     """
 
     term: int
@@ -99,3 +100,4 @@ class ClusterStatistics(Message, frozen=True):
     progress: tuple[Progress, ...]
     unreplicated: tuple[int, ...] = ()
     unvisited: tuple[Unvisited, ...] = ()
+    spares: int = 0

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from headwater import messages as m
 from headwater.errors import ConfigurationError, HeadwaterError, RewoundError, named
 from headwater.nodes.session import Session
 from headwater.wire.channel import Outgoing
+from headwater.wire.security import PLAIN, Security
 
 _log = logging.getLogger("headwater.checkpoint")
 
@@ -66,10 +68,14 @@ class Checkpointer:
         directory: str,
         every: Every,
         keep: int,
+        *,
+        security: Security = PLAIN,
     ) -> None:
         self.last = ""
+        self._security = security
         self._address = address
-        self._directory = directory
+        # Servers write their parts themselves, wherever they work.
+        self._directory = directory if "://" in directory else os.path.abspath(directory)
         self._every = every
         self._keep = keep
         self._session: Session | None = None
@@ -83,7 +89,7 @@ class Checkpointer:
         self._thread.start()
 
     def close(self) -> None:
-        """Take no more; blocks while one is being written. Idempotent."""
+        """Take no more, and give up one that is being written; blocks for that. Idempotent."""
         self._closing.set()
         session = self._session
         if session is not None:
@@ -94,13 +100,18 @@ class Checkpointer:
     def take_last(self) -> None:
         """Stop taking them regularly, and take one of now unless that was written already.
 
+        One that is being written is waited for: it may be this one, and servers would write the same files.
+
         Raises:
             HeadwaterError: it could not be written.
         """
+        self._closing.set()
+        with self._busy:
+            pass  # none is begun any more
         self.close()
-        session = Session(self._address, "observer")
+        session = Session(self._address, "observer", security=self._security)
         try:
-            self._take(session, 0)
+            self._take(session, 0, final=True)
         finally:
             session.close()
 
@@ -109,7 +120,7 @@ class Checkpointer:
     def _run(self) -> None:
         while not self._closing.is_set():
             try:
-                self._session = Session(self._address, "observer", deadline=math.inf)
+                self._session = Session(self._address, "observer", deadline=math.inf, security=self._security)
                 self._take_regularly(self._session)
             except HeadwaterError as error:
                 if not self._closing.is_set():
@@ -131,17 +142,23 @@ class Checkpointer:
             if not self._closing.is_set():
                 version = self._take(session, at)
 
-    def _take(self, session: Session, at: int) -> int:
-        """Take one at version `at` or later; returns the version. What the disk refuses is only logged."""
+    def _take(self, session: Session, at: int, *, final: bool = False) -> int:
+        """Take one at version `at` or later; returns the version.
+
+        What the disk refuses is only logged, unless there is no later one to make up for it.
+        """
         generation = session.welcome.generation
         version = session.ask(lambda number: m.Checkpoint(number, at), "checkpoint").version
         if (generation, version) == self._written:
             return version
         began = time.monotonic()
         try:
-            self._write(session, generation, version)
+            with self._busy:
+                if self._closing.is_set() and not final:
+                    return version
+                self._write(session, generation, version)
         except HeadwaterError as error:
-            if not session.usable():
+            if final or not session.usable():
                 raise
             _log.warning("no checkpoint of version %d: %s", version, error)
             return version

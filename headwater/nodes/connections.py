@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from headwater import messages as m
 from headwater.errors import ConnectionLostError, StalledError
+from headwater.nodes.dialling import dial_member
 from headwater.nodes.membership import Membership
 from headwater.wire.channel import Channel, Outgoing
-from headwater.wire.listener import dial
 
 _log = logging.getLogger("headwater.worker")
 
@@ -27,15 +27,16 @@ class Connections:
         self._servers, self._term = welcome.servers, welcome.term
         self._attempt = -1
         self._channels: list[Channel] = []
+        membership.watch(lambda: list(self._channels))
 
     def make(
-        self, until: float, offers: Callable[[int], Iterable[Outgoing]] = lambda server: ()
+        self, until: float, offers: Callable[[int, Channel], Iterable[Outgoing]] = lambda server, channel: ()
     ) -> list[Channel]:
         """Connect to every server; blocks, with growing pauses, until that works.
 
         While the coordinator is away the servers are looked for where they were last, and it says now and
-        then that it waits. `offers(server)`: frames that every server is sent first. `until`: in monotonic
-        seconds.
+        then that it waits. `offers(server, channel)`: frames that every server is sent first. `until`: in
+        monotonic seconds.
 
         Raises:
             StalledError: `until` has passed; says which server is missing.
@@ -68,15 +69,15 @@ class Connections:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def _connect(
-        self, servers: Sequence[m.Member], term: int, offers: Callable[[int], Iterable[Outgoing]]
+        self, servers: Sequence[m.Member], term: int, offers: Callable[[int, Channel], Iterable[Outgoing]]
     ) -> list[Channel]:
         member = self._membership.welcome.member
         assert member.role in ("worker", "observer")
         for index, server in enumerate(servers):
-            channel = dial(server.addresses[0], timeout=_DIAL_S)
+            channel = dial_member(server, timeout=_DIAL_S, security=self._membership.security)
             self._channels.append(channel)
             channel.send(m.Hello(member.id, member.role, term, self._attempt), timeout=_DIAL_S)
-            for frame in offers(index):
+            for frame in offers(index, channel):
                 channel.send(frame.message, descriptors=frame.descriptors, timeout=_DIAL_S)
         self._membership.expect(servers, self._hang_up)
         return list(self._channels)

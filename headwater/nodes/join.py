@@ -10,10 +10,11 @@ import socket
 from collections.abc import Callable
 
 from headwater.errors import ConnectionLostError, ProtocolError, RefusedError, named
-from headwater.messages import AnyMessage, Join, Refused, Rejoin, Role, Welcome
+from headwater.messages import AnyMessage, Enlist, Join, Refused, Rejoin, Role, Spare, Terms, Welcome
+from headwater.nodes.dialling import machine
 from headwater.wire.channel import Channel
 from headwater.wire.listener import dial
-from headwater.wire.security import Security
+from headwater.wire.security import PLAIN, Security
 
 _DIAL_S = 10.0
 _CALL_S = 2.0
@@ -28,21 +29,22 @@ def join(
     addresses: tuple[str, ...] = (),
     own: Callable[[Channel], Channel] = lambda channel: channel,
     timeout: float | None = None,
-    security: Security | None = None,
+    security: Security = PLAIN,
+    over: Channel | None = None,
 ) -> tuple[Channel, Welcome]:
     """Join the cluster at `coordinator`; blocks until it is complete enough to take this node in.
 
     The returned channel is the membership: its end without a Departed message is a death.
     `own` is told of the channel before the wait; `timeout`: seconds for the welcome; `security`: what
-    all nodes of the cluster were given.
+    all nodes of the cluster were given; `over`: the connection over which it enlisted.
 
     Raises:
         ConnectionLostError: nobody answers at that address.
         RefusedError: the coordinator refuses, with its reason, or is not admitted itself.
         ProtocolError: what answers is no coordinator.
     """
-    channel = own(dial(coordinator, timeout=_DIAL_S, security=security))
-    request = Join(role, index, os.getpid(), socket.gethostname(), addresses)
+    channel = own(over or dial(coordinator, timeout=_DIAL_S, security=security))
+    request = Join(role, index, os.getpid(), socket.gethostname(), addresses, machine())
     answer = _answer(channel, request, timeout, coordinator)
     if isinstance(answer, Refused):
         channel.close()
@@ -50,12 +52,46 @@ def join(
     return channel, answer
 
 
+def enlist(
+    coordinator: str,
+    request: Enlist,
+    *,
+    spare: Callable[[str], None],
+    security: Security = PLAIN,
+) -> tuple[Channel, Terms]:
+    """Ask the cluster at `coordinator` which server or standby to be; blocks while none is missing.
+
+    The place is kept while the returned channel, over which to join, is open. `spare` is told why it waits.
+
+    Raises:
+        ConnectionLostError: nobody answers at that address, or not any more.
+        RefusedError: the coordinator refuses, with its reason, or is not admitted itself.
+        ProtocolError: what answers is no coordinator.
+    """
+    channel = dial(coordinator, timeout=_DIAL_S, security=security)
+    try:
+        channel.send(request, timeout=_DIAL_S)
+        while (received := channel.receive()) is not None:
+            answer = received.message
+            if isinstance(answer, Terms):
+                return channel, answer
+            if isinstance(answer, Refused):
+                raise named(answer.error, answer.reason, default=RefusedError)
+            if not isinstance(answer, Spare):
+                raise ProtocolError(f"the coordinator answered {type(answer).__name__}")
+            spare(answer.reason)
+        raise ConnectionLostError(f"the coordinator at {coordinator} closed the connection")
+    except BaseException:
+        channel.close()
+        raise
+
+
 def rejoin(
     coordinator: str,
     request: Rejoin,
     *,
     own: Callable[[Channel], Channel],
-    security: Security | None = None,
+    security: Security = PLAIN,
 ) -> tuple[Channel, Welcome | Refused]:
     """As `join`, for a member that lost its connection; blocks for at most some seconds.
 

@@ -1,7 +1,7 @@
 """A node's membership in a cluster: its connection to the coordinator, kept alive by heartbeats.
 
-A coordinator that ends this membership says so. One that is gone without a word is *away* where it keeps a
-journal: it is called until it is back, and training goes on meanwhile. Where it keeps none, it is gone.
+A coordinator that ends this membership says so. One that is gone without a word is *away*: it is called until
+it is back, and training goes on meanwhile. Without a journal it is gone for good once its process has ended.
 """
 
 from __future__ import annotations
@@ -11,17 +11,25 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from headwater import messages as m
 from headwater.errors import ConnectionLostError, HeadwaterError, RefusedError, named
+from headwater.nodes.dialling import NOBODY
 from headwater.nodes.join import join, rejoin
 from headwater.wire.channel import Channel
+from headwater.wire.life import Life
+from headwater.wire.security import PLAIN, Security
 
 _log = logging.getLogger("headwater")
 
 _ANSWER_S = 10.0
 """How long the coordinator may take to answer a question, in seconds."""
+
+_VERDICT_S = 2.0
+
+_LOOK_S = 5.0
+"""How often at least it is looked whether peers live, in seconds."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 """Between calls to a coordinator that is away."""
@@ -35,6 +43,9 @@ class Membership:
     Attributes:
         welcome: what the coordinator said first.
         connection: counts the connections; what was sent over an older one may be lost.
+        security: what connections to other nodes must prove.
+
+    `over`: the connection over which a server enlisted.
 
     Raises:
         ConnectionLostError: nobody answers at that address.
@@ -42,9 +53,19 @@ class Membership:
     """
 
     def __init__(
-        self, coordinator: str, role: m.Role, index: int | None, addresses: tuple[str, ...] = ()
+        self,
+        coordinator: str,
+        role: m.Role,
+        index: int | None,
+        addresses: tuple[str, ...] = (),
+        *,
+        security: Security = PLAIN,
+        over: Channel | None = None,
     ) -> None:
-        self._channel, self.welcome = join(coordinator, role, index, addresses=addresses)
+        self._channel, self.welcome = join(
+            coordinator, role, index, addresses=addresses, security=security, over=over
+        )
+        self.security = security
         self.connection = 0
         self._calling: Channel | None = None
         self._coordinator = coordinator
@@ -55,6 +76,9 @@ class Membership:
         self._away_since: float | None = None
         self._expected: tuple[tuple[int, ...], Callable[[], None]] = ((), lambda: None)
         self._closed = threading.Event()
+        self._life = Life()
+        self._watched: Callable[[], Iterable[Channel]] = tuple
+        self._own_life = self._begin_life(self._channel)
         name = f"{role}-{self.welcome.member.index}"
         self._threads = [
             threading.Thread(target=self._beat, name=f"headwater-heartbeat-{name}", daemon=True),
@@ -107,6 +131,13 @@ class Membership:
                 raise self._end()
             return self._whereabouts
 
+    def verdict(self) -> HeadwaterError | None:
+        """Why the coordinator ended this membership, where it does within a moment; for who was refused by a
+        server, which only knows that it did."""
+        with self._changed:
+            self._changed.wait_for(self._is_over, _VERDICT_S)
+            return self._end() if self._refused is not None else None
+
     def expect(self, servers: Sequence[m.Member], moved: Callable[[], None]) -> None:
         """Have `moved` called, from another thread, when the servers are no longer these, or this is over.
 
@@ -116,6 +147,10 @@ class Membership:
         self._expected = tuple(server.id for server in servers), moved
         if self._is_over():
             moved()
+
+    def watch(self, channels: Callable[[], Iterable[Channel]]) -> None:
+        """Close those of the node's other connections whose peer's machine is gone, from now on."""
+        self._watched = channels
 
     @property
     def away_s(self) -> float:
@@ -155,16 +190,27 @@ class Membership:
     # ── in its threads ──────────────────────────────────────────────────────────────────────────
 
     def _beat(self) -> None:
-        while not self._closed.wait(self.welcome.heartbeat):
-            self.tell(m.Locate() if self._expected[0] else m.Heartbeat())
+        now = time.monotonic()
+        due = now + self.welcome.heartbeat
+        while not self._closed.wait(min(max(due - now, 0.0), _LOOK_S)):
+            now = time.monotonic()
+            if now >= due:
+                due = now + self.welcome.heartbeat
+                self.tell(m.Locate() if self._expected[0] else m.Heartbeat())
+            self._life.look(self._watched(), now)
+            self._own_life.look((self._channel,), now)
+
+    def _begin_life(self, channel: Channel) -> Life:
+        """A coordinator that is not heard of for two leases has declared this member dead, or is gone itself;
+        before that the connection may recover, and its end would be a death."""
+        silence = 6 * self.welcome.heartbeat
+        channel.keep_alive(silence)
+        return Life(silence)
 
     def _keep(self) -> None:
         """Take what the coordinator says, and have it back when it is away, until this is over."""
         refused = None
         while not self._closed.is_set() and (refused := self._listen()) is None:
-            if not self.welcome.returns:
-                refused = m.Refused("ConnectionLostError", "the coordinator is gone")
-                break
             refused = self._call_back()
             if refused is not None:
                 break
@@ -203,20 +249,22 @@ class Membership:
             moved()
 
     def _call_back(self) -> m.Refused | None:
-        """Call until the coordinator takes this member back; what it says where it does not."""
+        """Call until the coordinator takes this member back; what it says where it does not, or what there is
+        to say where it will not answer any more. None when it is back, or this is closed."""
         member = self.welcome.member
         with self._changed:
             self._away_since = time.monotonic()
             self._changed.notify_all()
-        if not self._closed.is_set():
-            _log.warning("%s %d: lost the coordinator, calls until it is back", member.role, member.index)
         request = m.Rejoin(member.id, self.welcome.key, self.welcome.generation)
         pause = _FIRST_PAUSE_S
         while not self._closed.wait(pause * random.uniform(0.5, 1.0)):
             try:
-                channel, answer = rejoin(self._coordinator, request, own=self._adopt)
+                channel, answer = rejoin(self._coordinator, request, own=self._adopt, security=self.security)
             except (HeadwaterError, TimeoutError) as error:
-                _log.debug("%s %d: the coordinator is still away: %s", member.role, member.index, error)
+                if self._is_gone(error):
+                    return m.Refused("ConnectionLostError", f"the coordinator is gone: {error}")
+                if pause == _FIRST_PAUSE_S:
+                    _log.warning("%s %d: calls the coordinator: %s", member.role, member.index, error)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
                 continue
             if isinstance(answer, m.Refused):
@@ -225,6 +273,16 @@ class Membership:
             self._is_back(channel, answer)
             return None
         return None
+
+    def _is_gone(self, error: Exception) -> bool:
+        """Whether nobody will answer any more: a coordinator without a journal whose process has ended, or
+        that was not heard of for too long. Its machine may only be cut off from this one."""
+        if self.welcome.returns:
+            return False
+        cut_off = isinstance(error, ConnectionLostError | TimeoutError) and not isinstance(
+            error.__cause__, NOBODY
+        )
+        return not cut_off or self.away_s > self.welcome.deadline
 
     def _adopt(self, channel: Channel) -> Channel:
         """`close` ends this one too from now on; nothing else is sent over it before the answer."""
@@ -239,6 +297,7 @@ class Membership:
         _log.warning("%s %d: the coordinator is back after %.1f s", member.role, member.index, self.away_s)
         with self._changed:
             self._channel, self._calling = channel, None
+            self._own_life = self._begin_life(channel)
             self.connection += 1
             self._away_since = None
             self._messages.append(welcome)

@@ -8,15 +8,18 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.nodes.session import Session
 from headwater.nodes.worker.model import Model
+from headwater.wire.security import PLAIN, Security
 
 
-def read_parameters(coordinator: str) -> tuple[int, dict[str, dict[str, NDArray[np.float32]]]]:
+def read_parameters(
+    coordinator: str, *, security: Security = PLAIN
+) -> tuple[int, dict[str, dict[str, NDArray[np.float32]]]]:
     """The version and the values of all models then; blocks for a few exchanges. The arrays are the caller's.
 
     Raises:
         ConnectionLostError: a node is gone.
     """
-    session = Session(coordinator, "observer")
+    session = Session(coordinator, "observer", security=security)
     try:
         models = []
         for info in session.describe().models:

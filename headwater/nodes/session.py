@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from headwater import messages as m
-from headwater.errors import ClosedError, ConnectionLostError, HeadwaterError, StalledError
+from headwater.errors import ClosedError, ConnectionLostError, HeadwaterError, RefusedError, StalledError
 from headwater.exchange import Exchange
 from headwater.nodes.connections import Connections
 from headwater.nodes.membership import Membership
 from headwater.sync import parse_sync
 from headwater.wire.channel import Channel, Outgoing, Received
 from headwater.wire.exchange import exchange
+from headwater.wire.security import PLAIN, Security
+from headwater.wire.shared_memory import windows_possible
 
 _log = logging.getLogger("headwater.worker")
 
@@ -30,8 +32,8 @@ OutgoingTo: TypeAlias = Callable[[int, int], Outgoing]
 class Receiver(Protocol):
     """What values that come as payload are written to."""
 
-    def range_of(self, server: int) -> Any:
-        """The float32 memory of that server's range."""
+    def incoming(self, server: int) -> Sequence[Any]:
+        """The float32 memory of that server's range; nothing where it writes to shared memory itself."""
 
 
 class SharedMemory(Protocol):
@@ -40,8 +42,9 @@ class SharedMemory(Protocol):
     def renew(self) -> None:
         """Go on in memory with the same content that nobody else has."""
 
-    def offer(self, server: int) -> Outgoing | None:
-        """The frame that gives it to a server; None where there is nothing to give."""
+    def offer(self, server: int, shared: bool) -> Outgoing | None:
+        """The frame that gives it to a server over a connection that passes files on, or else tells it that
+        there is none; None where nothing need be said."""
 
 
 class Session:
@@ -54,14 +57,22 @@ class Session:
         membership: its connection to the coordinator; welcome: what that said.
         version: of the last answer; never decreases.
         waiting: seconds spent in exchanges.
+        shares: by server, whether memory can be shared with it; may change with the connections.
         receivers: by model id, where values arrive.
         memories: what servers share with this member.
+        dismissed: an exit code with which calls end from now on, until it leaves; None while they do not.
     """
 
     def __init__(
-        self, coordinator: str, role: m.Role, rank: int | None = None, *, deadline: float | None = None
+        self,
+        coordinator: str,
+        role: m.Role,
+        rank: int | None = None,
+        *,
+        deadline: float | None = None,
+        security: Security = PLAIN,
     ) -> None:
-        self.membership = Membership(coordinator, role, rank)
+        self.membership = Membership(coordinator, role, rank, security=security)
         self.welcome = self.membership.welcome
         self._deadline = self.welcome.deadline if deadline is None else deadline
         self.sync = parse_sync(self.welcome.sync)
@@ -70,17 +81,23 @@ class Session:
         self.receivers: dict[int, Receiver] = {}
         self.memories: list[SharedMemory] = []
         self.number = 0
+        self.dismissed: int | None = None
         self._begun: _Begun | None = None
         self._broken: HeadwaterError | None = None
         self._closed = False
         self._name = role if role == "observer" else f"{role} {self.welcome.member.index}"
         self.channels: list[Channel] = []
+        self.shares: list[bool] = []
         self._connections = Connections(self.membership)
         try:
-            self.channels = self._connections.make(time.monotonic() + self._deadline)
+            self._take(self._connections.make(time.monotonic() + self._deadline))
         except BaseException:
             self.close()
             raise
+
+    def _take(self, channels: list[Channel]) -> None:
+        """Exchange over these from now on."""
+        self.channels, self.shares = channels, [_shares(channel) for channel in channels]
 
     def call(self, outgoing: OutgoingTo, what: str, place: PlaceAnswer | None = None) -> Exchange:
         """Send `outgoing(server, number)` to each server and block for all answers.
@@ -131,7 +148,7 @@ class Session:
         place: PlaceAnswer | None,
         arrived: Callable[[m.Answer], None] = lambda answer: None,
     ) -> _Begun:
-        self.check_open(what)
+        self._check_usable(what)
         self.number += 1
         return _Begun(self.number, len(self.channels), outgoing, what, place or self.places, arrived)
 
@@ -182,15 +199,15 @@ class Session:
         for memory in self.memories:
             memory.renew()
         try:
-            self.channels = self._connections.make(until, self._offers)
+            self._take(self._connections.make(until, self._offers))
         except StalledError as error:
             begun.exchange.reason = str(error)
             raise
         return begun.again(len(self.channels))
 
-    def _offers(self, server: int) -> Iterator[Outgoing]:
+    def _offers(self, server: int, channel: Channel) -> Iterator[Outgoing]:
         for memory in self.memories:
-            offer = memory.offer(server)
+            offer = memory.offer(server, _shares(channel))
             if offer is not None:
                 yield offer
 
@@ -202,7 +219,7 @@ class Session:
 
     def places(self, server: int, answer: m.Answer) -> Sequence[Any]:
         """Where the values of an answer go."""
-        return [self.receivers[model].range_of(server) for model in answer.values]
+        return [part for model in answer.values for part in self.receivers[model].incoming(server)]
 
     def settle(self, current: Exchange) -> m.Answer:
         """The answer of an exchange; takes over its version.
@@ -226,6 +243,11 @@ class Session:
         """Whether another exchange can be made."""
         return not self._closed and self._broken is None
 
+    def hang_up(self) -> None:
+        """Close the connections to servers: there is no exchange to come."""
+        self._connections.drop()
+        self.channels = []
+
     def interrupt(self) -> None:
         """From another thread: end the session, and an exchange under way with ConnectionLostError."""
         self._closed = True
@@ -240,7 +262,15 @@ class Session:
         self.memories.clear()
 
     def check_open(self, what: str) -> None:
-        """Raise ClosedError unless another exchange can be made; `what` is the caller's verb."""
+        """Raise ClosedError unless another exchange can be made; `what` is the user's verb.
+
+        Raises SystemExit where this member was dismissed.
+        """
+        self._check_usable(what)
+        if self.dismissed is not None:
+            raise SystemExit(self.dismissed)
+
+    def _check_usable(self, what: str) -> None:
         if self._closed:
             raise ClosedError(f"{what}: {self._name} has left the cluster; connect again for a new one")
         if self._broken is not None:
@@ -253,9 +283,15 @@ class Session:
             why = begun.exchange.reason or f"no word from server {servers}"
             why = self.membership.beside(why)
             return StalledError(f"{begun.what} had no answer for {self.welcome.deadline:g} s: {why}")
+        if isinstance(error, RefusedError):
+            return self.membership.verdict() or error
         if isinstance(error, HeadwaterError):
             return error
         return ConnectionLostError(f"{begun.what} was interrupted by {type(error).__name__}")
+
+
+def _shares(channel: Channel) -> bool:
+    return channel.can_pass_descriptors and windows_possible()
 
 
 class _Begun:

@@ -10,6 +10,7 @@ from functools import partial
 from headwater.errors import ConnectionLostError, HeadwaterError
 from headwater.wire.channel import Channel
 from headwater.wire.listener import Listener
+from headwater.wire.reach import Reach
 
 _log = logging.getLogger("headwater")
 
@@ -28,10 +29,16 @@ class ConnectionThreads:
         self._threads: set[threading.Thread] = set()
         self._closed = False
 
-    def listen(self, listener: Listener, serve: Callable[[Channel], None]) -> None:
-        """Accept connections from now on; `serve` runs in each one's thread until it ends."""
-        self._listeners.append(listener)
-        self.start(lambda: self._accept(listener, serve), "listen")
+    def listen(self, reach: Reach, serve: Callable[[Channel], None], *, towards: str = "") -> tuple[str, ...]:
+        """Accept connections from now on; `serve` runs in each one's thread until it ends.
+
+        Returns what others dial, the nearest first; `towards` as `Reach.listen`, which also raises.
+        """
+        listeners, addresses = reach.listen(towards=towards)
+        self._listeners += listeners
+        for listener in listeners:
+            self.start(partial(self._accept, listener, serve), "listen")
+        return addresses
 
     def start(self, run: Callable[[], None], what: str) -> None:
         """Run something else in a thread of this node; its errors are logged."""
@@ -50,6 +57,11 @@ class ConnectionThreads:
         if closed:
             channel.close()
         return channel
+
+    def channels(self) -> list[Channel]:
+        """All that are open, for whoever looks whether their peers live."""
+        with self._lock:
+            return [channel for channel in self._channels if channel.fileno() >= 0]
 
     def close_channels(self) -> None:
         """Stop accepting and wake every thread that reads; idempotent."""

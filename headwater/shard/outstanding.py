@@ -20,7 +20,7 @@ from headwater import messages as m
 from headwater.errors import ProtocolError, RefusedError
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.shard.tables import StagedRows
-from headwater.shard.vector import Staging
+from headwater.shard.vector import Array, Staging
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,6 +133,15 @@ class Members:
             known = sorted(self._stagings.get(member, {}))
             raise ProtocolError(f"member {member} named model {model}, but has registered only {known}")
         return found
+
+    def staged(self, member: int, model: int) -> Array:
+        """What the member's outstanding exchange brought of a model: values to assign, otherwise gradients.
+
+        Raises:
+            ProtocolError: as `staging`.
+        """
+        staging, held = self.staging(member, model), self._outstanding.get(member)
+        return staging.parameters if held and isinstance(held.request, m.Assign) else staging.gradients
 
     def stagings(self, member: int) -> dict[int, Staging]:
         """By model."""

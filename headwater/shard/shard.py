@@ -39,7 +39,7 @@ from headwater.shard.replica import (
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.shard.state import Answers, State
 from headwater.shard.tables import StagedRows
-from headwater.shard.vector import Staging
+from headwater.shard.vector import Array, Staging
 from headwater.sync import Reduce
 
 
@@ -113,7 +113,7 @@ class Shard:
     def replace_staging(self, member: int, model: int, staging: Staging, attempt: int) -> None:
         """Take over other memory for a member's part of a model, outside the log, in a new attempt.
 
-        Where an exchange of it is outstanding, its gradients must be there already.
+        Where an exchange of it is outstanding, what `staged` gives must be there already.
 
         Raises:
             RefusedError: the member is gone, or the attempt is over.
@@ -179,6 +179,10 @@ class Shard:
     def stagings(self, member: int) -> dict[int, Staging]:
         """The member's, by model; empty where it has none."""
         return self._members.stagings(member)
+
+    def staged(self, member: int, model: int) -> Array:
+        """What an outstanding exchange of the member may still need of its part of a model."""
+        return self._members.staged(member, model)
 
     def take_copies(self, member: int) -> list[NDArray[Any]]:
         """The arrays made for the member's last answer, which are its payload, once; the caller's then."""

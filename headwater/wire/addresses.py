@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import secrets
 import socket
 import stat
@@ -18,6 +19,10 @@ from headwater.errors import ConfigurationError
 from headwater.wire.sockets import tcp_address, timeval
 
 _BACKLOG = 1024
+_PLACE = re.compile(
+    r"(\[(?P<v6>[^\[\]\s]+)\]|(?P<name>[^\[\]:\s]+))(:(?P<port>[0-9]{1,5}))?"
+    r"|(?P<bare>[^\[\]\s]*:[^\[\]\s]*:[^\[\]\s]*)"
+)
 _ELSEWHERE = ("192.0.2.1", 9)  # an address for documentation: whatever leads beyond this machine leads there
 
 
@@ -40,13 +45,40 @@ def split_tcp(address: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def split_place(place: str) -> tuple[str, int]:
+    """Return host and port of "host", "host:port", "[host]:port" or a bare IPv6 address; port 0 without one.
+
+    Raises:
+        ConfigurationError: it is none of these.
+    """
+    found = _PLACE.fullmatch(place)
+    host, port = (
+        (found["v6"] or found["bare"] or found["name"], int(found["port"] or 0)) if found else ("", 0)
+    )
+    if not host or (":" in host and not is_numeric(host)) or port > 65535:
+        raise ConfigurationError(
+            f"got {place!r}, expected a host to listen on or to advertise: host, host:port or [IPv6]:port"
+        )
+    return host, port
+
+
+def is_numeric(host: str) -> bool:
+    """Whether it is an IP address, and not a name."""
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
 def advertised(address: str, host: str = "", towards: str = "") -> str:
     """Return what others should dial for a listener that is bound to `address`.
 
     Args:
-        host: a host name or IP address under which they reach this machine; it may be another's that
-            forwards the port. Without it, a listener on all addresses is advertised under the one from
-            which this machine reaches `towards`, or else the world; one on a single address under that.
+        host: a host name or IP address under which they reach this machine, and a port where it is not
+            the listener's, as `split_place` takes them; it may be another machine's that forwards. Without
+            it, a listener on all addresses is advertised under the one from which this machine reaches
+            `towards`, or else the world; one on a single address under that.
         towards: the address of another node, say the coordinator's. Nothing is sent to it.
 
     Raises:
@@ -56,7 +88,8 @@ def advertised(address: str, host: str = "", towards: str = "") -> str:
         return address
     bound, port = split_tcp(address)
     if host:
-        return tcp_address(host, port)
+        name, other = split_place(host)
+        return tcp_address(name, other or port)
     if not ipaddress.ip_address(bound).is_unspecified:
         return address
     target = split_tcp(towards) if towards.startswith("tcp:") else _ELSEWHERE

@@ -12,7 +12,9 @@ only `pending` tells.
 from __future__ import annotations
 
 import array
+import contextlib
 import math
+import select
 import socket
 import threading
 import time
@@ -26,7 +28,7 @@ from headwater.wire.encrypted import EncryptedStream
 from headwater.wire.fork import close_in_child
 from headwater.wire.frames import Limits, encode
 from headwater.wire.incoming import Array, Incoming, Place, PlaceOf, Received, Span
-from headwater.wire.sockets import peer_name, timeval, tune_tcp
+from headwater.wire.sockets import keep_alive, peer_name, tcp_info, timeval, tune_tcp
 from headwater.wire.stream import Stream
 
 __all__ = ["Array", "Channel", "Outgoing", "Place", "PlaceOf", "Received"]
@@ -36,6 +38,7 @@ _UNIX_BUFFER = 512 << 10  # bytes; some 10 % faster than the default. TCP tunes 
 # Plain numbers: the socket module's flags are enums, and each operation on one costs most of a microsecond.
 _NO_SIGNAL = int(getattr(socket, "MSG_NOSIGNAL", 0))
 NO_WAIT = int(socket.MSG_DONTWAIT)
+_HANGS_UP = int(getattr(select, "POLLRDHUP", 0))  # Linux tells half-closed ones too
 
 
 @dataclass(slots=True)
@@ -77,6 +80,15 @@ class Channel:
     def fileno(self) -> int:
         """Return the socket's descriptor, -1 once it is closed."""
         return self._stream.fileno()
+
+    def hung_up(self) -> bool:
+        """Whether the peer has ended the connection, as far as the kernel knows; does not block or read."""
+        descriptor = self.fileno()
+        if descriptor < 0:
+            return True
+        poller = select.poll()
+        poller.register(descriptor, _HANGS_UP)
+        return bool(poller.poll(0))
 
     def send(
         self,
@@ -164,6 +176,19 @@ class Channel:
                 self._stream.shutdown(socket.SHUT_WR)
             except OSError:
                 pass  # the peer ended it first
+
+    def keep_alive(self, seconds: float) -> None:
+        """Have the end of the peer's machine noticed about so long after its last sign of life.
+
+        By default that is a minute. Without effect on a Unix socket, which ends with the peer.
+        """
+        if not self.can_pass_descriptors and not self._closed:
+            with contextlib.suppress(OSError):  # it ended just now
+                keep_alive(self._stream, seconds)
+
+    def acknowledgements(self) -> bytes:
+        """What the kernel knows of the peer's, see `life`; b"" where it knows nothing."""
+        return b"" if self.can_pass_descriptors else tcp_info(self._stream)
 
     def close(self) -> None:
         """End the connection; a thread that is blocked in it wakes up. May be called twice."""

@@ -114,6 +114,10 @@ class EncryptedStream:
         """The socket's."""
         self._socket.setsockopt(level, option, value)
 
+    def getsockopt(self, level: int, option: int, size: int, /) -> bytes:
+        """The socket's."""
+        return self._socket.getsockopt(level, option, size)
+
     def shutdown(self, how: int, /) -> None:
         """The socket's; takes no lock, so it wakes whoever is inside."""
         self._socket.shutdown(how)

@@ -31,6 +31,7 @@ class Scratch:
         used: bytes given out, from the start.
         generation: counts the windows there were.
         descriptor: of the file, for passing it on; -1 where there is none.
+        shared: as given.
     """
 
     def __init__(self, *, shared: bool) -> None:
@@ -38,7 +39,7 @@ class Scratch:
         self.generation = 0
         self.descriptor = -1
         self.memory: Bytes = np.empty(0, dtype=np.uint8)
-        self._shared = shared
+        self.shared = shared
         self._close: Callable[[], object] = lambda: None
         close_in_child(self)
 
@@ -73,7 +74,7 @@ class Scratch:
 
     def _replace(self, size: int) -> None:
         old = self.memory[: self.used]
-        if self._shared:
+        if self.shared:
             descriptor = filled_file(size)
             close = weakref.finalize(self, os.close, descriptor)
             memory = Mapping(descriptor, 0, size).bytes()

@@ -88,6 +88,10 @@ class Security:
             )
 
 
+PLAIN = Security()
+"""Nothing to prove: enough for a cluster that only this machine reaches."""
+
+
 def _addresses(host: str) -> list[str]:
     try:
         found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)

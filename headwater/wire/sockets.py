@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import socket
 import struct
+import sys
 
 from headwater.wire.stream import Stream
 
 _TIMEVAL = struct.Struct("ll")
-_KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # seconds, seconds, times
+_SILENCE_S = 60
+_PROBES = 3
+_TCP_INFO_SIZE = 60  # bytes, as far as `life` reads it
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -22,9 +25,25 @@ def tune_tcp(connection: Stream) -> None:
     """Send small frames at once, and notice within about a minute that the peer's machine is gone."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEP_ALIVE.items():
+    keep_alive(connection, _SILENCE_S)
+
+
+def keep_alive(connection: Stream, seconds: float) -> None:
+    """Notice within about so many seconds, in which nothing is sent, that the peer's machine is gone."""
+    times = {"TCP_KEEPIDLE": seconds / 2, "TCP_KEEPINTVL": seconds / 2 / _PROBES, "TCP_KEEPCNT": _PROBES}
+    for name, value in times.items():
         if hasattr(socket, name):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), min(max(1, int(value)), 32767))
+
+
+def tcp_info(connection: Stream) -> bytes:
+    """What Linux tells of a TCP connection; b"" where it tells nothing."""
+    if not sys.platform.startswith("linux"):
+        return b""
+    try:
+        return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
+    except OSError:
+        return b""  # it was closed just now
 
 
 def peer_credentials(connection: socket.socket) -> tuple[int, int] | None:

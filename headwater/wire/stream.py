@@ -39,6 +39,9 @@ class Stream(Protocol):
     def setsockopt(self, level: int, option: int, value: int | bytes, /) -> None:
         """As of a socket."""
 
+    def getsockopt(self, level: int, option: int, size: int, /) -> bytes:
+        """As of a socket."""
+
     def send(self, data: Sendable, flags: int = ..., /) -> int:
         """As of a socket."""
 

@@ -13,9 +13,10 @@ from typing import TypeVar
 
 from headwater import messages as m
 from headwater.errors import HeadwaterError, ProtocolError
+from headwater.nodes.dialling import NOBODY, dial_member
 from headwater.nodes.threads import ConnectionThreads
 from headwater.wire.channel import Channel
-from headwater.wire.listener import dial
+from headwater.wire.security import Security
 
 Answer = TypeVar("Answer")
 
@@ -32,9 +33,10 @@ class Controls:
         behind: whether a server did not acknowledge the last roster.
     """
 
-    def __init__(self, threads: ConnectionThreads) -> None:
+    def __init__(self, threads: ConnectionThreads, security: Security) -> None:
         self.behind = False
         self._threads = threads
+        self._security = security
         self._channels: dict[int, Channel] = {}
         self._busy = threading.Lock()
 
@@ -64,7 +66,7 @@ class Controls:
         try:
             self._channel(member)
         except (HeadwaterError, TimeoutError) as error:
-            return isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError)
+            return isinstance(error.__cause__, NOBODY)
         return False
 
     def close(self) -> None:
@@ -94,7 +96,7 @@ class Controls:
     def _channel(self, member: m.Member) -> Channel:
         channel = self._channels.get(member.id)
         if channel is None:
-            channel = self._threads.own(dial(member.addresses[0], timeout=_ANSWER_S))
+            channel = self._threads.own(dial_member(member, timeout=_ANSWER_S, security=self._security))
             channel.send(m.Hello(0, "coordinator", 0), timeout=_ANSWER_S)
             self._channels[member.id] = channel
         return channel

@@ -44,6 +44,8 @@ class _Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     next: int
     members: int
     gone: int
+    finished: tuple[int, ...] = ()
+    first: int = 0
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -186,6 +188,8 @@ class Journal:
             tuple(entry.member for entry in entries),
             tuple(entry.member.id for entry in entries if entry.caught_up),
             gone,
+            terms.finished,
+            terms.first,
         )
 
     # ── rows ────────────────────────────────────────────────────────────────────────────────────
@@ -262,7 +266,8 @@ def _checksum(name: str, value: bytes) -> int:
 
 def _rows(record: RosterRecord) -> dict[str, bytes]:
     counts = len(record.members), len(record.gone)
-    terms = _Terms(record.term, record.since, record.generation, record.next, *counts)
+    more = record.finished, record.first
+    terms = _Terms(record.term, record.since, record.generation, record.next, *counts, *more)
     rows = {"roster/terms": msgspec.json.encode(terms)}
     for member in record.members:
         rows[f"member/{member.id}"] = msgspec.json.encode(_Entry(member, member.id in record.caught_up))

@@ -18,6 +18,10 @@ class JournaledBook(RosterBook):
     """A RosterBook that goes on with what `journal` holds, and keeps itself there.
 
     Its methods raise JournalError where that fails; it then cannot go on, and `failed` is called first.
+
+    Attributes:
+        forming: whether not all servers have been there yet in this generation, so that none has anything.
+        begun: whether all were there once, in whichever generation: training may have begun.
     """
 
     def __init__(
@@ -36,8 +40,9 @@ class JournaledBook(RosterBook):
         )
         self._journal = journal
         self._failed = failed
-        self._forming = not self.complete()
+        self.forming = not self.view().members
         self._over = False
+        self.begun = journal.found is not None
 
     def join(self, join: Join, now: float = 0.0) -> Member:
         """As RosterBook's."""
@@ -59,11 +64,16 @@ class JournaledBook(RosterBook):
             self._keep()
         return known
 
+    def finish(self, id: int) -> None:
+        """As RosterBook's."""
+        super().finish(id)
+        self._keep()
+
     def begin_anew(self) -> list[Member]:
         """As RosterBook's."""
         gone = super().begin_anew()
         self._keep()
-        self._forming = True
+        self.forming = True
         return gone
 
     def end(self, refusal: Refused) -> None:
@@ -73,8 +83,9 @@ class JournaledBook(RosterBook):
             self._guarded(lambda: self._journal.end(refusal))
 
     def _keep(self) -> None:
-        self._forming = self._forming and not self.complete()
-        if not self._forming and not self._over:
+        self.forming = self.forming and not self.complete()
+        self.begun = self.begun or not self.forming
+        if not self.forming and not self._over:
             self._guarded(lambda: self._journal.write(self.record()))
 
     def _guarded(self, write: Callable[[], None]) -> None:

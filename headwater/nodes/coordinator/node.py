@@ -11,32 +11,34 @@ member comes back.
 from __future__ import annotations
 
 import logging
-import math
 import os
-import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from headwater import messages as m
 from headwater.errors import (
-    ConnectionLostError,
     HeadwaterError,
     JournalError,
     ProtocolError,
     RefusedError,
+    UnreachableError,
     named,
 )
+from headwater.nodes.coordinator.company import Company
 from headwater.nodes.coordinator.controls import Controls
+from headwater.nodes.coordinator.enlisting import EnlistDesk
 from headwater.nodes.coordinator.journal import Journal
 from headwater.nodes.coordinator.journaled import JournaledBook
 from headwater.nodes.coordinator.leases import LeaseDesk
 from headwater.nodes.coordinator.overview import overview
+from headwater.nodes.coordinator.recorded import Recording
 from headwater.nodes.coordinator.settings import ClusterSettings
+from headwater.nodes.dialling import check_reachable
 from headwater.nodes.threads import ConnectionThreads
 from headwater.roster import Departure
-from headwater.splits import unvisited_parts
 from headwater.wire.channel import Channel
-from headwater.wire.listener import Listener
+from headwater.wire.reach import HERE, Reach
 
 _log = logging.getLogger("headwater.coordinator")
 
@@ -44,6 +46,19 @@ _FIRST_S = 10.0
 """How long a stranger may take to say what it wants, in seconds."""
 
 _AGAIN_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What a coordinator needs whose servers come by themselves, and ask it what they are to be.
+
+    `restore`: returns the path of the checkpoint with which a generation begins; called once in each, in a
+    thread of its own, with whether training may have begun before, and the first generation. `over`: told of
+    the end, with the error that all are refused with, None where every declared worker has done its work.
+    """
+
+    restore: Callable[[bool, int], str]
+    over: Callable[[HeadwaterError | None], None]
 
 
 class CoordinatorNode:
@@ -54,11 +69,13 @@ class CoordinatorNode:
             thread of the coordinator, which it may not block for long.
         journal: a file in which the roster survives this process; "" keeps it in memory, and members take
             the end of this process for the end of the cluster.
-        listen: makes what nodes join at; called once the journal is held. With a journal every start must
-            make the same address.
+        reach: where nodes join. With a journal it must lead to the same address at every start: a fixed
+            port, or the path of a Unix socket.
+        serving: for servers that enlist; without, they were started for it and know what they are.
 
     Attributes:
-        address: where nodes join and `headwater status` asks.
+        addresses: where nodes join and `headwater status` asks, the nearest first; address: the last of
+            them, which leads here from the farthest.
         progress: the last statistics each rank sent, kept after it left.
 
     Raises:
@@ -72,13 +89,14 @@ class CoordinatorNode:
         on_departure: Callable[[Departure], None] = lambda departure: None,
         *,
         journal: str | os.PathLike[str] = "",
-        listen: Callable[[], Listener] = lambda: Listener("unix"),
+        reach: Reach = HERE,
+        serving: Serving | None = None,
     ) -> None:
         self.settings = settings
         self.progress: dict[int, m.Progress] = {}
         self._on_departure = on_departure
         self._journal = Journal(journal, settings.kept())
-        self._book = JournaledBook(
+        book = JournaledBook(
             self._journal,
             self._fail,
             settings.workers,
@@ -87,21 +105,21 @@ class CoordinatorNode:
             generation=settings.generation,
             now=time.monotonic(),
         )
-        self._leases = self._new_leases()
-        self._changed = threading.Condition()
-        self._members: dict[int, Channel] = {}
-        self._ended: m.Refused | None = None
-        self._closing = threading.Event()
+        self._company = Company(book)
         self._why = ""
         self._threads = ConnectionThreads("headwater-coordinator")
-        self._controls = Controls(self._threads)
+        self._security = reach.security
+        self._controls = Controls(self._threads, reach.security)
+        self._recording = Recording(self._controls, lambda: self._company.of("server"), self._waits)
+        self._leases = self._new_leases()
+        self._serving = serving
+        self._desk = EnlistDesk(settings, self._company, self._beginning)
         try:
-            listener = listen()
+            self.addresses = self._threads.listen(reach, self._serve)
         except BaseException:
             self._journal.close()
             raise
-        self.address = listener.address
-        self._threads.listen(listener, self._serve)
+        self.address = self.addresses[-1]
         self._threads.start(self._watch_leases, "leases")
         if self._journal.found is not None:
             self._threads.start(self._resume, "resume")
@@ -111,26 +129,38 @@ class CoordinatorNode:
     def _resume(self) -> None:
         """Go on where the journal ends: with the deaths since then that can be told at once, and by telling
         the servers what they may not have been told."""
-        roster = self._view()
+        roster = self._company.view()
         _log.warning("the coordinator is back, with %d members in term %d", len(roster.members), roster.term)
         for member in self._controls.refusing(roster):
             self._strike_off(member, False, "nobody listens at its address any more")
-        with self._changed:
-            lost = self._book.view().members and not self._book.complete()
-        if lost:  # the one before was killed between noting that death and its consequence
+        if self._company.view().members and not self._company.complete():
+            # the one before was killed between noting that death and its consequence
             self._lose("a server is gone, and nobody else has its shard")
         self._publish()
+        self._tell_if_finished()
 
     def wait(self) -> None:
         """Block until this node has ended. Raises JournalError if that is why."""
-        self._closing.wait()
+        self._company.closing.wait()
         if self._why:
             raise JournalError(self._why)
+
+    def finished(self) -> bool:
+        """Whether every declared worker has done its work, and the cluster has not ended yet."""
+        return self._company.finished()
+
+    def wait_for_absent(self) -> None:
+        """Block until every member has come back after this node was started on its journal, or is dead."""
+        self._company.wait_for_absent(2 * self.settings.lease)
+
+    def complete(self) -> bool:
+        """Whether there is a server of every index now."""
+        return self._company.complete()
 
     def close(self) -> None:
         """End the cluster: every connection and thread; idempotent. Members are told that it is closed."""
         try:
-            self.end("ConnectionLostError", "the cluster is closed")
+            self.end("ClusterEndedError", "the cluster is closed")
         finally:
             self.halt()
 
@@ -138,13 +168,11 @@ class CoordinatorNode:
         """End this node alone, as a kill would: with a journal the next one on it goes on. Idempotent."""
         self._stop()
         self._threads.join()
-        with self._changed:
+        with self._company.changed:
             self._journal.close()
 
     def _stop(self) -> None:
-        with self._changed:
-            self._closing.set()
-            self._changed.notify_all()
+        self._company.close()
         self._threads.close_channels()
 
     def _fail(self, error: JournalError) -> None:
@@ -152,19 +180,19 @@ class CoordinatorNode:
         _log.error("the coordinator ends: %s", error)
         self._why = str(error)
         self._stop()
+        if self._serving is not None:
+            self._serving.over(error)
 
     def end(self, error: str, reason: str) -> None:
         """Refuse everybody from now on, with an error of this name: those who ask, and those who wait."""
         refusal = m.Refused(error, reason)
-        with self._changed:
-            if self._ended is not None or self._closing.is_set():
-                return
-            self._ended = refusal
-            channels, self._members = list(self._members.values()), {}
-            self._book.end(refusal)
-            self._changed.notify_all()
+        channels = self._company.end(refusal)
+        if channels is None:
+            return
         for channel in channels:
             _say_goodbye(channel, refusal)
+        if self._serving is not None:
+            self._serving.over(named(error, reason, default=RefusedError))
 
     # ── members ─────────────────────────────────────────────────────────────────────────────────
 
@@ -175,35 +203,67 @@ class CoordinatorNode:
             channel.send(self.statistics())
         elif isinstance(first, m.Join | m.Rejoin):
             self._serve_member(channel, first)
+        elif isinstance(first, m.Enlist):
+            self._serve_enlisted(channel, first)
         elif first is not None:
-            raise ProtocolError(f"first message was {type(first).__name__}, expected Join, Rejoin or Ask")
+            raise ProtocolError(
+                f"first message was {type(first).__name__}, expected Enlist, Join, Rejoin or Ask"
+            )
 
-    def _serve_member(self, channel: Channel, first: m.Join | m.Rejoin) -> None:
+    def _serve_enlisted(self, channel: Channel, enlist: m.Enlist) -> None:
+        """A node asks which server or standby it is to be, and becomes it."""
+        try:
+            if self._serving is None:
+                raise RefusedError("whoever started this cluster starts its servers too")
+            with self._desk.promised(enlist, channel) as promise:
+                join = self._desk.invite(promise, channel) if promise is not None else None
+                if promise is not None and join is not None:
+                    self._serve_member(channel, join, lambda: self._desk.release(promise))
+        except HeadwaterError as error:
+            if not self._company.closing.is_set():  # else it is this node that is gone
+                channel.send(m.Refused(type(error).__name__, str(error)))
+
+    def _beginning(self, begun: bool, first: int) -> str:
+        """The checkpoint with which servers begin; without, the cluster ends."""
+        assert self._serving is not None
+        try:
+            return self._serving.restore(begun, first)
+        except HeadwaterError as error:
+            self.end(type(error).__name__, str(error))
+            raise
+
+    def _serve_member(
+        self, channel: Channel, first: m.Join | m.Rejoin, entered: Callable[[], None] = lambda: None
+    ) -> None:
+        """Have a member, until it is none any more. `entered` is called once the roster has it."""
         new = isinstance(first, m.Join)
         try:
             if isinstance(first, m.Join):
-                member = self._take_in(first, channel)
+                member = self._take_in(first, channel, entered)
             else:
                 member = self._take_back(first, channel)
         except HeadwaterError as error:
-            if not self._closing.is_set():  # else it is this node that is gone
+            if isinstance(error, UnreachableError):
+                _log.warning("refused: %s", error)
+            if not self._company.closing.is_set():  # else it is this node that is gone
                 channel.send(m.Refused(type(error).__name__, str(error)))
             return
         departed = False
+        channel.keep_alive(2 * self.settings.lease)  # until then its lease decides
         try:
-            channel.send(self._welcome(member, self._position(member) if new else None))
+            channel.send(self._welcome(member, self._recording.position(member) if new else None))
             if new and member.role == "standby":
                 self._publish()  # it takes part in rosters once it knows who it is
             while not departed and (received := channel.receive()) is not None:
-                self._heard(member)
+                self._company.heard(member)
                 departed = isinstance(received.message, m.Departed)
-                if not departed and self._is_member(member):
+                if member in self._company:
                     self._take(member, channel, received.message)
         finally:
             self._strike_off(member, departed, "its connection to the coordinator ended", channel)
 
     def _take(self, member: m.Member, channel: Channel, message: m.AnyMessage) -> None:
-        """Whatever a member says between Welcome and Departed."""
+        """Whatever a member says after Welcome."""
         if isinstance(message, m.Progress):
             self.progress[member.index] = message
         elif isinstance(message, m.Lease | m.Finish):
@@ -211,127 +271,76 @@ class CoordinatorNode:
         elif isinstance(message, m.Locate):
             channel.send(self._whereabouts())
         elif isinstance(message, m.CaughtUp):
-            self._caught_up(message.standby)
+            if self._company.caught_up(message.standby):
+                self._publish()
         elif isinstance(message, m.Mislaid):
             self._dismiss(message.standby)
-        elif not isinstance(message, m.Heartbeat):
+        elif isinstance(message, m.Finished) or (isinstance(message, m.Departed) and message.finished):
+            self._company.finish(member)
+            self._tell_if_finished()
+        elif not isinstance(message, m.Heartbeat | m.Departed):
             raise ProtocolError(f"a member sent {type(message).__name__}")
 
-    def _take_in(self, join: m.Join, channel: Channel) -> m.Member:
+    def _take_in(self, join: m.Join, channel: Channel, entered: Callable[[], None]) -> m.Member:
         """Enter a node into the roster; blocks until all servers are there."""
-        with self._changed:
-            if join.role != "server":
-                self._wait_for_servers()
-            self._check_not_ended()
-            # It sends heartbeats only once it is welcomed, so its lease begins then.
-            member = self._book.join(join, math.inf)
-            self._members[member.id] = channel
-            self._changed.notify_all()
-            if join.role == "server":
-                self._wait_for_servers()
+        if join.role in ("server", "standby"):
+            check_reachable(join, self._security)
+        member = self._company.enter(join, channel, entered=entered, forgiving=self._serving is not None)
         if join.role in ("worker", "observer"):
             self._publish()
+        if join.role != "observer":
+            _log.info("%s on %s has joined", _named(member), member.host)
         return member
 
     def _take_back(self, rejoin: m.Rejoin, channel: Channel) -> m.Member:
-        """A member connects again; of two connections of one the later one counts."""
         if not self._journal.is_key(rejoin.key, rejoin.member):
             raise RefusedError(
                 f"what came back as member {rejoin.member} did not show its key: "
                 f"it is of another cluster, or the journal was replaced; join again as a new one"
             )
-        with self._changed:
-            self._check_not_ended()
-            member = self._book.take_back(rejoin.member, rejoin.generation, time.monotonic())
-            former = self._members.get(member.id)
-            self._members[member.id] = channel
-        if former is not None:
-            former.close()
+        member = self._company.take_back(rejoin, channel)
         _log.info("%s is back", _named(member))
         return member
 
-    def _wait_for_servers(self) -> None:
-        self._changed.wait_for(lambda: self._book.complete() or self._ended or self._closing.is_set())
-        self._check_not_ended()
-
-    def _check_not_ended(self) -> None:
-        if self._closing.is_set() and self._ended is None:
-            raise ConnectionLostError("this coordinator is gone")
-        if self._ended is not None:
-            raise named(self._ended.error, self._ended.reason, default=RefusedError)
-
-    def _position(self, member: m.Member) -> m.Position | None:
-        """Where the log recorded a worker's rank."""
-        last = self._surely_recorded(member).last if member.role == "worker" else ()
-        return next((position for position in last if position.rank == member.index), None)
-
-    def _ranks(self) -> set[int]:
-        """Of the living workers."""
-        with self._changed:
-            return {member.index for member in self._book.of("worker")}
-
-    def _recorded(self) -> m.Recorded | None:
-        """Everybody's positions, as server 0 has recorded them; blocks for its answer, None without one."""
-        with self._changed:
-            servers = self._book.of("server")[:1]
-        return next((answer.recorded for answer in self._controls.ask(servers)), None)
-
-    def _surely_recorded(self, member: m.Member) -> m.Recorded:
-        """As `_recorded`, until there is an answer, for a member whose own thread this is.
-
-        Without one everything would count as not read yet, and be read twice.
-        """
-        while (recorded := self._recorded()) is None:
-            self._heard(member)  # nobody reads meanwhile what it sends
-            if self._closing.wait(_AGAIN_S) or not self._is_member(member):
-                raise ConnectionLostError(f"{_named(member)} is no member any more, or this node is gone")
-        return recorded
+    def _waits(self, member: m.Member) -> bool:
+        """Pause in the thread of a member, which nobody reads from meanwhile; whether it is one still."""
+        self._company.heard(member)
+        return not self._company.closing.wait(_AGAIN_S) and member in self._company
 
     def _new_leases(self) -> LeaseDesk:
-        return LeaseDesk(
-            self.settings.workers, self._surely_recorded, lambda: self._recorded() or m.Recorded()
-        )
+        recording = self._recording
+        return LeaseDesk(self.settings.workers, recording.surely, lambda: recording.now() or m.Recorded())
 
     def _welcome(self, member: m.Member, position: m.Position | None) -> m.Welcome:
         settings = self.settings
-        with self._changed:
-            self._book.heard(member.id, time.monotonic())
-            return m.Welcome(
-                member=member,
-                term=self._book.term,
-                servers=self._book.of("server"),
-                workers=settings.workers,
-                sync=settings.sync,
-                settings=settings.settings,
-                patience=settings.patience,
-                deadline=settings.deadline,
-                heartbeat=settings.lease / 3,
-                generation=self._book.generation,
-                position=position,
-                key=self._journal.key_of(member.id),
-                returns=bool(self._journal.path),
-            )
+        self._company.heard(member)
+        roster = self._company.view()
+        return m.Welcome(
+            member=member,
+            term=roster.term,
+            servers=servers_of(roster),
+            workers=settings.workers,
+            sync=settings.sync,
+            settings=settings.settings,
+            patience=settings.patience,
+            deadline=settings.deadline,
+            heartbeat=settings.lease / 3,
+            generation=roster.generation,
+            position=position,
+            key=self._journal.key_of(member.id),
+            returns=bool(self._journal.path),
+        )
 
     def _whereabouts(self) -> m.Whereabouts:
-        with self._changed:
-            return m.Whereabouts(self._book.term, self._book.of("server"))
+        roster = self._company.view()
+        return m.Whereabouts(roster.term, servers_of(roster))
 
     # ── the end of a membership ─────────────────────────────────────────────────────────────────
 
-    def _heard(self, member: m.Member) -> None:
-        with self._changed:
-            self._book.heard(member.id, time.monotonic())
-
-    def _is_member(self, member: m.Member) -> bool:
-        with self._changed:
-            return member.id in self._members
-
     def _watch_leases(self) -> None:
         """Declare dead who was not heard of for a lease, and tell servers again that were left behind."""
-        while not self._closing.wait(self.settings.lease / 10):
-            with self._changed:
-                expired = self._book.expired(time.monotonic())
-            for member in expired:
+        while not self._company.closing.wait(self.settings.lease / 10):
+            for member in self._company.expired():
                 self._strike_off(member, False, f"nothing was heard of it for {self.settings.lease:g} s")
             if self._controls.behind:
                 self._publish()
@@ -339,15 +348,10 @@ class CoordinatorNode:
     def _strike_off(self, member: m.Member, departed: bool, why: str, through: Channel | None = None) -> None:
         """It is no member any more. `through`: nor is this so where it has another connection than that."""
         verdict = f"{_named(member)} was declared dead: {why}"
-        with self._changed:
-            replaced = through is not None and self._members.get(member.id, through) is not through
-            if replaced or self._closing.is_set():
-                return
-            channel = self._members.pop(member.id, None)
-            departure = self._book.remove(member.id, "" if departed else verdict)
-            ended = self._ended is not None
-        if departure is None or ended:
+        removed = self._company.remove(member, "" if departed else verdict, through)
+        if removed is None:
             return
+        departure, channel = removed
         if channel is not None and not departed:
             _say_goodbye(channel, m.Refused("RefusedError", verdict))
         if not departed and member.role != "observer":
@@ -361,69 +365,47 @@ class CoordinatorNode:
             self._on_departure(departure)
         self._leases.gone(member.id)
         if member.role == "worker" and not departed:
-            self._tell_rest(member)
+            self._recording.tell_rest(member, {worker.index for worker in self._company.of("worker")})
+        self._tell_if_finished()
 
-    def _tell_rest(self, member: m.Member) -> None:
-        rest = unvisited_parts(self._recorded() or m.Recorded(), self._ranks())
-        samples = sum(one.samples for one in rest if one.rank == member.index)
-        if samples:
-            _log.warning(
-                "%d samples of worker %d's part wait for the next worker with that rank",
-                samples,
-                member.index,
-            )
+    def _tell_if_finished(self) -> None:
+        if self._serving is not None and self._company.finished():
+            self._serving.over(None)
 
     def _lose(self, reason: str) -> None:
         """A shard is lost with all its copies."""
         if not self.settings.rewinds:
-            self.end("ConnectionLostError", reason)
+            self.end("ClusterEndedError", reason)
             return
         refusal = m.Refused("RewoundError", f"{reason}; training begins anew from the last checkpoint")
-        with self._changed:
-            self._book.begin_anew()
-            channels, self._members = list(self._members.values()), {}
+        with self._company.changed:
+            channels = self._company.begin_anew()
             self._leases = self._new_leases()
         _log.warning("%s", refusal.reason)
         for channel in channels:
             _say_goodbye(channel, refusal)
         self._controls.close()
 
-    # ── standbys ────────────────────────────────────────────────────────────────────────────────
-
-    def _caught_up(self, standby: int) -> None:
-        with self._changed:
-            known = self._book.caught_up(standby)
-        if known:
-            self._publish()
-
     def _dismiss(self, standby: int) -> None:
         """A server lost the connection to its standby, which therefore no longer has all it has."""
-        with self._changed:
-            member = self._book.member(standby)
-        if member is not None and member.role == "standby":
+        member = next((one for one in self._company.of("standby") if one.id == standby), None)
+        if member is not None:
             self._strike_off(member, False, "its server lost the connection to it")
-
-    # ── servers ─────────────────────────────────────────────────────────────────────────────────
 
     def _publish(self) -> None:
         """Tell every server the roster; blocks until all that live have it."""
-        self._controls.publish(self._view)
-
-    def _view(self) -> m.Roster:
-        with self._changed:
-            return self._book.view()
+        self._controls.publish(self._company.view)
 
     # ── what a person sees ──────────────────────────────────────────────────────────────────────
 
     def statistics(self) -> m.ClusterStatistics:
         """The state of the cluster now; asks every server and blocks for their answers."""
-        now = time.monotonic()
-        with self._changed:
-            roster = self._book.view()
-            hosts = [*self._book.of("server"), *self._book.of("standby")] if self._book.complete() else []
-            silence = {member.id: self._book.silence(member.id, now) for member in roster.members}
-            unreplicated = self._book.unreplicated() if self.settings.replicas else []
-            absent = {member.id for member in roster.members} - self._members.keys()
+        company = self._company
+        with company.changed:
+            roster, complete = company.view(), company.complete()
+            silence, absent = company.silence(), company.absent()
+            unreplicated = company.unreplicated() if self.settings.replicas else []
+        hosts = [one for one in roster.members if one.role in ("server", "standby")] if complete else []
         return overview(
             roster=roster,
             address=self.address,
@@ -434,7 +416,14 @@ class CoordinatorNode:
             absent=absent,
             unreplicated=unreplicated,
             unvisited=self._leases.unvisited(),
+            spares=self._desk.spares,
         )
+
+
+def servers_of(roster: m.Roster) -> tuple[m.Member, ...]:
+    """Its servers, by index."""
+    servers = (member for member in roster.members if member.role == "server")
+    return tuple(sorted(servers, key=lambda server: server.index))
 
 
 def _named(member: m.Member) -> str:

@@ -22,6 +22,7 @@ def overview(
     absent: Set[int],
     unreplicated: Sequence[int],
     unvisited: Sequence[m.Unvisited],
+    spares: int,
 ) -> m.ClusterStatistics:
     """The answer to Ask. `progress`: by rank; `silence`: by member, seconds since it was heard of; `absent`:
     members that have not come back since the coordinator started again."""
@@ -34,7 +35,7 @@ def overview(
         return "has not come back to the coordinator yet" if member.id in absent else None
 
     def node(member: m.Member) -> m.NodeStatistics:
-        place = member.addresses[0] if member.addresses else member.host
+        place = member.addresses[-1] if member.addresses else member.host  # as the farthest dial it
         if member.role in ("server", "standby"):
             own = of_server.get(member.id)
             term, seen = (own.term, own.version) if own is not None else (0, 0)
@@ -60,6 +61,7 @@ def overview(
         progress=tuple(progress[rank] for rank in sorted(progress)),
         unreplicated=tuple(unreplicated),
         unvisited=(*unvisited, *_unvisited_parts(first, roster)),
+        spares=spares,
     )
 
 

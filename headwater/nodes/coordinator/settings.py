@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from headwater.errors import ConfigurationError
 from headwater.messages import Scalar
 
 
@@ -15,7 +16,10 @@ class ClusterSettings:
 
     A member that is not heard of for `lease` is declared dead; it lets itself be heard of three times in one.
     `rewinds`: when a shard is lost everything begins anew from a checkpoint, instead of ending.
-    `generation`: of the log, to begin with.
+    `generation`: of the log, to begin with. `min_workers`: with fewer nothing is committed.
+
+    Raises:
+        ConfigurationError: an impossible one.
     """
 
     workers: int
@@ -28,6 +32,22 @@ class ClusterSettings:
     replicas: int = 0
     rewinds: bool = False
     generation: int = 0
+    min_workers: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "servers", "min_workers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigurationError(f"{name} must be an integer ≥ 1, got {value!r}")
+        if isinstance(self.replicas, bool) or self.replicas not in (0, 1):
+            raise ConfigurationError(f"replicas must be 0 or 1, got {self.replicas!r}")
+        if self.min_workers > self.workers:
+            raise ConfigurationError(
+                f"min_workers must be at most workers={self.workers}, got {self.min_workers}"
+            )
+        if not (self.patience > 0 and self.deadline > 0 and self.lease > 0):
+            times = f"{self.patience}, {self.deadline}, {self.lease}"
+            raise ConfigurationError(f"patience, deadline and lease must be > 0 seconds, got {times}")
 
     def kept(self) -> dict[str, Any]:
         """What must be the same when a coordinator starts again: all that members were told or go by."""

@@ -166,7 +166,7 @@ class Course:
 
     # ── the standby ─────────────────────────────────────────────────────────────────────────────
 
-    def attach(self, replica: Replica, own: int) -> None:
+    def attach(self, replica: Replica) -> None:
         """Begin to keep a standby; blocks while the snapshot is copied, and while it is sent.
 
         Entries that come meanwhile are queued for it.
@@ -178,7 +178,7 @@ class Course:
             replica.began = snapshot.position
             self.replica = replica
             term = self.shard.agreed_term
-        replica.introduce(own, snapshot, term)
+        replica.introduce(snapshot, term)
         replica.flush()
 
     def acknowledged(self, replica: Replica, message: m.Followed) -> bool:

@@ -123,7 +123,7 @@ class Intake:
         elif is_private(old):
             return None
         else:
-            initial = old.gradients.copy()
+            initial = self._shard.staged(self._member, model).copy()
         return Staging(initial, initial)
 
     def _layout_of(self, message: m.Register | m.Attach | m.Renew) -> Layout:

@@ -12,7 +12,8 @@ import threading
 from dataclasses import dataclass
 
 from headwater import messages as m
-from headwater.errors import ConnectionLostError, EngineError, HeadwaterError, ProtocolError
+from headwater.errors import ConnectionLostError, EngineError, HeadwaterError, ProtocolError, RefusedError
+from headwater.nodes.dialling import dial_member
 from headwater.nodes.membership import Membership
 from headwater.nodes.server.course import Course
 from headwater.nodes.server.following import Following
@@ -25,7 +26,7 @@ from headwater.nodes.threads import ConnectionThreads
 from headwater.shard import Shard
 from headwater.sync import parse_sync
 from headwater.wire.channel import Channel
-from headwater.wire.listener import Listener, dial
+from headwater.wire.reach import HERE, Reach
 
 _log = logging.getLogger("headwater.server")
 
@@ -35,7 +36,7 @@ _LOOK_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """Where a server belongs. `transport`: "unix" (with windows) or "tcp" (values by payload).
+    """Where a server belongs. `coordinator`: its address; `reach`: where members reach this server.
 
     `role`: "server", or "standby" of the server with this index; `replicas`: of every server. `restore`: path
     of the checkpoint that a server begins with, "" for none.
@@ -45,7 +46,7 @@ class ServerSettings:
     servers: int
     sync: str
     coordinator: str
-    transport: str = "unix"
+    reach: Reach = HERE
     patience: float = 10.0
     role: m.Role = "server"
     replicas: int = 0
@@ -66,7 +67,7 @@ class ServerNode:
         self._course = Course(shard, replicated=settings.replicas > 0)
         policy = Policy(self._sync, settings.min_workers, settings.replicas > 0)
         self._reporting = Reporting(
-            self._course, settings.index, settings.servers, policy, self._threads, self._fail
+            self._course, settings.index, settings.servers, policy, self._threads, self._fail, self._dial
         )
         self._role: m.Role = settings.role
         self._roster = m.Roster(0, 0, ())
@@ -77,24 +78,35 @@ class ServerNode:
         self._standbys: dict[int, m.CaughtUp | m.Mislaid] = {}
         self._joined, self._ended = threading.Event(), threading.Event()
         self._why = ""
+        self._parted = threading.Event()
+        self._parting: HeadwaterError | None = None
 
     # ── life ────────────────────────────────────────────────────────────────────────────────────
 
-    def start(self) -> None:
-        """Listen and join the coordinator; blocks until all servers have joined.
+    def start(self, over: Channel | None = None) -> None:
+        """Listen and join the coordinator, over the connection over which this node enlisted, if it did;
+        blocks until all servers have joined.
 
         Raises:
+            ConfigurationError: it cannot listen as `reach` says.
             ConnectionLostError: the coordinator cannot be reached.
             RefusedError: the coordinator refuses this server.
         """
-        listener = Listener("unix" if self.settings.transport == "unix" else "tcp")
-        self._threads.listen(listener, self._serve)
+        settings, reach = self.settings, self.settings.reach
+        addresses = self._threads.listen(reach, self._serve, towards=settings.coordinator)
         try:
-            settings = self.settings
-            membership = Membership(settings.coordinator, settings.role, settings.index, (listener.address,))
+            membership = Membership(
+                settings.coordinator,
+                settings.role,
+                settings.index,
+                addresses,
+                security=reach.security,
+                over=over,
+            )
         except BaseException:
             self.close()
             raise
+        membership.watch(self._threads.channels)
         self._membership = membership
         self._joined.set()
         self._threads.start(self._watch_membership, "membership")
@@ -110,6 +122,14 @@ class ServerNode:
         self._ended.wait()
         raise EngineError(self._why)
 
+    def wait_for_parting(self) -> HeadwaterError:
+        """Block until this is no member any more; returns why: as the coordinator named it where it said so.
+
+        A node that `wait`s outlives a cluster that was closed, and whoever started it ends it.
+        """
+        self._parted.wait()
+        return self._parting or EngineError(self._why)
+
     def _watch_membership(self) -> None:
         """The coordinator says nothing but that it is back after it was away, and why this node's membership
         has ended."""
@@ -123,11 +143,19 @@ class ServerNode:
                     self._tell_again()
                 except TimeoutError:
                     if membership.away_s > deadline and not self._is_of_use():
-                        self._fail(f"no coordinator for {deadline:g} s, and nobody to serve")
+                        self._parting = ConnectionLostError(
+                            f"no coordinator for {deadline:g} s, and nobody to serve"
+                        )
+                        self._fail(str(self._parting))
+                        return
         except ConnectionLostError as error:
             _log.info("%s: %s", self._threads.name, error)
+            self._parting = error
         except HeadwaterError as error:
+            self._parting = error
             self._fail(str(error))
+        finally:
+            self._parted.set()
 
     def _is_of_use(self) -> bool:
         """Whether somebody is served here, so that this node goes on however long the coordinator is away."""
@@ -141,6 +169,7 @@ class ServerNode:
             self._membership.close()
         self._why = why
         self._ended.set()
+        self._parted.set()
 
     def close(self) -> None:
         """End every connection and thread; idempotent."""
@@ -282,18 +311,27 @@ class ServerNode:
             replica = None
             self._reporting.prepared()  # what only the standby lacked counts now
         if standby is not None and replica is None:
-            self._threads.start(lambda: self._replicate(standby), "replica")
+            self._threads.start(lambda: self._replicate(standby, roster.term), "replica")
 
-    def _replicate(self, standby: m.Member) -> None:
-        """Keep a standby until its connection ends, and tell the coordinator of both ends."""
+    def _replicate(self, standby: m.Member, term: int) -> None:
+        """Keep a standby until its connection ends, and tell the coordinator of both ends.
+
+        `term`: of a roster that has both. The standby may get it later than this server.
+        """
         try:
-            channel = self._threads.own(dial(standby.addresses[0], timeout=_DIAL_S))
+            channel = self._threads.own(self._dial(standby))
+            channel.send(m.Hello(self._own_id, "server", term))
             replica = Replica(standby, channel)
-            self._course.attach(replica, self._own_id)
+            self._course.attach(replica)
             replica.follow(lambda message: self._followed(replica, message))
         except ConnectionLostError as error:
             _log.info("%s lost its standby: %s", self._threads.name, error)
+        except RefusedError as error:
+            _log.warning("%s has no standby: %s", self._threads.name, error)
         self._tell_of(m.Mislaid(standby.id))
+
+    def _dial(self, member: m.Member) -> Channel:
+        return dial_member(member, timeout=_DIAL_S, security=self.settings.reach.security)
 
     def _followed(self, replica: Replica, message: m.Followed) -> None:
         if self._course.acknowledged(replica, message):

@@ -113,9 +113,8 @@ class Replica:
 
     # ── outside of it ───────────────────────────────────────────────────────────────────────────
 
-    def introduce(self, own: int, snapshot: ShardSnapshot, term: int) -> None:
+    def introduce(self, snapshot: ShardSnapshot, term: int) -> None:
         """Send what the standby begins with; before the first `flush`. Blocks for the transfer."""
-        self._channel.send(m.Hello(own, "server", term))
         message, arrays = pack(snapshot, term)
         self._channel.send(message, buffers=[np.ascontiguousarray(array) for array in arrays])
 

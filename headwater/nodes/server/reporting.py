@@ -12,22 +12,21 @@ import time
 from collections.abc import Callable, Iterable
 
 from headwater import messages as m
-from headwater.errors import ConnectionLostError, HeadwaterError, ProtocolError
+from headwater.errors import ConnectionLostError, HeadwaterError, ProtocolError, RefusedError
 from headwater.nodes.server.course import Course
 from headwater.nodes.server.link import ReportLink
 from headwater.nodes.server.sequencing import Policy, Sequencing
 from headwater.nodes.threads import ConnectionThreads
 from headwater.wire.channel import Channel
-from headwater.wire.listener import dial
 
 _log = logging.getLogger("headwater.server")
 
-_DIAL_S = 10.0
 _PAUSE_S = 0.02
 
 
 class Reporting:
-    """For server `index` of `servers`. `fail` ends the node, which cannot follow the log any more."""
+    """For server `index` of `servers`. `fail` ends the node, which cannot follow the log any more; `dial`
+    connects to another server."""
 
     def __init__(
         self,
@@ -37,12 +36,14 @@ class Reporting:
         policy: Policy,
         threads: ConnectionThreads,
         fail: Callable[[str], None],
+        dial: Callable[[m.Member], Channel],
     ) -> None:
         self._course = course
         self._index, self._servers = index, servers
         self._policy = policy
         self._threads = threads
         self._fail = fail
+        self._dial = dial
         self._link = ReportLink(index)
         self._sequencing: Sequencing | None = None
         self._term = 0
@@ -85,7 +86,7 @@ class Reporting:
             self._sequencing.recovered(self._course.begin_term(term))
             self._spread()
         else:
-            self._threads.start(lambda: self._follow(term, first.addresses[0], own), "log")
+            self._threads.start(lambda: self._follow(term, first, own), "log")
 
     def serve_reports(self, channel: Channel, server: int) -> None:
         """On server 0: another server's connection; it says where it is, then what it holds."""
@@ -106,11 +107,11 @@ class Reporting:
             sequencing.report(received.message)
             self._spread()
 
-    def _follow(self, term: int, address: str, own: int) -> None:
+    def _follow(self, term: int, first: m.Member, own: int) -> None:
         """On the other servers: the log of one term, over as many connections as that takes."""
         while self._term == term and not self._closed:
             try:
-                channel = self._threads.own(dial(address, timeout=_DIAL_S))
+                channel = self._threads.own(self._dial(first))
                 channel.send(m.Hello(own, "server", term))
                 with self._course.lock:
                     recovery = self._course.recovery(term)
@@ -120,6 +121,9 @@ class Reporting:
                 self._take_entries(channel, term)
             except ConnectionLostError as error:
                 _log.info("server %d lost the log: %s", self._index, error)
+            except RefusedError as error:
+                self._fail(f"it is not admitted to the log: {error}")
+                return
             time.sleep(_PAUSE_S)
 
     def _take_entries(self, channel: Channel, term: int) -> None:

@@ -52,6 +52,7 @@ class LeaseClient:
         """The next answer to the outstanding request; earlier ones are of requests given up."""
         welcome, membership = self._session.welcome, self._session.membership
         while True:
+            self._session.check_open("batches")
             left = began + welcome.deadline - time.monotonic()
             if left <= 0:
                 why = membership.beside(reason or "no word of why")

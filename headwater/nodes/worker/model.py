@@ -18,7 +18,6 @@ from headwater.nodes.session import Session
 from headwater.nodes.worker.declaring import NonFinite, as_array, check_nonfinite, named
 from headwater.rules import Rule, from_spec
 from headwater.wire.channel import Outgoing
-from headwater.wire.shared_memory import windows_possible
 from headwater.wire.window import Window
 
 _log = logging.getLogger("headwater.worker")
@@ -56,7 +55,6 @@ class Model:
         self._session = session
         self._nonfinite = nonfinite
         self._cuts = self.layout.cut(len(session.channels))
-        self._shared = [channel.can_pass_descriptors and windows_possible() for channel in session.channels]
         self._memory = self._allocate()
         order = list(names) or [tensor.name for tensor in spec.tensors]
         gradients = self.layout.views(self._memory.gradients)
@@ -71,7 +69,9 @@ class Model:
         self.read_version = -1
 
     def _allocate(self) -> Window | _Memory:
-        if any(self._shared):
+        """Fixed from now on, as views of it are the user's: a server that comes within reach only later is
+        sent values like one that is not."""
+        if any(self._session.shares):
             return Window(self.layout.elements)
         return _Memory(*(np.zeros(self.layout.elements, dtype=np.float32) for _ in range(2)))
 
@@ -271,17 +271,20 @@ class Model:
         if isinstance(self._memory, Window):
             self._memory.renew()
 
-    def offer(self, server: int) -> Outgoing | None:
-        """The frame that gives the window to a server that knows this model as registered by this member."""
+    def offer(self, server: int, shared: bool) -> Outgoing | None:
+        """The frame that gives the window to a server that knows this model as registered by this member, or
+        tells it that there is none."""
         if self.id < 0:
             return None
-        window, descriptors = self._window(server)
+        window, descriptors = self._given(shared)
         return Outgoing(m.Renew(self.id, window), (), descriptors)
 
-    def range_of(self, server: int) -> Array:
-        """float32 memory of a server's range of the parameters."""
+    def incoming(self, server: int) -> list[Array]:
+        """Where a server's range of the parameters goes that follows its answer; nowhere with a window."""
+        if self._is_shared(server):
+            return []
         start, stop = self._cuts[server]
-        return self._memory.parameters[start:stop]
+        return [self._memory.parameters[start:stop]]
 
     def release(self) -> None:
         """Give the window's descriptor back; its memory lives as long as arrays made from it."""
@@ -295,7 +298,7 @@ class Model:
     def _join(self, outgoing: Callable[[int, int], Outgoing], what: str) -> None:
         self._session.memories.append(self)
         try:
-            answer = self._call(outgoing, f"{what} {self.name!r}", lambda server, _: [self.range_of(server)])
+            answer = self._call(outgoing, f"{what} {self.name!r}", lambda server, _: self.incoming(server))
         except BaseException:
             self._session.memories.remove(self)
             raise
@@ -315,13 +318,19 @@ class Model:
         """An exchange whose answers' payload goes where `place` says."""
         return self._session.settle(self._session.call(outgoing, what, place))
 
+    def _is_shared(self, server: int) -> bool:
+        return self._session.shares[server] and isinstance(self._memory, Window)
+
     def _window(self, server: int) -> tuple[m.WindowSpec | None, tuple[int, ...]]:
-        if not self._shared[server] or not isinstance(self._memory, Window):
+        return self._given(self._session.shares[server])
+
+    def _given(self, shared: bool) -> tuple[m.WindowSpec | None, tuple[int, ...]]:
+        if not shared or not isinstance(self._memory, Window):
             return None, ()
         return m.WindowSpec(self._memory.generation, self._memory.size), (self._memory.descriptor,)
 
     def _payload(self, server: int, mask: bytes, memory: Array) -> tuple[tuple[m.Run, ...], list[Array]]:
-        if self._shared[server]:
+        if self._is_shared(server):
             return (), []
         runs = self.layout.runs(self.layout.unmask(mask), *self._cuts[server])
         return tuple(m.Run(self.id, *run) for run in runs), [memory[low:high] for low, high in runs]

@@ -18,7 +18,6 @@ from headwater.kernels.arrange import Ids, Plan
 from headwater.nodes.session import Session
 from headwater.wire.channel import Outgoing
 from headwater.wire.scratch import Scratch
-from headwater.wire.shared_memory import windows_possible
 
 Array = NDArray[np.float32]
 
@@ -40,9 +39,7 @@ class RowMemory:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        can = windows_possible()
-        self._shared = [can and channel.can_pass_descriptors for channel in session.channels]
-        self._scratch = Scratch(shared=any(self._shared))
+        self._scratch = Scratch(shared=any(session.shares))
         self._announced = 0
         session.memories.append(self)
 
@@ -84,8 +81,8 @@ class RowMemory:
         if self._announced == self._scratch.generation:
             return
         try:
-            for channel, shared in zip(self._session.channels, self._shared, strict=True):
-                if shared:
+            for server, channel in enumerate(self._session.channels):
+                if self._is_shared(server):
                     channel.send(self._announcement(), descriptors=(self._scratch.descriptor,))
         except ConnectionLostError:
             pass  # the exchange that follows connects anew, and offers it
@@ -97,11 +94,14 @@ class RowMemory:
             self._scratch.renew()
             self._announced = self._scratch.generation
 
-    def offer(self, server: int) -> Outgoing | None:
-        """The frame that gives the window to a server."""
-        if not self._shared[server] or not self._scratch.generation:
+    def offer(self, server: int, shared: bool) -> Outgoing | None:
+        """The frame that gives the window to a server; without one it takes what follows a message."""
+        if not shared or not self._scratch.shared or not self._scratch.generation:
             return None
         return Outgoing(self._announcement(), (), (self._scratch.descriptor,))
+
+    def _is_shared(self, server: int) -> bool:
+        return self._scratch.shared and self._session.shares[server]
 
     def _announcement(self) -> m.Scratch:
         return m.Scratch(m.WindowSpec(self._scratch.generation, len(self._scratch.memory)))
@@ -114,14 +114,14 @@ class RowMemory:
 
     def outgoing(self, place: Place, server: int, *, rows: bool) -> list[NDArray[Any]]:
         """What follows a message to a server that shares no memory: ids, and with `rows` gradients."""
-        if self._shared[server]:
+        if self._is_shared(server):
             return []
         here = slice(*self._bounds(place, server))
         return [self._ids(place)[here], self.rows(place)[here]] if rows else [self._ids(place)[here]]
 
     def incoming(self, places: Sequence[Place], server: int) -> list[Array]:
         """Where rows go that follow the answer of a server that shares no memory."""
-        if self._shared[server]:
+        if self._is_shared(server):
             return []
         return [self.rows(place)[slice(*self._bounds(place, server))] for place in places]
 

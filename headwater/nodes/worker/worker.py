@@ -17,12 +17,14 @@ from headwater.lifetime import AfterCount, Expiry
 from headwater.nodes.session import Session
 from headwater.nodes.worker.batches import Feed, Splits, plan_of
 from headwater.nodes.worker.declaring import Group, NonFinite, specify
+from headwater.nodes.worker.finishing import wait_for_others
 from headwater.nodes.worker.model import Model
 from headwater.nodes.worker.rowmemory import RowMemory
 from headwater.nodes.worker.table import Table, specify_table
 from headwater.nodes.worker.turn import Turn
 from headwater.rules import Rule
 from headwater.splits import Indices
+from headwater.wire.security import PLAIN, Security
 
 _log = logging.getLogger("headwater.worker")
 
@@ -57,8 +59,8 @@ class Worker:
         settings: what `run(settings=…)` was given.
     """
 
-    def __init__(self, address: str, rank: int | None = None) -> None:
-        self._session = Session(address, "worker", rank)
+    def __init__(self, address: str, rank: int | None = None, *, security: Security = PLAIN) -> None:
+        self._session = Session(address, "worker", rank, security=security)
         welcome = self._session.welcome
         self.rank = welcome.member.index
         self.workers = welcome.workers
@@ -244,6 +246,7 @@ class Worker:
         return self._meet("sum", {name: float(value) for name, value in scalars.items()})
 
     def _meet(self, kind: Any, values: dict[str, float]) -> dict[str, float]:
+        self._session.check_open(kind)
         answer = self._session.ask(lambda number: m.Meet(number, kind, values), kind)
         for model in self._models.values():
             model.outdated()
@@ -252,6 +255,7 @@ class Worker:
 
     def stop(self) -> None:
         """End everybody's `batches` after their next step; blocks for an exchange."""
+        self._session.check_open("stop")
         self._session.ask(m.Stop, "stop")
 
     def log(self, **metrics: float) -> None:
@@ -296,12 +300,48 @@ class Worker:
     # ── the end ─────────────────────────────────────────────────────────────────────────────────
 
     def leave(self) -> None:
-        """Leave the cluster; idempotent. Arrays and tensors got from it stay valid."""
+        """Leave the cluster, having done all that there was to do; idempotent.
+
+        Arrays and tensors got from it stay valid. A `with` block that ends with an error leaves too, but
+        another worker may then take this one's place.
+        """
+        self._depart(finished=True)
+
+    def dismiss(self, code: int) -> None:
+        """Have calls of this worker raise SystemExit(code), from the next one on, until it leaves.
+
+        The call under way is finished. Does not block; from any thread, and from a signal's handler.
+        """
+        self._session.dismissed = code
+
+    def finish(self) -> None:
+        """Leave as `leave` does, but stay a member until all declared workers have finished; blocks for that.
+
+        Training may begin anew from a checkpoint until that last moment, and then needs this worker too.
+        For clusters whose coordinator was started by `headwater serve`.
+
+        Raises:
+            RewoundError: training begins anew: make a new Worker, and train again.
+            ConnectionLostError: the cluster was closed before, or its coordinator is away for too long.
+            SystemExit: this worker was dismissed.
+        """
         if self._session.usable():
             try:
                 self._leave()
                 self._tell(now=True)
-                self._session.membership.tell(m.Departed(self._session.welcome.member.id))
+                self._session.hang_up()
+                wait_for_others(self._session)
+            finally:
+                self._close()
+        self._close()
+
+    def _depart(self, finished: bool) -> None:
+        self._session.dismissed = None
+        if self._session.usable():
+            try:
+                self._leave()
+                self._tell(now=True)
+                self._session.membership.tell(m.Departed(self._session.welcome.member.id, finished))
             finally:
                 self._close()
         self._close()
@@ -325,7 +365,7 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.leave()
+            self._depart(finished=error is None)
         except HeadwaterError:
             if error is None:
                 raise

@@ -1,0 +1,133 @@
+"""What `headwater serve` does once its options are read: nodes as processes, with logs and exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import typer
+
+from headwater.cli.faults import complain, faults_reported
+from headwater.cli.script import load_function
+from headwater.cli.signals import signals_to
+from headwater.errors import ConfigurationError, ConnectionLostError, RefusedError, UnreachableError
+from headwater.nodes.coordinator import ClusterSettings
+from headwater.rules import load_rules
+from headwater.served import ServedCluster, ServedServer, ServedWorker
+from headwater.storage import Checkpoints
+from headwater.wire.reach import Reach
+from headwater.wire.security import Security
+
+AGAIN = 75
+"""EX_TEMPFAIL: nothing is wrong with this process, and it may be started again."""
+
+_log = logging.getLogger("headwater")
+
+
+def serve_coordinator(
+    settings: ClusterSettings, checkpoints: Checkpoints, journal: str | None, reach: Reach
+) -> None:
+    """Be the coordinator until training has finished; prints its address on standard output.
+
+    Raises:
+        HeadwaterError: the cluster cannot begin, or not go on.
+        typer.Exit: 128 + the number of a signal.
+    """
+    _log_plainly()
+    cluster = ServedCluster(settings, checkpoints, journal=journal or "", reach=reach)
+    with signals_to(cluster.interrupt):
+        print(cluster.address, flush=True)
+        _log.info(
+            "coordinator at %s, for %d workers, %d servers",
+            cluster.address,
+            settings.workers,
+            settings.servers,
+        )
+        number = cluster.run()
+    if number:
+        raise typer.Exit(128 + number)
+    _log.info("training has finished")
+
+
+def serve_server(
+    coordinator: str | None,
+    role: str | None,
+    index: int | None,
+    rules: Sequence[str],
+    reach: Reach,
+    wait: float,
+) -> None:
+    """Be a server until training has finished.
+
+    Raises:
+        ConfigurationError: an impossible option.
+        HeadwaterError: as `ServedServer.run`.
+    """
+    _log_plainly()
+    for module in rules:
+        load_rules(module)
+    server = ServedServer(_given(coordinator), role=_role(role), index=index, reach=reach, wait=wait)
+    with signals_to(_end):
+        server.run()
+
+
+def serve_worker(
+    script: str, coordinator: str | None, rank: int | None, security: Security, wait: float
+) -> None:
+    """Run the script's function as a worker until training has finished.
+
+    Raises:
+        ConfigurationError: an impossible option, or no such function.
+        ScriptError: the script raised while it was loaded.
+        HeadwaterError: as `ServedWorker.run`.
+        SystemExit: 128 + the number of a signal.
+    """
+    _log_plainly()
+    address = _given(coordinator)
+    worker = ServedWorker(load_function(script), address, rank=rank, security=security, wait=wait)
+    with signals_to(worker.interrupt):
+        worker.run()
+
+
+@contextmanager
+def node_reported() -> Iterator[None]:
+    """As `faults_reported`, for a node that others can do without.
+
+    Raises:
+        typer.Exit: AGAIN for one that has lost its cluster, or its place in it.
+    """
+    with faults_reported():
+        try:
+            yield
+        except UnreachableError:
+            raise  # it would be the same again
+        except (ConnectionLostError, RefusedError) as error:
+            complain(str(error))
+            raise typer.Exit(AGAIN) from None
+
+
+def _end(number: int) -> None:
+    """A server ends at once: it owes nobody anything that its standby, or a checkpoint, has not."""
+    complain(f"ended by signal {number}")
+    os._exit(128 + number)
+
+
+def _given(coordinator: str | None) -> str:
+    if not coordinator:
+        raise ConfigurationError("whose? Pass --coordinator ADDRESS, or set HEADWATER_COORDINATOR")
+    return coordinator
+
+
+def _role(role: str | None) -> Literal["server", "standby"] | None:
+    if role is None or role == "server" or role == "standby":
+        return role  # type: ignore[return-value]
+    raise ConfigurationError(f"--role: got {role!r}, expected server or standby")
+
+
+def _log_plainly() -> None:
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s")
+    logging.getLogger("headwater").setLevel(logging.INFO)

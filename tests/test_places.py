@@ -1,0 +1,106 @@
+"""Who becomes which server or standby, and when a cluster's work is done: the rules, without processes."""
+
+import pytest
+
+from headwater.errors import ConfigurationError
+from headwater.messages import Enlist, Join
+from headwater.nodes.coordinator.places import Places
+from headwater.roster import RosterBook
+
+ANY = Enlist(None, None)
+
+
+def place(promise):
+    return None if promise is None else (promise.role, promise.index)
+
+
+def members(*roles):
+    book = RosterBook(workers=1, servers=3)
+    return [book.join(Join(role, index, 1, "here")) for role, index in roles]
+
+
+def test_servers_come_first_then_standbys_then_spares():
+    places = Places(servers=2, replicas=1)
+    given = [place(places.promise(ANY, [], forming=True)) for _ in range(5)]
+    assert given == [("server", 0), ("server", 1), ("standby", 0), ("standby", 1), None]
+
+
+def test_without_replicas_there_are_no_standbys():
+    places = Places(servers=1, replicas=0)
+    assert [place(places.promise(ANY, [], forming=True)) for _ in range(2)] == [("server", 0), None]
+
+
+def test_what_a_member_has_is_not_given():
+    places = Places(servers=3, replicas=1)
+    there = members(("server", 0), ("server", 2), ("standby", 2))
+    assert place(places.promise(ANY, there, forming=True)) == ("server", 1)
+    assert place(places.promise(Enlist(None, 2), there, forming=True)) is None
+    assert place(places.promise(Enlist("standby", None), there, forming=True)) == ("standby", 0)
+
+
+def test_a_server_that_is_lost_is_nobodys_until_a_new_generation_forms():
+    places = Places(servers=2, replicas=1)
+    there = members(("server", 0))
+    assert place(places.promise(Enlist("server", None), there, forming=False)) is None
+    assert place(places.promise(ANY, there, forming=False)) == ("standby", 0)
+
+
+def test_a_wish_is_granted_or_waits():
+    places = Places(servers=2, replicas=1)
+    assert place(places.promise(Enlist("server", 1), [], forming=True)) == ("server", 1)
+    assert place(places.promise(Enlist("server", 1), [], forming=True)) is None
+    assert place(places.promise(Enlist("standby", 0), [], forming=True)) is None, "servers first"
+    assert place(places.promise(Enlist(None, 0), [], forming=True)) == ("server", 0)
+    assert place(places.promise(Enlist("standby", 0), [], forming=True)) == ("standby", 0)
+
+
+def test_a_promise_that_is_released_twice_frees_only_itself():
+    places = Places(servers=1, replicas=0)
+    first = places.promise(ANY, [], forming=True)
+    places.release(first)
+    assert place(places.promise(ANY, [], forming=True)) == ("server", 0)
+    places.release(first)
+    assert places.promise(ANY, [], forming=True) is None
+
+
+@pytest.mark.parametrize("enlist", [Enlist("server", 2), Enlist(None, 2), Enlist("standby", None)])
+def test_places_that_can_never_be_are_refused(enlist):
+    with pytest.raises(ConfigurationError):
+        Places(servers=2, replicas=0).check(enlist)
+
+
+# ── the end of the work ─────────────────────────────────────────────────────────────────────────
+
+
+def joined(book, *ranks):
+    return [book.join(Join("worker", rank, 1, "here")).id for rank in ranks]
+
+
+def test_all_have_finished_when_every_declared_rank_has_and_nobody_else_is_at_work():
+    book = RosterBook(workers=2, servers=1)
+    first, second, third = joined(book, 0, 1, 2)
+    steps = [(book.finish, second), (book.remove, second), (book.finish, first)]
+    for step, id in steps:
+        step(id)
+        assert not book.all_finished()
+    book.remove(third, "it died")
+    assert book.all_finished()
+
+
+def test_a_rank_that_comes_again_has_not_finished():
+    book = RosterBook(workers=1, servers=1)
+    (first,) = joined(book, 0)
+    book.finish(first)
+    book.remove(first)
+    assert book.all_finished()
+    joined(book, 0)
+    assert not book.all_finished()
+
+
+def test_nobody_has_finished_after_a_rewind_and_the_record_knows_who_has():
+    book = RosterBook(workers=1, servers=1)
+    book.finish(joined(book, 0)[0])
+    again = RosterBook(workers=1, servers=1, record=book.record())
+    assert again.all_finished()
+    again.begin_anew()
+    assert not again.all_finished()
