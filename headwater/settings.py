@@ -9,6 +9,7 @@ Invariants:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import numbers
@@ -109,12 +110,18 @@ def field_types(cls: type) -> Mapping[str, Any]:
         raise ConfigurationError(f"{cls.__name__} is not a frozen dataclass: add @dataclass(frozen=True)")
     fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls)
     try:
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
     except NameError as error:
         raise ConfigurationError(
             f"{cls.__name__}: {error} in the type of a field: import it in that module"
         ) from error
     return {field.name: hints[field.name] for field in fields}
+
+
+@functools.cache
+def _hints(cls: type) -> Mapping[str, Any]:
+    """Evaluated once: that takes longer than all else of a rule's travel."""
+    return typing.get_type_hints(cls)
 
 
 def _required(cls: type) -> list[str]:

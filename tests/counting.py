@@ -5,6 +5,7 @@ count the steps of each worker that it contains.
 """
 
 import numpy as np
+from clusters import model_spec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
@@ -42,7 +43,7 @@ def counters(*steps):
 
     def program(count):
         def run(me):
-            yield me.register()
+            yield me.register(model_spec())
             seen = yield from counting(me, count)
             yield me.end()
             yield me.leave()
@@ -58,7 +59,7 @@ def value_at(cluster):
     values, value = {0: 0}, 0
     for entry in cluster.log:
         if isinstance(entry, m.Committed):
-            value += sum(BASE ** cluster.clients[ticket.member].rank for ticket in entry.updates)
+            value += sum(BASE ** cluster.member(ticket.member).rank for ticket in entry.updates)
             values[entry.version] = value
     return values
 

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from clusters import SHAPES, Cluster, model_spec
 from counting import (
     BASE,
     counters,
@@ -19,7 +20,6 @@ from counting import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from machines import SHAPES, Cluster, model_spec
 
 from headwater import messages as m
 from headwater.rules import SGD, Adam
@@ -45,7 +45,7 @@ def test_every_answer_is_the_state_of_its_version_on_all_servers(mode, steps, co
 def test_versions_grow_by_one_and_staleness_counts_the_commits_between(mode, workers, count, private, seed):
     def program(me):
         versions = []
-        yield me.register()
+        yield me.register(model_spec())
         for _ in range(4):
             before = me.version
             me.push(1)
@@ -85,7 +85,7 @@ def test_a_reader_gets_one_version_and_disturbs_nobody(mode, workers, count, pri
     cluster = Cluster(mode, workers=workers, servers=count, seed=seed, private=private)
     for program in counters(*[5] * workers):
         cluster.join(program)
-    cluster.run(until=lambda: all(shard.vectors for shard in cluster.shards))
+    cluster.run(until=lambda: cluster.shards and all(shard.vectors for shard in cluster.shards))
     cluster.join(reader, role="observer")
     cluster.run()
     values = value_at(cluster)
@@ -99,7 +99,7 @@ def test_a_reader_gets_one_version_and_disturbs_nobody(mode, workers, count, pri
 @given(modes, servers, st.booleans(), seeds)
 def test_an_empty_turn_reads_what_the_others_pushed_meanwhile(mode, count, private, seed):
     def program(me):
-        yield me.register()
+        yield me.register(model_spec())
         yield me.register(model_spec("second", {"x": (5,)}))
         if me.rank == 0:
             for model in (0, 1):
@@ -117,14 +117,14 @@ def test_an_empty_turn_reads_what_the_others_pushed_meanwhile(mode, count, priva
 @given(modes, servers, st.booleans(), seeds)
 def test_an_assignment_is_a_version_of_its_own_and_keeps_the_rest(mode, count, private, seed):
     def program(me):
-        yield me.register(value=7)
+        yield me.register(model_spec(), value=7)
         if me.rank == 0:
             answer = yield me.assign(a=100, b=200)
             assert answer.version == 1
         yield me.barrier()
         me.push(1)
         yield me.step()
-        values = me.models[0].values
+        values = me.windows[0].values
         return [set(np.unique(values[name])) for name in ("a", "b", "c", "scalar")]
 
     cluster = Cluster(mode, workers=2, servers=count, seed=seed, private=private)
@@ -137,7 +137,7 @@ def test_an_assignment_is_a_version_of_its_own_and_keeps_the_rest(mode, count, p
 @given(modes, servers, st.booleans(), seeds)
 def test_a_repeated_step_gets_its_result_again_and_is_not_applied(mode, count, private, seed):
     def program(me):
-        yield me.register()
+        yield me.register(model_spec())
         for _ in range(3):
             me.push(BASE**me.rank)
             first = yield me.step()
@@ -263,7 +263,7 @@ def test_gradients_are_divided_by_all_contributors_and_empty_turns_are_none(coun
         assert answer.result == m.StepResult(1, True, 2, 0)
         answer = yield me.step()  # nobody carries anything
         assert answer.result == m.StepResult(2, True, 0, 0)
-        return {name: float(me.models[0].values[name].ravel()[0]) for name in "abc"}
+        return {name: float(me.windows[0].values[name].ravel()[0]) for name in "abc"}
 
     cluster = Cluster("sync", workers=3, servers=count, seed=seed, private=private)
     assert cluster.run(*[program] * 3) == [{"a": -9, "b": -3, "c": 0}] * 3
@@ -282,7 +282,7 @@ def test_the_lowest_ranks_settings_win(count, private, seed):
             m.Setting(0, 1, {"lr": 4.0}),
         ]
         yield me.step(settings=[setting[me.rank]] if me.rank else [setting[0], setting[2]])
-        return [float(me.models[0].values[name].ravel()[0]) for name in "abc"]
+        return [float(me.windows[0].values[name].ravel()[0]) for name in "abc"]
 
     cluster = Cluster("sync", workers=2, servers=count, seed=seed, private=private)
     assert cluster.run(program, program) == [[-1, -1, -4]] * 2
@@ -295,7 +295,7 @@ def test_who_is_in_a_round_does_not_depend_on_timing(count, seed):
 
     def program(*phases):
         def run(me):
-            yield me.register()
+            yield me.register(model_spec())
             for steps in phases:
                 yield from counting(me, steps)
                 yield me.end()
@@ -306,7 +306,7 @@ def test_who_is_in_a_round_does_not_depend_on_timing(count, seed):
     cluster = Cluster("sync", workers=3, servers=count, seed=seed)
     cluster.run(program(2, 3), program(5, 1), program(0, 2))
     ranks = [
-        [cluster.clients[ticket.member].rank for ticket in entry.updates]
+        [cluster.member(ticket.member).rank for ticket in entry.updates]
         for entry in cluster.log
         if isinstance(entry, m.Committed)
     ]
@@ -317,7 +317,7 @@ def test_who_is_in_a_round_does_not_depend_on_timing(count, seed):
 @given(modes, servers, seeds)
 def test_barriers_sums_and_batches_of_uneven_length_never_hang(mode, count, seed):
     def program(me):
-        yield me.register()
+        yield me.register(model_spec())
         for epoch in range(3):
             yield from counting(me, (me.rank + epoch) % 3)
             yield me.end()
@@ -354,7 +354,7 @@ def test_no_worker_that_computes_leads_by_more_than_the_bound(bound, workers, co
     """Leads are counted in commits, the moment a step is over for its worker."""
 
     def program(me):
-        yield me.register()
+        yield me.register(model_spec())
         for _ in range(5):
             yield me.step()
             done[me.rank] = me.steps
@@ -367,7 +367,7 @@ def test_no_worker_that_computes_leads_by_more_than_the_bound(bound, workers, co
         counts = [0] * workers
         for entry in cluster.log:
             for ticket in entry.updates if isinstance(entry, m.Committed) else ():
-                counts[cluster.clients[ticket.member].rank] += 1
+                counts[cluster.member(ticket.member).rank] += 1
         return counts
 
     done = {}

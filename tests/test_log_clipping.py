@@ -5,11 +5,10 @@
 
 import numpy as np
 import pytest
+from clusters import Cluster, FlakyCluster, ReplicatedCluster, model_spec
 from counting import MODES, few, final, modes, seeds, servers, some
-from failures import FlakyCluster, ReplicatedCluster
 from hypothesis import given
 from hypothesis import strategies as st
-from machines import Cluster, model_spec
 from test_log import assert_same_bits, mixed, trained, training
 from test_log_members import chaos
 from test_log_quorum import check, counter
@@ -113,11 +112,11 @@ def test_a_death_at_every_entry_of_a_clipped_run(mode, index):
         cluster = ReplicatedCluster(mode, workers=2, servers=3, seed=moment)
         for _ in range(2):
             cluster.join(triples(3))
-        cluster.run(until=lambda c=cluster, n=moment: len(c.log) >= n)
+        cluster.run(until=lambda c=cluster, n=moment: len(c.log) >= n and c.is_replicated(index))
         measured += bool(cluster.log) and isinstance(cluster.log[-1], m.Measured)
         assert cluster.kill_server(index)
         cluster.run()
-        assert cluster.failovers == 1
+        assert cluster.takeovers == 1
         assert_sums(cluster, 2, 1) if mode == "sync" else assert_sums(cluster, 4, 2)
         assert_settled(cluster)
     assert measured > 0
@@ -129,9 +128,9 @@ def test_whatever_clipped_workers_do_nobody_waits_for_ever(mode, count, private,
     cluster = Cluster(mode, workers=3, servers=count, seed=seed, private=private)
     for _ in range(3):
         cluster.join(chaos(seed, clip_norm=0.5))
+    cluster.begin()
     for event in events:
-        end = len(cluster.log) + cluster.random.randint(1, 12)
-        cluster.run(until=lambda end=end: len(cluster.log) >= end or not any(cluster.links.values()))
+        cluster.go(cluster.random.randint(1, 12))
         living = cluster.living()
         if event == "kill" and len(living) > 1:
             cluster.kill(cluster.random.choice(living))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from clusters import SHAPES, Cluster, lose, model_spec
 from counting import (
     BASE,
     MODES,
@@ -18,7 +19,6 @@ from counting import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machines import SHAPES, Cluster, model_spec
 
 from headwater import messages as m
 from headwater.errors import RegistrationError, StalledError
@@ -32,7 +32,7 @@ from headwater.rules import SGD, Accumulate
 def test_a_stop_reaches_everybodys_next_step_exactly_once(mode, workers, count, meet, seed):
     def program(me):
         told = []
-        yield me.register()
+        yield me.register(model_spec())
         for step in range(6):
             if step == 3:
                 if meet:
@@ -56,7 +56,7 @@ def test_a_stop_reaches_everybodys_next_step_exactly_once(mode, workers, count, 
 @given(modes, servers, seeds)
 def test_a_stop_is_not_for_batches_that_begin_after_it(mode, count, seed):
     def stopping(me):
-        yield me.register()
+        yield me.register(model_spec())
         yield me.step()
         yield me.end()
         yield me.barrier()
@@ -69,7 +69,7 @@ def test_a_stop_is_not_for_batches_that_begin_after_it(mode, count, seed):
         yield me.leave()
 
     def over(me):
-        yield me.register()
+        yield me.register(model_spec())
         yield me.step()
         yield me.end()
         yield me.barrier()
@@ -86,7 +86,7 @@ def test_a_stop_is_not_for_batches_that_begin_after_it(mode, count, seed):
 @given(servers, seeds)
 def test_a_stop_ends_synchronous_batches_at_one_version(count, seed):
     def program(me):
-        yield me.register()
+        yield me.register(model_spec())
         while True:
             answer = yield me.step()
             if answer.stopped:
@@ -108,7 +108,7 @@ def test_a_stop_ends_synchronous_batches_at_one_version(count, seed):
 @given(modes, servers, st.booleans(), seeds)
 def test_the_lowest_rank_supplies_initial_values(mode, count, private, seed):
     def program(me):
-        yield me.register(value=10 + me.rank)
+        yield me.register(model_spec(), value=10 + me.rank)
         assert me.read() == 10
         second = model_spec("second", {"x": (5,)})
         yield me.register(second, value=20 + me.rank)
@@ -149,7 +149,7 @@ def test_the_order_in_which_tensors_are_declared_does_not_matter(count, seed):
         yield me.register(model_spec(shapes={name: SHAPES[name] for name in names}))
         me.push(2.0, ["b"])
         yield me.step()
-        return float(me.models[0].values["b"][0, 0])
+        return float(me.windows[0].values["b"][0, 0])
 
     cluster = Cluster("sync", workers=2, servers=count, seed=seed)
     assert cluster.run(program, program) == [4.0, 4.0]
@@ -162,11 +162,10 @@ def test_nothing_is_committed_before_the_declared_workers_have_joined(mode, coun
     cluster = Cluster(mode, workers=3, servers=count, seed=seed)
     cluster.join(program)
     cluster.join(program)
-    while cluster.deliver():
-        pass
+    cluster.rest()
     assert not any(isinstance(entry, m.Committed) for entry in cluster.log)
     assert cluster.shards[0].version == 0
-    waits = set(cluster.sequencer.waits().values())
+    waits = set(cluster.waits().values())
     assert waits == {"step 1 waits for worker 2 to join"}
     cluster.run(program)
     assert digits(final_count(cluster), 3) == [2, 2, 2]
@@ -179,7 +178,7 @@ def test_nothing_is_committed_before_the_declared_workers_have_joined(mode, coun
 @given(modes, servers, seeds)
 def test_a_barrier_against_a_sum_fails_both_at_once(mode, count, seed):
     def program(me):
-        yield me.register()
+        yield me.register(model_spec())
         try:
             yield me.barrier() if me.rank == 0 else me.sum(x=1.0)
         except StalledError as error:
@@ -197,7 +196,7 @@ def test_a_barrier_against_a_sum_fails_both_at_once(mode, count, seed):
 
 def restless(me):
     """Steps, batches that end, meetings, more steps; how many steps were acknowledged so far is `acked`."""
-    yield me.register()
+    yield me.register(model_spec())
     for _ in range(2):
         for _ in range(3):
             me.push(BASE**me.rank)
@@ -211,7 +210,7 @@ def restless(me):
 
 def visiting(me):
     """As many steps, but no meetings: one who joins late would be in another than the rest."""
-    yield me.register()
+    yield me.register(model_spec())
     for _ in range(2):
         for _ in range(3):
             me.push(BASE**me.rank)
@@ -234,10 +233,11 @@ def test_deaths_and_joins_hang_nobody_and_lose_no_acknowledged_update(mode, coun
     everyone = [cluster.join(restless), cluster.join(restless)]
     for client in everyone:
         client.acked = 0
+    cluster.begin()
     for moment, event in sorted(events):
-        while len(cluster.log) < moment // 4 and cluster.deliver():
+        while len(cluster.log) < moment // 4 and cluster.step():
             pass
-        living = [client for client in cluster.clients.values() if not (client.dead or client.ended)]
+        living = [client for client in cluster.members if not (client.dead or client.ended)]
         if event == "kill" and len(living) > 1:
             cluster.kill(cluster.random.choice(living))
         elif event == "join" and living and len(everyone) < 5:
@@ -261,9 +261,10 @@ def test_a_death_while_its_step_is_held_by_some_servers_leaves_all_or_nothing(mo
     cluster.run(until=lambda: second.steps == 1)
     for i in range(3):
         if i >= holders:
-            cluster.links["request", second.id, 0, i].clear()
-    while cluster.links["request", second.id, 0, 0] or cluster.links["report", 0, 0]:
-        cluster.deliver()
+            lose(second, cluster.serving[i])
+    until = cluster.agenda.now + 0.1
+    while second.outstanding and cluster.agenda.now < until and cluster.step():
+        pass
     cluster.kill(second)
     cluster.run()
     assert first.ended
@@ -278,9 +279,10 @@ def test_a_joiner_takes_the_rank_of_a_dead_worker_and_starts_from_current_values
     first, second = (cluster.join(program) for program in counters(6, 6))
     cluster.run(until=lambda: second.steps == 4)
     cluster.kill(second)
+    cluster.run(until=lambda: cluster.coordinator.book.member(second.id) is None)
 
     def late(me):
-        yield me.register(value=1e6)
+        yield me.register(model_spec(), value=1e6)
         seen.append(me.read())
         yield from counting(me, 2)
         yield me.leave()
@@ -316,7 +318,7 @@ def chaos(seed, clip_norm=None):
                 else:
                     yield getattr(me, {"turn": "step"}.get(action, action))()
         except StalledError:
-            return me.cluster.kill(me)
+            return me.world.kill(me)
         yield me.leave()
 
     return program
@@ -328,15 +330,15 @@ def test_whatever_workers_do_nobody_waits_for_ever_and_servers_agree(mode, count
     cluster = Cluster(mode, workers=3, servers=count, seed=seed, private=private)
     for _ in range(3):
         cluster.join(chaos(seed))
+    cluster.begin()
     for event in events:
-        end = len(cluster.log) + cluster.random.randint(1, 12)
-        cluster.run(until=lambda end=end: len(cluster.log) >= end or not any(cluster.links.values()))
-        living = [client for client in cluster.clients.values() if not (client.dead or client.ended)]
+        cluster.go(cluster.random.randint(1, 12))
+        living = [client for client in cluster.members if not (client.dead or client.ended)]
         if event == "kill" and len(living) > 1:
             cluster.kill(cluster.random.choice(living))
         elif event == "join" and living:
             cluster.join(chaos(seed))
     cluster.run()
-    assert not cluster.sequencer.waits()
+    assert not cluster.waits()
     for model in cluster.shards[0].vectors:
         final(cluster, model)

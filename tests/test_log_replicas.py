@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from clusters import Cluster, ReplicatedCluster, lose, model_spec
 from counting import (
     BASE,
     MODES,
@@ -17,10 +18,8 @@ from counting import (
     some,
     value_at,
 )
-from failures import ReplicatedCluster, digest
 from hypothesis import given
 from hypothesis import strategies as st
-from machines import Cluster
 from test_log import assert_same_bits, mixed, trained, training
 from test_log_members import chaos
 
@@ -31,37 +30,35 @@ from headwater.lifetime import AfterCount
 from headwater.rules import Adagrad, Adam
 from headwater.shard import Shard
 from headwater.shard.digest import digests
+from headwater.testing.invariants.digest import digest
 
-EVENTS = ["server", "server", "zombie", "standby", "attach"]
+EVENTS = ["server", "server", "zombie", "standby"]
 events = st.lists(st.tuples(st.integers(1, 10), st.sampled_from(EVENTS)), min_size=1, max_size=4)
 
 
 def drive(cluster, events):
     """Let things happen, each some entries after the one before."""
     for gap, event in events:
-        end = len(cluster.log) + gap
-        cluster.run(until=lambda end=end: len(cluster.log) >= end or not any(cluster.links.values()))
-        index = cluster.random.choice(cluster.servers)
+        cluster.go(gap)
+        index = cluster.random.randrange(cluster.servers)
         if event in ("server", "zombie"):
             cluster.kill_server(index, zombie=event == "zombie")
-        elif event == "standby":
-            cluster.kill_standby(index)
         else:
-            for server in cluster.serving:
-                if server.standby is None and not server.down:
-                    cluster.attach_standby(server)
+            cluster.kill_standby(index)
     cluster.run()
 
 
 def assert_settled(cluster):
-    """Everybody is where the sequencer is, standbys too, and equal."""
-    assert not cluster.sequencer.waits()
-    record = cluster.sequencer.standings.record()
+    """Everybody is at the same position, standbys too, and equal."""
+    cluster.settle()
+    assert not cluster.waits()
+    record = cluster.shards[0].standings.record()
     for server in cluster.serving:
         assert server.shard.standings.record() == record
-        if server.standby is not None:
-            assert digest(server.standby.shard) == digest(server.shard)
-            assert digests(server.standby.shard.snapshot()) == digests(server.shard.snapshot())
+        standby = cluster.standby(server.index)
+        assert standby is not None
+        assert digest(standby.shard) == digest(server.shard)
+        assert digests(standby.shard.snapshot()) == digests(server.shard.snapshot())
 
 
 @some
@@ -82,7 +79,7 @@ def test_deaths_of_servers_lose_and_double_nothing(mode, steps, count, private, 
         cluster.join(program)
     drive(cluster, events)
     values = value_at(cluster)
-    for client in cluster.clients.values():
+    for client in cluster.members:
         for answer, clock, value in client.value or ():
             assert value == values[answer.version]
             assert digits(value, len(steps))[client.rank] == clock
@@ -122,15 +119,10 @@ def test_a_death_at_every_entry_of_a_run(mode, index):
         cluster = ReplicatedCluster(mode, workers=2, servers=3, seed=moment)
         for program in counters(2, 3):
             cluster.join(program)
-        drive(cluster, [(moment, "standby")] * 0)
-        assert digits(final_count(cluster), 2) == [2, 3]
-        cluster = ReplicatedCluster(mode, workers=2, servers=3, seed=moment)
-        for program in counters(2, 3):
-            cluster.join(program)
-        cluster.run(until=lambda c=cluster, n=moment: len(c.log) >= n)
+        cluster.run(until=lambda c=cluster, n=moment: len(c.log) >= n and c.is_replicated(index))
         assert cluster.kill_server(index)
         cluster.run()
-        assert cluster.failovers == 1
+        assert cluster.takeovers == 1
         assert digits(final_count(cluster), 2) == [2, 3]
         assert_settled(cluster)
 
@@ -169,7 +161,7 @@ def test_rows_survive_deaths_of_servers_to_the_bit(count, flaky, seed, events):
         cluster.join(embedding)
     drive(cluster, events)
     assert_settled(cluster)
-    for client in cluster.clients.values():
+    for client in cluster.members:
         assert client.value is None or client.value == expected
 
 
@@ -185,10 +177,10 @@ def test_a_shard_that_restores_and_follows_equals_one_that_was_always_there(
     cluster = ReplicatedCluster(mode, workers=2, servers=count, seed=seed, private=private)
     for _ in range(2):
         cluster.join(chaos(seed))
-    cluster.run(until=lambda: len(cluster.log) >= moment or not any(cluster.links.values()))
-    for index, server in enumerate(cluster.serving):
+    cluster.run(until=lambda: len(cluster.serving) == count)
+    cluster.go(moment)
+    for index in range(count):
         cluster.kill_standby(index)
-        cluster.attach_standby(server)
     cluster.run()
     assert_settled(cluster)
 
@@ -197,7 +189,7 @@ def test_a_shard_that_restores_and_follows_equals_one_that_was_always_there(
 @given(modes, servers, st.booleans(), st.sampled_from([0, 0.05]), seeds)
 def test_a_checkpoint_is_one_position_on_all_servers(mode, count, private, flaky, seed):
     def program(me):
-        yield me.register()
+        yield me.register(model_spec())
         yield from counting(me, 3)
         if me.rank == 0:
             answer = yield me.checkpoint()
@@ -210,7 +202,7 @@ def test_a_checkpoint_is_one_position_on_all_servers(mode, count, private, flaky
     cluster = ReplicatedCluster(mode, workers=2, servers=count, seed=seed, private=private, flaky=flaky)
     cluster.run(program, program)
     ((member, number, version),) = asked
-    taken = [cluster.snapshots[member, number][index] for index in cluster.servers]
+    taken = [cluster.snapshots[member, number][index] for index in range(count)]
     assert len({one.position for one in taken}) == 1
     assert {one.version for one in taken} == {version}
     values = {float(x) for one in taken for model in one.models for x in np.unique(model.values)}
@@ -245,23 +237,23 @@ def test_an_update_that_is_not_everywhere_is_discarded_and_closed_anew():
     cluster = ReplicatedCluster("async", workers=1, servers=2)
     (program,) = counters(1)
     cluster.join(program)
-    cluster.run(until=lambda: any(isinstance(entry, m.Committed) for entry in cluster.log))
-    late = cluster.links["ship", 1, cluster.serving[1].standby.id]
-    cluster.links["entry", 1, 0].clear()
-    cluster.run(until=lambda: cluster.shards[0].prepared == len(cluster.log))
-    late.clear()
+    cluster.run(until=lambda: any(member.steps for member in cluster.members) and cluster.is_replicated(1))
+    first, second = cluster.serving
+    while cluster.shards[0].prepared == cluster.shards[0].position:
+        lose(second, cluster.standby(1))
+        cluster.step()
+    assert cluster.shards[0].version == 0
+    lose(first, second)
     assert cluster.kill_server(1)
-    before = len(cluster.log)
     cluster.run()
-    assert cluster.failovers == 1
-    assert len(cluster.log) > before
+    assert cluster.takeovers == 1
     assert final_count(cluster) == BASE**0
 
 
 def test_rule_state_travels_with_a_snapshot():
     cluster = ReplicatedCluster("sync", workers=1, servers=2)
     cluster.run(training(lambda rank, step: ["a", "b"]))
-    for server in cluster.serving:
-        (model,) = server.standby.shard.snapshot().models
+    for index in range(2):
+        (model,) = cluster.standby(index).shard.snapshot().models
         assert set(model.states) == set(Adam(lr=0.1).states())
         assert model.counts.tolist() == [5, 5, 0, 0, 0]

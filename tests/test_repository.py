@@ -25,7 +25,7 @@ LAYERS = [
     ["wire", "checkpoint", "data"],
     ["nodes", "engines"],
     [
-        *["cluster", "served", "supervisor", "storage", "run", "torch", "jax", "bench", "cli"],
+        *["cluster", "served", "supervisor", "storage", "run", "torch", "jax", "bench", "cli", "testing"],
         *["__main__", "__init__"],
     ],
 ]

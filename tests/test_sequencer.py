@@ -106,6 +106,24 @@ def test_a_server_that_reports_twice_counts_once():
     assert kinds(desk.also(0, "step", "1", servers=[1])) == ["Committed"]
 
 
+def test_what_is_held_of_a_newcomer_before_the_roster_names_it_counts_once_it_does():
+    """Another server may know the roster, and serve the newcomer, before the sequencer does."""
+    desk = Desk("async", workers=1, servers=2)
+    newcomer = desk.book.join(m.Join("observer", None, 0, "here"))
+    held = m.Held(newcomer.id, 1, "pull")
+    assert desk.sequencer.report(1, (held,)) == []
+    assert kinds(desk.sequencer.roster(desk.book.view())) == ["Enrolled"]
+    (served,) = desk.sequencer.report(0, (held,))
+    assert served.ticket == m.Ticket(newcomer.id, 1, 0)
+
+
+def test_what_is_held_of_one_that_is_gone_never_counts():
+    desk = Desk("async", workers=2, servers=1)
+    desk.die(1)
+    assert desk.sequencer.report(0, (m.Held(desk.ids[1], 1, "pull"),)) == []
+    assert desk.ids[1] not in desk.sequencer.waits()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_committed_before_the_declared_workers_have_joined(mode):
     desk = Desk(mode, workers=2, joined=1)

@@ -105,3 +105,10 @@ def test_with_too_few_workers_a_measured_update_waits():
     assert kinds(desk.die(1)) == ["Retired"]
     assert desk.measured(asked, 1.0) == []
     assert kinds(desk.join(rank=1)) == ["Enrolled", "Activated", "Committed"]
+
+
+def test_who_meets_while_a_round_is_measured_waits_for_those_in_it():
+    desk = ClippedDesk("sync", workers=2, servers=1)
+    desk.hold(1, "sum")
+    desk.hold(0, "step", "1")
+    assert desk.waits(1) == "sum waits for worker 0"

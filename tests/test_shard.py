@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from clusters import model_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machines import model_spec
 
 from headwater import messages as m
-from headwater.errors import ConfigurationError, ProtocolError, RegistrationError
+from headwater.errors import ConfigurationError, ProtocolError, RefusedError, RegistrationError
 from headwater.layout import PAGE, Layout
 from headwater.rules import SGD, Accumulate, Adam, Assign
 from headwater.shard import Shard, Staging, Vector
@@ -299,6 +299,16 @@ def test_a_step_that_asks_for_no_values_gets_none(shard):
     ((_, answer),) = shard.process(m.Committed(2, 1, (m.Ticket(1, 2),), (m.Ticket(1, 2),)))
     assert answer == m.Answer(2, 1, result=m.StepResult(1, True, 0, 0))
     assert (shard.staging(1, 0).parameters == 77).all()
+
+
+def test_one_that_is_retired_while_it_waits_is_told_that_no_answer_follows_and_is_refused():
+    shard = Shard(0, 1, "mean")
+    shard.process(m.Enrolled(1, 2, (m.Newcomer(1, 0), m.Newcomer(2, 1))))
+    shard.hold(1, m.Register(1, SPEC, None), memory())
+    assert shard.process(m.Retired(2, 1, True, "it died")) == [(1, None)]
+    assert shard.process(m.Retired(3, 2, True, "it died too")) == []
+    with pytest.raises(RefusedError, match="member 1 has left or was retired"):
+        shard.staging(1, 0)
 
 
 def test_what_a_gone_member_had_is_forgotten(shard):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from machines import model_spec
+from clusters import model_spec
 
 from headwater import messages as m
 from headwater.errors import ProtocolError, RefusedError

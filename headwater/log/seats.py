@@ -10,7 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from headwater.log.standings import Standing, Standings
@@ -65,6 +65,8 @@ class Seats:
         self.waiting = 0
         self.of: dict[int, Seat] = {}
         self._everybody = (1 << servers) - 1
+        self._standings = standings
+        self._early: list[tuple[int, Held]] = []
         for member in standings.members:
             self.add(member, standings)
 
@@ -83,6 +85,24 @@ class Seats:
     def workers(self) -> list[Seat]:
         """All but observers, in rank order."""
         return by_rank(seat for seat in self.of.values() if seat.standing.rank >= 0)
+
+    def hear(self, server: int, held: Iterable[Held]) -> Iterator[Seat]:
+        """Note what `server` holds; yields each seat whose exchange became complete with that.
+
+        A member without a seat is gone, or will be enrolled: what is held of the latter is kept until then.
+        """
+        for one in held:
+            seat = self.of.get(one.member)
+            if seat is None and one.member > self._standings.newest:
+                self._early.append((server, one))
+            elif seat is not None and self.hold(seat, server, one):
+                yield seat
+
+    def hear_early(self) -> Iterator[Seat]:
+        """Once more what was held of members who had no seat: servers may know of a newcomer before."""
+        early, self._early = self._early, []
+        for server, one in early:
+            yield from self.hear(server, (one,))
 
     def hold(self, seat: Seat, server: int, held: Held) -> bool:
         """Note that `server` holds this; whether it became complete, at its first or a newer attempt."""

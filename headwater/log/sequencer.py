@@ -159,6 +159,8 @@ class Sequencer:
             self._remove(gone, reason="its process ended or its connection was lost")
         if newcomers := self.standings.newcomers(members.values()):
             self._enrol(roster.workers, newcomers)
+            for seat in self._seats.hear_early():
+                self._decide(seat)
         return self._settle()
 
     def report(
@@ -173,7 +175,7 @@ class Sequencer:
     ) -> list[m.AnyEntry]:
         """Note what `server` holds, has prepared and has measured; `now` in seconds.
 
-        A report of an unknown member is of one that is already gone. Reports may come twice or late.
+        Of members that are not in the roster yet it counts once they are. Reports may come twice or late.
 
         Raises:
             RefusedError: the report is for the sequencer of an older `term`.
@@ -181,10 +183,8 @@ class Sequencer:
         if term is not None and term < self.term:
             raise RefusedError(f"server {server} reports to the sequencer of term {term}, it is {self.term}")
         self._now = max(self._now, now)
-        for one in held:
-            seat = self._seats.of.get(one.member)
-            if seat is not None and self._seats.hold(seat, server, one):
-                self._decide(seat)
+        for seat in self._seats.hear(server, held):
+            self._decide(seat)
         self._measures.add(server, sums)
         if prepared > self._prepared[server]:
             self._prepared[server] = prepared

@@ -53,7 +53,8 @@ class Waits:
             return f"{_list('server', missing)} to say how large the gradients are"
         if seat.member in self.ready:
             return self._round(active)
-        return _named([other for other in others if not other.waiting])
+        going_on = [other for other in others if not other.waiting]
+        return _named(going_on or [other for other in others if other.member in self.ready])
 
     def _round(self, active: list[Seat]) -> str:
         named = _named([other for other in active if other.member not in self.ready])

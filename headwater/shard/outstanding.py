@@ -115,10 +115,12 @@ class Members:
         del self._outstanding[ticket.member]
         return self._attempts[ticket.member] <= ticket.attempt
 
-    def forget(self, member: int) -> None:
-        """The member is gone for good."""
+    def forget(self, member: int) -> bool:
+        """The member is gone for good; whether it waits for an answer here, which it will not get."""
+        waits = member in self._outstanding
         for kept in (self._attempts, self._outstanding, self._stagings, self._copies, self._snapshots):
             kept.pop(member, None)
+        return waits
 
     # ── memory ──────────────────────────────────────────────────────────────────────────────────
 

@@ -106,9 +106,12 @@ class Shard:
         Raises:
             RefusedError: it is gone for good, or a newer attempt is known.
         """
+        self._check_present(member)
+        self._members.reconnected(member, attempt)
+
+    def _check_present(self, member: int) -> None:
         if self._state.standings.is_gone(member):
             raise RefusedError(f"member {member} has left or was retired: connect again as a new one")
-        self._members.reconnected(member, attempt)
 
     def replace_staging(self, member: int, model: int, staging: Staging, attempt: int) -> None:
         """Take over other memory for a member's part of a model, outside the log, in a new attempt.
@@ -172,8 +175,10 @@ class Shard:
         """Where the member's part of `model` is staged.
 
         Raises:
+            RefusedError: the member is gone.
             ProtocolError: there is no such model, or the member has not registered it.
         """
+        self._check_present(member)
         return self._members.staging(member, model)
 
     def stagings(self, member: int) -> dict[int, Staging]:

@@ -32,8 +32,8 @@ from headwater.shard.tables import Tables
 from headwater.shard.vector import Staging, Vector
 from headwater.sync import Reduce
 
-Answers: TypeAlias = list[tuple[int, m.Answer]]
-"""Member and its answer."""
+Answers: TypeAlias = list[tuple[int, m.Answer | None]]
+"""Member and its answer; None where there will be none, because it was retired meanwhile."""
 
 _SNAPSHOTS = ("checkpoint", "verify")
 """Exchanges that are answered with a snapshot."""
@@ -270,7 +270,8 @@ class State:
                 self.positions.record(request.position)
             answers = self._answer(entry.answered)
         if entry.gone:
-            self._members.forget(entry.member)
+            if self._members.forget(entry.member):
+                answers.append((entry.member, None))
             self.ledger.forget(entry.member)
         return answers
 

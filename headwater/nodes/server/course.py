@@ -18,6 +18,7 @@ from headwater.errors import RefusedError
 from headwater.nodes.server.replica import Replica
 from headwater.shard import Shard
 from headwater.shard.replica import own_memory
+from headwater.shard.state import Answers
 from headwater.wire.channel import Channel
 
 
@@ -136,8 +137,8 @@ class Course:
         if self._agreed is not None and self.shard.position >= self._agreed:
             self.serving.set()
 
-    def _hand_out(self, answers: list[tuple[int, m.Answer]]) -> None:
-        """Under the lock, so that an answer goes to the connection it was made for."""
+    def _hand_out(self, answers: Answers) -> None:
+        """Under the lock, so that an answer goes to the connection it was made for; None ends that."""
         for member, answer in answers:
             outbox = self.outboxes.get(member)
             if outbox is not None:

@@ -36,6 +36,7 @@ class Sequencing:
     """Of `term`, for `servers` servers.
 
     `agree` and `put` take what server 0 itself is told, in order and under the lock; neither may block.
+    `clock` tells the time in seconds.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class Sequencing:
         *,
         agree: Callable[[m.Agreed], None],
         put: Callable[[int, Sequence[m.AnyEntry], int], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.term = term
         self._servers = servers
         self._policy = policy
         self._agree, self._put = agree, put
+        self._clock = clock
         self._lock = threading.Lock()
         self._sequencer: Sequencer | None = None
         self._agreed: m.Agreed | None = None
@@ -99,7 +102,7 @@ class Sequencing:
         link.connect(channel, agreed, missing, self._spread)
 
     def _begin(self, roster: m.Roster) -> None:
-        now = time.monotonic()
+        now = self._clock()
         self._sequencer, self._agreed, entries = Sequencer.recover(
             self._policy.sync,
             list(self._recoveries.values()),
@@ -126,7 +129,7 @@ class Sequencing:
                 return
             self._roster = roster
             if self._sequencer is not None:
-                self._extend(self._sequencer.roster(roster, time.monotonic()))
+                self._extend(self._sequencer.roster(roster, self._clock()))
             elif len(self._recoveries) == self._servers:
                 self._begin(roster)
 
@@ -150,7 +153,7 @@ class Sequencing:
 
     def _report(self, told: m.Reports) -> None:
         assert self._sequencer is not None
-        now = time.monotonic()
+        now = self._clock()
         self._extend(
             self._sequencer.report(told.server, told.held, now, prepared=told.prepared, sums=told.sums)
         )
@@ -160,9 +163,9 @@ class Sequencing:
         with self._lock:
             if self._sequencer is None or self._sequencer.due is None:
                 return None
-            left = self._sequencer.due - time.monotonic()
+            left = self._sequencer.due - self._clock()
             if left <= 0:
-                self._extend(self._sequencer.tick(time.monotonic()))
+                self._extend(self._sequencer.tick(self._clock()))
             return max(left, 0.0)
 
     def waits(self) -> dict[int, str]:

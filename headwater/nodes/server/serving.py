@@ -101,7 +101,7 @@ class MemberConnection:
                 self._snapshot = self._course.shard.take_snapshot(self._member.id)
         try:
             payload = self._intake.payload(answer)
-        except ProtocolError:
+        except RefusedError:
             why = f"member {self._member.id} was retired while it was answered: connect again as a new one"
             self._channel.send(m.Refused("RefusedError", why))
             return False

@@ -1,0 +1,7 @@
+"""What must hold, and how it is told that it does not."""
+
+from headwater.testing.invariants.always import ALWAYS
+from headwater.testing.invariants.counted import COUNTED
+from headwater.testing.invariants.invariant import Invariant, Violation, explained
+
+__all__ = ["ALWAYS", "COUNTED", "Invariant", "Violation", "explained"]

@@ -1,0 +1,159 @@
+"""What the members' steps add up to, as the log says.
+
+`Accounts` reads the log for itself, by the meaning of its entries; of what is tested it shares only the
+arithmetic of a rule on one vector, in one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from headwater import messages as m
+from headwater.log.norms import norm
+from headwater.shard.vector import Staging, Update, Vector
+from headwater.testing.processes.client import Floats
+from headwater.testing.workload import Workload
+
+if TYPE_CHECKING:
+    from headwater.testing.world import World
+
+
+class Accounts:
+    """The log of a run of `workload`, entry by entry.
+
+    Attributes:
+        position: of the last entry read.
+        counts: float32[2 × ranks]: what the ledger must say.
+        at: version → counts then, of the last `kept` versions; trained: the same of the trained model.
+        applied, late: (member, step) → version.
+        clocks: of the active members.
+    """
+
+    def __init__(self, world: World, workload: Workload, kept: int = 4096) -> None:
+        self.world = world
+        self.workload = workload
+        self.position = 0
+        self.version = 0
+        self.counts = np.zeros(2 * workload.ranks, np.float32)
+        self.at: dict[int, Floats] = {0: self.counts}
+        self.trained: dict[int, Floats] = {}
+        self.applied: dict[tuple[int, int], int] = {}
+        self.late: dict[tuple[int, int], int] = {}
+        self.steps: dict[tuple[int, int], int] = {}
+        self.decided: dict[int, int] = {}
+        self.clocks: dict[int, int] = {}
+        self._kept = kept
+        self._vector: Vector | None = None
+        self._phases: dict[type, Callable[[Any], None]] = {
+            m.Activated: self._activated,
+            m.Retired: lambda entry: self._inactive(entry.member),
+            m.Stalled: lambda entry: self._inactive(*(ticket.member for ticket in entry.tickets)),
+            m.Met: lambda entry: self.clocks.update({ticket.member: 0 for ticket in entry.tickets}),
+            m.Committed: self._committed,
+            m.Registered: self._registered,
+            m.Assigned: lambda entry: self._reached(entry.version),
+            m.Late: lambda entry: self.late.update({self.step_of(entry.ticket): self.version}),
+        }
+
+    def read(self, entry: m.AnyEntry) -> bool:
+        """Take the next entry; False where it is known."""
+        if entry.position <= self.position:
+            return False
+        self.position = entry.position
+        read = self._phases.get(type(entry))
+        if read is not None:
+            read(entry)
+        return True
+
+    def step_of(self, ticket: m.Ticket) -> tuple[int, int]:
+        """The member and its step that an entry names."""
+        return ticket.member, self.steps[ticket.member, ticket.number]
+
+    def rank_of(self, member: int) -> int:
+        """Of the member."""
+        return self.world.member(member).rank
+
+    def _activated(self, entry: m.Activated) -> None:
+        for member in entry.members:
+            self.clocks[member] = entry.clock
+
+    def _inactive(self, *members: int) -> None:
+        for member in members:
+            self.clocks.pop(member, None)
+
+    def _committed(self, entry: m.Committed) -> None:
+        self.counts = self.counts.copy()
+        for ticket in entry.updates:
+            member, step = self.step_of(ticket)
+            rank = self.rank_of(member)
+            self.counts[rank] += 1
+            self.counts[self.workload.ranks + rank] += step
+            self.applied.setdefault((member, step), entry.version)
+            if member in self.clocks:
+                self.clocks[member] += 1
+        self._train(entry)
+        self._reached(entry.version)
+
+    def _reached(self, version: int) -> None:
+        self.version = version
+        self.at[version] = self.counts
+        self.at.pop(version - self._kept, None)
+        if self._vector is not None:
+            self.trained[version] = self._vector.values.copy()
+            self.trained.pop(version - self._kept, None)
+
+    # ── the trained model, in one piece ─────────────────────────────────────────────────────────
+
+    def _registered(self, entry: m.Registered) -> None:
+        rule = self.workload.rule
+        if rule is not None and entry.name == "trained":
+            spec = self.workload.trained(rule)
+            initial = Vector(spec, 0, 0, np.zeros(0, np.float32), 0)
+            values = np.zeros(initial.layout.elements, np.float32)
+            for view in initial.layout.views(values).values():
+                view[...] = 1.0
+            self._vector = Vector(spec, 0, len(values), values, self.version)
+            self.trained[self.version] = self._vector.values.copy()
+
+    def _train(self, entry: m.Committed) -> None:
+        vector = self._vector
+        if vector is None:
+            return
+        updates = [update for ticket in entry.updates if (update := self._update(vector, ticket)) is not None]
+        if updates:
+            divisor = len(entry.updates) if self.world.sync.reduce == "mean" else 1
+            clipped = self.workload.clip_norm is not None
+            whole = norm(vector.squares(updates, divisor)) if clipped else None
+            vector.apply(updates, divisor, [], entry.version, whole)
+
+    def _update(self, vector: Vector, ticket: m.Ticket) -> Update | None:
+        member, step = self.step_of(ticket)
+        rank = self.rank_of(member)
+        names = self.workload.carried(rank, step)
+        if not names:
+            return None
+        gradients = np.zeros(vector.layout.elements, np.float32)
+        for name, view in vector.layout.views(gradients).items():
+            if name in names:
+                view[...] = self.workload.gradient(rank, step, name, view.size)
+        return Update(Staging(gradients, gradients), vector.layout.unmask(vector.layout.mask(names)))
+
+    # ── what values must be ─────────────────────────────────────────────────────────────────────
+
+    def difference(self, values: Floats, version: int) -> str:
+        """What is wrong with blocks of the ledger; "" when nothing is, or nobody knows any more."""
+        expected = self.at.get(version)
+        if expected is None:
+            return ""
+        blocks = values.reshape(-1, self.workload.block)[:, : len(expected)]
+        if (blocks == expected).all():
+            return ""
+        ranks = self.workload.ranks
+        return (
+            f"at version {version} the log has {expected[:ranks].astype(int).tolist()} steps of the workers "
+            f"with numbers that add up to {expected[ranks:].astype(int).tolist()}, "
+            f"its values {[block.astype(int).tolist() for block in blocks]}"
+        )

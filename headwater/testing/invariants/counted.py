@@ -1,0 +1,256 @@
+"""What must hold of a `Workload`, whose steps count themselves: none lost or doubled, every value right."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from headwater import messages as m
+from headwater.shard import Shard
+from headwater.shard.replica import Resolved, owned, restamped
+from headwater.shard.snapshot import ShardSnapshot
+from headwater.testing.invariants.digest import digest
+from headwater.testing.invariants.invariant import Invariant
+from headwater.testing.processes.client import Call, Floats
+from headwater.testing.workload import LEDGER, TRAINED
+
+if TYPE_CHECKING:
+    from headwater.testing.processes.host import Host
+    from headwater.testing.processes.member import Member
+    from headwater.testing.world import World
+
+
+class _Accounting(Invariant):
+    """Shares the accounts of its world."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        assert world.accounts is not None
+        self.accounts = world.accounts
+
+
+class EachUpdateOnce(_Accounting):
+    """The log has every step once, applied or late, in its member's order; acknowledged ones are in it."""
+
+    def sends(self, member: Member, call: Call) -> None:
+        """A step begins."""
+        if isinstance(call.request, m.Step):
+            self.accounts.steps[member.id, call.request.number] = call.request.step
+
+    def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
+        """Who decides the next step of a member, decides the one after its last."""
+        if entry.position <= self.accounts.position:
+            return
+        tickets = entry.updates if isinstance(entry, m.Committed) else ()
+        for ticket in (entry.ticket,) if isinstance(entry, m.Late) else tickets:
+            member, step = self.accounts.step_of(ticket)
+            last = self.accounts.decided.get(member, 0)
+            if step != last + 1:
+                self.fail(
+                    f"{entry} decides step {step} of {self.world.member(member).name} after step {last}"
+                )
+            self.accounts.decided[member] = step
+        self.accounts.read(entry)
+
+    def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
+        """It is where the answer says."""
+        if answer.result is None or not isinstance(call.request, m.Step):
+            return
+        known = self.accounts.applied if answer.result.applied else self.accounts.late
+        version = known.get((member.id, call.request.step))
+        if version is None or (answer.result.applied and version != answer.result.version):
+            self.fail(
+                f"{member.name} is told {answer.result} of step {call.request.step}, the log has {version}"
+            )
+
+
+class ValuesOfTheirVersion(_Accounting):
+    """On every server, in every copy and in what every member reads, values are those of their version."""
+
+    def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
+        """In a copy of a shard."""
+        vector = shard.vectors.get(LEDGER)
+        if vector is not None and (wrong := self.accounts.difference(vector.values, shard.version)):
+            self.fail(f"{host.name}: {wrong}")
+        trained = shard.vectors.get(TRAINED)
+        if trained is not None:
+            self._compare(host.name, trained.values, trained.start, trained.stop, shard.version)
+
+    def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
+        """In what a member reads."""
+        window = member.windows.get(LEDGER)
+        if window is not None and LEDGER in answer.values:
+            wrong = self.accounts.difference(window.parameters, answer.version)
+            if wrong:
+                self.fail(f"{member.name} reads: {wrong}")
+        window = member.windows.get(TRAINED)
+        if window is not None and TRAINED in answer.values:
+            self._compare(member.name, window.parameters, 0, len(window.parameters), answer.version)
+
+    def _compare(self, name: str, values: Floats, start: int, stop: int, version: int) -> None:
+        expected = self.accounts.trained.get(version)
+        if expected is not None and values.tobytes() != expected[start:stop].tobytes():
+            self.fail(
+                f"{name}: at version {version} the trained model has other bits than one process would get"
+            )
+
+
+class LateUpdatesAreNowhere(_Accounting):
+    """A late step changes no value and no version, and is reported as not applied."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self._versions: dict[int, int] = {}
+
+    def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
+        """Values are compared elsewhere: here, the version."""
+        if isinstance(entry, m.Late) and shard.version != self.world.versions[entry.position - 2]:
+            self.fail(f"{host.name} has version {shard.version} after {entry}")
+
+    def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
+        """What the member is told."""
+        result = answer.result
+        if result is not None and not result.applied and result.contributors:
+            self.fail(f"{member.name} is told {result}")
+
+
+class BoundedStaleness(_Accounting):
+    """No step is answered before its mode allows: in `ssp:N`, while it leads anybody by more than N."""
+
+    def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
+        """At the entry that answers it."""
+        sync = self.world.sync
+        if entry.position != self.accounts.position:
+            return
+        tickets: tuple[m.Ticket, ...] = ()
+        if isinstance(entry, m.Committed):
+            tickets = entry.answered
+        elif isinstance(entry, m.Served) and entry.kind == "step":
+            tickets = (entry.ticket,)
+        clocks = self.accounts.clocks
+        for ticket in tickets:
+            clock = clocks.get(ticket.member)
+            if clock is None:
+                continue
+            slowest = min(clocks.values())
+            bound = getattr(sync, "bound", None)
+            fair = sync.may_read(clock, slowest) if bound is None else clock - slowest <= bound
+            if not fair:
+                name = self.world.member(ticket.member).name
+                self.fail(f"{entry} answers {name} after {clock} steps, the slowest has finished {slowest}")
+
+
+class CompleteRounds(_Accounting):
+    """With rounds, a commit has one update of every active worker, or of as many as the quorum asks for."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self._position = 0
+
+    def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
+        """A commit does not change who is active."""
+        if (
+            not self.world.sync.rounds
+            or not isinstance(entry, m.Committed)
+            or entry.position <= self._position
+        ):
+            return
+        self._position = entry.position
+        took = {ticket.member for ticket in entry.updates}
+        active = set(self.accounts.clocks)
+        if not took <= active or not self.world.sync.may_commit(len(took), len(active), True):
+            self.fail(f"{entry} has the updates of members {sorted(took)}, active are {sorted(active)}")
+
+
+class ConsistentCut(_Accounting):
+    """The parts of a checkpoint are of one position, and a shard restored from one goes on equal."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self._inputs: dict[tuple[int, int], Resolved] = {}
+        self._doubles: dict[int, Shard] = {}
+
+    def took_snapshot(self, member: int, number: int, snapshot: ShardSnapshot) -> None:
+        """Against the log; what is restored from it follows the same entries from now on."""
+        ledger = next((model for model in snapshot.models if model.spec.name == "ledger"), None)
+        if ledger is not None and (wrong := self.accounts.difference(ledger.values, snapshot.version)):
+            self.fail(f"the part of server {snapshot.index}: {wrong}")
+        self._doubles[snapshot.index] = Shard.restore(snapshot, self.world.sync.reduce)
+
+    def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
+        """All parts are there."""
+        if not isinstance(call.request, m.Checkpoint):
+            return
+        parts = self.world.snapshots[member.id, answer.number]
+        places = {(part.position, part.version) for part in parts.values()}
+        if (
+            len(parts) < self.world.servers
+            or len(places) > 1
+            or {version for _, version in places} != {answer.version}
+        ):
+            self.fail(
+                f"{len(parts)} parts of positions and versions {places}, answered with {answer.version}"
+            )
+
+    def prepared(self, shard: Shard, resolved: Resolved) -> None:
+        """What a standby is sent, a double will follow."""
+        if self.accounts.workload.checkpoints:
+            self._inputs[shard.index, resolved.inputs.entry.position] = resolved
+
+    def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
+        """The double of this shard does the same; where no standby was sent its inputs, it ends."""
+        double = self._doubles.get(shard.index)
+        if double is None or entry.position != double.position + 1:
+            return
+        resolved = self._inputs.get((shard.index, entry.position))
+        if resolved is None or resolved.inputs.entry != entry:
+            del self._doubles[shard.index]
+            return
+        # A standby that took over ships again, in the term that its new standby begins with.
+        double.follow(owned(restamped(resolved, double.term)))
+        double.commit(entry.position)
+        if entry.position % self.world.digest_every == 0 and digest(double) != digest(shard):
+            self.fail(f"a shard restored from a checkpoint differs from {host.name} after {entry}")
+
+    def over(self) -> None:
+        """At the end, once more."""
+        for index, double in self._doubles.items():
+            for host in self.world.hosts:
+                shard = host.shard
+                same = host.alive and shard.index == index and shard.position == double.position
+                if same and digest(double) != digest(shard):
+                    self.fail(f"a shard restored from a checkpoint differs from {host.name} at the end")
+
+
+class EverySample(_Accounting):
+    """What was to be read was read, and exactly once where nobody died."""
+
+    def over(self) -> None:
+        """By what the log recorded."""
+        workload, world = self.accounts.workload, self.world
+        if world.coordinator.lost or any(not member.ended for member in world.members):
+            return
+        recorded = world.recorded()
+        if not workload.splits:
+            done = {position.rank: place.done for position in recorded.last for place in position.places}
+            wanted = dict.fromkeys(range(workload.ranks), workload.steps)
+            if done != wanted and not self.accounts.late:
+                self.fail(f"samples done by rank are {done}, expected {wanted}")
+            return
+        deaths = any(member.dead for member in world.members)
+        taken = len(self.accounts.applied)
+        if taken < workload.steps * workload.ranks or (
+            not deaths and taken > workload.steps * workload.ranks
+        ):
+            self.fail(f"{taken} samples were read of {workload.steps * workload.ranks}, {deaths=}")
+
+
+COUNTED: tuple[type[Invariant], ...] = (
+    EachUpdateOnce,
+    ValuesOfTheirVersion,
+    LateUpdatesAreNowhere,
+    BoundedStaleness,
+    CompleteRounds,
+    ConsistentCut,
+    EverySample,
+)
+"""What holds of a `Workload`, in this order."""

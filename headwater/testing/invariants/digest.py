@@ -1,0 +1,27 @@
+"""One number for all that must be the same in two copies of a shard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headwater.shard import Shard
+from headwater.shard.snapshot import ShardSnapshot
+
+
+def digest(shard: Shard) -> int:
+    """Of all that must be the same on a primary and its standby."""
+    return snapshot_digest(shard.snapshot())
+
+
+def snapshot_digest(snapshot: ShardSnapshot) -> int:
+    """Of all that a snapshot says."""
+    arrays: list[Any] = []
+    for model in snapshot.models:
+        arrays += [model.values, model.counts, *model.states.values()]
+    for table in snapshot.tables:
+        arrays += [table.ids, table.values, table.counts, table.last]
+        arrays += [table.pending_ids, table.pending_counts, *table.states.values()]
+    rules = [(model.rules, model.updates) for model in snapshot.models]
+    rows = [(table.rule, table.updates) for table in snapshot.tables]
+    rest = (snapshot.position, snapshot.version, snapshot.changed, snapshot.ledger, snapshot.standings)
+    return hash((*(array.tobytes() for array in arrays), repr((rules, rows, rest, snapshot.recorded))))

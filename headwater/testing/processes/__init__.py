@@ -1,0 +1,1 @@
+"""Processes of a simulated cluster: what real nodes do with threads and sockets, without either."""

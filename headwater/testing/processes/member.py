@@ -1,0 +1,420 @@
+"""A simulated worker or reader: its program, its connections, and one exchange at a time over them.
+
+It does what `headwater.nodes.session` and `connections` do, without blocking: when a connection is lost, all
+are made anew, to wherever the coordinator says that the servers are, with new windows, and the outstanding
+exchange is repeated in a new attempt.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+
+from headwater import messages as m
+from headwater.errors import ConnectionLostError, HeadwaterError, ProtocolError, RefusedError, named
+from headwater.exchange import Exchange
+from headwater.placement import servers_of
+from headwater.shard import StagedRows
+from headwater.testing.processes import coordinator
+from headwater.testing.processes.client import Call, Client, Floats, Program, Question, Window
+from headwater.testing.processes.network import End, Frame, Network, Process
+from headwater.testing.processes.times import FIRST_PAUSE_S, HEARTBEAT_S, LONGEST_PAUSE_S
+
+
+class World(Protocol):
+    """What a member tells the world."""
+
+    servers: int
+
+    def joined(self, member: Member) -> None:
+        """It knows its id now."""
+
+    def sends(self, member: Member, call: Call) -> None:
+        """It begins an exchange."""
+
+    def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
+        """Its exchange is over."""
+
+    def wakes(self, member: Member) -> None:
+        """Between two exchanges, its program goes on."""
+
+    def failed(self, member: Member, error: HeadwaterError) -> None:
+        """Its program ended with an error."""
+
+
+class Member(Client, Process):
+    """One incarnation.
+
+    Attributes:
+        role, wanted: as what it joins, and with which rank (None: the next free one).
+        attempt: of its connections.
+        call: its last one; outstanding: whether that is without an answer.
+        ended: its program is over; `value` is what it returned. dead: it was killed.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        world: World,
+        name: str,
+        program: Program,
+        chance: random.Random,
+        *,
+        role: m.Role = "worker",
+        wanted: int | None = None,
+        shares: bool = True,
+        thinks_s: float = 0.0,
+    ) -> None:
+        Client.__init__(self, shares=shares)
+        Process.__init__(self, network, name)
+        self.world = world
+        self.role, self.wanted = role, wanted
+        self.attempt = -1
+        self.call: Call | None = None
+        self.outstanding = False
+        self.ended = self.dead = False
+        self.value: Any = None
+        self._program = program(self)
+        self._outcome: Any = None
+        self._exchange = Exchange(0, world.servers)
+        self._chance = chance
+        self._thinks_s = thinks_s
+        self._membership: End | None = None
+        self._refusal: HeadwaterError | None = None
+        self._asked = 0
+        self._listens = False
+        self._replies: list[m.Leased | m.Unleased] = []
+        self._servers: tuple[m.Member, ...] = ()
+        self._connected: list[End] = []
+        self._broken = False
+        self._locating = False
+        self._pause = FIRST_PAUSE_S
+
+    def __repr__(self) -> str:
+        return self.name
+
+    # ── membership ──────────────────────────────────────────────────────────────────────────────
+
+    def start(self) -> None:
+        """Join the coordinator."""
+        end = self._membership = self.network.dial(self, coordinator.NAME)
+        assert end is not None
+        end.listen(self._told, self._membership_ended)
+        end.send(m.Join(self.role, self.wanted, 0, "here"))
+
+    def accept(self, end: End) -> None:
+        """Nobody connects to a member."""
+        raise AssertionError(end.label)
+
+    def _told(self, frame: Frame) -> None:
+        message = frame.message
+        if isinstance(message, m.Welcome):
+            self.id, self.rank, self.place = message.member.id, message.member.index, message.position
+            self.world.joined(self)
+            self._connect(message.servers, message.term)
+        elif isinstance(message, m.Whereabouts):
+            if self._locating:
+                self._locating = False
+                self._connect(message.servers, message.term)
+        elif isinstance(message, m.Leased | m.Unleased):
+            self._replied(message)
+        elif isinstance(message, m.Refused):
+            self._refusal = named(message.error, message.reason, default=RefusedError)
+            if not self.id:
+                self._fail(self._refusal)
+
+    def _membership_ended(self) -> None:
+        if self._locating or self._listens:
+            self._fail(self._refusal or ConnectionLostError("the coordinator is gone"))
+
+    def is_cut_off(self) -> bool:
+        """Whether its connection to the coordinator has ended, which makes it a dead one."""
+        return self._membership is None or self._membership.closed
+
+    def _tell(self, message: m.AnyMessage) -> bool:
+        if self._membership is None or self._membership.closed:
+            return False
+        self._membership.send(message)
+        return True
+
+    def beat(self) -> None:
+        """Show the coordinator that it lives, and see whether the servers are the same, now and then."""
+        if not self.ended:
+            self._tell(m.Heartbeat())
+            if self._connected and (end := self.network.dial(self, coordinator.NAME)) is not None:
+                end.listen(lambda frame: self._look(end, frame), lambda: None)
+                end.send(m.Locate())
+        self.after(HEARTBEAT_S, self.beat, idle=True)
+
+    def _look(self, end: End, frame: Frame) -> None:
+        """A server that is stopped keeps its connections open, so nothing else tells that it was replaced."""
+        end.close()
+        servers = frame.message.servers
+        moved = tuple(server.id for server in servers) != tuple(server.id for server in self._servers)
+        if moved and len(servers) == self.world.servers and self._connected:
+            self._lost()
+
+    # ── connections to servers ──────────────────────────────────────────────────────────────────
+
+    def _connect(self, servers: tuple[m.Member, ...], term: int) -> None:
+        self.attempt += 1
+        ends = []
+        if len(servers) == self.world.servers:
+            for server in servers:
+                end = self.network.dial(self, server.addresses[0])
+                if end is None:
+                    break
+                ends.append(end)
+                end.send(
+                    m.Hello(self.id, "worker" if self.role == "worker" else "observer", term, self.attempt)
+                )
+                self._offer_windows(end)
+        if len(ends) < self.world.servers:
+            for end in ends:
+                end.close()
+            self.after(self._pause, self._locate)
+            self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
+            return
+        self._servers, self._connected, self._broken = servers, ends, False
+        self._pause = FIRST_PAUSE_S
+        for index, end in enumerate(ends):
+            end.listen(lambda frame, index=index: self._heard(index, frame), self._lost)  # type: ignore[misc]
+        if self.call is None:
+            self._wake()
+        elif self.outstanding:
+            self._exchange.repeat()
+            self._send()
+
+    def _offer_windows(self, end: End) -> None:
+        if not self.attempt:
+            return
+        for id, window in self.windows.items():
+            end.send(m.Renew(id, self._offer()), descriptors=(window.gradients, window.parameters))
+
+    def _lost(self) -> None:
+        """One connection is lost: close all, and connect again when there is something to ask."""
+        ends, self._connected = self._connected, []
+        for end in ends:
+            end.close()
+        if self.ended:
+            return
+        self._broken = True
+        if self.outstanding:
+            self._repeat()
+
+    def _repeat(self) -> None:
+        if self._shares:
+            for window in self.memory():
+                window.renew()
+        self._locate()
+
+    def _locate(self) -> None:
+        if self.ended:
+            return
+        self._locating = True
+        if self._refusal is not None or not self._tell(m.Locate()):
+            self._fail(self._refusal or ConnectionLostError("the coordinator is gone"))
+
+    def lose(self) -> None:
+        """Have its connections break, here and now, as if it had found one broken."""
+        if self._connected:
+            for end in self._connected:
+                end.break_off(self._chance)
+            self._lost()
+
+    # ── the program ─────────────────────────────────────────────────────────────────────────────
+
+    def _wake(self) -> None:
+        """The program goes on until its next call."""
+        self.world.wakes(self)
+        try:
+            if isinstance(self._outcome, HeadwaterError):
+                call = self._program.throw(self._outcome)
+            else:
+                call = self._program.send(self._outcome)
+        except StopIteration as stop:
+            self.value = stop.value
+            self._end()
+            return
+        except HeadwaterError as error:
+            self._fail(error)
+            return
+        if not self.alive:
+            return  # it killed itself
+        if isinstance(call, Question):
+            self._ask(call)
+            return
+        self.call, self.outstanding = call, True
+        self._exchange = Exchange(call.request.number, self.world.servers)
+        self.world.sends(self, call)
+        if self._broken:
+            self._repeat()
+        else:
+            self._send()
+
+    def _ask(self, question: Question) -> None:
+        """Also once the coordinator has ended the connection: what it said before counts."""
+        self._listens = True
+        if question.lease is not None:
+            self._asked = question.lease.number
+            self._tell(question.lease)
+        self._hear_replies()
+        if self._listens and (self._refusal is not None or self.is_cut_off()):
+            self._fail(self._refusal or ConnectionLostError("the coordinator is gone"))
+
+    def _replied(self, message: m.Leased | m.Unleased) -> None:
+        self._replies.append(message)
+        self._hear_replies()
+
+    def _hear_replies(self) -> None:
+        """The next reply to the outstanding question; earlier ones are of questions given up."""
+        while self._listens and self._replies:
+            reply = self._replies.pop(0)
+            if reply.number == self._asked:
+                self._listens = False
+                self._go_on_with(reply)
+
+    def _go_on_with(self, outcome: Any) -> None:
+        self._outcome = outcome
+        self.after(self._chance.expovariate(1.0) * self._thinks_s, self._wake)
+
+    def _end(self) -> None:
+        """The program is over; if it left the log before, the coordinator hears of it."""
+        self.ended = True
+        if self.leaves():
+            self._tell(m.Departed(self.id))
+            self.exit()
+
+    def _fail(self, error: HeadwaterError) -> None:
+        """The process ends without leaving."""
+        if not self.ended:
+            self.ended = self.dead = True
+            self.outstanding = False
+            self.world.failed(self, error)
+            self.exit()
+
+    def leaves(self) -> bool:
+        """Whether its last call is its end."""
+        return self.call is not None and isinstance(self.call.request, m.Leave)
+
+    def memory(self) -> list[Window]:
+        """Of all models, and of the one that its call is about to bring."""
+        new = self.call.window if self.outstanding and self.call is not None else None
+        return [*self.windows.values(), *([new] if new is not None and new.id not in self.windows else [])]
+
+    # ── one exchange ────────────────────────────────────────────────────────────────────────────
+
+    def _send(self) -> None:
+        for index, end in enumerate(self._connected):
+            self._send_to(index, end)
+
+    def _send_to(self, index: int, end: End) -> None:
+        call = self.call
+        assert call is not None
+        request: m.Request = call.request
+        buffers: list[Any] = []
+        shared: tuple[Floats, ...] = ()
+        if call.window is not None and self._shares:
+            shared = (call.window.gradients, call.window.parameters)
+        elif isinstance(request, m.Register) and call.window is not None:
+            start, stop = call.window.layout.cut(self.world.servers)[index]
+            buffers = [call.window.parameters[start:stop].copy()]
+        elif not self._shares and isinstance(request, m.Step | m.Assign):
+            request, buffers = self._with_payload(request, index)
+        if call.pushed or call.pulled:
+            assert isinstance(request, m.Step)
+            request, rows = self._with_rows(request, call, index)
+            buffers += rows
+        end.send(request, buffers=buffers, descriptors=shared)
+
+    def _with_payload(self, request: m.Step | m.Assign, index: int) -> tuple[m.Step | m.Assign, list[Any]]:
+        carried = (request.carried,) if isinstance(request, m.Assign) else request.carried
+        runs: list[m.Run] = []
+        arrays: list[Any] = []
+        for one in carried:
+            window = self.windows[one.model]
+            source = window.parameters if isinstance(request, m.Assign) else window.gradients
+            start, stop = window.layout.cut(self.world.servers)[index]
+            for low, high in window.layout.runs(window.layout.unmask(one.tensors), start, stop):
+                runs.append(m.Run(one.model, low, high))
+                arrays.append(source[low:high].copy())
+        if isinstance(request, m.Assign):
+            return m.Assign(request.number, request.carried, tuple(runs)), arrays
+        return _replaced(request, payload=tuple(runs)), arrays
+
+    def _with_rows(self, request: m.Step, call: Call, index: int) -> tuple[m.Step, list[StagedRows]]:
+        """The step as one server gets it, with its part of the rows; they always travel."""
+        pushed, pulled = [], []
+        for table, (ids, gradients) in call.pushed.items():
+            here = servers_of(ids, self.world.servers) == index
+            pushed.append(StagedRows(table, ids[here], gradients[here]))
+        for table, ids in call.pulled.items():
+            own = ids[servers_of(ids, self.world.servers) == index]
+            pulled.append(StagedRows(table, own, np.zeros((len(own), self.tables[table]), np.float32)))
+        request = _replaced(request, pushed=_specs(pushed), pulled=_specs(pulled))
+        return request, [*pushed, *pulled]
+
+    def _heard(self, index: int, frame: Frame) -> None:
+        message = frame.message
+        try:
+            done = self._exchange.received(index, message)
+        except ProtocolError:
+            raise
+        except HeadwaterError as error:
+            if self.leaves():
+                self._settled(None)  # it had left already, and the answer was lost on its way
+            else:
+                self._fail(error)
+            return
+        if isinstance(message, m.Answer) and frame.buffers:
+            self._take_values(index, message, *frame.buffers)
+        if done and not self._exchange.unanswered():
+            self._settle()
+
+    def _take_values(
+        self, index: int, answer: m.Answer, values: list[Floats], rows: list[StagedRows]
+    ) -> None:
+        assert self.call is not None
+        for model, array in zip(answer.values, values, strict=False):
+            window = self.call.window or self.windows.get(model)
+            assert window is not None
+            start, stop = window.layout.cut(self.world.servers)[index]
+            window.parameters[start:stop] = array
+        for one in rows:
+            self.rows.update({(one.table, int(id)): row for id, row in zip(one.ids, one.rows, strict=True)})
+
+    def _settle(self) -> None:
+        assert self.call is not None
+        try:
+            answer = self._exchange.answer()
+        except ProtocolError:
+            raise
+        except HeadwaterError as error:
+            self._settled(error)
+            return
+        if answer.table is not None:
+            assert isinstance(self.call.request, m.RegisterTable)
+            self.tables[answer.table] = self.call.request.spec.dim
+        if answer.model is not None:
+            assert self.call.window is not None
+            self.call.window.id = answer.model
+            self.windows[answer.model] = self.call.window
+        self.world.answered(self, self.call, answer)
+        self.version = max(self.version, answer.version)
+        self._settled(answer)
+
+    def _settled(self, outcome: m.Answer | HeadwaterError | None) -> None:
+        self.outstanding = False
+        self._go_on_with(outcome)
+
+
+def _specs(rows: list[StagedRows]) -> tuple[m.Rows, ...]:
+    return tuple(m.Rows(one.table, len(one.ids), 0, 0) for one in rows)
+
+
+def _replaced(step: m.Step, **fields: Any) -> m.Step:
+    replaced: m.Step = msgspec.structs.replace(step, **fields)
+    return replaced

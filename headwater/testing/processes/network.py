@@ -1,0 +1,280 @@
+"""Processes and the connections between them, under virtual time.
+
+What the real transport does: a connection is FIFO both ways; a message takes as long as chance says, and some
+ways are slow; one that breaks loses the last of what is on its way, in each direction another part; what a
+process that dies sent may arrive without its end. Connections are independent of each other, so what is sent
+over two may arrive in any order, also an older attempt's after a newer one's. A stopped process receives when
+it goes on; a partition holds back what crosses it until it heals.
+
+Every way draws its delays from a stream of its own, named by its two ends: what happens elsewhere does not
+change them, so a schedule with a fault less is nearly the same schedule.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from headwater.errors import ConnectionLostError
+from headwater.testing.processes.agenda import Action, Agenda
+
+SPEEDS_S = (0.0001, 0.0004, 0.002, 0.01)
+"""Mean seconds that a message takes, over quick, ordinary and slow ways."""
+
+
+class Frame(NamedTuple):
+    """A message on its way: `buffers` are its payload, `shared` is memory that comes with it."""
+
+    message: Any
+    buffers: Sequence[Any]
+    shared: Sequence[Any]
+    sent: float
+
+
+_END = Frame(None, (), (), 0.0)
+
+
+class Process:
+    """Something that can die or stop as a whole.
+
+    Attributes:
+        alive: False once it has ended, however.
+        stopped_until: it does nothing before this moment.
+        ends: of its connections.
+    """
+
+    def __init__(self, network: Network, name: str) -> None:
+        self.network = network
+        self.name = name
+        self.alive = True
+        self.stopped_until = 0.0
+        self.ends: set[End] = set()
+        self._unfinished: list[Action] = []
+        network.processes[name] = self
+
+    def accept(self, end: End) -> None:
+        """Another process has connected."""
+        raise NotImplementedError
+
+    def after(self, seconds: float, action: Action, *arguments: Any, idle: bool = False) -> None:
+        """Have this process do something later; not if it has ended, and not while it is stopped."""
+        agenda = self.network.agenda
+        agenda.at(agenda.now + seconds, self._do, action, arguments, idle, idle=idle)
+
+    def _do(self, action: Action, arguments: tuple[Any, ...], idle: bool) -> None:
+        if not self.alive:
+            return
+        agenda = self.network.agenda
+        if self.stopped_until > agenda.now:
+            agenda.at(self.stopped_until, self._do, action, arguments, idle, idle=idle)
+        else:
+            action(*arguments)
+
+    def freeze(self, seconds: float, unfinished: Iterable[Action] = ()) -> None:
+        """Stand still for a while, and then do first what it was in the middle of.
+
+        Nothing where it is stopped already: what it was about to send has its time.
+        """
+        agenda = self.network.agenda
+        if self.stopped_until > agenda.now:
+            return
+        self.stopped_until = agenda.now + seconds
+        self._unfinished += unfinished
+        agenda.at(self.stopped_until, self._go_on)
+
+    def _go_on(self) -> None:
+        if self.alive and self.stopped_until <= self.network.agenda.now:
+            unfinished, self._unfinished = self._unfinished, []
+            for action in unfinished:
+                action()
+
+    def kill(self, chance: random.Random) -> None:
+        """It dies, with or without a message that it has just sent."""
+        self.alive = False
+        self.stopped_until = 0.0
+        for end in sorted(self.ends, key=lambda end: end.label):
+            end.break_off(chance, both=False)
+        self.ends.clear()
+
+    def exit(self) -> None:
+        """It ends by itself: what it sent arrives."""
+        self.alive = False
+        for end in sorted(self.ends, key=lambda end: end.label):
+            end.close()
+        self.ends.clear()
+
+
+class End:
+    """One end of a connection, with what nodes use of a `Channel`; nothing blocks.
+
+    Attributes:
+        process: whose end it is; peer: the other end.
+        label: names the connection in traces.
+    """
+
+    can_pass_descriptors = False
+    peer: End
+    _way: _Way
+
+    def __init__(self, process: Process, label: str) -> None:
+        self.process = process
+        self.label = label
+        self.closed = False
+        self._take: Callable[[Frame], None] | None = None
+        self._on_end: Action = lambda: None
+        self._backlog: deque[Frame] = deque()
+        process.ends.add(self)
+
+    def listen(self, take: Callable[[Frame], None], on_end: Action) -> None:
+        """Have `take` called with what arrives, with what has arrived already first; then, once, `on_end`."""
+        self._take, self._on_end = take, on_end
+        while self._backlog and self._take is take and not self.closed:
+            self._hand_over(self._backlog.popleft())
+
+    def wait(self) -> None:
+        """Keep what arrives for whoever listens next."""
+        self._take = None
+
+    def arrived(self, frame: Frame) -> None:
+        """A frame has come, or the end of all."""
+        if self.closed or not self.process.alive:
+            return
+        if self._take is None:
+            self._backlog.append(frame)
+        else:
+            self._hand_over(frame)
+
+    def _hand_over(self, frame: Frame) -> None:
+        if frame.message is None:
+            self.close()
+            self._on_end()
+        elif self._take is not None:
+            self._take(frame)
+
+    def send(
+        self,
+        message: Any,
+        *,
+        request: int = 0,
+        buffers: Sequence[Any] = (),
+        descriptors: Sequence[Any] = (),
+        timeout: float | None = None,
+    ) -> None:
+        """Put a message on its way. Raises ConnectionLostError where this end is closed."""
+        if self.closed:
+            raise ConnectionLostError(f"{self.label} is closed")
+        self._way.put(Frame(message, buffers, descriptors, self._way.earliest()))
+
+    def close(self) -> None:
+        """Say and hear no more; the other end hears what was sent, and that this is all. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self.process.ends.discard(self)
+        self._way.put(_END)
+
+    def break_off(self, chance: random.Random, both: bool = True) -> None:
+        """The connection breaks: the last of what this end sent is lost, with `both` both ways."""
+        if both:
+            self._way.lose(chance)
+            self.peer._way.lose(chance)
+            self._way.put(_END)
+            self.peer._way.put(_END)
+        else:
+            self.closed = True
+            self._way.lose(chance)
+            self._way.put(_END)
+
+
+class _Way:
+    """From one end to the other."""
+
+    __slots__ = ("_chance", "_frames", "_last", "_mean", "_network", "_source", "_target")
+
+    def __init__(self, network: Network, source: Process, target: End, stream: str) -> None:
+        self._network = network
+        self._source = source
+        self._target = target
+        self._chance = random.Random(stream)
+        self._mean = self._chance.choice(network.speeds)
+        self._frames: deque[Frame] = deque()
+        self._last = 0.0
+
+    def earliest(self) -> float:
+        """When what is sent now leaves: one that is stopped in the middle of something says it later."""
+        return max(self._network.agenda.now, self._source.stopped_until)
+
+    def put(self, frame: Frame) -> None:
+        """On its way, behind what is."""
+        delay = self._chance.expovariate(1.0) * self._mean
+        self._last = max(self._last, self.earliest() + delay)
+        self._frames.append(frame)
+        self._network.agenda.at(self._last, self._arrive)
+
+    def _arrive(self) -> None:
+        if not self._frames:
+            return  # it was lost
+        network, target = self._network, self._target
+        until = max(target.process.stopped_until, network.parted_until(self._source, target.process))
+        if until > network.agenda.now and target.process.alive:
+            network.agenda.at(until, self._arrive)
+            return
+        frame = self._frames.popleft()
+        if network.on_delivery is not None and frame.message is not None and target.process.alive:
+            network.on_delivery(self._source, target.process, frame.message)
+        target.arrived(frame)
+
+    def lose(self, chance: random.Random) -> None:
+        """Lose a last part of what is on its way, and what has not left."""
+        now = self._network.agenda.now
+        while self._frames and (self._frames[-1].sent > now or chance.random() < 0.5):
+            self._frames.pop()
+
+
+class Network:
+    """All processes by name, and how their connections come about.
+
+    Attributes:
+        speeds: mean seconds a message takes; each way has one of them.
+        on_delivery: told of each message that arrives, with its source and target.
+    """
+
+    def __init__(self, agenda: Agenda, seed: int, speeds: Sequence[float] = SPEEDS_S) -> None:
+        self.agenda = agenda
+        self.speeds = speeds
+        self.processes: dict[str, Process] = {}
+        self.on_delivery: Callable[[Process, Process, Any], None] | None = None
+        self._seed = seed
+        self._connections: dict[tuple[str, str], int] = {}
+        self._partitions: list[tuple[frozenset[Process], float]] = []
+
+    def dial(self, source: Process, name: str) -> End | None:
+        """Connect to the process of this name; None where it has ended."""
+        target = self.processes[name]
+        if not target.alive:
+            return None
+        pair = source.name, name
+        ordinal = self._connections[pair] = self._connections.get(pair, 0) + 1
+        label = f"{source.name} – {name} #{ordinal}"
+        here, there = End(source, label), End(target, label)
+        here.peer, there.peer = there, here
+        here._way = _Way(self, source, there, f"{self._seed} {label} out")
+        there._way = _Way(self, target, here, f"{self._seed} {label} back")
+        target.accept(there)
+        return here
+
+    def part(self, group: Iterable[Process], seconds: float) -> None:
+        """Nothing passes between `group` and everybody else for a while; it all arrives afterwards."""
+        until = self.agenda.now + seconds
+        self._partitions = [(each, end) for each, end in self._partitions if end > self.agenda.now]
+        self._partitions.append((frozenset(group), until))
+
+    def parted_until(self, source: Process, target: Process) -> float:
+        """Until when nothing passes from one to the other."""
+        if not self._partitions:
+            return 0.0
+        return max(
+            (end for group, end in self._partitions if (source in group) != (target in group)), default=0.0
+        )

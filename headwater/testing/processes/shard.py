@@ -1,0 +1,116 @@
+"""A shard that tells of every entry it processes, and that can be stopped in the middle of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater import messages as m
+from headwater.shard import Shard
+from headwater.shard.replica import Resolved, Room, own_memory
+from headwater.shard.snapshot import ShardSnapshot
+from headwater.shard.state import Answers
+from headwater.sync import Reduce
+
+Write = Callable[[], None]
+"""The rest of a pass: what a stopped process writes first when it goes on."""
+
+
+class Watcher(Protocol):
+    """Whoever is told."""
+
+    def processed(self, shard: WatchedShard, entry: m.AnyEntry) -> None:
+        """`shard` has processed this entry."""
+
+    def prepared(self, shard: WatchedShard, resolved: Resolved) -> None:
+        """`shard` has collected what its standby must follow."""
+
+    def interrupts(self, shard: WatchedShard) -> bool:
+        """Whether the pass that begins now is to be interrupted."""
+
+    def interrupted(self, shard: WatchedShard, rest: list[Write]) -> None:
+        """It was, and this is what remains."""
+
+
+class WatchedShard(Shard):
+    """The real shard; `watcher` None: nobody is told."""
+
+    watcher: Watcher | None = None
+
+    def prepare(self, entry: m.AnyEntry, room: Room = own_memory) -> Resolved | None:
+        """As a shard does."""
+        resolved = super().prepare(entry, room)
+        if resolved is not None and self.watcher is not None:
+            self.watcher.prepared(self, resolved)
+        return resolved
+
+    def attach_standby(self, room: Room = own_memory) -> tuple[ShardSnapshot, list[Resolved]]:
+        """As a shard does."""
+        snapshot, missing = super().attach_standby(room)
+        if self.watcher is not None:
+            for resolved in missing:
+                self.watcher.prepared(self, resolved)
+        return snapshot, missing
+
+    def process(self, entry: m.AnyEntry) -> Answers:
+        """As a shard does."""
+        return self._watched(entry, lambda: super(WatchedShard, self).process(entry))
+
+    def commit(self, position: int) -> Answers:
+        """As a shard does, entry by entry."""
+        answers: Answers = []
+        while self.position < position and self._closed:
+            entry = self._closed[0].entry
+            answers += self._watched(entry, self._commit_one)
+        return answers if self.position >= position else answers + super().commit(position)
+
+    def _commit_one(self) -> Answers:
+        return super().commit(self.position + 1)
+
+    def _watched(self, entry: m.AnyEntry, action: Callable[[], Answers]) -> Answers:
+        watcher = self.watcher
+        if watcher is None:
+            return action()
+        windows = self._windows() if watcher.interrupts(self) else []
+        before = [window.copy() for window in windows]
+        answers = action()
+        rest = [
+            _half_write(window, old)
+            for window, old in zip(windows, before, strict=True)
+            if not np.array_equal(window, old, equal_nan=True)
+        ]
+        if rest:
+            watcher.interrupted(self, rest)
+        watcher.processed(self, entry)
+        return answers
+
+    def _windows(self) -> list[NDArray[np.float32]]:
+        """The members' parameters as this server has them mapped."""
+        return [
+            staging.parameters
+            for member in self.standings.members
+            for staging in self.stagings(member).values()
+            if staging.parameters is not staging.gradients
+        ]
+
+    @classmethod
+    def restore(cls, snapshot: ShardSnapshot, reduce: Reduce) -> WatchedShard:
+        """As a shard does; nobody watches it yet."""
+        shard = super().restore(snapshot, reduce)
+        assert isinstance(shard, WatchedShard)
+        return shard
+
+
+def _half_write(window: NDArray[np.float32], old: NDArray[np.float32]) -> Write:
+    """Undo the second half of a pass; returns what makes up for it."""
+    half = len(window) // 2
+    rest = window[half:].copy()
+    window[half:] = old[half:]
+
+    def write() -> None:
+        window[half:] = rest
+
+    return write

@@ -1,0 +1,31 @@
+"""How long things take in a simulated cluster, in virtual seconds: as in a real one, fifty times as fast.
+
+A message takes as long as a real one on a busy machine, so waits and failures overlap with more of the
+training than they would with a real lease.
+"""
+
+LEASE_S = 0.3
+"""Who is not heard of for so long is declared dead."""
+
+HEARTBEAT_S = LEASE_S / 3
+
+PATIENCE_S = 0.2
+"""How long a server lets a member wait before it may be served."""
+
+ANSWER_S = 0.04
+"""How long a server may take to acknowledge a roster before others need not wait for that."""
+
+START_S = 0.05
+"""How long it takes to start a process in the place of one that ended."""
+
+DEADLINE_S = 12.0
+"""How long one may have to wait for an answer."""
+
+SETTLED_S = 0.3
+"""How long after the last answer everything that was sent has arrived."""
+
+RETRY_S = 0.02
+"""Between two attempts of a server to reach the log."""
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.1
+"""Between two attempts of a member to reach the servers."""

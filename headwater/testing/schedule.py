@@ -1,0 +1,154 @@
+"""A schedule: all that a simulated run depends on, written down so that it can be run again."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from headwater.errors import ConfigurationError
+from headwater.rules import Adam, Rule
+from headwater.sync import Decision, Reduce, parse_sync
+from headwater.testing.faults import Fault, Faults
+from headwater.testing.invariants import Invariant
+
+_STEP_S, _REST_S = 0.03, 0.12
+"""About how long a step, and all that is not one, takes in virtual time."""
+
+
+class Mode(Protocol):
+    """When updates are committed and when a worker may read: what any mode is, built in or own.
+
+    Attributes:
+        rounds: whether a commit takes the updates of many active workers at once, or of one alone.
+        waits: whether a worker's answer may wait for another worker.
+        quorum: with rounds, the number of updates that suffice; None: those of all active workers.
+        grace_s: seconds that a round is held open for more after the quorum's last update.
+        reduce: whether the updates of a commit are averaged or added.
+    """
+
+    @property
+    def rounds(self) -> bool: ...
+    @property
+    def waits(self) -> bool: ...
+    @property
+    def quorum(self) -> int | None: ...
+    @property
+    def grace_s(self) -> float: ...
+    @property
+    def reduce(self) -> Reduce: ...
+
+    def needed(self, active: int) -> int:
+        """How many updates a commit with `active` active workers needs at least."""
+
+    def may_commit(self, held: int, active: int, over: bool = False) -> Decision:
+        """Decide whether `held` of `active` updates are committed now; `over`: the grace is."""
+
+    def may_read(self, clock: int, slowest: int) -> Decision:
+        """Decide whether a worker that finished `clock` steps may have its answer."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All that a run depends on. Two runs of one schedule are the same, message by message.
+
+    Attributes:
+        sync: a mode as text, or an object that is one.
+        readers: members that read while the others train.
+        replicas: 1: every server has a standby. min_workers: with fewer present nothing is committed.
+        seed: of delays, of gradients, and of what is lost with a fault.
+        faults: what goes wrong, and when.
+        shares: members share windows with servers; otherwise values travel as payload.
+        splits: workers read splits that they lease, instead of parts of their own.
+        meets, checkpoints: after this many steps there is a barrier, a checkpoint; 0: none.
+        rule: a second model is trained with it, and compared, bit by bit, with one process.
+        clip_norm: the largest norm of a gradient of that model.
+        invariants: what must hold besides what always must.
+    """
+
+    sync: str | Mode = "sync"
+    workers: int = 2
+    servers: int = 2
+    replicas: int = 0
+    readers: int = 0
+    steps: int = 5
+    seed: int = 0
+    faults: tuple[Fault, ...] = ()
+    shares: bool = True
+    splits: bool = False
+    meets: int = 0
+    checkpoints: int = 0
+    min_workers: int = 1
+    rule: Rule | None = None
+    clip_norm: float | None = None
+    invariants: tuple[type[Invariant], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        few = min(self.workers, self.servers, self.steps) < 1
+        if few or self.replicas not in (0, 1) or not 1 <= self.min_workers <= self.workers:
+            raise ConfigurationError(
+                f"Schedule: got workers={self.workers}, servers={self.servers}, steps={self.steps}, "
+                f"replicas={self.replicas}, min_workers={self.min_workers}: expected at least one of each of "
+                f"the first three, 0 or 1 replicas, and min_workers from 1 to workers"
+            )
+
+    @property
+    def mode(self) -> Mode:
+        """The mode as an object."""
+        return parse_sync(self.sync) if isinstance(self.sync, str) else self.sync
+
+    def __str__(self) -> str:
+        """As text that makes the same schedule again, where its objects' texts do."""
+        said = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in _ALWAYS_SAID or value != field.default:
+                said.append(f"{field.name}={_text(value)}")
+        return f"Schedule({', '.join(said)})"
+
+
+_ALWAYS_SAID = ("sync", "workers", "servers", "steps", "seed")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return repr(value)
+    inner = [one.__name__ if isinstance(one, type) else repr(one) for one in value]
+    return f"({', '.join(inner)},)"
+
+
+def random_schedule(sync: str | Mode, seed: int, faults: Faults, **fixed: Any) -> Schedule:
+    """A small cluster, with something of everything, as `seed` says; `fixed`: fields of `Schedule`."""
+    chance = random.Random(f"{seed} schedule")
+    workers, servers, steps = chance.choice((1, 2, 2, 3)), chance.choice((1, 2, 2, 3)), chance.randint(2, 6)
+    drawn: dict[str, Any] = {
+        "workers": workers,
+        "servers": servers,
+        "replicas": int(chance.random() < 0.75),
+        "readers": chance.choice((0, 0, 1, 2)),
+        "steps": steps,
+        "shares": chance.random() < 0.7,
+        "splits": chance.random() < 0.25,
+        "meets": chance.choice((0, 0, chance.randint(1, steps))),
+        "checkpoints": chance.choice((0, chance.randint(1, steps))),
+        "rule": chance.choice((None, None, Adam(lr=0.1))),
+        "clip_norm": chance.choice((None, 1.0)),
+        **fixed,
+    }
+    if Schedule(sync).mode.rounds and "splits" not in fixed:
+        drawn["splits"] = False  # a round waits for who has nothing to read
+    return with_faults(Schedule(sync, seed=seed, **drawn), faults, chance)
+
+
+def with_faults(schedule: Schedule, faults: Faults, chance: random.Random) -> Schedule:
+    """The schedule with so many faults at most, over the time that it takes."""
+    planned = faults.plan(
+        chance,
+        workers=schedule.workers,
+        servers=schedule.servers,
+        replicas=schedule.replicas,
+        until=schedule.steps * _STEP_S + _REST_S,
+    )
+    return dataclasses.replace(schedule, faults=planned)

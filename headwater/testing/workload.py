@@ -1,0 +1,143 @@
+"""What members of a simulated run do: steps that count themselves, so values say what they contain.
+
+The model `ledger` has, within each server's range, two elements a rank: a step adds 1 to the first and its
+own number to the second. So on every server the elements of a rank say how many of its steps are contained,
+and which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater import messages as m
+from headwater.layout import PAGE
+from headwater.rules import Accumulate, Rule
+from headwater.testing.processes.client import Call, Client, Question
+
+LEDGER, TRAINED = 0, 1
+"""Ids of the two models."""
+
+Steps = Generator[Call | Question, Any, Any]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Of `ranks` workers over `servers` servers, `steps` steps each.
+
+    Attributes:
+        seed: of gradients and of who does what.
+        rule: a second model is trained with it, on gradients that follow from (seed, rank, step).
+        clip_norm: the largest norm of a gradient of that model.
+        splits: the steps are samples that all workers read together, as the coordinator leases them.
+        meets: after this many steps a worker waits in a barrier, once; 0: never.
+        checkpoints: after this many steps the first worker has a checkpoint taken; 0: never.
+    """
+
+    ranks: int
+    servers: int
+    steps: int
+    seed: int = 0
+    rule: Rule | None = None
+    clip_norm: float | None = None
+    splits: bool = False
+    meets: int = 0
+    checkpoints: int = 0
+
+    # ── what is trained ─────────────────────────────────────────────────────────────────────────
+
+    @property
+    def block(self) -> int:
+        """Elements of each server's range of the ledger."""
+        return -(-2 * self.ranks // PAGE) * PAGE
+
+    def ledger(self) -> m.ModelSpec:
+        """The model that counts."""
+        tensor = m.TensorSpec("count", (self.servers * self.block,), "float32")
+        return m.ModelSpec("ledger", (tensor,), (Accumulate().to_spec(),))
+
+    def trained(self, rule: Rule) -> m.ModelSpec:
+        """The model that `rule` trains: two tensors, of which the second begins within a server's range."""
+        shapes = {"a": (70,), "b": (self.servers * PAGE - 100,)}
+        tensors = tuple(m.TensorSpec(name, shape, "float32") for name, shape in shapes.items())
+        return m.ModelSpec("trained", tensors, (rule.to_spec(),), self.clip_norm)
+
+    def gradient(self, rank: int, step: int, name: str, size: int) -> NDArray[np.float32]:
+        """Of a tensor of the trained model: float32[size]."""
+        random = np.random.default_rng([self.seed, rank, step, ord(name)])
+        return random.standard_normal(size, dtype=np.float32)
+
+    def carried(self, rank: int, step: int) -> list[str]:
+        """The tensors of the trained model that a step carries."""
+        return [["a", "b"], ["b"], ["a"], []][(rank + step) % 4]
+
+    # ── what a worker does ──────────────────────────────────────────────────────────────────────
+
+    def program(self, me: Client) -> Steps:
+        """Declare the models, take all steps, leave."""
+        yield me.register(self.ledger())
+        if self.rule is not None:
+            yield me.register(self.trained(self.rule), value=1.0)
+        if self.splits:
+            yield from self._read_splits(me)
+        else:
+            yield from self._read_part(me)
+        yield me.leave()
+
+    def reader(self, me: Client) -> Steps:
+        """Read the ledger, as often as a worker takes steps, and leave."""
+        yield me.attach(m.ModelInfo(LEDGER, self.ledger()))
+        for pull in range(self.steps):
+            yield me.pull(have=me.version if pull % 2 else -1)
+        yield me.leave()
+
+    def _read_part(self, me: Client) -> Steps:
+        """A part of its own, from where the log recorded its rank."""
+        places = me.place.places if me.place is not None else ()
+        begin = places[0].done if places else 0
+        for done in range(begin, self.steps):
+            place = m.Place(0, 1, self.steps, 0, done + 1)
+            yield from self._step(me, m.Position(me.rank, 0, (place,)))
+            if done + 1 == self.meets:
+                yield me.end()
+                yield me.barrier()
+            if done + 1 == self.checkpoints and me.rank == 0:
+                yield me.checkpoint()
+        yield me.end()
+
+    def _read_splits(self, me: Client) -> Steps:
+        """What the coordinator leases, until nothing is left."""
+        size = self.steps * self.ranks
+        reply = yield me.lease(0, 1, size, 1, 0)
+        while isinstance(reply, m.Leased) or not reply.over:
+            if isinstance(reply, m.Leased):
+                for start in range(reply.span.start, reply.span.stop):
+                    span = m.Span(reply.span.epoch, start, start + 1)
+                    visit = m.Visit(0, 1, size, (span,))
+                    yield from self._step(me, m.Position(me.rank, 0, (), (visit,)))
+                reply = yield me.lease(0, 1, size, 1, 0)
+            else:
+                yield me.end(
+                    m.Position(me.rank, 0)
+                )  # whoever may not lead too far does not wait for this one
+                reply = yield Question()
+        yield me.end(m.Position(me.rank, 1))
+
+    def _step(self, me: Client, position: m.Position) -> Steps:
+        step = me.steps + 1
+        counts = me.windows[LEDGER].gradients.reshape(self.servers, self.block)
+        counts[:, me.rank] = 1
+        counts[:, self.ranks + me.rank] = step
+        me.carry("count", LEDGER)
+        if self.rule is not None:
+            for name in self.carried(me.rank, step):
+                grads = me.windows[TRAINED].grads[name]
+                grads[...] = self.gradient(me.rank, step, name, grads.size)
+                me.carry(name, TRAINED)
+        answer = yield me.step(position=position)
+        if answer.version % 5 == me.rank % 5:
+            yield me.pull(have=me.version if answer.version % 2 else -1)

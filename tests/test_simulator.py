@@ -1,0 +1,233 @@
+"""Simulated clusters: whatever goes wrong, every invariant holds, and a run is a function of its schedule."""
+
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from headwater import messages as m
+from headwater import testing
+from headwater.errors import ConfigurationError
+from headwater.rules import Adam
+from headwater.sync import Decision
+from headwater.testing import (
+    Crash,
+    Cut,
+    Exploration,
+    Faults,
+    Invariant,
+    Partition,
+    Schedule,
+    Stop,
+    Violation,
+    explore,
+    run,
+    shrink,
+    simulate,
+)
+from headwater.testing.invariants import ALWAYS, COUNTED
+from headwater.testing.schedule import random_schedule
+
+MODES = ["sync", "async", "ssp:1", "sync:quorum=2,grace=0.002"]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mode", MODES)
+def test_no_random_schedule_breaks_an_invariant(mode, long):
+    found = explore(mode, 2000 if long else 500)
+    assert found.schedules == (2000 if long else 500)
+    assert found.faults > 2 * found.schedules
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_schedule_run_again_is_the_same_run_message_by_message(mode):
+    for seed in range(8):
+        schedule = random_schedule(mode, seed, Faults())
+        first = run(schedule, trace=True)
+        assert run(schedule, trace=True) == first
+        assert run(schedule).log == first.log
+
+
+def test_schedules_have_something_of_everything():
+    schedules = [random_schedule("async", seed, Faults()) for seed in range(100)]
+    results = [run(schedule) for schedule in schedules]
+    done = {type(fault) for result in results for fault in result.faults}
+    assert done == {Crash, Stop, Cut, Partition}
+    nodes = {fault.node for result in results for fault in result.faults if isinstance(fault, Crash)}
+    assert {"worker 0", "server 0", "server 1", "standby 0", "standby 1"} <= nodes
+    entries = [entry for result in results for entry in result.log]
+    tickets = [ticket for entry in entries if isinstance(entry, m.Committed) for ticket in entry.updates]
+    assert any(ticket.attempt > 0 for ticket in tickets), "no exchange was ever repeated"
+    kinds = {type(entry) for entry in entries}
+    assert {m.Committed, m.Measured, m.Served, m.Registered, m.Retired, m.Met, m.Checkpointed} <= kinds
+    for field in ("shares", "splits", "readers", "meets", "checkpoints", "rule", "clip_norm", "replicas"):
+        assert len({bool(getattr(schedule, field)) for schedule in schedules}) == 2, field
+
+
+def test_a_deposed_server_that_goes_on_in_the_middle_of_a_pass_changes_nothing():
+    """Its lease ends while it stands still, its standby takes over, and then it writes the rest."""
+    stop = Stop(0.1, "server 0", seconds=0.6, in_pass=True)
+    for seed in range(10):
+        result = simulate("sync", replicas=1, seed=seed, steps=8, faults=(stop,), trace=True)
+        told = [text for _, text in result.trace]
+        assert result.faults == (stop,)
+        assert any("stops in the middle of a pass" in text for text in told)
+        assert any("takes over" in text for text in told)
+        assert result.version == 8
+
+
+def test_late_steps_of_a_round_with_a_quorum_are_seen():
+    results = [simulate("sync:quorum=1", workers=3, seed=seed) for seed in range(5)]
+    assert any(isinstance(entry, m.Late) for result in results for entry in result.log)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async", "ssp:2"])
+def test_many_workers_are_simulated_in_little_time(mode):
+    result = simulate(mode, workers=200, servers=4, steps=20, seed=1)
+    assert result.version == (20 if mode == "sync" else 4000)
+
+
+@pytest.mark.timeout(600)
+def test_a_thousand_workers_take_a_hundred_steps_in_less_than_two_minutes(long):
+    """With `--long`; otherwise two steps. The time is computing time: a busy machine takes longer."""
+    steps = 100 if long else 2
+    begin = time.process_time()
+    assert simulate("async", workers=1000, servers=4, steps=steps).version == 1000 * steps
+    assert time.process_time() - begin < 120
+
+
+# ── own modes, rules and invariants ─────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Any two updates are a commit, the last ones of fewer workers too."""
+
+    rounds = True
+    waits = True
+    quorum = None
+    grace_s = 0.0
+    reduce = "sum"
+    wanted: int = 2
+
+    def needed(self, active):
+        return min(self.wanted, active)
+
+    def may_commit(self, held, active, over=False):
+        return Decision(held >= self.needed(active), f"{held} updates have arrived")
+
+    def may_read(self, clock, slowest):
+        return Decision(True)
+
+
+class NothingIsDropped(Invariant):
+    """Every step is applied."""
+
+    def answered(self, member, call, answer):
+        if answer.result is not None and not answer.result.applied:
+            self.fail(f"a step of {member.name} was dropped")
+
+
+class Deaf:
+    """Asynchronous, but no answer is ever allowed."""
+
+    rounds, waits, quorum, grace_s, reduce = False, True, None, 0.0, "mean"
+
+    def needed(self, active):
+        return 1
+
+    def may_commit(self, held, active, over=False):
+        return Decision(True)
+
+    def may_read(self, clock, slowest):
+        return Decision(False, "no reason")
+
+    def __repr__(self):
+        return "Deaf()"
+
+
+def test_a_mode_of_ones_own_is_explored_like_any_other():
+    assert explore(Pairs(wanted=1000), 60).schedules == 60  # everybody's updates: like `sync`
+    assert explore(Pairs(wanted=1000), 20, rule=Adam()).schedules == 20
+
+
+def test_a_mode_that_lets_everybody_wait_for_ever_is_found_and_shrunk_to_nothing():
+    with pytest.raises(Violation) as caught:
+        explore(Deaf(), 10)
+    violation = caught.value
+    assert violation.invariant == "StalledError"
+    assert "everybody waits for each other: worker 0 waits in step 1" in str(violation)
+    shortest = violation.schedule
+    assert (shortest.workers, shortest.servers, shortest.steps, shortest.faults) == (1, 1, 1, ())
+
+
+def test_an_invariant_of_ones_own_is_checked_besides():
+    assert isinstance(explore("sync", 20, invariants=(NothingIsDropped,)), Exploration)
+    with pytest.raises(Violation, match=r"NothingIsDropped: a step of worker \d was dropped"):
+        explore("sync:quorum=1", 50, invariants=(NothingIsDropped,))
+
+
+# ── what fails can be run again ─────────────────────────────────────────────────────────────────
+
+
+def test_a_failing_seed_is_named_and_what_is_printed_replays_the_violation():
+    with pytest.raises(Violation) as caught:
+        explore("sync:quorum=1", 50, seed=7, invariants=(NothingIsDropped,))
+    text = str(caught.value)
+    (printed,) = [line for line in text.splitlines() if "run(" in line]
+    assert f"seed={caught.value.seed}" in text
+    call = printed.partition(": ")[2]
+    with pytest.raises(Violation) as again:
+        eval(call, {**vars(testing), "Adam": Adam, "NothingIsDropped": NothingIsDropped})
+    assert again.value.reason == caught.value.reason
+    assert again.value.trace == caught.value.trace != ()
+
+
+def test_a_violation_is_shrunk_to_the_faults_that_it_needs():
+    class NobodyTakesOver(Invariant):
+        """Does not hold where server 0 dies."""
+
+        def processed(self, host, shard, entry):
+            if host.name == "server 0b" and host.role == "server":
+                self.fail("another server 0")
+
+    crash = Crash(0.15, "server 0")
+    faults = (Cut(0.05, "worker 0", "server 1"), Crash(0.1, "worker 1"), crash, Stop(0.2, "worker 0", 0.05))
+    schedule = Schedule(
+        "async", workers=3, servers=3, replicas=1, steps=8, seed=3, meets=4, checkpoints=2, readers=2,
+        faults=faults, rule=Adam(), invariants=(NobodyTakesOver,),
+    )  # fmt: skip
+    with pytest.raises(Violation) as caught:
+        run(schedule)
+    shortest = shrink(caught.value).schedule
+    assert shortest.faults == (crash,)
+    assert (shortest.meets, shortest.checkpoints, shortest.readers) == (0, 0, 0)
+    assert shortest.rule is None
+
+
+def test_impossible_schedules_are_refused():
+    for wrong in ({"workers": 0}, {"replicas": 2}, {"min_workers": 3}, {"steps": 0}):
+        with pytest.raises(ConfigurationError, match="expected at least one"):
+            simulate("sync", **wrong)
+    with pytest.raises(ConfigurationError, match="expected 'sync'"):
+        simulate("asink")
+
+
+def test_importing_headwater_does_not_import_the_simulator():
+    code = "import sys, headwater, headwater.cli; print('headwater.testing' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n", done.stdout + done.stderr
+
+
+def test_the_page_on_simulated_clusters_tells_the_truth(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "testing.md").read_text()
+    scope = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, scope)
+    assert capsys.readouterr().out.startswith("NothingIsDropped: a step of worker ")
+    checked = {kind.__name__ for kind in (*ALWAYS, *COUNTED)}
+    assert set(re.findall(r"^\| `([A-Z]\w+)` \|", page, re.MULTILINE)) == checked
