@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from clients import model_spec
+from clusters import model_spec
 from test_training import train
 from torch_loops import STEPS, assert_agrees, loss_of, network, optimizer, reference
 
