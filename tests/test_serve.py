@@ -20,7 +20,7 @@ def ended_well(cluster, coordinator, *nodes):
     assert cluster.summed() == [float(cluster.counted())]
 
 
-@pytest.mark.parametrize("mode", ["sync", "async", "ssp:2"])
+@pytest.mark.parametrize("mode", ["sync", "ssp:2"])
 def test_nodes_find_together_in_any_order_and_end_when_every_worker_has_finished(mode, tmp_path):
     with site(tmp_path) as cluster:
         workers = [cluster.worker("--rank", rank) for rank in (1, 0)]
@@ -33,7 +33,7 @@ def test_nodes_find_together_in_any_order_and_end_when_every_worker_has_finished
         cluster.goes_on()
         assert cluster.statistics().sync == mode
         ended_well(cluster, coordinator, *workers, *servers)
-        assert coordinator.lines[0] == f"{cluster.address}\n" or f"{cluster.address}\n" in coordinator.lines
+        assert f"{cluster.address}\n" in coordinator.lines
 
 
 def test_a_worker_leaves_early_another_takes_its_rank_and_a_third_comes_later(tmp_path):

@@ -2,7 +2,6 @@
 
 import signal
 
-import pytest
 from coordinators import wait_until
 from serving import codes, site
 
@@ -160,39 +159,38 @@ def test_impossible_places_are_refused_with_the_reason(tmp_path):
         assert "no standbys: start its coordinator with --replicas 1" in standby.text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["server"], "whose? Pass --coordinator ADDRESS, or set HEADWATER_COORDINATOR"),
-        (["worker", "count.py"], "whose? Pass --coordinator ADDRESS, or set HEADWATER_COORDINATOR"),
-        (["worker", "absent.py", "--coordinator", "unix:@x"], "cannot read the script absent.py"),
-        (["server", "--coordinator", "unix:@x", "--role", "worker"], "expected server or standby"),
-        (["server", "--coordinator", "nowhere"], "nowhere"),
-        (["server", "--coordinator", "unix:@x", "--rules", "no.such"], "no.such"),
-        (["coordinator"], "--workers"),
-        (["coordinator", "--workers", "2", "--min-workers", "3"], "min_workers must be at most workers=2"),
-        (["coordinator", "--workers", "2", "--sync", "often"], "often"),
-        (["coordinator", "--workers", "2", "--resume"], "resume needs a checkpoint directory"),
-        (["coordinator", "--workers", "2", "--journal", "j"], "bind to a fixed port, or to unix:/path"),
-        (["coordinator", "--workers", "2", "--journal", "j", "--bind", "127.0.0.1"], "bind to a fixed port"),
-        (["coordinator", "--workers", "2", "--bind", "0.0.0.0"], "insecure"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, text, tmp_path):
+WRONG = [
+    (["server"], "whose? Pass --coordinator ADDRESS, or set HEADWATER_COORDINATOR"),
+    (["worker", "count.py"], "whose? Pass --coordinator ADDRESS, or set HEADWATER_COORDINATOR"),
+    (["worker", "absent.py", "--coordinator", "unix:@x"], "cannot read the script absent.py"),
+    (["server", "--coordinator", "unix:@x", "--role", "worker"], "expected server or standby"),
+    (["server", "--coordinator", "nowhere"], "nowhere"),
+    (["server", "--coordinator", "unix:@x", "--rules", "no.such"], "no.such"),
+    (["coordinator"], "--workers"),
+    (["coordinator", "--workers", "2", "--min-workers", "3"], "min_workers must be at most workers=2"),
+    (["coordinator", "--workers", "2", "--sync", "often"], "often"),
+    (["coordinator", "--workers", "2", "--resume"], "resume needs a checkpoint directory"),
+    (["coordinator", "--workers", "2", "--journal", "j"], "bind to a fixed port, or to unix:/path"),
+    (["coordinator", "--workers", "2", "--journal", "j", "--bind", "127.0.0.1"], "bind to a fixed port"),
+    (["coordinator", "--workers", "2", "--bind", "0.0.0.0"], "insecure"),
+]
+
+
+def test_wrong_arguments_are_named(tmp_path):
     with site(tmp_path) as cluster:
         cluster.address = ""
-        node = cluster.start(*arguments)
-        assert node.code() == 2
-        assert text in " ".join(node.text.replace("│", " ").split())
+        nodes = [cluster.start(*arguments) for arguments, _ in WRONG]
+        for node, (arguments, text) in zip(nodes, WRONG, strict=True):
+            assert node.code() == 2, arguments
+            assert text in " ".join(node.text.replace("│", " ").split()), arguments
 
 
-@pytest.mark.parametrize("arguments", [["server"], ["worker", "count.py"]])
-def test_a_coordinator_that_never_comes_is_waited_for_and_then_named(arguments, tmp_path):
+def test_a_coordinator_that_never_comes_is_waited_for_and_then_named(tmp_path):
     with site(tmp_path) as cluster:
-        node = cluster.start(*arguments, "--wait", "0.3")
-        assert node.code() == 75
-        assert f"cannot connect to {cluster.address}" in node.text
-        assert "(tried for 0.3 s)" in node.text
+        for node in (cluster.server("--wait", "0.3"), cluster.worker("--wait", "0.3")):
+            assert node.code() == 75
+            assert f"cannot connect to {cluster.address}" in node.text
+            assert "(tried for 0.3 s)" in node.text
 
 
 def test_one_that_is_told_to_end_while_it_waits_does(tmp_path):

@@ -212,9 +212,14 @@ class Company:
             return {member.id for member in self._book.view().members} - self._channels.keys()
 
     def wait_for_absent(self, seconds: float) -> None:
-        """Block until there are none of them, or the coordinator ends."""
+        """Block until there are none but observers, perhaps of the one before, or the coordinator ends."""
+
+        def nobody() -> bool:
+            absent = self.absent()
+            return not any(one.id in absent and one.role != "observer" for one in self._book.view().members)
+
         with self.changed:
-            self.changed.wait_for(lambda: not self.absent() or self.closing.is_set(), seconds)
+            self.changed.wait_for(lambda: nobody() or self.closing.is_set(), seconds)
 
     def silence(self) -> dict[int, float]:
         """Seconds since each member was heard of."""

@@ -54,7 +54,7 @@ class Serving:
 
     `restore`: returns the path of the checkpoint with which a generation begins; called once in each, in a
     thread of its own, with whether training may have begun before, and the first generation. `over`: told of
-    the end, with the error that all are refused with, None where every declared worker has done its work.
+    the end, with the error that everybody is refused with; None where every declared worker has finished.
     """
 
     restore: Callable[[bool, int], str]
