@@ -373,7 +373,8 @@ def test_statistics_and_status_show_the_addresses_that_others_dial(tmp_path, mon
     secret.write_text(TOKEN + "\n")
     with hw.Cluster(workers=1, servers=2, bind="127.0.0.1", advertise="localhost", token=TOKEN) as cluster:
         cluster.worker().leave()
-        shown = {(node.role, node.index): node.address for node in cluster.statistics().nodes}
+        nodes = [node for node in cluster.statistics().nodes if node.role in ("coordinator", "server")]
+        shown = {(node.role, node.index): node.address for node in nodes}
         assert shown["coordinator", 0] == cluster.address
         assert all(address.startswith("tcp:localhost:") for address in shown.values())
         assert len(set(shown.values())) == 3
@@ -381,7 +382,7 @@ def test_statistics_and_status_show_the_addresses_that_others_dial(tmp_path, mon
         status = functools.partial(CliRunner().invoke, app)
         by_file = status(["status", cluster.address, "--token-file", str(secret), "--json"])
         assert by_file.exit_code == 0, by_file.output
-        assert {node["address"] for node in json.loads(by_file.output)["nodes"]} == set(shown.values())
+        assert {node["address"] for node in json.loads(by_file.output)["nodes"]} >= set(shown.values())
         assert status(["status", cluster.address]).exit_code == 1
         monkeypatch.setenv("HEADWATER_TOKEN", TOKEN)
         assert status(["status", cluster.address]).exit_code == 0
