@@ -296,6 +296,7 @@ class Membership:
         member = self.welcome.member
         _log.warning("%s %d: the coordinator is back after %.1f s", member.role, member.index, self.away_s)
         with self._changed:
+            self._channel.close()  # the peer ended it, which does not let go of it here
             self._channel, self._calling = channel, None
             self._own_life = self._begin_life(channel)
             self.connection += 1
