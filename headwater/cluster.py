@@ -181,6 +181,11 @@ class Cluster:
         return self._coordinator.addresses[0] if self._engine.nearby else self.address
 
     @property
+    def generation(self) -> int:
+        """Of the log: grows when training begins anew from a checkpoint."""
+        return self._coordinator.generation
+
+    @property
     def checkpoint(self) -> str | None:
         """Path of the newest checkpoint that was written, or resumed from; None without one."""
         return self._storage.last

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.cluster import Cluster, ClusterOptions
-from headwater.engines import RayEngine
+from headwater.engines import Outcome, RayEngine
 from headwater.errors import ConfigurationError
 from headwater.messages import ClusterStatistics, Scalar
 from headwater.nodes.worker import Worker
@@ -126,11 +126,15 @@ def _collect(
     restarts: int,
     watch: Callable[[ClusterStatistics], None] | None,
 ) -> dict[int, Any]:
-    """What each worker returned, by rank; starts those that died again, and raises any other failure."""
-    values: dict[int, Any] = {}
+    """What each worker returned, by rank; starts those that died again, and raises any other failure.
+
+    One that had finished when training began anew is started again, too: all are needed for what follows.
+    """
+    ended: dict[int, Outcome] = {}
     left = dict.fromkeys(range(workers), restarts)
-    while len(values) < workers:
+    while len(ended) < workers:
         outcome = cluster.next_outcome(_WATCH_S)
+        generation = cluster.generation
         if outcome is not None and outcome.failure is not None:
             if not outcome.failure.died or not left[outcome.index]:
                 raise outcome.as_error()
@@ -138,7 +142,10 @@ def _collect(
             _log.warning("worker %d: %s; it is started again", outcome.index, outcome.failure.summary)
             cluster.start_worker(outcome.index, train)
         elif outcome is not None:
-            values[outcome.index] = outcome.value
+            ended[outcome.index] = outcome
         elif watch is not None:
             watch(cluster.statistics())
-    return values
+        for rank in [rank for rank, one in ended.items() if one.generation < generation]:
+            del ended[rank]
+            cluster.start_worker(rank, train)
+    return {rank: outcome.value for rank, outcome in ended.items()}

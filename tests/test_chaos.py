@@ -179,3 +179,36 @@ def test_a_shard_lost_with_all_its_copies_rewinds_everything_to_the_last_checkpo
     steps = result.version * (2 if mode == "sync" else 1)
     assert (result.parameters["sums"]["all"] == steps).all()
     assert "g001-" in result.checkpoint
+
+
+def leave_early(folder, worker):
+    """Rank 1 has soon done its work; the other goes on until a server was killed, and a while longer."""
+    model = worker.model("sums", {"all": np.zeros(5000, np.float32)}, hw.Accumulate())
+    left = 10
+    while left:
+        model.push({"all": np.ones(5000)})
+        worker.step()
+        left -= worker.rank == 1 or (folder / "killed").exists()
+    return worker.generation
+
+
+def test_a_worker_that_had_finished_is_started_again_when_everything_begins_anew(tmp_path):
+    def kill_server(statistics):
+        finished = {node.rank for node in statistics.nodes if node.role == "worker"} == {0}
+        servers = [node.pid for node in statistics.nodes if node.role == "server"]
+        if statistics.version > 20 and finished and servers and not (tmp_path / "killed").exists():
+            os.kill(servers[0], signal.SIGKILL)
+            (tmp_path / "killed").touch()
+
+    result = hw.run(
+        functools.partial(leave_early, tmp_path),
+        workers=2,
+        servers=2,
+        checkpoint=tmp_path / "checkpoints",
+        every=5,
+        watch=kill_server,
+        patience=5,
+        deadline=60,
+    )
+    assert result.values == [1, 1]
+    assert result.statistics.generation == 1

@@ -94,7 +94,7 @@ class _Node:
             for reference in messages:
                 message: Message = ray.get(reference)
                 if isinstance(message, bytes):
-                    return Outcome(self.role, self.index, *cloudpickle.loads(message))
+                    return Outcome.of(self.role, self.index, *cloudpickle.loads(message))
                 if isinstance(message, tuple):
                     self._process = _open_process(*message)
                     continue

@@ -60,16 +60,32 @@ def _module(frames: TracebackType) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Trained:
+    """What `train` returned, and the generation of the log in which it did."""
+
+    value: Any
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """How a node ended: a worker with the value `train` returned, or anything with a failure.
 
-    `role`: "worker", "server" or "standby", as it was started.
+    `role`: "worker", "server" or "standby", as it was started. `generation`: in which `train` returned.
     """
 
     role: str
     index: int
     value: Any = None
     failure: Failure | None = None
+    generation: int = 0
+
+    @staticmethod
+    def of(role: str, index: int, trained: Trained | None, failure: Failure | None = None) -> Outcome:
+        """Of a node that ended with either."""
+        if trained is None:
+            return Outcome(role, index, failure=failure)
+        return Outcome(role, index, trained.value, failure, trained.generation)
 
     def as_error(self) -> WorkerError:
         """The failure of a worker, to raise in the caller; the original is its cause."""
@@ -104,11 +120,11 @@ class Engine(Protocol):
         """Stop everything within two seconds; idempotent."""
 
 
-def run_worker(address: str, rank: int, train: Callable[[Worker], Any], security: Security) -> Any:
+def run_worker(address: str, rank: int, train: Callable[[Worker], Any], security: Security) -> Trained:
     """What a worker's process or thread does: again from the start when training begins anew."""
     while True:
         try:
             with Worker(address, rank, security=security) as worker:
-                return train(worker)
+                return Trained(train(worker), worker.generation)
         except RewoundError as error:
             _log.warning("worker %d: %s", rank, error)

@@ -45,7 +45,7 @@ class InlineEngine:
                 self._outcomes.put(Outcome(role, index, failure=Failure.of(error)))
             else:
                 if report_end:
-                    self._outcomes.put(Outcome(role, index, value))
+                    self._outcomes.put(Outcome.of(role, index, value))
 
         thread = threading.Thread(target=body, name=f"headwater-{role}-{index}", daemon=True)
         self._threads.append(thread)

@@ -93,7 +93,7 @@ class _Child:
                 self.role, self.index, failure=Failure(f"its process ended with {how}", "", None, died=True)
             )
         value, failure = cloudpickle.loads(result)
-        return Outcome(self.role, self.index, value, failure)
+        return Outcome.of(self.role, self.index, value, failure)
 
     def stop(self) -> None:
         """Tell it to end, by the end of its standard input; its end is not reported."""

@@ -398,6 +398,11 @@ class CoordinatorNode:
 
     # ── what a person sees ──────────────────────────────────────────────────────────────────────
 
+    @property
+    def generation(self) -> int:
+        """Of the log."""
+        return self._company.view().generation
+
     def statistics(self) -> m.ClusterStatistics:
         """The state of the cluster now; asks every server and blocks for their answers."""
         company = self._company

@@ -82,6 +82,11 @@ class Worker:
         return self._session.version
 
     @property
+    def generation(self) -> int:
+        """Counts the times that training began anew from a checkpoint: versions are those of a generation."""
+        return self._session.welcome.generation
+
+    @property
     def sync(self) -> str:
         """The cluster's mode, such as "sync" or "ssp:3"."""
         return str(self._session.sync)
