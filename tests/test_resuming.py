@@ -17,6 +17,8 @@ from checkpoints import small_disk
 import headwater as hw
 from headwater.checkpoint import list_checkpoints
 from headwater.errors import CheckpointError, ConfigurationError, HeadwaterError, RegistrationError
+from headwater.nodes.dialling import dial_member
+from headwater.nodes.server import node
 
 DATA = np.random.default_rng(0).standard_normal((240, 6)).astype(np.float32)
 
@@ -308,6 +310,26 @@ def test_a_server_stopped_in_the_middle_of_a_pass_writes_to_no_window_that_is_us
         (tmp_path / "stop").touch()
         outcomes = [cluster.next_outcome(30) for _ in range(2)]
         assert [outcome.failure for outcome in outcomes] == [None, None]
+
+
+def test_a_standby_follows_one_connection_however_many_rosters_come_while_it_is_dialled(monkeypatch):
+    """A second one would be followed beside the first, and what is promoted be either."""
+    joined, dialled = threading.Event(), []
+
+    def slow_dial(member, **options):
+        if member.role == "standby":
+            dialled.append(member.id)
+            joined.wait(20)
+        return dial_member(member, **options)
+
+    monkeypatch.setattr(node, "dial_member", slow_dial)
+    with hw.Cluster(workers=2, servers=1, replicas=1, deadline=30) as cluster:
+        workers = [cluster.worker() for _ in range(2)]  # each is a roster of its own
+        joined.set()
+        wait_until(lambda: not cluster.statistics().unreplicated)
+        assert len(dialled) == 1
+        for worker in workers:
+            worker.leave()
 
 
 def test_a_late_update_is_answered_and_applied_nowhere():

@@ -75,6 +75,7 @@ class ServerNode:
         self._membership: Membership | None = None
         self._closed = False
         self._mirrors = False
+        self._standby = 0
         self._standbys: dict[int, m.CaughtUp | m.Mislaid] = {}
         self._joined, self._ended = threading.Event(), threading.Event()
         self._why = ""
@@ -299,7 +300,11 @@ class ServerNode:
     # ── with a standby ──────────────────────────────────────────────────────────────────────────
 
     def _keep_standby(self, roster: m.Roster) -> None:
-        """Begin with a new standby, and let go of one that is none any more."""
+        """Begin with a new standby, once, and let go of one that is none any more.
+
+        Rosters come while it is dialled. One that was begun with twice would follow both, and be promoted as
+        either: what its server was told that it has could be gone.
+        """
         living = {member.id for member in roster.members}
         self._standbys = {id: told for id, told in self._standbys.items() if id in living}
         index = self.settings.index
@@ -308,9 +313,9 @@ class ServerNode:
         if replica is not None and (standby is None or standby.id != replica.member.id):
             self._course.detach()
             replica.close()
-            replica = None
             self._reporting.prepared()  # what only the standby lacked counts now
-        if standby is not None and replica is None:
+        if standby is not None and standby.id != self._standby:
+            self._standby = standby.id
             self._threads.start(lambda: self._replicate(standby, roster.term), "replica")
 
     def _replicate(self, standby: m.Member, term: int) -> None:
