@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import threading
 
 import psutil
@@ -9,6 +10,10 @@ import pytest
 from rays import is_rays_own, ray_engine, ray_nodes, rays_descriptors, wait_for_actors
 
 __all__ = ["ray_engine", "ray_nodes"]
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # Whoever started this in the background has it ignored, and every child of ours would ignore it too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _left() -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from clusters import Cluster, FlakyCluster, ReplicatedCluster, model_spec
 from counting import MODES, few, final, modes, seeds, servers, some
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_log import assert_same_bits, mixed, trained, training
 from test_log_members import chaos
@@ -124,6 +124,7 @@ def test_a_death_at_every_entry_of_a_clipped_run(mode, index):
 
 @some
 @given(modes, servers, st.booleans(), seeds, st.lists(st.sampled_from(["kill", "join"]), max_size=3))
+@example("sync", 2, False, 2405, ["join"])  # everybody waits for each other with a norm already measured
 def test_whatever_clipped_workers_do_nobody_waits_for_ever(mode, count, private, seed, events):
     cluster = Cluster(mode, workers=3, servers=count, seed=seed, private=private)
     for _ in range(3):

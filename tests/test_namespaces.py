@@ -300,7 +300,7 @@ def test_a_host_that_is_cut_off_for_longer_is_refused_and_the_others_go_on(host)
         # Of the one that was lost counts what was answered, and at most the step that was not.
         assert (total - known) / host in (lost["steps"], lost["steps"] + 1)
         if replicas:
-            assert "declared dead" in at.servers[1].lines[-1]
+            wait_until(lambda: "declared dead" in at.servers[1].lines[-1], at.servers[1])
 
 
 LISTENS = """

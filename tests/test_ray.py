@@ -271,7 +271,7 @@ def test_an_address_where_nobody_answers_is_an_error_within_seconds(script):
 
 def test_the_page_on_ray_tells_the_truth(ray_nodes):
     page = (Path(__file__).parent.parent / "docs" / "ray.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)  # the other one needs several hosts
     scope = {}
     exec(code, scope)
     assert scope["result"].version == 10

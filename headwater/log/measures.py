@@ -34,8 +34,8 @@ class Measures:
         self._at: dict[int, _Measure] = {}
 
     def __bool__(self) -> bool:
-        """Whether anything is under way."""
-        return bool(self._at)
+        """Whether a server has yet to say something, so that what everybody waits for may still come."""
+        return any(len(measure.parts) < self._servers for measure in self._at.values())
 
     def under_way(self, seats: Sequence[Seat]) -> bool:
         """Whether servers have been asked for the norms of exactly these."""

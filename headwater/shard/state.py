@@ -90,6 +90,8 @@ class State:
         self.position = entry.position
         answers = self._on_entry[type(entry)](entry)
         self.standings.apply(entry)
+        if isinstance(entry, m.Retired) and entry.gone:
+            answers += self._forget(entry.member)
         if isinstance(entry, m.Checkpointed) or (isinstance(entry, m.Served) and entry.kind in _SNAPSHOTS):
             self._keep_snapshot(answers)
         return answers
@@ -269,11 +271,12 @@ class State:
             if isinstance(request, m.End) and request.position is not None:
                 self.positions.record(request.position)
             answers = self._answer(entry.answered)
-        if entry.gone:
-            if self._members.forget(entry.member):
-                answers.append((entry.member, None))
-            self.ledger.forget(entry.member)
         return answers
+
+    def _forget(self, member: int) -> Answers:
+        """It is gone for good; whoever receives for it meanwhile finds that out first, so this comes last."""
+        self.ledger.forget(member)
+        return [(member, None)] if self._members.forget(member) else []
 
     def _met(self, entry: m.Met) -> Answers:
         sums: dict[str, float] = {}
