@@ -20,6 +20,7 @@ from headwater.rules import SGD, Adam, Rule
 
 _WORKERS = _SERVERS = 2
 _WAIT_S = 60.0
+_TURNS = 3
 _LARGER = 4
 """Checkpoints are measured with a model so many times as large: 400 MB."""
 
@@ -28,7 +29,11 @@ def measure_safety(effort: Effort) -> list[Figure]:
     """Replicas, failover and checkpoints; takes about two minutes at full effort, and 6 GB of memory."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        plain, replicated = (_rounds(effort, place / f"r{n}", replicas=n) for n in (0, 1))
+        plain: list[float] = []
+        replicated: list[float] = []
+        for turn in range(_TURNS):  # a cluster each, since memory is found anew by each
+            for replicas, times in ((0, plain), (1, replicated)):
+                times += _rounds(effort, place / f"{turn}-{replicas}", replicas=replicas)
         case = "dense, sync, replicas=1"
         figures = [rounds_per_second(case, replicated, "without replicas", plain, 2.0)]
         figures.append(_failover(effort, place / "failover"))

@@ -84,14 +84,30 @@ def total(gradients, sums):
     n = len(sums)
     address = address_of(sums, n)
     last = gradients[len(gradients) - 1]
+    streamed = n >= STREAMED and address % (4 * LINE) == 0
+    part = block_of_sums()
     for start in range(0, n, BLOCK):
         at = 4 * start
         size = min(BLOCK, n - start)
-        add_up(address + at, gradients, at, size)
+        lines = size - size % LINE
+        source = last + at
         if len(gradients) > 1:
-            for i in range(size):
-                both = load(address + at, i, WINDOWS) + load(last + at, i, WINDOWS)
-                store(address + at, i, both, WINDOWS)
+            add_up(part, gradients, at, size)
+            for i in range(0, lines, LINE):
+                add_line(part, source, i)
+            for i in range(lines, size):
+                store(part, i, load(part, i, WINDOWS) + load(source, i, WINDOWS), WINDOWS)
+            source = part
+        if streamed:
+            for i in range(0, lines, LINE):
+                stream_line(address + at, source, i)
+        else:
+            for i in range(0, lines, LINE):
+                copy_line(address + at, source, i)
+        for i in range(lines, size):
+            store(address + at, i, load(source, i, WINDOWS), WINDOWS)
+    if streamed:
+        fence()
 
 
 @outer("boolean(Array(float32, 1, 'C', readonly=True), float32[::1], boolean)")
