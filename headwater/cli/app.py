@@ -21,6 +21,19 @@ from headwater.cli.environment import (
     security_of,
 )
 from headwater.cli.faults import faults_reported
+from headwater.cli.options import (
+    Checkpoint,
+    Deadline,
+    Every,
+    Keep,
+    Lease,
+    MinWorkers,
+    OnServerLoss,
+    Patience,
+    Replicas,
+    Rules,
+    Sync,
+)
 from headwater.cli.serve import serve
 from headwater.cli.status import show_status
 from headwater.cli.training import train_script
@@ -60,12 +73,7 @@ def run(
     ],
     workers: Annotated[int, typer.Option(min=1, help="Processes that compute gradients.")] = 2,
     servers: Annotated[int, typer.Option(min=1, help="Processes that hold equal parts of the model.")] = 1,
-    sync: Annotated[
-        str,
-        typer.Option(
-            help="sync, async, ssp:N (lead at most N steps), or sync:quorum=K,grace=SECONDS (backup workers)."
-        ),
-    ] = "sync",
+    sync: Sync = "sync",
     engine: Annotated[
         str, typer.Option(help="local (processes), ray (actors), or inline (threads, for debugging).")
     ] = "local",
@@ -89,30 +97,15 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting for `worker.settings`; repeatable."),
     ] = None,
-    replicas: Annotated[
-        int, typer.Option(min=0, max=1, help="Standbys of every server, which take over when it is lost.")
-    ] = 0,
-    checkpoint: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where checkpoints go: a directory or an fsspec URL.")
-    ] = None,
-    every: Annotated[
-        str, typer.Option(metavar="N[steps]|Ns", help="Commits, or seconds, between checkpoints.")
-    ] = "60s",
-    keep: Annotated[int, typer.Option(min=1, help="How many checkpoints stay.")] = 3,
+    replicas: Replicas = 0,
+    checkpoint: Checkpoint = None,
+    every: Every = "60s",
+    keep: Keep = 3,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest good checkpoint.")] = False,
-    on_server_loss: Annotated[
-        str | None,
-        typer.Option(
-            metavar="rewind|stop",
-            help="When a server is lost with its standby; rewind to the last checkpoint where there are any.",
-        ),
-    ] = None,
-    min_workers: Annotated[int, typer.Option(min=1, help="With fewer workers than that training waits.")] = 1,
+    on_server_loss: OnServerLoss = None,
+    min_workers: MinWorkers = 1,
     restarts: Annotated[int, typer.Option(min=0, help="How often the process of a worker may die.")] = 3,
-    rules: Annotated[
-        list[str] | None,
-        typer.Option(metavar="MODULE", help="A module with update rules of your own; repeatable."),
-    ] = None,
+    rules: Rules = None,
     transport: Annotated[
         str, typer.Option(help="unix (shared memory) or tcp (as between machines).")
     ] = "unix",
@@ -123,11 +116,9 @@ def run(
     tls_certificate: TlsCertificate = None,
     tls_key: TlsKey = None,
     insecure: Insecure = False,
-    patience: Annotated[float, typer.Option(help="Seconds after which a wait is reported.")] = 10.0,
-    deadline: Annotated[float, typer.Option(help="Seconds after which a wait fails.")] = 600.0,
-    lease: Annotated[
-        float, typer.Option(help="Seconds after which a node that is not heard of is declared dead.")
-    ] = 15.0,
+    patience: Patience = 10.0,
+    deadline: Deadline = 600.0,
+    lease: Lease = 15.0,
 ) -> None:
     """Run a training function in every worker, against servers on this machine or in a Ray cluster.
 

@@ -22,6 +22,19 @@ from headwater.cli.environment import (
     security_of,
 )
 from headwater.cli.faults import faults_reported
+from headwater.cli.options import (
+    Checkpoint,
+    Deadline,
+    Every,
+    Keep,
+    Lease,
+    MinWorkers,
+    OnServerLoss,
+    Patience,
+    Replicas,
+    Rules,
+    Sync,
+)
 from headwater.cli.serving import node_reported, serve_coordinator, serve_server, serve_worker
 from headwater.nodes.coordinator import ClusterSettings
 from headwater.storage import checkpoints_of
@@ -47,12 +60,8 @@ Wait = Annotated[
 def coordinator(
     workers: Annotated[int, typer.Option(min=1, help="Workers that must have joined, and must finish.")],
     servers: Annotated[int, typer.Option(min=1, help="Servers, which hold equal parts of the model.")] = 1,
-    sync: Annotated[
-        str, typer.Option(help="sync, async, ssp:N, or sync:quorum=K,grace=SECONDS, as for `run`.")
-    ] = "sync",
-    replicas: Annotated[
-        int, typer.Option(min=0, max=1, help="Standbys of every server, which take over when it is lost.")
-    ] = 0,
+    sync: Sync = "sync",
+    replicas: Replicas = 0,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,32 +71,17 @@ def coordinator(
             help="A setting for `worker.settings`; repeatable.",
         ),
     ] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR", help="Where checkpoints go: a directory or fsspec URL that every server reaches."
-        ),
-    ] = None,
-    every: Annotated[
-        str, typer.Option(metavar="N[steps]|Ns", help="Commits, or seconds, between checkpoints.")
-    ] = "60s",
-    keep: Annotated[int, typer.Option(min=1, help="How many checkpoints stay.")] = 3,
+    checkpoint: Checkpoint = None,
+    every: Every = "60s",
+    keep: Keep = 3,
     resume: Annotated[
         bool, typer.Option("--resume", help="Begin with the latest good checkpoint, where there is one.")
     ] = False,
-    on_server_loss: Annotated[
-        str | None,
-        typer.Option(
-            metavar="rewind|stop",
-            help="When a server is lost with its standby; rewind to the last checkpoint where there are any.",
-        ),
-    ] = None,
-    min_workers: Annotated[int, typer.Option(min=1, help="With fewer workers than that training waits.")] = 1,
-    patience: Annotated[float, typer.Option(help="Seconds after which a wait is reported.")] = 10.0,
-    deadline: Annotated[float, typer.Option(help="Seconds after which a wait fails.")] = 600.0,
-    lease: Annotated[
-        float, typer.Option(help="Seconds after which a node that is not heard of is declared dead.")
-    ] = 15.0,
+    on_server_loss: OnServerLoss = None,
+    min_workers: MinWorkers = 1,
+    patience: Patience = 10.0,
+    deadline: Deadline = 600.0,
+    lease: Lease = 15.0,
     journal: Annotated[
         str | None,
         typer.Option(
@@ -141,10 +135,7 @@ def server(
     index: Annotated[
         int | None, typer.Option(min=0, help="Which server, or whose standby; without: one that is missing.")
     ] = None,
-    rules: Annotated[
-        list[str] | None,
-        typer.Option(metavar="MODULE", help="A module with update rules of your own; repeatable."),
-    ] = None,
+    rules: Rules = None,
     wait: Wait = 300.0,
     bind: Bind = None,
     advertise: Advertise = None,
