@@ -6,12 +6,11 @@ import queue
 import secrets
 import signal
 import subprocess
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 from checkpoints import python
+from waiting import wait_until
 
 import headwater as hw
 from headwater.engines import Launch
@@ -33,15 +32,6 @@ print(node.address, flush=True)
 sys.stdin.read()
 node.close()
 """
-
-
-def wait_until(condition, seconds=60.0):
-    """Look until it is true; returns what it then was."""
-    until = time.monotonic() + seconds
-    while not (came := condition()):
-        assert time.monotonic() < until, "it never came true"
-        threading.Event().wait(0.02)
-    return came
 
 
 def asked(address):

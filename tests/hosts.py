@@ -4,9 +4,9 @@ import contextlib
 import os
 import signal
 import threading
-import time
 
 import numpy as np
+from waiting import wait_until
 
 import headwater as hw
 from headwater.engines import Launch
@@ -66,10 +66,7 @@ class Field:
 
     def wait_until(self, condition):
         """Look until it is true."""
-        until = time.monotonic() + WAIT_S
-        while not condition():
-            assert time.monotonic() < until, ["it never came true", *self.lines]
-            time.sleep(0.02)
+        wait_until(condition, WAIT_S, lambda: self.lines)
 
     def kill(self, role, index):
         """As nobody wants it to end; returns once the coordinator knows."""

@@ -10,7 +10,8 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from coordinators import asked, wait_until
+from coordinators import asked
+from waiting import wait_until
 
 import headwater as hw
 from headwater.errors import HeadwaterError

@@ -6,7 +6,8 @@ import signal
 
 import numpy as np
 import pytest
-from coordinators import count_until_stop, field, wait_until
+from coordinators import count_until_stop, field
+from waiting import wait_until
 
 import headwater as hw
 from headwater.nodes.reader import read_parameters

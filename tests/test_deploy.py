@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import typer
-from coordinators import wait_until
 from serving import codes, site
+from waiting import wait_until
 
 import headwater as hw
 from headwater.cli.serve import serve

@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 from checkpoints import python
-from coordinators import wait_until
+from waiting import wait_until
 
 import headwater as hw
 from headwater.errors import (

@@ -5,13 +5,13 @@ import functools
 import hashlib
 import os
 import threading
-import time
 
 import pytest
 from connections import TOKEN, tls
 from hosts import train
 from namespaces import HERE, Network, Node, impossible
 from serving import Site, codes
+from waiting import wait_until
 
 import headwater as hw
 
@@ -148,7 +148,7 @@ class Field:
         made = []
         for host in range(1, HOSTS + 1):
             worker = self.node(host, code, self.address)
-            wait_until(lambda host=host: len(self.ranks()) == host, worker)
+            wait_until(lambda host=host: len(self.ranks()) == host, 90, lambda worker=worker: worker.lines)
             made.append(worker)
         return made
 
@@ -157,13 +157,6 @@ class Field:
 
     def ranks(self):
         return [node["rank"] for node in self.statistics()["nodes"] if node["role"] == "worker"]
-
-
-def wait_until(condition, node, seconds=90.0):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "\n".join(["it never came true", *node.lines])
-        threading.Event().wait(0.05)
 
 
 @contextlib.contextmanager
@@ -187,7 +180,11 @@ def steps_of(worker):
 def go_on(workers, more=30):
     """Block until each of them has taken so many more steps."""
     for worker, before in [(worker, steps_of(worker)) for worker in workers]:
-        wait_until(lambda worker=worker, before=before: steps_of(worker) >= before + more, worker)
+        wait_until(
+            lambda worker=worker, before=before: steps_of(worker) >= before + more,
+            90,
+            lambda worker=worker: worker.lines,
+        )
 
 
 def ended(workers):
@@ -284,11 +281,11 @@ def test_a_host_that_is_cut_off_for_longer_is_refused_and_the_others_go_on(host)
         for worker in workers:
             worker.answer()
         if replicas:
-            wait_until(lambda: not at.statistics()["unreplicated"], at.coordinator)
+            wait_until(lambda: not at.statistics()["unreplicated"], 90, lambda: at.coordinator.lines)
         go_on(workers)
         network.cut(host)
         others = [worker for number, worker in enumerate(workers, start=1) if number != host]
-        wait_until(lambda: host - 1 not in at.ranks(), at.coordinator)
+        wait_until(lambda: host - 1 not in at.ranks(), 90, lambda: at.coordinator.lines)
         go_on(others)
         network.mend(host)
         lost = workers[host - 1].answer()
@@ -300,7 +297,7 @@ def test_a_host_that_is_cut_off_for_longer_is_refused_and_the_others_go_on(host)
         # Of the one that was lost counts what was answered, and at most the step that was not.
         assert (total - known) / host in (lost["steps"], lost["steps"] + 1)
         if replicas:
-            wait_until(lambda: "declared dead" in at.servers[1].lines[-1], at.servers[1])
+            wait_until(lambda: "declared dead" in at.servers[1].lines[-1], 90, lambda: at.servers[1].lines)
 
 
 LISTENS = """

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints import small_disk
+from waiting import wait_until
 
 import headwater as hw
 from headwater.checkpoint import list_checkpoints
@@ -175,13 +175,6 @@ def step_for_ever(folder, worker):
         model.push({"a": np.ones(3)})
         worker.step()
     return worker.version
-
-
-def wait_until(condition, seconds=30.0):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it never came true"
-        threading.Event().wait(0.02)
 
 
 def test_a_worker_that_was_stopped_is_named_then_retired_and_refused_when_it_wakes_up(tmp_path):

@@ -3,8 +3,8 @@
 import signal
 
 import pytest
-from coordinators import wait_until
 from serving import codes, site, values
+from waiting import wait_until
 
 CHECKPOINTS = ("--checkpoint", "runs", "--every", "20steps")
 

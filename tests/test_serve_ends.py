@@ -2,8 +2,8 @@
 
 import signal
 
-from coordinators import wait_until
 from serving import codes, site
+from waiting import wait_until
 
 CHECKPOINTS = ("--checkpoint", "runs", "--every", "20steps")
 

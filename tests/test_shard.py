@@ -11,7 +11,7 @@ from headwater.errors import ConfigurationError, ProtocolError, RefusedError, Re
 from headwater.layout import PAGE, Layout
 from headwater.rules import SGD, Accumulate, Adam, Assign
 from headwater.shard import Shard, Staging, Vector
-from headwater.shard.copies import Copies
+from headwater.shard.copies import Copies, found
 from headwater.shard.ledger import Ledger
 from headwater.shard.vector import Update
 
@@ -311,6 +311,26 @@ def test_one_that_is_retired_while_it_waits_is_told_that_no_answer_follows_and_i
         shard.staging(1, 0)
 
 
+def test_a_thread_that_receives_for_a_member_while_it_is_retired_finds_it_gone(monkeypatch):
+    """At every moment the member has its memory, or is known to be gone."""
+    shard = Shard(0, 1, "mean")
+    shard.process(m.Enrolled(1, 1, (m.Newcomer(1, 0),)))
+    shard.hold(1, m.Register(1, SPEC, None), memory())
+    shard.process(m.Registered(2, m.Ticket(1, 1)))
+    forget, seen = shard._members.forget, []
+
+    def forget_and_look(member):
+        forgotten = forget(member)
+        with pytest.raises(RefusedError, match="has left or was retired"):
+            shard.staging(1, 0)
+        seen.append(member)
+        return forgotten
+
+    monkeypatch.setattr(shard._members, "forget", forget_and_look)
+    shard.process(m.Retired(3, 1, True, "it died"))
+    assert seen == [1]
+
+
 def test_what_a_gone_member_had_is_forgotten(shard):
     shard.hold(1, step())
     shard.process(m.Retired(2, 1, True, "it died"))
@@ -330,13 +350,36 @@ def test_entries_are_processed_in_order_and_once(shard):
 
 def test_copies_are_made_in_memory_that_was_given_back_and_in_no_other():
     copies, arrays = Copies(), [np.arange(5, dtype=np.float32), np.ones(5, np.float32)]
-    assert [copies.copy(array).tolist() for array in arrays] == [[0, 1, 2, 3, 4], [1] * 5]
-    copies.begin(arrays)
+    copies.take_back([copies.copy(array) for array in arrays])
+    assert not copies.begun
+    assert not any(copies._free.values())
+    copies.take_back(found(copies.expect(arrays)))
     first = [copies.copy(array) for array in arrays]
     second = copies.copy(arrays[0])
+    assert [one.tolist() for one in (*first, second)] == [[0, 1, 2, 3, 4], [1] * 5, [0, 1, 2, 3, 4]]
     assert not any(np.shares_memory(one, second) for one in (*first, *arrays))
     copies.take_back(first)
     again = [copies.copy(array) for array in reversed(arrays)]
     assert [one.tolist() for one in again] == [[1] * 5, [0, 1, 2, 3, 4]]
     assert {one.ctypes.data for one in again} == {one.ctypes.data for one in first}
     assert second.tolist() == [0, 1, 2, 3, 4]
+    copies.take_back([*again, second])
+    assert [len(kept) for kept in copies._free.values()] == [2]  # not more than are needed
+
+
+def test_memory_is_kept_for_checkpoints_and_not_for_who_asks_once(shard):
+    shard.process(m.Enrolled(2, 2, (m.Newcomer(2, -1),)))
+    shard.hold(2, m.Verify(1))
+    shard.process(m.Served(3, m.Ticket(2, 1), "verify"))
+    once = shard.take_snapshot(2).models[0].arrays()
+    assert shard.expect_snapshots() == [len(array) for array in once]
+    shard.provide(found(map(len, once)))
+    assert shard.expect_snapshots() == []
+    kept = []
+    for number in (2, 3):
+        shard.hold(2, m.Checkpoint(number))
+        shard.process(m.Served(number + 2, m.Ticket(2, number), "checkpoint"))
+        arrays = shard.take_snapshot(2).models[0].arrays()
+        shard.provide(arrays)
+        kept.append({array.ctypes.data for array in arrays})
+    assert kept[0] == kept[1]

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 from connections import TOKEN, tls
+from waiting import wait_until
 
 import headwater as hw
 
@@ -126,10 +127,3 @@ def split(address):
 
 def resident(nodes):
     return {node.pid: psutil.Process(node.pid).memory_info().rss for node in nodes}
-
-
-def wait_until(condition):
-    until = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < until, "it never came true"
-        time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Memory for the copies that a snapshot consists of, used for one snapshot after the other.
+"""Memory for the copies that checkpoints consist of, used for one after the other.
 
 Memory that nobody has used takes several times as long to fill as memory in use, and a shard is locked while
 it is copied.
@@ -6,6 +6,7 @@ it is copied.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,27 +16,30 @@ Array = NDArray[np.float32]
 
 
 class Copies:
-    """Makes copies in memory that it has, or else in new memory. Does not lock by itself."""
+    """Makes copies in memory that it has, or else in new memory. Does not lock by itself.
+
+    Attributes:
+        begun: whether memory is kept at all.
+    """
 
     def __init__(self) -> None:
+        self.begun = False
+        self._expected: Counter[int] = Counter()
         self._free: dict[int, list[Array]] = {}
-        self._begun = False
 
-    def begin(self, arrays: Iterable[Array]) -> None:
-        """Have memory for a copy of each of these, and of all that `expect` is told of from now on."""
-        if not self._begun:
-            self._begun = True
-            self.expect(arrays)
+    def expect(self, arrays: Iterable[Array]) -> list[int]:
+        """From now on memory is kept for a copy of each of these; returns their lengths, for `found`."""
+        self.begun = True
+        lengths = [len(array) for array in arrays]
+        self._expected.update(lengths)
+        return lengths
 
-    def expect(self, arrays: Iterable[Array]) -> None:
-        """New arrays may be copied; blocks while the system finds memory, if any copies are made at all."""
-        if self._begun:
-            self.take_back(np.full(len(array), 0.0, np.float32) for array in arrays)
-
-    def take_back(self, copies: Iterable[Array]) -> None:
-        """Nobody reads these any more: the next ones are written over them."""
-        for array in copies:
-            self._free.setdefault(len(array), []).append(array)
+    def take_back(self, memory: Iterable[Array]) -> None:
+        """Nobody else reads or writes these any more; those that are not needed for a copy are let go."""
+        for array in memory:
+            kept = self._free.setdefault(len(array), [])
+            if len(kept) < self._expected[len(array)]:
+                kept.append(array)
 
     def copy(self, array: Array) -> Array:
         """A copy of float32[n], the caller's until it gives it back."""
@@ -45,3 +49,8 @@ class Copies:
         made = kept.pop()
         np.copyto(made, array)
         return made
+
+
+def found(lengths: Iterable[int]) -> list[Array]:
+    """New arrays, float32[length] each, whose memory is there; blocks while the system finds it."""
+    return [np.full(length, 0.0, np.float32) for length in lengths]

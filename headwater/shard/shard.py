@@ -12,9 +12,10 @@ Invariants:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
@@ -197,13 +198,15 @@ class Shard:
         """What the member's answered Checkpoint asked for, once; the caller's until it is given back."""
         return self._members.take_snapshot(member)
 
-    def give_back(self, snapshot: ShardSnapshot) -> None:
-        """Use the memory of a snapshot that was taken, and that nobody reads any more, for the next one."""
-        self._state.copies.take_back(array for model in snapshot.models for array in model.arrays())
+    def expect_snapshots(self) -> list[int]:
+        """A member will ask for one after the other: of which lengths `provide` should bring memory first."""
+        if self._state.copies.begun:
+            return []
+        return self._state.copies.expect(array for one in self.vectors.values() for array in one.arrays())
 
-    def expect_snapshots(self) -> None:
-        """A member will ask for snapshots; blocks while the system finds memory for the first."""
-        self._state.copies.begin(array for vector in self.vectors.values() for array in vector.arrays())
+    def provide(self, memory: Iterable[NDArray[np.float32]]) -> None:
+        """Memory for snapshots: new, or of one that was taken and that nobody reads any more."""
+        self._state.copies.take_back(memory)
 
     def describe(self, number: int) -> m.Description:
         """Which models and tables there are, outside the log."""

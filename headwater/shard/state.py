@@ -22,7 +22,7 @@ from headwater.layout import Layout
 from headwater.log.standings import Standings
 from headwater.positions import Positions
 from headwater.shard.checks import difference
-from headwater.shard.copies import Copies
+from headwater.shard.copies import Copies, found
 from headwater.shard.ledger import Ledger
 from headwater.shard.measures import contributors, divisor_of
 from headwater.shard.outstanding import Members, Outstanding
@@ -35,8 +35,7 @@ from headwater.sync import Reduce
 Answers: TypeAlias = list[tuple[int, m.Answer | None]]
 """Member and its answer; None where there will be none, because it was retired meanwhile."""
 
-_SNAPSHOTS = ("checkpoint", "verify")
-"""Exchanges that are answered with a snapshot."""
+Copy: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 class State:
@@ -92,13 +91,16 @@ class State:
         self.standings.apply(entry)
         if isinstance(entry, m.Retired) and entry.gone:
             answers += self._forget(entry.member)
-        if isinstance(entry, m.Checkpointed) or (isinstance(entry, m.Served) and entry.kind in _SNAPSHOTS):
-            self._keep_snapshot(answers)
+        kind = entry.kind if isinstance(entry, m.Served) else ""
+        if isinstance(entry, m.Checkpointed) or kind == "checkpoint":
+            self._keep_snapshot(answers, self.copies.copy)
+        elif kind == "verify":
+            self._keep_snapshot(answers, np.copy)  # asked for once: no memory is kept for it
         return answers
 
-    def _keep_snapshot(self, answers: Answers) -> None:
+    def _keep_snapshot(self, answers: Answers, copy: Copy) -> None:
         for member, _ in answers:
-            self._members.keep_snapshot(member, self.snapshot(self.copies.copy))
+            self._members.keep_snapshot(member, self.snapshot(copy))
 
     # ── entries ─────────────────────────────────────────────────────────────────────────────────
 
@@ -293,7 +295,7 @@ class State:
 
     # ── as plain arrays ─────────────────────────────────────────────────────────────────────────
 
-    def snapshot(self, copy: Callable[[NDArray[np.float32]], NDArray[np.float32]] = np.copy) -> ShardSnapshot:
+    def snapshot(self, copy: Copy = np.copy) -> ShardSnapshot:
         """A copy of all of it; blocks for one pass over memory. `copy` makes those of models' arrays."""
         return ShardSnapshot(
             index=self.index,
@@ -321,7 +323,8 @@ class State:
     def _add(self, vector: Vector) -> None:
         self._ids[vector.spec.name] = len(self.vectors)
         self.vectors[len(self.vectors)] = vector
-        self.copies.expect(vector.arrays())
+        if self.copies.begun:
+            self.copies.take_back(found(self.copies.expect(vector.arrays())))
 
     # ── answers ─────────────────────────────────────────────────────────────────────────────────
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.checkpoint import write_part
@@ -11,6 +15,7 @@ from headwater.nodes.server.comparing import compare
 from headwater.nodes.server.course import Course, Outbox
 from headwater.nodes.server.intake import Intake
 from headwater.nodes.server.reporting import Reporting
+from headwater.shard.copies import found
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.wire.channel import Channel, Received
 
@@ -44,6 +49,7 @@ class MemberConnection:
 
         Raises:
             ProtocolError: it broke the protocol.
+            RefusedError: it was retired meanwhile, which the coordinator tells it.
         """
         try:
             self._enter()
@@ -120,24 +126,22 @@ class MemberConnection:
         except HeadwaterError as error:
             return m.Stored(request.number, None, failure=m.Refused(type(error).__name__, str(error)))
         finally:
-            with self._course.lock:
-                self._course.shard.give_back(snapshot)
+            self._provide(array for model in snapshot.models for array in model.arrays())
         return m.Stored(request.number, part, snapshot.standings, snapshot.recorded)
 
     def _compare(self, request: m.Compare) -> m.Compared:
         """The snapshot that the member asked for beside what the standby was then; blocks for both."""
         snapshot, self._snapshot = self._snapshot, None
-        course = self._course
 
         def waiting(reason: str) -> None:
             self._channel.send(m.Waiting(request.number, reason))
 
-        try:
-            return compare(request.number, snapshot, course.replica, self._patience, waiting)
-        finally:
-            if snapshot is not None:
-                with course.lock:
-                    course.shard.give_back(snapshot)
+        return compare(request.number, snapshot, self._course.replica, self._patience, waiting)
+
+    def _provide(self, memory: Iterable[NDArray[np.float32]]) -> None:
+        """Bring memory for snapshots; what is new was found without the lock, as that takes long."""
+        with self._course.lock:
+            self._course.shard.provide(memory)
 
     def _exchange(self, received: Received) -> m.Answer | m.Description | None:
         """Hold the request, report it, and wait for the entry that answers it; None when closing."""
@@ -149,9 +153,10 @@ class MemberConnection:
             raise ProtocolError(f"a member sent {type(message).__name__}")
         if member.role == "observer" and not isinstance(message, _READING):
             raise ProtocolError(f"an observer sent {type(message).__name__}, which only workers may")
-        if isinstance(message, m.Checkpoint | m.Verify):
+        if isinstance(message, m.Checkpoint):
             with self._course.lock:
-                self._course.shard.expect_snapshots()
+                lengths = self._course.shard.expect_snapshots()
+            self._provide(found(lengths))
         try:
             staging, rows = self._intake.staging(message, received.descriptors), self._intake.rows(message)
             with self._course.lock:

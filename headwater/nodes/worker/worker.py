@@ -330,26 +330,24 @@ class Worker:
             ConnectionLostError: the cluster was closed before, or its coordinator is away for too long.
             SystemExit: this worker was dismissed.
         """
-        if self._session.usable():
-            try:
+        try:
+            if self._session.usable():
                 self._leave()
                 self._tell(now=True)
                 self._session.hang_up()
                 wait_for_others(self._session)
-            finally:
-                self._close()
-        self._close()
+        finally:
+            self._close()
 
     def _depart(self, finished: bool) -> None:
         self._session.dismissed = None
-        if self._session.usable():
-            try:
+        try:
+            if self._session.usable():
                 self._leave()
                 self._tell(now=True)
                 self._session.membership.tell(m.Departed(self._session.welcome.member.id, finished))
-            finally:
-                self._close()
-        self._close()
+        finally:
+            self._close()
 
     def _leave(self) -> None:
         try:
