@@ -5,19 +5,17 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from headwater import errors, initializers
+from headwater import errors
 from headwater.checkpoint import load_checkpoint
 from headwater.cluster import Cluster, connect
 from headwater.data import Csv, Files, Parquet
 from headwater.engines import RayEngine
-from headwater.initializers import Normal, TruncatedNormal, Uniform, Zeros
-from headwater.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
 from headwater.messages import ClusterStatistics, StepResult
-from headwater.nodes.worker import Worker, WorkerStatistics
-from headwater.nodes.worker.declaring import Group
-from headwater.nodes.worker.model import Model
-from headwater.nodes.worker.table import Table
-from headwater.rules import (
+from headwater.run import RunResult, run
+from headwater.spec import initializers
+from headwater.spec.initializers import Normal, TruncatedNormal, Uniform, Zeros
+from headwater.spec.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
+from headwater.spec.rules import (
     SGD,
     Accumulate,
     Adagrad,
@@ -30,10 +28,13 @@ from headwater.rules import (
     Rule,
     register,
 )
-from headwater.run import RunResult, run
-from headwater.schedules import Constant, Cosine, Linear, Schedule, StepDecay
-from headwater.sync import Asynchronous, StaleSynchronous, Synchronous
+from headwater.spec.schedules import Constant, Cosine, Linear, Schedule, StepDecay
+from headwater.spec.sync import Asynchronous, StaleSynchronous, Synchronous
 from headwater.wire.security import TLS
+from headwater.worker import Worker, WorkerStatistics
+from headwater.worker.model import Model
+from headwater.worker.model_spec import Group
+from headwater.worker.table import Table
 
 __version__ = "0.1.0"
 

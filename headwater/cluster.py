@@ -14,19 +14,19 @@ from numpy.typing import NDArray
 from headwater.engines import Engine, Launch, Outcome, RayEngine, make_engine
 from headwater.errors import ClosedError, ConfigurationError
 from headwater.messages import ClusterStatistics, Role, Scalar
-from headwater.nodes.checkpointer import Every
-from headwater.nodes.coordinator import CoordinatorNode
-from headwater.nodes.coordinator.settings import ClusterSettings
-from headwater.nodes.reader import read_parameters
-from headwater.nodes.server import ServerSettings
-from headwater.nodes.verifier import Verification, verify
-from headwater.nodes.worker import Worker
-from headwater.rules import load_rules
+from headwater.runtime.checkpointer import Every
+from headwater.runtime.coordinator import CoordinatorNode
+from headwater.runtime.coordinator.settings import ClusterSettings
+from headwater.runtime.server import ServerSettings
+from headwater.runtime.verifier import Verification, verify
+from headwater.spec.rules import load_rules
+from headwater.spec.sync import Sync, parse_sync
 from headwater.storage import OnServerLoss, Storage, checkpoints_of
 from headwater.supervisor import Supervisor
-from headwater.sync import Sync, parse_sync
-from headwater.wire.reach import Reach
+from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import TLS, Security
+from headwater.worker import Worker
+from headwater.worker.reader import read_parameters
 
 TRANSPORTS = ("unix", "tcp")
 _LOOPBACK = "127.0.0.1"
@@ -55,7 +55,7 @@ class Cluster:
     Args:
         workers: how many workers must have joined before anything is committed.
         servers: into how many ranges every model is cut; one process (or thread) each.
-        sync: "sync", "async", "ssp:N" or an object of `headwater.sync`.
+        sync: "sync", "async", "ssp:N" or an object of `headwater.spec.sync`.
         engine: "inline" (threads of this process), "local" (processes), "ray" (actors) or a `RayEngine`.
         replicas: 0, or 1 for a standby of every server, which takes over when it is lost.
         checkpoint: directory or fsspec URL for checkpoints; of one cluster at a time.
@@ -112,7 +112,7 @@ class Cluster:
             raise ConfigurationError(f"transport: got {transport!r}, expected one of {TRANSPORTS}")
         mode = str(parse_sync(sync))
         security = Security(token, tls, insecure)
-        reach = Reach(bind, advertise, security)
+        reach = Endpoint(bind, advertise, security)
         checkpoints = checkpoints_of(checkpoint, every, keep, resume, on_server_loss)
         told = ClusterSettings(
             workers=workers,
@@ -273,7 +273,7 @@ def connect(address: str, *, token: str | None = None, tls: TLS | None = None) -
     return Worker(address, security=Security(token, tls))
 
 
-def _of_servers(reach: Reach, transport: str, nearby: bool) -> Reach:
+def _of_servers(reach: Endpoint, transport: str, nearby: bool) -> Endpoint:
     """Where servers listen whose coordinator listens there."""
     near = reach.on_any_port()
     if not nearby:  # what this machine is called leads to none of theirs

@@ -19,12 +19,12 @@ from jax import numpy as jnp
 from jax import tree_util
 
 from headwater.errors import GradientError, RegistrationError, UsageError
-from headwater.layout import DTYPES
 from headwater.messages import StepResult
-from headwater.nodes.worker import Worker
-from headwater.nodes.worker.declaring import Group, NonFinite
-from headwater.nodes.worker.model import Model
-from headwater.rules import Rule
+from headwater.spec.layout import DTYPES
+from headwater.spec.rules import Rule
+from headwater.worker import Worker
+from headwater.worker.model import Model
+from headwater.worker.model_spec import Group, NonFinite
 
 __all__ = ["DistributedOptimizer"]
 

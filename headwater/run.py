@@ -16,8 +16,8 @@ from headwater.cluster import Cluster, ClusterOptions
 from headwater.engines import Outcome, RayEngine
 from headwater.errors import ConfigurationError
 from headwater.messages import ClusterStatistics, Scalar
-from headwater.nodes.worker import Worker
-from headwater.sync import Sync
+from headwater.spec.sync import Sync
+from headwater.worker import Worker
 
 _log = logging.getLogger("headwater")
 

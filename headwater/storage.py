@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from headwater import checkpoint as files
 from headwater.errors import ConfigurationError
-from headwater.nodes.checkpointer import Checkpointer, Every
+from headwater.runtime.checkpointer import Checkpointer, Every
 from headwater.wire.security import PLAIN, Security
 
 OnServerLoss: TypeAlias = Literal["rewind", "stop"]

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from headwater.engines import Engine, Outcome
 from headwater.errors import ConfigurationError, EngineError, HeadwaterError, UnreachableError
+from headwater.machines.roster import Departure
 from headwater.messages import Role
-from headwater.roster import Departure
 
 _log = logging.getLogger("headwater.coordinator")
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from headwater import checkpoint
-from headwater.layout import Layout
 from headwater.messages import ModelSpec, RuleSpec, TableSpec, TensorSpec
-from headwater.placement import slots_of, slots_of_server
 from headwater.shard.snapshot import ModelSnapshot, TableSnapshot
+from headwater.spec.layout import Layout
+from headwater.spec.placement import slots_of, slots_of_server
 
-HERE = Path(__file__).parent
+LOCAL = Path(__file__).parent
 SGD = RuleSpec("SGD", {"lr": 0.1, "momentum": 0.9})
 SCHEDULED = RuleSpec("Adam", {"lr": RuleSpec("Cosine", {"start": 0.1, "steps": 1000})})
 ADAGRAD = RuleSpec("Adagrad", {"lr": 0.05})
@@ -139,7 +139,7 @@ def assert_same(got, expected):
 
 def python(code, *arguments, **options):
     """A Python process that can import this module and this headwater."""
-    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+    paths = os.pathsep.join([str(LOCAL.parent), str(LOCAL)])
     command = [sys.executable, "-c", code, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, **pipes, **options)

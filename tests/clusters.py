@@ -3,7 +3,7 @@
 from typing import Any
 
 from headwater import messages as m
-from headwater.rules import Accumulate, Rule
+from headwater.spec.rules import Accumulate, Rule
 from headwater.testing.processes.host import Host
 from headwater.testing.processes.network import End
 from headwater.testing.world import World

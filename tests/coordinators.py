@@ -16,15 +16,15 @@ import headwater as hw
 from headwater.engines import Launch
 from headwater.engines.local import LocalEngine
 from headwater.messages import Ask
-from headwater.nodes.server import ServerSettings
+from headwater.runtime.server import ServerSettings
+from headwater.wire.endpoint import LOCAL, Endpoint
 from headwater.wire.listener import dial
-from headwater.wire.reach import HERE, Reach
 
 ALONE = """
 import json, sys
-from headwater.nodes.coordinator.settings import ClusterSettings
-from headwater.nodes.coordinator import CoordinatorNode
-from headwater.wire.reach import Reach
+from headwater.runtime.coordinator.settings import ClusterSettings
+from headwater.runtime.coordinator import CoordinatorNode
+from headwater.wire.endpoint import Reach
 
 settings, journal, reach = json.loads(sys.argv[1])
 node = CoordinatorNode(ClusterSettings(**settings), journal=journal, reach=Reach(**reach))
@@ -101,7 +101,7 @@ class Field:
         self.lines = []
         self._ended = queue.SimpleQueue()
         self.coordinator = Coordinator(folder, settings, bind)
-        reach = HERE if bind.startswith("unix:") else Reach(bind, local=False)
+        reach = LOCAL if bind.startswith("unix:") else Endpoint(bind, local=False)
         self._engine = LocalEngine(Launch(workers, output=self.lines.append))
         for role in ("server", *["standby"] * replicas):
             for index in range(servers):

@@ -11,25 +11,25 @@ from waiting import wait_until
 import headwater as hw
 from headwater.engines import Launch
 from headwater.engines.local import LocalEngine
-from headwater.nodes.coordinator import CoordinatorNode
-from headwater.nodes.coordinator.settings import ClusterSettings
-from headwater.nodes.server import ServerSettings
-from headwater.wire.reach import HERE, Reach
+from headwater.runtime.coordinator import CoordinatorNode
+from headwater.runtime.coordinator.settings import ClusterSettings
+from headwater.runtime.server import ServerSettings
+from headwater.wire.endpoint import LOCAL, Endpoint
 
 WAIT_S = 60.0
 
-NEAR = HERE
+NEAR = LOCAL
 """Reached over a Unix socket, with shared memory."""
 
 
 def far(security):
     """Reached over TCP alone."""
-    return Reach("127.0.0.1", security=security, local=False)
+    return Endpoint("127.0.0.1", security=security, local=False)
 
 
 def both(security):
     """Reached as whoever dials likes it best."""
-    return Reach("127.0.0.1", security=security)
+    return Endpoint("127.0.0.1", security=security)
 
 
 class Field:
@@ -53,7 +53,7 @@ class Field:
                 self.servers,
                 self.sync,
                 self.coordinator.address,
-                reach if reach is not NEAR else Reach(security=self.security),
+                reach if reach is not NEAR else Endpoint(security=self.security),
                 5.0,
                 role=role,
                 replicas=self.replicas,

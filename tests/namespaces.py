@@ -16,7 +16,7 @@ import sys
 import threading
 from pathlib import Path
 
-HERE = Path(__file__).parent
+LOCAL = Path(__file__).parent
 WAIT_S = 90.0
 
 
@@ -111,7 +111,7 @@ class Node:
     """A Python process on a host. What it prints arrives line by line; it ends with the end of its input."""
 
     def __init__(self, network, host, code, *arguments):
-        paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+        paths = os.pathsep.join([str(LOCAL.parent), str(LOCAL)])
         self._process = subprocess.Popen(
             [*network.inside(host), sys.executable, "-c", code, json.dumps(arguments)],
             stdin=subprocess.PIPE,

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from headwater import initializers, lifetime, rules
 from headwater.kernels import reference
-from headwater.lifetime import AfterSteps, LeastRecentlyUsed
-from headwater.placement import mix, slots_of
+from headwater.spec import initializers, lifetime, rules
+from headwater.spec.lifetime import AfterSteps, LeastRecentlyUsed
+from headwater.spec.placement import mix, slots_of
 
 BUCKETS, PLACES = 16, 8
 

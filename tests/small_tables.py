@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from headwater.initializers import Zeros
 from headwater.messages import TableSpec
-from headwater.placement import SLOTS, slots_of
-from headwater.rules import Accumulate
 from headwater.shard.table import Table
+from headwater.spec.initializers import Zeros
+from headwater.spec.placement import SLOTS, slots_of
+from headwater.spec.rules import Accumulate
 
 INT64 = np.iinfo(np.int64)
 ALL_SLOTS = range(SLOTS)

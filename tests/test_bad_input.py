@@ -21,8 +21,8 @@ from headwater.errors import (
     RefusedError,
     RegistrationError,
 )
-from headwater.nodes.session import Session
-from headwater.rules import RowwiseAdagrad
+from headwater.runtime.session import Session
+from headwater.spec.rules import RowwiseAdagrad
 from headwater.wire import frames
 from headwater.wire.channel import Outgoing
 from headwater.wire.listener import dial

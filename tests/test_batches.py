@@ -14,9 +14,9 @@ import headwater as hw
 from headwater import messages as m
 from headwater.cli.summary import summarize
 from headwater.errors import ConfigurationError, StalledError
-from headwater.nodes.worker import Worker
-from headwater.splits import Order, part_of
+from headwater.machines.splits import Order, part_of
 from headwater.wire.listener import dial
+from headwater.worker import Worker
 
 DYNAMIC = ["async", "ssp:0", "ssp:2"]
 

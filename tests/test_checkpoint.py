@@ -33,7 +33,7 @@ from headwater.checkpoint.manifest import decode, parse_name
 from headwater.checkpoint.store import LocalFolder, write_all
 from headwater.checkpoint.tensors import open_tensors
 from headwater.errors import CheckpointError, ConfigurationError
-from headwater.layout import Layout
+from headwater.spec.layout import Layout
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
 SHAPES = st.dictionaries(NAMES, st.lists(st.integers(0, 20), max_size=3).map(tuple), min_size=1, max_size=4)

@@ -10,7 +10,7 @@ from checkpoints import assert_same, model, part_of_model, part_of_table, table,
 import headwater as hw
 from headwater import checkpoint
 from headwater.errors import CheckpointError, ConfigurationError
-from headwater.layout import Layout
+from headwater.spec.layout import Layout
 
 
 @pytest.fixture

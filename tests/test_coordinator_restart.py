@@ -10,7 +10,7 @@ from coordinators import count_until_stop, field
 from waiting import wait_until
 
 import headwater as hw
-from headwater.nodes.reader import read_parameters
+from headwater.worker.reader import read_parameters
 
 
 def finish(cluster, folder):

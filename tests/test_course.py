@@ -3,11 +3,11 @@
 import threading
 
 from headwater import messages as m
-from headwater.nodes.server.course import Course, Progress
+from headwater.runtime.server.applier import LogApplier, Progress
 from headwater.shard import Shard
 
 
-class Interrupted(Course):
+class Interrupted(LogApplier):
     """A sequencer says what stands just when `process` looks whether it did."""
 
     _said = False
@@ -31,7 +31,7 @@ class Interrupted(Course):
 def test_what_is_prepared_is_reported_however_a_new_sequencers_word_meets_the_look_for_it():
     course = Interrupted(Shard(0, 1, "mean"), replicated=True)
     course.begin_term(3)
-    course.interrupting = threading.Thread(target=course.agree, args=(m.Agreed(3, 0),))
+    course.interrupting = threading.Thread(target=course.agree, args=(m.StartTerm(3, 0),))
     reported = course.process()
     course.interrupting.join(10)
     assert reported or course.process()

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from headwater import errors
-from headwater.exchange import Exchange
+from headwater.machines.exchange import Exchange
 from headwater.messages import (
     Acknowledged,
     Answer,

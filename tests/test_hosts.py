@@ -25,9 +25,9 @@ from headwater.errors import (
     RefusedError,
     UnreachableError,
 )
-from headwater.nodes.server import ServerNode, ServerSettings
+from headwater.runtime.server import ServerNode, ServerSettings
 from headwater.wire.addresses import split_place
-from headwater.wire.reach import Reach
+from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import Security
 
 PROOFS = {
@@ -285,7 +285,7 @@ ELSEWHERE = "127.0.0.2"
 def test_a_server_that_advertises_an_address_where_nobody_reaches_it_is_refused(caplog):
     security = Security(TOKEN)
     with field(security, servers=1, workers=1) as at:
-        reach = Reach("127.0.0.1", ELSEWHERE, security)
+        reach = Endpoint("127.0.0.1", ELSEWHERE, security)
         node = ServerNode(ServerSettings(0, 1, "sync", at.coordinator.address, reach))
         with pytest.raises(UnreachableError, match=rf"server 0 .*tcp:{ELSEWHERE}:\d+.*refused.*--advertise"):
             node.start()
@@ -300,8 +300,8 @@ def test_a_server_that_advertises_an_address_where_nobody_reaches_it_is_refused(
 def test_a_server_that_only_its_own_machine_reaches_is_refused_by_a_coordinator_of_another(monkeypatch):
     security = Security(TOKEN)
     with field(security, servers=1, workers=1) as at:
-        monkeypatch.setattr("headwater.nodes.join.machine", lambda: "another")
-        node = ServerNode(ServerSettings(0, 1, "sync", at.coordinator.address, Reach(security=security)))
+        monkeypatch.setattr("headwater.runtime.join.machine", lambda: "another")
+        node = ServerNode(ServerSettings(0, 1, "sync", at.coordinator.address, Endpoint(security=security)))
         with pytest.raises(UnreachableError, match=r"server 0 .*unix:.*--bind"):
             node.start()
 
@@ -311,7 +311,7 @@ def test_a_worker_that_no_server_s_address_leads_from_is_told_at_once(monkeypatc
     with field(security, servers=1, workers=1) as at:
         at.start(0, NEAR)
         at.wait_until(lambda: at.nodes("server"))
-        monkeypatch.setattr("headwater.nodes.dialling.machine", lambda: "another")
+        monkeypatch.setattr("headwater.runtime.dialling.machine", lambda: "another")
         with pytest.raises(UnreachableError, match=r"server 0 .*unix:.*--bind"):
             hw.connect(at.coordinator.address, token=TOKEN)
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwater import initializers
 from headwater.errors import ConfigurationError
-from headwater.initializers import Constant, Normal, TruncatedNormal, Uniform, Zeros
 from headwater.kernels.rows import begin
 from headwater.messages import RuleSpec
+from headwater.spec import initializers
+from headwater.spec.initializers import Constant, Normal, TruncatedNormal, Uniform, Zeros
 
 ALL = [Zeros(), Constant(0.1), Uniform(-0.3, 0.7), Normal(std=0.01), Normal(1, 2), TruncatedNormal(-1, 0.5)]
 INT64 = np.iinfo(np.int64)

@@ -20,15 +20,15 @@ from headwater.errors import (
     JournalError,
     StalledError,
 )
+from headwater.machines.roster import RosterBook, RosterRecord
 from headwater.messages import Join, Member, Refused, Rejoin, Welcome
-from headwater.nodes.coordinator import CoordinatorNode
-from headwater.nodes.coordinator.journal import Journal
-from headwater.nodes.coordinator.settings import ClusterSettings
-from headwater.nodes.join import join, rejoin
-from headwater.nodes.server import ServerNode, ServerSettings
-from headwater.roster import RosterBook, RosterRecord
+from headwater.runtime.coordinator import CoordinatorNode
+from headwater.runtime.coordinator.journal import Journal
+from headwater.runtime.coordinator.settings import ClusterSettings
+from headwater.runtime.join import join, rejoin
+from headwater.runtime.server import ServerNode, ServerSettings
+from headwater.wire.endpoint import Endpoint
 from headwater.wire.listener import Listener
-from headwater.wire.reach import Reach
 
 SETTINGS = {"workers": 2, "sync": "sync", "settings": {"lr": 0.5}}
 MEMBERS = (Member(3, "server", 0, 17, "here", ("unix:@a",)), Member(12, "standby", 0, 18, "there"))
@@ -85,7 +85,7 @@ def test_keys_are_each_members_own_and_the_same_after_a_restart(tmp_path):
 
 HOLDS = """
 import sys
-from headwater.nodes.coordinator.journal import Journal
+from headwater.runtime.coordinator.journal import Journal
 journal = Journal(sys.argv[1], {"workers": 2, "sync": "sync", "settings": {"lr": 0.5}})
 print("held", flush=True)
 sys.stdin.read()
@@ -208,7 +208,9 @@ class Small:
         self.server.start()
 
     def start(self):
-        self.node = CoordinatorNode(self._settings, journal=self._journal, reach=Reach(f"unix:{self._place}"))
+        self.node = CoordinatorNode(
+            self._settings, journal=self._journal, reach=Endpoint(f"unix:{self._place}")
+        )
 
     def ranks(self):
         return [node.rank for node in self.node.statistics().nodes if node.role == "worker"]

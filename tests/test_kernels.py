@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from headwater.errors import ConfigurationError, EnvironmentFailure
 from headwater.kernels import add_up, cache, copy_out, dense, finite, reference, stage
 from headwater.kernels.source import float32_source
-from headwater.rules import SGD, Accumulate, Adagrad, Adam, AdamW, Assign, Ftrl, RMSprop, Rule
+from headwater.spec.rules import SGD, Accumulate, Adagrad, Adam, AdamW, Assign, Ftrl, RMSprop, Rule
 
 LIMIT = 4.0
 SPECIAL = np.array(
@@ -408,7 +408,7 @@ def load(x):
 
 HALVE = """
 from dataclasses import dataclass
-from headwater.rules import Rule, register
+from headwater.spec.rules import Rule, register
 
 def halve(value, gradient):
     return FACTOR * value

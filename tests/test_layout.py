@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwater.errors import RegistrationError
-from headwater.layout import LINE, PAGE, Layout, describe, ranges
 from headwater.messages import TensorSpec
+from headwater.spec.layout import LINE, PAGE, Layout, describe, ranges
 
 shapes = st.one_of(
     st.lists(st.integers(0, 40), max_size=3).map(tuple), st.sampled_from([(), (0,), (1,), (5000,), (16,)])

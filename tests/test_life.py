@@ -5,7 +5,7 @@ import struct
 import pytest
 from connections import channels
 
-from headwater.wire.life import Life, is_unanswered
+from headwater.wire.liveness import PeerLiveness, is_unanswered
 
 
 def info(*, retransmits=0, probes=0, unacked=0, quiet_ms=5000):
@@ -33,7 +33,7 @@ def test_what_is_sent_again_and_not_acknowledged_is_unanswered(told, unanswered)
 def test_a_channel_is_given_up_after_a_whole_silence_and_not_after_pieces_of_one():
     silent, lively = info(unacked=1, retransmits=2), info()
     with channels("tcp") as (channel, other):
-        life = Life(20.0)
+        life = PeerLiveness(20.0)
         assert [life.is_over(channel, silent, now) for now in (0.0, 10.0, 19.0)] == [False] * 3
         assert not life.is_over(channel, lively, 20.0)
         assert [life.is_over(channel, silent, now) for now in (21.0, 40.0, 41.0)] == [False, False, True]
@@ -43,7 +43,7 @@ def test_a_channel_is_given_up_after_a_whole_silence_and_not_after_pieces_of_one
 @pytest.mark.parametrize("kind", ["unix", "tcp", "tls"])
 def test_a_channel_whose_peer_lives_stays(kind):
     with channels(kind) as pair:
-        life = Life(0.0)
+        life = PeerLiveness(0.0)
         for now in range(100):
             life.look(pair, float(now))
         assert all(channel.fileno() >= 0 for channel in pair)

@@ -27,8 +27,8 @@ from headwater.messages import Answer, Pull, Step
 from headwater.wire.addresses import advertised
 from headwater.wire.frames import encode
 from headwater.wire.greeting import Greeting
+from headwater.wire.handshake_pool import Capacity
 from headwater.wire.listener import Listener, dial
-from headwater.wire.reception import Capacity
 from headwater.wire.refusals import RefusalLog
 from headwater.wire.security import Security
 

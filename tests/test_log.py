@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwater import messages as m
-from headwater.rules import SGD, Adam
+from headwater.spec.rules import SGD, Adam
 
 # ── every mode ──────────────────────────────────────────────────────────────────────────────────
 

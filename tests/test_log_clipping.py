@@ -16,7 +16,7 @@ from test_log_quorum import modes as quorums
 from test_log_replicas import assert_settled, drive, events
 
 from headwater import messages as m
-from headwater.rules import SGD
+from headwater.spec.rules import SGD
 
 HALVES = 0.5 * (5 + 1e-6)
 NEVER = 1e30

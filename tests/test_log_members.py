@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from headwater import messages as m
 from headwater.errors import RegistrationError, StalledError
-from headwater.rules import SGD, Accumulate
+from headwater.spec.rules import SGD, Accumulate
 
 # ── stop ────────────────────────────────────────────────────────────────────────────────────────
 

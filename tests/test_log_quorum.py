@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from test_log_replicas import assert_settled, drive, events
 
 from headwater import messages as m
-from headwater.rules import SGD
+from headwater.spec.rules import SGD
 
 modes = st.builds(
     lambda quorum, grace: f"sync:quorum={quorum}" + (f",grace={grace}" if grace else ""),

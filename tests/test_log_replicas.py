@@ -25,11 +25,11 @@ from test_log_members import chaos
 
 from headwater import messages as m
 from headwater.errors import RefusedError
-from headwater.initializers import Uniform
-from headwater.lifetime import AfterCount
-from headwater.rules import Adagrad, Adam
 from headwater.shard import Shard
 from headwater.shard.digest import digests
+from headwater.spec.initializers import Uniform
+from headwater.spec.lifetime import AfterCount
+from headwater.spec.rules import Adagrad, Adam
 from headwater.testing.invariants.digest import digest
 
 EVENTS = ["server", "server", "zombie", "standby"]

@@ -9,7 +9,7 @@ import threading
 import pytest
 from connections import TOKEN, tls
 from hosts import train
-from namespaces import HERE, Network, Node, impossible
+from namespaces import LOCAL, Network, Node, impossible
 from serving import Site, codes
 from waiting import wait_until
 
@@ -24,10 +24,10 @@ import dataclasses, hashlib, json, logging, os, sys, threading, time
 import msgspec
 import numpy as np
 import headwater as hw
-from headwater.nodes.coordinator import CoordinatorNode
-from headwater.nodes.coordinator.settings import ClusterSettings
-from headwater.nodes.server import ServerNode, ServerSettings
-from headwater.wire.reach import Reach
+from headwater.runtime.coordinator import CoordinatorNode
+from headwater.runtime.coordinator.settings import ClusterSettings
+from headwater.runtime.server import ServerNode, ServerSettings
+from headwater.wire.endpoint import Reach
 from headwater.wire.security import TLS, Security
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -219,7 +219,7 @@ def test_nodes_that_headwater_serve_starts_on_three_hosts_end_with_the_same_bits
     (tmp_path / "script.py").write_text(SCRIPT)
     known = dict(zip(("CA", "CERTIFICATE", "KEY"), files(), strict=True))
     proofs = {"HEADWATER_TOKEN": TOKEN, **{f"HEADWATER_TLS_{name}": path for name, path in known.items()}}
-    proofs["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
+    proofs["PYTHONPATH"] = os.pathsep.join([str(LOCAL.parent), str(LOCAL)])
     with (
         Network(HOSTS) as network,
         contextlib.closing(Site(tmp_path, f"tcp:{network.address(1)}:7000")) as at,
@@ -302,7 +302,7 @@ def test_a_host_that_is_cut_off_for_longer_is_refused_and_the_others_go_on(host)
 
 LISTENS = """
 import json, os, sys, threading
-from headwater.wire.reach import Reach
+from headwater.wire.endpoint import Reach
 from headwater.wire.security import Security
 token, files, bind, busy = json.loads(sys.argv[1])
 [listener], [address] = Reach(bind, security=Security(token), local=False).listen()
@@ -319,7 +319,7 @@ SENDS = """
 import json, sys, threading, time
 from headwater.errors import ConnectionLostError
 from headwater.messages import Heartbeat, Refused
-from headwater.wire.life import Life
+from headwater.wire.liveness import Life
 from headwater.wire.listener import dial
 from headwater.wire.security import Security
 token, files, address, busy = json.loads(sys.argv[1])

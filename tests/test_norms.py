@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from test_kernels import addresses, numbers
 
 from headwater.kernels import reference, square_up
-from headwater.layout import LINE, PAGE, ranges
 from headwater.log.norms import norm, scale, subtrees
+from headwater.spec.layout import LINE, PAGE, ranges
 
 
 def same_doubles(ours, theirs):

@@ -3,11 +3,11 @@
 import pytest
 
 from headwater.errors import ConfigurationError
-from headwater.messages import Enlist, Join
-from headwater.nodes.coordinator.places import Places
-from headwater.roster import RosterBook
+from headwater.machines.roster import RosterBook
+from headwater.messages import Join, RequestSlot
+from headwater.runtime.coordinator.places import SlotAllocator
 
-ANY = Enlist(None, None)
+ANY = RequestSlot(None, None)
 
 
 def place(promise):
@@ -20,42 +20,42 @@ def members(*roles):
 
 
 def test_servers_come_first_then_standbys_then_spares():
-    places = Places(servers=2, replicas=1)
+    places = SlotAllocator(servers=2, replicas=1)
     given = [place(places.promise(ANY, [], forming=True)) for _ in range(5)]
     assert given == [("server", 0), ("server", 1), ("standby", 0), ("standby", 1), None]
 
 
 def test_without_replicas_there_are_no_standbys():
-    places = Places(servers=1, replicas=0)
+    places = SlotAllocator(servers=1, replicas=0)
     assert [place(places.promise(ANY, [], forming=True)) for _ in range(2)] == [("server", 0), None]
 
 
 def test_what_a_member_has_is_not_given():
-    places = Places(servers=3, replicas=1)
+    places = SlotAllocator(servers=3, replicas=1)
     there = members(("server", 0), ("server", 2), ("standby", 2))
     assert place(places.promise(ANY, there, forming=True)) == ("server", 1)
-    assert place(places.promise(Enlist(None, 2), there, forming=True)) is None
-    assert place(places.promise(Enlist("standby", None), there, forming=True)) == ("standby", 0)
+    assert place(places.promise(RequestSlot(None, 2), there, forming=True)) is None
+    assert place(places.promise(RequestSlot("standby", None), there, forming=True)) == ("standby", 0)
 
 
 def test_a_server_that_is_lost_is_nobodys_until_a_new_generation_forms():
-    places = Places(servers=2, replicas=1)
+    places = SlotAllocator(servers=2, replicas=1)
     there = members(("server", 0))
-    assert place(places.promise(Enlist("server", None), there, forming=False)) is None
+    assert place(places.promise(RequestSlot("server", None), there, forming=False)) is None
     assert place(places.promise(ANY, there, forming=False)) == ("standby", 0)
 
 
 def test_a_wish_is_granted_or_waits():
-    places = Places(servers=2, replicas=1)
-    assert place(places.promise(Enlist("server", 1), [], forming=True)) == ("server", 1)
-    assert place(places.promise(Enlist("server", 1), [], forming=True)) is None
-    assert place(places.promise(Enlist("standby", 0), [], forming=True)) is None, "servers first"
-    assert place(places.promise(Enlist(None, 0), [], forming=True)) == ("server", 0)
-    assert place(places.promise(Enlist("standby", 0), [], forming=True)) == ("standby", 0)
+    places = SlotAllocator(servers=2, replicas=1)
+    assert place(places.promise(RequestSlot("server", 1), [], forming=True)) == ("server", 1)
+    assert place(places.promise(RequestSlot("server", 1), [], forming=True)) is None
+    assert place(places.promise(RequestSlot("standby", 0), [], forming=True)) is None, "servers first"
+    assert place(places.promise(RequestSlot(None, 0), [], forming=True)) == ("server", 0)
+    assert place(places.promise(RequestSlot("standby", 0), [], forming=True)) == ("standby", 0)
 
 
 def test_a_promise_that_is_released_twice_frees_only_itself():
-    places = Places(servers=1, replicas=0)
+    places = SlotAllocator(servers=1, replicas=0)
     first = places.promise(ANY, [], forming=True)
     places.release(first)
     assert place(places.promise(ANY, [], forming=True)) == ("server", 0)
@@ -63,10 +63,12 @@ def test_a_promise_that_is_released_twice_frees_only_itself():
     assert places.promise(ANY, [], forming=True) is None
 
 
-@pytest.mark.parametrize("enlist", [Enlist("server", 2), Enlist(None, 2), Enlist("standby", None)])
+@pytest.mark.parametrize(
+    "enlist", [RequestSlot("server", 2), RequestSlot(None, 2), RequestSlot("standby", None)]
+)
 def test_places_that_can_never_be_are_refused(enlist):
     with pytest.raises(ConfigurationError):
-        Places(servers=2, replicas=0).check(enlist)
+        SlotAllocator(servers=2, replicas=0).check(enlist)
 
 
 # ── the end of the work ─────────────────────────────────────────────────────────────────────────

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwater import messages as m
-from headwater.positions import Positions, Ranges
+from headwater.log.positions import Positions, Ranges
 
 edits = st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(0, 30)), max_size=30)
 
@@ -24,12 +24,12 @@ def test_ranges_are_the_set_of_integers_that_were_added_and_not_removed(edits):
 
 
 def visit(*spans, call=0, epochs=2, size=10):
-    return m.Visit(call, epochs, size, tuple(m.Span(*span) for span in spans))
+    return m.DynamicProgress(call, epochs, size, tuple(m.Span(*span) for span in spans))
 
 
 def test_the_last_position_of_each_rank_is_kept_and_visits_add_up():
     positions = Positions()
-    place = m.Place(0, epochs=2, size=5, epoch=1, done=3)
+    place = m.StaticProgress(0, epochs=2, size=5, epoch=1, done=3)
     positions.record(m.Position(1, 0, (place,)))
     positions.record(m.Position(0, 0, (), (visit((0, 0, 4)),)))
     positions.record(m.Position(0, 0, (), (visit((0, 4, 6), (1, 0, 2)),)))
@@ -43,7 +43,7 @@ def test_complete_epochs_and_complete_calls_take_no_room():
     positions.record(m.Position(0, 0, (), (visit((0, 0, 10), (1, 0, 9)),)))
     assert positions.recorded().visited == (m.Visited(0, 2, 10, 1, (m.Span(1, 0, 9),)),)
     positions.record(m.Position(1, 0, (), (visit((1, 9, 10)),)))
-    assert positions.recorded() == m.Recorded((m.Position(0, 0), m.Position(1, 0)), (), 1)
+    assert positions.recorded() == m.DataProgress((m.Position(0, 0), m.Position(1, 0)), (), 1)
 
 
 def test_calls_that_every_rank_is_done_with_take_no_room():
@@ -69,8 +69,8 @@ def test_positions_survive_the_way_through_a_message(steps):
     for rank, over, epoch, start, stop in steps:
         positions.record(m.Position(rank, over, (), (visit((epoch, start, stop), call=over, epochs=3),)))
     recorded = positions.recorded()
-    again = msgspec.msgpack.decode(msgspec.msgpack.encode(recorded), type=m.Recorded)
-    assert again == recorded == msgspec.json.decode(msgspec.json.encode(recorded), type=m.Recorded)
+    again = msgspec.msgpack.decode(msgspec.msgpack.encode(recorded), type=m.DataProgress)
+    assert again == recorded == msgspec.json.decode(msgspec.json.encode(recorded), type=m.DataProgress)
     assert Positions(again).recorded() == recorded
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from rays import REASON, actors, share
 
 import headwater as hw
-from headwater.engines.seating import Seats, seats_of_shards
+from headwater.engines.seating import BundleSlots, seats_of_shards
 from headwater.errors import ConfigurationError, EngineError, WorkerError
 
 ONES = {"v": np.ones(3, np.float32)}
@@ -53,7 +53,7 @@ def test_servers_lie_on_as_many_machines_as_their_standbys():
 
 
 def test_a_node_waits_until_a_place_of_its_own_is_free_or_it_is_cancelled():
-    seats, cancelled, taken = Seats([(0, 1), (2,)]), threading.Event(), []
+    seats, cancelled, taken = BundleSlots([(0, 1), (2,)]), threading.Event(), []
     assert [seats.take(0), seats.take(0), seats.take(0), seats.take(1)] == [0, 1, None, 2]
     waiting = threading.Thread(target=lambda: taken.append(seats.wait(0, cancelled)))
     waiting.start()

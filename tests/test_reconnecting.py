@@ -11,7 +11,7 @@ import pytest
 from connections import TOKEN
 
 import headwater as hw
-from headwater.nodes import dialling
+from headwater.runtime import dialling
 
 SHAPES = {"a": (9000,), "b": (5,)}
 

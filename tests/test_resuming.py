@@ -17,8 +17,8 @@ from waiting import wait_until
 import headwater as hw
 from headwater.checkpoint import list_checkpoints
 from headwater.errors import CheckpointError, ConfigurationError, HeadwaterError, RegistrationError
-from headwater.nodes.dialling import dial_member
-from headwater.nodes.server import node
+from headwater.runtime.dialling import dial_member
+from headwater.runtime.server import node
 
 DATA = np.random.default_rng(0).standard_normal((240, 6)).astype(np.float32)
 

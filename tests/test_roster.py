@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwater.errors import RefusedError, RewoundError
+from headwater.machines.roster import Departure, RosterBook, RosterRecord
 from headwater.messages import Join
-from headwater.roster import Departure, RosterBook, RosterRecord
 
 
 def join(book, role="worker", index=None):

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwater import rules
 from headwater.errors import ConfigurationError
 from headwater.kernels import dense
 from headwater.messages import RuleSpec
-from headwater.rules import (
+from headwater.spec import rules
+from headwater.spec.rules import (
     SGD,
     Accumulate,
     Adagrad,
@@ -31,7 +31,7 @@ from headwater.rules import (
     load_rules,
     register,
 )
-from headwater.schedules import Constant, Cosine, Linear, StepDecay
+from headwater.spec.schedules import Constant, Cosine, Linear, StepDecay
 
 EXAMPLES = [
     SGD(0.1),
@@ -283,7 +283,7 @@ def test_a_module_of_rules_is_loaded_by_name_and_its_rules_by_message(tmp_path, 
     monkeypatch.setattr(rules, "_registered", dict(rules._registered))
     (tmp_path / "my_signs.py").write_text(
         "from dataclasses import dataclass\n"
-        "from headwater.rules import Rule, register\n"
+        "from headwater.spec.rules import Rule, register\n"
         "@register\n"
         "@dataclass(frozen=True)\n"
         "class Signs(Rule):\n"

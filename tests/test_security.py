@@ -37,8 +37,8 @@ from headwater.errors import ConfigurationError, ProtocolError, RefusedError
 from headwater.messages import Ask, Refused
 from headwater.wire.frames import Limits, encode
 from headwater.wire.greeting import Greeting, Proof
+from headwater.wire.handshake_pool import Capacity
 from headwater.wire.listener import Listener, dial
-from headwater.wire.reception import Capacity
 from headwater.wire.security import TLS, Security
 
 # ── honest nodes that fit ───────────────────────────────────────────────────────────────────────

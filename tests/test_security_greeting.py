@@ -11,9 +11,9 @@ from headwater.wire.greeting import (
     Caller,
     Challenge,
     Greeting,
+    HandshakeDecoder,
     Host,
     Proof,
-    Words,
     binding,
     printable,
 )
@@ -94,7 +94,7 @@ def test_a_listener_hears_nothing_out_of_turn(before, word):
 @given(st.lists(st.integers(1, 60), min_size=1))
 def test_words_arrive_whole_however_they_are_cut(cuts):
     said = [Greeting(A, True), Challenge(B), Proof(A)]
-    data, words, heard = b"".join(map(encode, said)), Words(), []
+    data, words, heard = b"".join(map(encode, said)), HandshakeDecoder(), []
     turn = 0
     while data:
         count = min(cuts[turn % len(cuts)], words.wanted)
@@ -107,7 +107,7 @@ def test_words_arrive_whole_however_they_are_cut(cuts):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_what_is_no_frame_is_refused_with_its_first_wrong_byte(count):
-    words = Words()
+    words = HandshakeDecoder()
     with pytest.raises(ProtocolError, match="is not a Headwater node"):
         words.feed((b"HWT"[: count - 1] + b"!")[:count])
 

@@ -7,9 +7,9 @@ import pytest
 from headwater import messages as m
 from headwater.errors import ProtocolError, RefusedError
 from headwater.log.sequencer import Sequencer
-from headwater.log.standings import Standings
-from headwater.roster import RosterBook
-from headwater.sync import parse_sync
+from headwater.log.state import LogState
+from headwater.machines.roster import RosterBook
+from headwater.spec.sync import parse_sync
 
 MODES = ["sync", "async", "ssp:1"]
 
@@ -22,7 +22,7 @@ class Desk:
     ) -> None:
         self.sequencer = Sequencer(servers, parse_sync(mode), **options)
         self.now = 0.0
-        self.attempts: dict[int, int] = defaultdict(int)
+        self.connection_epochs: dict[int, int] = defaultdict(int)
         self.servers = range(servers)
         self.book = RosterBook(workers, servers)
         self.numbers: dict[int, int] = defaultdict(int)
@@ -47,7 +47,7 @@ class Desk:
 
     def also(self, rank: int, kind: str, name: str = "", servers=None) -> list[m.AnyEntry]:
         """`rank`'s last exchange is held by `servers` too."""
-        held = m.Held(self.ids[rank], self.numbers[rank], kind, name, self.attempts[rank])
+        held = m.Held(self.ids[rank], self.numbers[rank], kind, name, self.connection_epochs[rank])
         entries: list[m.AnyEntry] = []
         for server in self.servers if servers is None else servers:
             entries += self.sequencer.report(server, (held,), self.now)
@@ -55,11 +55,11 @@ class Desk:
 
     def again(self, rank: int, kind: str, name: str = "", servers=None) -> list[m.AnyEntry]:
         """`rank`'s last exchange comes again, in its next attempt."""
-        self.attempts[rank] += 1
+        self.connection_epochs[rank] += 1
         return self.also(rank, kind, name, servers)
 
-    def ticket(self, rank: int) -> m.Ticket:
-        return m.Ticket(self.ids[rank], self.numbers[rank], self.attempts[rank])
+    def ticket(self, rank: int) -> m.ExchangeId:
+        return m.ExchangeId(self.ids[rank], self.numbers[rank], self.connection_epochs[rank])
 
     def waits(self, rank: int) -> str:
         return self.sequencer.waits()[self.ids[rank]]
@@ -114,7 +114,7 @@ def test_what_is_held_of_a_newcomer_before_the_roster_names_it_counts_once_it_do
     assert desk.sequencer.report(1, (held,)) == []
     assert kinds(desk.sequencer.roster(desk.book.view())) == ["Enrolled"]
     (served,) = desk.sequencer.report(0, (held,))
-    assert served.ticket == m.Ticket(newcomer.id, 1, 0)
+    assert served.ticket == m.ExchangeId(newcomer.id, 1, 0)
 
 
 def test_what_is_held_of_one_that_is_gone_never_counts():
@@ -396,13 +396,13 @@ def test_what_all_servers_hold_at_some_attempt_proceeds_and_no_newer_one_takes_t
     desk.hold(0, "step", "1", servers=[0])
     desk.again(0, "step", "1", servers=[1])
     assert desk.waits(0) == "step 1 waits for server 1"  # at either attempt one server lacks it
-    desk.attempts[0] = 0
+    desk.connection_epochs[0] = 0
     entries = desk.also(0, "step", "1", servers=[1])
     desk.again(0, "step", "1", servers=[])
     entries += desk.hold(1, "step", "1")
     assert [ticket for entry in entries for ticket in entry.updates] == [
-        m.Ticket(desk.ids[0], 1, 0),
-        m.Ticket(desk.ids[1], 1, 0),
+        m.ExchangeId(desk.ids[0], 1, 0),
+        m.ExchangeId(desk.ids[1], 1, 0),
     ]
 
 
@@ -411,8 +411,8 @@ def test_an_entry_names_the_newest_attempt_that_every_server_holds():
     desk.hold(0, "step", "1")
     desk.again(0, "step", "1")
     desk.again(0, "step", "1", servers=[0])
-    assert committed(desk.hold(1, "step", "1")).updates[0] == m.Ticket(desk.ids[0], 1, 1)
-    assert desk.also(0, "step", "1", servers=[1]) == [m.Served(4, m.Ticket(desk.ids[0], 1, 2), "step")]
+    assert committed(desk.hold(1, "step", "1")).updates[0] == m.ExchangeId(desk.ids[0], 1, 1)
+    assert desk.also(0, "step", "1", servers=[1]) == [m.Served(4, m.ExchangeId(desk.ids[0], 1, 2), "step")]
     assert desk.sequencer.waits() == {}
 
 
@@ -441,8 +441,8 @@ def test_late_and_doubled_reports_change_nothing(mode):
         entries = desk.again(0, "step", step)
         assert kinds(entries) == ["Served"]
         for number in (desk.numbers[0], desk.numbers[0] - 1):
-            for attempt in range(desk.attempts[0] + 1):
-                stale = m.Held(desk.ids[0], number, "step", "", attempt)
+            for connection_epoch in range(desk.connection_epochs[0] + 1):
+                stale = m.Held(desk.ids[0], number, "step", "", connection_epoch)
                 assert desk.sequencer.report(0, (stale, stale)) == []
     assert desk.sequencer.report(0, (m.Held(999, 1, "step"),)) == []
     assert desk.sequencer.version == 3
@@ -543,7 +543,7 @@ def test_one_that_left_by_itself_has_done_its_part(mode):
 
 def answer(server, entries, *, applied=0, closed=None, held=(), term=5, written=0):
     """Of a server that has applied so many of these entries, and has so many more."""
-    standings = Standings()
+    standings = LogState()
     for entry in entries[:applied]:
         standings.apply(entry)
     end = len(entries) if closed is None else applied + closed
@@ -564,7 +564,7 @@ def test_what_was_applied_anywhere_or_is_everywhere_stands_and_the_rest_is_close
     for everywhere in range(len(log) + 1):
         answers = answer(0, log, held=held), answer(1, log, closed=everywhere, held=held)
         sequencer, agreed, entries = recovered(desk, *answers)
-        assert agreed == m.Agreed(5, everywhere)
+        assert agreed == m.StartTerm(5, everywhere)
         assert sequencer.committed == 0
         again = [type(entry) for entry in log[:everywhere] + entries]
         assert again.count(m.Committed) == [type(entry) for entry in log].count(m.Committed)

@@ -11,7 +11,12 @@ class ClippedDesk(Desk):
 
     def also(self, rank, kind, name="", servers=None):
         held = m.Held(
-            self.ids[rank], self.numbers[rank], kind, name, self.attempts[rank], clipped=kind == "step"
+            self.ids[rank],
+            self.numbers[rank],
+            kind,
+            name,
+            self.connection_epochs[rank],
+            clipped=kind == "step",
         )
         entries = []
         for server in self.servers if servers is None else servers:

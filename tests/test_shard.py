@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from headwater import messages as m
 from headwater.errors import ConfigurationError, ProtocolError, RefusedError, RegistrationError
-from headwater.layout import PAGE, Layout
-from headwater.rules import SGD, Accumulate, Adam, Assign
 from headwater.shard import Shard, Staging, Vector
 from headwater.shard.copies import Copies, found
 from headwater.shard.ledger import Ledger
 from headwater.shard.vector import Update
+from headwater.spec.layout import PAGE, Layout
+from headwater.spec.rules import SGD, Accumulate, Adam, Assign
 
 RESULT = m.StepResult(5, True, 1, 0)
 
@@ -182,7 +182,7 @@ def shard():
     """With model 0, which member 1 has registered."""
     one = Shard(0, 1, "mean")
     one.hold(1, m.Register(1, SPEC, None), memory())
-    one.process(m.Registered(1, m.Ticket(1, 1)))
+    one.process(m.Registered(1, m.ExchangeId(1, 1)))
     return one
 
 
@@ -226,7 +226,7 @@ def test_what_an_outstanding_exchange_brought_is_values_for_an_assignment_and_gr
     assert shard.staged(1, 0) is staging.gradients
     shard.hold(1, m.Assign(2, m.Carried(0, b"\1")))
     assert shard.staged(1, 0) is staging.parameters
-    shard.process(m.Assigned(2, 1, m.Ticket(1, 2)))
+    shard.process(m.Assigned(2, 1, m.ExchangeId(1, 2)))
     shard.hold(1, m.Step(3, 1, 1, (m.Carried(0, b"\1"),), (), True))
     assert shard.staged(1, 0) is staging.gradients
 
@@ -235,7 +235,7 @@ def test_a_member_has_one_exchange_at_a_time(shard):
     shard.hold(1, step())
     with pytest.raises(ProtocolError, match="sent 3 before 2 was answered"):
         shard.hold(1, m.Pull(3, (0,), -1))
-    ((member, answer),) = shard.process(m.Committed(2, 1, (m.Ticket(1, 2),), (m.Ticket(1, 2),)))
+    ((member, answer),) = shard.process(m.Committed(2, 1, (m.ExchangeId(1, 2),), (m.ExchangeId(1, 2),)))
     assert (member, answer.number) == (1, 2)
     shard.hold(1, m.Pull(3, (0,), -1))
 
@@ -266,11 +266,11 @@ def test_an_impossible_setting_is_refused_and_the_turn_not_taken(shard):
 def test_a_pull_of_what_has_not_changed_writes_nothing(shard):
     shard.hold(1, m.Pull(2, (0,), 0))
     shard.staging(1, 0).parameters[:] = 77
-    ((_, answer),) = shard.process(m.Served(2, m.Ticket(1, 2)))
+    ((_, answer),) = shard.process(m.Served(2, m.ExchangeId(1, 2)))
     assert answer == m.Answer(2, 0)
     assert (shard.staging(1, 0).parameters == 77).all()
     shard.hold(1, m.Pull(3, (0,), -1))
-    ((_, answer),) = shard.process(m.Served(3, m.Ticket(1, 3)))
+    ((_, answer),) = shard.process(m.Served(3, m.ExchangeId(1, 3)))
     assert answer == m.Answer(3, 0, values=(0,))
     assert (shard.staging(1, 0).parameters == 0).all()
 
@@ -278,17 +278,17 @@ def test_a_pull_of_what_has_not_changed_writes_nothing(shard):
 def test_states_are_copied_as_of_the_answer_and_taken_once():
     shard = Shard(0, 1, "mean")
     shard.hold(1, m.Register(1, model_spec(shapes={"a": (3,), "b": (7,)}, rule=Adam()), None), memory())
-    shard.process(m.Registered(1, m.Ticket(1, 1)))
+    shard.process(m.Registered(1, m.ExchangeId(1, 1)))
     shard.hold(1, m.ReadState(2, 0))
-    ((_, answer),) = shard.process(m.Served(2, m.Ticket(1, 2)))
+    ((_, answer),) = shard.process(m.Served(2, m.ExchangeId(1, 2)))
     assert answer == m.Answer(2, 0, states=("exp_avg", "exp_avg_sq"), counts=(0, 0))
     shard.staging(1, 0).gradients[:3] = 1
     shard.hold(1, m.Step(3, 1, 0, (m.Carried(0, b"\1"),), (), True))
-    shard.process(m.Committed(3, 1, (m.Ticket(1, 3),), (m.Ticket(1, 3),)))
+    shard.process(m.Committed(3, 1, (m.ExchangeId(1, 3),), (m.ExchangeId(1, 3),)))
     assert not any(state.any() for state in shard.take_copies(1))
     assert shard.take_copies(1) == []
     shard.hold(1, m.ReadState(4, 0))
-    ((_, answer),) = shard.process(m.Served(4, m.Ticket(1, 4)))
+    ((_, answer),) = shard.process(m.Served(4, m.ExchangeId(1, 4)))
     assert answer.counts == (1, 0)
     assert [np.count_nonzero(state[:16]) for state in shard.take_copies(1)] == [3, 3]
 
@@ -296,7 +296,7 @@ def test_states_are_copied_as_of_the_answer_and_taken_once():
 def test_a_step_that_asks_for_no_values_gets_none(shard):
     shard.hold(1, m.Step(2, 1, 0, (), (), False))
     shard.staging(1, 0).parameters[:] = 77
-    ((_, answer),) = shard.process(m.Committed(2, 1, (m.Ticket(1, 2),), (m.Ticket(1, 2),)))
+    ((_, answer),) = shard.process(m.Committed(2, 1, (m.ExchangeId(1, 2),), (m.ExchangeId(1, 2),)))
     assert answer == m.Answer(2, 1, result=m.StepResult(1, True, 0, 0))
     assert (shard.staging(1, 0).parameters == 77).all()
 
@@ -316,7 +316,7 @@ def test_a_thread_that_receives_for_a_member_while_it_is_retired_finds_it_gone(m
     shard = Shard(0, 1, "mean")
     shard.process(m.Enrolled(1, 1, (m.Newcomer(1, 0),)))
     shard.hold(1, m.Register(1, SPEC, None), memory())
-    shard.process(m.Registered(2, m.Ticket(1, 1)))
+    shard.process(m.Registered(2, m.ExchangeId(1, 1)))
     forget, seen = shard._members.forget, []
 
     def forget_and_look(member):
@@ -370,7 +370,7 @@ def test_copies_are_made_in_memory_that_was_given_back_and_in_no_other():
 def test_memory_is_kept_for_checkpoints_and_not_for_who_asks_once(shard):
     shard.process(m.Enrolled(2, 2, (m.Newcomer(2, -1),)))
     shard.hold(2, m.Verify(1))
-    shard.process(m.Served(3, m.Ticket(2, 1), "verify"))
+    shard.process(m.Served(3, m.ExchangeId(2, 1), "verify"))
     once = shard.take_snapshot(2).models[0].arrays()
     assert shard.expect_snapshots() == [len(array) for array in once]
     shard.provide(found(map(len, once)))
@@ -378,7 +378,7 @@ def test_memory_is_kept_for_checkpoints_and_not_for_who_asks_once(shard):
     kept = []
     for number in (2, 3):
         shard.hold(2, m.Checkpoint(number))
-        shard.process(m.Served(number + 2, m.Ticket(2, number), "checkpoint"))
+        shard.process(m.Served(number + 2, m.ExchangeId(2, number), "checkpoint"))
         arrays = shard.take_snapshot(2).models[0].arrays()
         shard.provide(arrays)
         kept.append({array.ctypes.data for array in arrays})

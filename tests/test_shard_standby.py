@@ -6,10 +6,10 @@ from clusters import model_spec
 
 from headwater import messages as m
 from headwater.errors import ProtocolError, RefusedError
-from headwater.layout import PAGE
-from headwater.rules import SGD
 from headwater.shard import Shard, Staging
-from headwater.shard.replica import Shipped, arriving
+from headwater.shard.replica import ReplicationProgress, arriving
+from headwater.spec.layout import PAGE
+from headwater.spec.rules import SGD
 
 SPEC = model_spec(shapes={"a": (3,), "b": (7,)}, rules=(SGD(lr=1.0),))
 
@@ -27,8 +27,8 @@ def training():
     shard, members = Shard(0, 1, "mean"), [memory(), memory()]
     for member, staging in enumerate(members, start=1):
         shard.hold(member, m.Register(1, SPEC, None), staging)
-    shard.process(m.Registered(1, m.Ticket(1, 1), "model"))
-    shard.process(m.Served(2, m.Ticket(2, 1), "register"))
+    shard.process(m.Registered(1, m.ExchangeId(1, 1), "model"))
+    shard.process(m.Served(2, m.ExchangeId(2, 1), "register"))
     return shard, members
 
 
@@ -44,7 +44,7 @@ def with_standby(shard):
 def step(shard, member, value, number=2):
     shard.staging(member, 0).gradients[:10] = value
     shard.hold(member, m.Step(number, number - 1, 0, (m.Carried(0, b"\3"),), (), True))
-    return m.Ticket(member, number)
+    return m.ExchangeId(member, number)
 
 
 # ── prepared, then committed ────────────────────────────────────────────────────────────────────
@@ -79,7 +79,7 @@ def test_gradients_are_kept_until_the_commit_and_a_discarded_one_is_closed_anew(
     tickets = step(shard, 1, 2.0), step(shard, 2, 4.0)
     shard.prepare(m.Committed(3, 1, tickets, tickets))
     shard.recovery(5)
-    shard.truncate(m.Agreed(5, 2))
+    shard.truncate(m.StartTerm(5, 2))
     assert shard.prepared == 2
     shard.prepare(m.Committed(3, 1, tickets[1:], tickets[1:]))
     shard.commit(3)
@@ -146,12 +146,12 @@ def test_before_a_new_sequencer_has_said_what_stands_only_what_is_applied_is_rep
     assert shard.safe == 3
     shard.recovery(4)
     assert shard.safe == 1
-    shard.truncate(m.Agreed(4, 2))
+    shard.truncate(m.StartTerm(4, 2))
     assert shard.safe == 2
 
 
 def test_an_acknowledgement_of_discarded_entries_does_not_count_for_those_in_their_place():
-    shipped = Shipped(2)
+    shipped = ReplicationProgress(2)
 
     def send(term, *positions):
         for position in positions:
@@ -182,7 +182,7 @@ def test_a_standby_may_come_between_a_recovery_and_its_result():
     standby = with_standby(shard)
     assert (standby.term, standby.prepared) == (0, 3)
     for one in (shard, standby):
-        one.truncate(m.Agreed(4, 2))
+        one.truncate(m.StartTerm(4, 2))
     shard.acknowledged(0, 3)
     standby.follow(shard.prepare(entry(3)))
     assert shard.safe == 2
@@ -195,9 +195,9 @@ def test_what_stands_in_a_term_is_said_once():
     shard = Shard(0, 1, "mean")
     shard.prepare(entry(1))
     shard.recovery(4)
-    shard.truncate(m.Agreed(4, 0))
+    shard.truncate(m.StartTerm(4, 0))
     shard.prepare(entry(1))
-    shard.truncate(m.Agreed(4, 0))
+    shard.truncate(m.StartTerm(4, 0))
     again = shard.recovery(4)
     assert (again.agreed, again.prepared, again.written) == (4, 1, (4,))
 
@@ -208,7 +208,7 @@ def test_an_entry_keeps_the_term_in_which_it_was_written():
     standby.follow(shard.prepare(entry(1)))
     for one in (shard, standby):
         one.recovery(4)
-        one.truncate(m.Agreed(4, 1))
+        one.truncate(m.StartTerm(4, 1))
     late = with_standby(shard)
     standby.follow(shard.prepare(entry(2)))
     for one in (shard, standby):
@@ -221,7 +221,7 @@ def test_what_is_applied_is_never_discarded():
     shard.prepare(entry(1))
     shard.commit(1)
     with pytest.raises(ProtocolError, match="agreed on 0, but entry 1 is applied here"):
-        shard.truncate(m.Agreed(1, 0))
+        shard.truncate(m.StartTerm(1, 0))
 
 
 # ── attempts ────────────────────────────────────────────────────────────────────────────────────
@@ -232,15 +232,15 @@ def test_an_attempt_that_is_over_is_refused_whatever_it_brings():
     shard.reconnected(1, 2)
     for action in (
         lambda: shard.reconnected(1, 1),
-        lambda: shard.hold(1, m.Pull(2, (0,), -1), attempt=1),
+        lambda: shard.hold(1, m.Pull(2, (0,), -1), connection_epoch=1),
         lambda: shard.replace_staging(1, 0, memory(), 1),
     ):
         with pytest.raises(RefusedError, match="attempt 1 of member 1 is over"):
             action()
-    shard.hold(1, m.Pull(2, (0,), -1), attempt=2)
+    shard.hold(1, m.Pull(2, (0,), -1), connection_epoch=2)
 
 
-def test_a_former_attempts_step_is_applied_but_its_memory_stays_as_it_is():
+def test_a_former_connection_epochs_step_is_applied_but_its_memory_stays_as_it_is():
     shard, members = training()
     ticket = step(shard, 1, 2.0)
     members[0].parameters[:] = 77
@@ -253,8 +253,8 @@ def test_a_former_attempts_step_is_applied_but_its_memory_stays_as_it_is():
     assert (members[0].parameters == 77).all()
     assert not again.parameters.any()
     repeat = m.Step(2, 1, 0, (m.Carried(0, b"\3"),), (), True)
-    assert shard.hold(1, repeat, attempt=1) == m.Held(1, 2, "step", "1", 1)
-    ((_, answer),) = shard.process(m.Served(4, m.Ticket(1, 2, 1), "step"))
+    assert shard.hold(1, repeat, connection_epoch=1) == m.Held(1, 2, "step", "1", 1)
+    ((_, answer),) = shard.process(m.Served(4, m.ExchangeId(1, 2, 1), "step"))
     assert answer == m.Answer(2, 1, values=(0,), result=m.StepResult(1, True, 1, 0))
     assert (again.parameters[:3] == -2).all()
     assert shard.vectors[0].updates == 1
@@ -264,26 +264,26 @@ def test_the_same_exchange_comes_once_an_attempt_and_older_ones_never():
     shard, _ = training()
     with pytest.raises(ProtocolError, match="sent exchange 1, but 1 was answered"):
         shard.hold(1, m.Register(1, SPEC, None), memory())
-    shard.hold(1, m.Pull(2, (0,), -1), attempt=1)
+    shard.hold(1, m.Pull(2, (0,), -1), connection_epoch=1)
     with pytest.raises(ProtocolError, match="sent 2 before 2 was answered"):
-        shard.hold(1, m.Pull(2, (0,), -1), attempt=1)
-    shard.hold(1, m.Pull(2, (0,), -1), attempt=2)
-    shard.process(m.Served(3, m.Ticket(1, 2, 2)))
+        shard.hold(1, m.Pull(2, (0,), -1), connection_epoch=1)
+    shard.hold(1, m.Pull(2, (0,), -1), connection_epoch=2)
+    shard.process(m.Served(3, m.ExchangeId(1, 2, 2)))
     with pytest.raises(ProtocolError, match="sent exchange 1, but 2 was answered"):
-        shard.hold(1, m.Pull(1, (0,), -1), attempt=3)
+        shard.hold(1, m.Pull(1, (0,), -1), connection_epoch=3)
 
 
 def test_an_entry_that_names_what_is_not_held_breaks_the_protocol():
     shard, _ = training()
     with pytest.raises(ProtocolError, match="which this server does not hold"):
-        shard.process(m.Committed(3, 1, (m.Ticket(1, 9),), ()))
+        shard.process(m.Committed(3, 1, (m.ExchangeId(1, 9),), ()))
 
 
 def test_who_is_gone_for_good_is_refused():
     shard = Shard(0, 1, "mean")
     shard.process(m.Enrolled(1, 1, (m.Newcomer(4, 0),)))
     shard.hold(4, m.Leave(1))
-    shard.process(m.Retired(2, 4, True, "it left", m.Ticket(4, 1)))
+    shard.process(m.Retired(2, 4, True, "it left", m.ExchangeId(4, 1)))
     with pytest.raises(RefusedError, match="member 4 has left or was retired"):
-        shard.hold(4, m.Leave(1), attempt=1)
+        shard.hold(4, m.Leave(1), connection_epoch=1)
     shard.hold(5, m.Leave(1))  # one that the log has not come to yet

@@ -12,8 +12,8 @@ import pytest
 from headwater import messages as m
 from headwater import testing
 from headwater.errors import ConfigurationError
-from headwater.rules import Adam
-from headwater.sync import Decision
+from headwater.spec.rules import Adam
+from headwater.spec.sync import Decision
 from headwater.testing import (
     Crash,
     Cut,
@@ -61,7 +61,7 @@ def test_schedules_have_something_of_everything():
     assert {"worker 0", "server 0", "server 1", "standby 0", "standby 1"} <= nodes
     entries = [entry for result in results for entry in result.log]
     tickets = [ticket for entry in entries if isinstance(entry, m.Committed) for ticket in entry.updates]
-    assert any(ticket.attempt > 0 for ticket in tickets), "no exchange was ever repeated"
+    assert any(ticket.connection_epoch > 0 for ticket in tickets), "no exchange was ever repeated"
     kinds = {type(entry) for entry in entries}
     assert {m.Committed, m.Measured, m.Served, m.Registered, m.Retired, m.Met, m.Checkpointed} <= kinds
     for field in ("shares", "splits", "readers", "meets", "checkpoints", "rule", "clip_norm", "replicas"):

@@ -2,12 +2,12 @@
 
 import pytest
 
-from headwater.log.seats import Seats
-from headwater.log.standings import Standings
-from headwater.nodes.server.course import Course
+from headwater.log.pending import Seats
+from headwater.log.state import LogState
+from headwater.runtime.server.applier import LogApplier
 from headwater.shard.ledger import Ledger
 from headwater.shard.shard import Shard
-from headwater.sync import Decision, StaleSynchronous
+from headwater.spec.sync import Decision, StaleSynchronous
 from headwater.testing import Faults, Violation, explore
 from headwater.testing.processes.client import Window
 
@@ -47,8 +47,8 @@ def test_a_ledger_that_forgets_doubles_updates(mode, monkeypatch):
     monkeypatch.setattr(Ledger, "is_repeat", lambda self, member, step: False)
     monkeypatch.setattr(Ledger, "record", records)
     monkeypatch.setattr(Ledger, "last_number", lambda self, member: 0)
-    monkeypatch.setattr(Standings, "_finished_step", forgets)
-    monkeypatch.setattr(Standings, "_answered_step", lambda self, ticket: None)
+    monkeypatch.setattr(LogState, "_finished_step", forgets)
+    monkeypatch.setattr(LogState, "_answered_step", lambda self, ticket: None)
     assert found(mode).invariant == "EachUpdateOnce"
 
 
@@ -73,12 +73,12 @@ def test_an_acknowledgement_before_the_standby_has_the_entry(mode, monkeypatch):
 
 @modes
 def test_an_answer_before_all_servers_have_prepared_its_entry(mode, monkeypatch):
-    advances = Course._advance
+    advances = LogApplier._advance
 
     def hasty(self, term, entry, committed):
         return advances(self, term, entry, max(committed, entry.position if entry is not None else 0))
 
-    monkeypatch.setattr(Course, "_advance", hasty)
+    monkeypatch.setattr(LogApplier, "_advance", hasty)
     assert found(mode).invariant in {"EachUpdateOnce", *LOGS_DIFFER, *NOTICED}
 
 

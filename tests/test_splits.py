@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from headwater import messages as m
 from headwater.errors import ConfigurationError, ProtocolError
-from headwater.positions import Positions
-from headwater.splits import LeaseBook, Order, batches_of, part_of, unvisited_parts
+from headwater.log.positions import Positions
+from headwater.machines.splits import LeaseBook, Order, batches_of, part_of, unvisited_parts
 
 lengths = st.integers(0, 200)
 small = st.integers(1, 8)
@@ -173,7 +173,7 @@ class Machine:
         return True
 
     def step(self, reader):
-        visit = m.Visit(0, self.epochs, self.size, tuple(reader.pending))
+        visit = m.DynamicProgress(0, self.epochs, self.size, tuple(reader.pending))
         for span in reader.pending:
             self.committed[span.epoch, span.start : span.stop] += 1
         self.log.record(m.Position(reader.rank, 0, (), (visit,)))
@@ -251,7 +251,7 @@ def test_what_the_log_recorded_is_never_leased_again_after_a_restart_of_everythi
     before = Machine(workers, size, epochs)
     for _ in range(rng.randrange(2 * size)):
         before.advance(rng.choice(list(before.readers.values())), steps=rng.random() < 0.7)
-    recorded = msgspec.msgpack.decode(msgspec.msgpack.encode(before.log.recorded()), type=m.Recorded)
+    recorded = msgspec.msgpack.decode(msgspec.msgpack.encode(before.log.recorded()), type=m.DataProgress)
     after = Machine(workers, size, epochs, recorded)
     after.finish(rng, steps=True)
     assert (before.committed + after.committed == 1).all()
@@ -261,7 +261,7 @@ def test_what_the_log_recorded_is_never_leased_again_after_a_restart_of_everythi
 def test_a_dead_workers_split_goes_on_from_where_the_log_recorded_it():
     book, log = LeaseBook(workers=1), Positions()
     assert spans(book.lease(1, 0, lease(size=64, batch=2))) == {1: (0, 0, 8)}
-    log.record(m.Position(0, 0, (), (m.Visit(0, 1, 64, (m.Span(0, 0, 6),)),)))
+    log.record(m.Position(0, 0, (), (m.DynamicProgress(0, 1, 64, (m.Span(0, 0, 6),)),)))
     assert book.gone(1, log.recorded()) == []
     assert spans(book.lease(2, 0, lease(size=64, batch=2))) == {2: (0, 6, 12)}
 
@@ -271,7 +271,7 @@ def test_uncommitted_batches_of_earlier_splits_go_back_too():
     for number, pending in enumerate((0, 5, 3), start=1):
         book.lease(1, 0, lease(number, size=80, pending=pending))
     # splits of 10, 8 and 7 samples; the last three samples before the third were not committed
-    book.gone(1, m.Recorded())
+    book.gone(1, m.DataProgress())
     assert spans(book.lease(2, 0, lease(size=80))) == {2: (0, 15, 23)}
 
 
@@ -305,7 +305,7 @@ def test_a_wait_ends_with_what_a_dead_worker_held():
     book.lease(1, 0, lease(size=2))
     book.lease(2, 1, lease(size=2))
     book.lease(1, 0, lease(2, size=2))
-    assert spans(book.gone(2, m.Recorded())) == {1: (0, 1, 2)}
+    assert spans(book.gone(2, m.DataProgress())) == {1: (0, 1, 2)}
 
 
 def test_what_a_worker_gives_back_is_leased_to_another_but_after_a_stop_nothing_is():
@@ -354,13 +354,13 @@ def test_what_dead_workers_left_and_nobody_took_over_is_told():
     book = LeaseBook(workers=1)
     book.lease(1, 0, lease(size=64))
     assert book.unvisited() == []
-    book.gone(1, m.Recorded())
+    book.gone(1, m.DataProgress())
     assert book.unvisited() == [m.Unvisited(0, None, 64)]
 
 
 def test_what_is_left_of_a_dead_ranks_part_is_told_unless_the_rank_lives_again():
-    position = m.Position(2, 1, (m.Place(1, epochs=3, size=10, epoch=1, done=4),))
-    recorded = m.Recorded((m.Position(0, 2), position))
+    position = m.Position(2, 1, (m.StaticProgress(1, epochs=3, size=10, epoch=1, done=4),))
+    recorded = m.DataProgress((m.Position(0, 2), position))
     assert unvisited_parts(recorded, {0}) == [m.Unvisited(1, 2, 16)]
     assert unvisited_parts(recorded, {0, 2}) == []
 

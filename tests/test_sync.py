@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from headwater.errors import ConfigurationError
 from headwater.log.clocks import Clocks
-from headwater.sync import Asynchronous, StaleSynchronous, Synchronous, parse_sync
+from headwater.spec.sync import Asynchronous, StaleSynchronous, Synchronous, parse_sync
 
 MODES = {
     "sync": Synchronous(),

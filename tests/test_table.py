@@ -8,14 +8,14 @@ from plain_table import PlainTable
 from small_tables import ALL_SLOTS, INT64, POOL, TWO_SLOTS, make, pull, push, spec
 
 from headwater.errors import ConfigurationError, ProtocolError, RegistrationError
-from headwater.initializers import Constant, Normal, Zeros
 from headwater.kernels.arrange import arrange
 from headwater.kernels.index import PAGE, Index
-from headwater.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
 from headwater.messages import RuleSpec, TableSpec
-from headwater.placement import SLOTS, slots_of, slots_of_server
-from headwater.rules import SGD, Accumulate, Adagrad, Adam
 from headwater.shard.table import Table
+from headwater.spec.initializers import Constant, Normal, Zeros
+from headwater.spec.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
+from headwater.spec.placement import SLOTS, slots_of, slots_of_server
+from headwater.spec.rules import SGD, Accumulate, Adagrad, Adam
 
 # ── closed forms ────────────────────────────────────────────────────────────────────────────────
 

@@ -10,12 +10,12 @@ from plain_table import PlainTable
 from small_tables import ALL_SLOTS, POOL, TWO_SLOTS, make, pull, push, spec
 
 from headwater.errors import ProtocolError
-from headwater.initializers import Constant, Normal
-from headwater.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
-from headwater.placement import SLOTS, slots_of, slots_of_server
-from headwater.rules import SGD, Accumulate, Adagrad, Adam, Ftrl, RowwiseAdagrad
-from headwater.schedules import Linear
 from headwater.shard.table import Table
+from headwater.spec.initializers import Constant, Normal
+from headwater.spec.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
+from headwater.spec.placement import SLOTS, slots_of, slots_of_server
+from headwater.spec.rules import SGD, Accumulate, Adagrad, Adam, Ftrl, RowwiseAdagrad
+from headwater.spec.schedules import Linear
 
 KINDS = [
     spec(Accumulate(), initializer=Normal()),

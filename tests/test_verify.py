@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import headwater as hw
 from headwater import messages as m
 from headwater.cli import app
-from headwater.nodes.server.comparing import compare
+from headwater.runtime.server.comparing import compare
 from headwater.shard.digest import digests
 from headwater.shard.snapshot import ShardSnapshot
 
@@ -172,8 +172,8 @@ def snapshot(models=(), tables=()):
         changed=(4,) * len(models),
         tables=tuple(tables),
         ledger=(),
-        standings=m.StandingsRecord(4, 9, 3, 0, 1, 1, (0,), (), (), ()),
-        recorded=m.Recorded(),
+        standings=m.LogStateRecord(4, 9, 3, 0, 1, 1, (0,), (), (), ()),
+        recorded=m.DataProgress(),
     )
 
 

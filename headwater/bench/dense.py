@@ -20,11 +20,11 @@ from headwater.bench.plain import (
 )
 from headwater.bench.turns import Times, take_turns
 from headwater.kernels import dense
-from headwater.layout import Layout
 from headwater.messages import TensorSpec
-from headwater.nodes.worker import Worker
-from headwater.rules import SGD
 from headwater.run import run
+from headwater.spec.layout import Layout
+from headwater.spec.rules import SGD
+from headwater.worker import Worker
 
 _WORKERS = 2
 _SERVERS = 2

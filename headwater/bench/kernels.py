@@ -14,7 +14,7 @@ import numpy as np
 from headwater.bench.figures import Effort, Figure
 from headwater.bench.turns import take_turns
 from headwater.kernels import dense
-from headwater.rules import SGD, Adagrad, Adam, Rule
+from headwater.spec.rules import SGD, Adagrad, Adam, Rule
 
 _RULES: tuple[Rule, ...] = (SGD(lr=0.01), Adagrad(lr=0.01), Adam(lr=0.001))
 _NOBODY = np.empty(0, dtype=np.int64)

@@ -14,8 +14,8 @@ from headwater.bench import peer
 from headwater.bench.figures import Effort, Figure, complain
 from headwater.bench.plain import connect_peer, peers
 from headwater.cluster import Cluster
-from headwater.nodes.worker import Worker
-from headwater.rules import SGD
+from headwater.spec.rules import SGD
+from headwater.worker import Worker
 
 _ELEMENTS = 256
 _CALLS = 40

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from headwater.bench.figures import Effort, Figure, complain
 from headwater.cluster import Cluster
-from headwater.nodes.worker import Worker
-from headwater.rules import Adam
+from headwater.spec.rules import Adam
+from headwater.worker import Worker
 
 _STATES = 2
 _SERVERS = 2

@@ -15,8 +15,8 @@ from statistics import median
 from headwater.bench.figures import Effort, Figure, complain, rounds_per_second
 from headwater.cluster import Cluster
 from headwater.errors import EngineError
-from headwater.nodes.worker import Worker
-from headwater.rules import SGD, Adam, Rule
+from headwater.spec.rules import SGD, Adam, Rule
+from headwater.worker import Worker
 
 _WORKERS = _SERVERS = 2
 _WAIT_S = 60.0

@@ -14,11 +14,11 @@ from statistics import median
 import numpy as np
 
 from headwater.bench.figures import Effort, Figure, complain
-from headwater.nodes.worker import Worker
-from headwater.nodes.worker.batches import Splits
-from headwater.nodes.worker.model import Model
-from headwater.rules import SGD
 from headwater.run import run
+from headwater.spec.rules import SGD
+from headwater.worker import Worker
+from headwater.worker.batches import Splits
+from headwater.worker.model import Model
 
 _SLOWER = 5
 _BATCHES = 24

@@ -26,15 +26,15 @@ from headwater.bench.ids import (
     zipf_draws,
 )
 from headwater.bench.turns import take_turns
-from headwater.initializers import Normal
 from headwater.kernels.arrange import arrange
 from headwater.kernels.index import Index
 from headwater.kernels.rows import gather, row_rule
 from headwater.kernels.slabs import Slabs
 from headwater.messages import TableSpec
-from headwater.placement import SLOTS
-from headwater.rules import Adagrad
 from headwater.shard.table import Table
+from headwater.spec.initializers import Normal
+from headwater.spec.placement import SLOTS
+from headwater.spec.rules import Adagrad
 
 Array = NDArray[np.float32]
 Cases = dict[str, Callable[[], object]]

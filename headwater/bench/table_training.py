@@ -12,14 +12,14 @@ from headwater.bench.figures import Effort, Figure, complain
 from headwater.bench.ids import DRAWS, ROWS, UNIQUE, Ids, forever, known_ids, zipf_draws
 from headwater.bench.plain import make_meeting, new_meeting_name
 from headwater.bench.turns import Times, take_turns
-from headwater.initializers import Normal
 from headwater.kernels.arrange import arrange
 from headwater.messages import TableSpec
-from headwater.nodes.worker import Worker
-from headwater.placement import SLOTS
-from headwater.rules import Adagrad
 from headwater.run import run
 from headwater.shard.table import Table
+from headwater.spec.initializers import Normal
+from headwater.spec.placement import SLOTS
+from headwater.spec.rules import Adagrad
+from headwater.worker import Worker
 
 _WORKERS = 2
 _SERVERS = 2

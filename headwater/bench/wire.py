@@ -14,8 +14,8 @@ from headwater.bench.figures import Effort, Figure
 from headwater.bench.peer import tls_context
 from headwater.bench.plain import make_socket_copy, peers, started
 from headwater.bench.turns import take_turns
-from headwater.layout import Layout
 from headwater.messages import Pull, TensorSpec
+from headwater.spec.layout import Layout
 from headwater.wire.certificates import new_authority, new_node, write_new
 from headwater.wire.channel import Outgoing
 from headwater.wire.exchange import exchange

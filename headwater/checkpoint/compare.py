@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from headwater.checkpoint.manifest import Manifest
-from headwater.layout import describe
 from headwater.messages import ModelSpec, RuleSpec, TableSpec, TensorSpec
+from headwater.spec.layout import describe
 
 
 def differences(

@@ -25,9 +25,9 @@ from headwater.checkpoint.tensors import (
     write_tensors,
 )
 from headwater.errors import ConfigurationError
-from headwater.layout import Layout
-from headwater.lifetime import AfterSteps, expiry_from_spec
 from headwater.messages import FileRecord, ModelRecord, TableRecord
+from headwater.spec.layout import Layout
+from headwater.spec.lifetime import AfterSteps, expiry_from_spec
 
 _PIECE = 4 << 20  # elements copied at a time
 _BUFFERS = ".buffers"  # what `headwater.torch` adds to the name of a module's model for that of its buffers

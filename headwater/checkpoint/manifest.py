@@ -16,9 +16,9 @@ from typing import Any
 import msgspec
 
 from headwater.errors import CheckpointError, ConfigurationError, HeadwaterError
-from headwater.layout import Layout
 from headwater.messages import FileRecord, ModelRecord, PartRecord, TableRecord
-from headwater.placement import SLOTS
+from headwater.spec.layout import Layout
+from headwater.spec.placement import SLOTS
 
 FORMAT = 1
 """Of folders, manifests and the arrays in files; a reader refuses newer ones."""

@@ -13,10 +13,10 @@ from headwater.checkpoint.manifest import MANIFEST, Manifest, decode, parse_name
 from headwater.checkpoint.store import Folder, Location, open_folder, split
 from headwater.checkpoint.tensors import Array, TensorFile, open_tensors
 from headwater.errors import CheckpointError, ConfigurationError
-from headwater.layout import Layout
 from headwater.messages import FileRecord, ModelRecord, TableRecord
-from headwater.placement import slots_of_server
 from headwater.shard.snapshot import ModelSnapshot, TableSnapshot
+from headwater.spec.layout import Layout
+from headwater.spec.placement import slots_of_server
 
 _LONGEST_MANIFEST = 1 << 30  # bytes: a larger one is no manifest
 

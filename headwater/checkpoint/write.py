@@ -21,10 +21,10 @@ from headwater.checkpoint.manifest import FORMAT, MANIFEST, Manifest, check, enc
 from headwater.checkpoint.store import Folder, Location, open_folder, write_all
 from headwater.checkpoint.tensors import Tensor, write_tensors
 from headwater.errors import CheckpointError, ConfigurationError
-from headwater.layout import Layout
 from headwater.messages import FileRecord, ModelRecord, PartRecord, TableRecord
-from headwater.placement import slots_of, slots_of_server
 from headwater.shard.snapshot import ModelSnapshot, TableSnapshot
+from headwater.spec.layout import Layout
+from headwater.spec.placement import slots_of, slots_of_server
 
 _IDS_AT_ONCE = 1 << 20
 

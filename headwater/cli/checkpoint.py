@@ -14,8 +14,8 @@ from headwater import checkpoint
 from headwater.checkpoint import Listed, Manifest
 from headwater.checkpoint.compare import describe_rule
 from headwater.cli.faults import FAILED, complain
-from headwater.layout import Layout
 from headwater.messages import ModelRecord, TableRecord
+from headwater.spec.layout import Layout
 
 
 class Summary(msgspec.Struct, frozen=True):

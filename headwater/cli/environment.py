@@ -13,7 +13,7 @@ from typing import Annotated, TypeAlias
 import typer
 
 from headwater.errors import ConfigurationError
-from headwater.wire.reach import Reach
+from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import TLS, Security
 
 _TOKEN = "HEADWATER_TOKEN"
@@ -84,13 +84,13 @@ def security_of(
     return Security(_token(token_file), tls, insecure)
 
 
-def reach_of(bind: str | None, advertise: str | None, security: Security) -> Reach:
+def reach_of(bind: str | None, advertise: str | None, security: Security) -> Endpoint:
     """Where the options say that a node listens.
 
     Raises:
-        ConfigurationError: as `Reach`.
+        ConfigurationError: as `Endpoint`.
     """
-    return Reach(bind, advertise, security)
+    return Endpoint(bind, advertise, security)
 
 
 def _token(file: Path | None) -> str | None:

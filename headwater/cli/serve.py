@@ -36,9 +36,9 @@ from headwater.cli.options import (
     Sync,
 )
 from headwater.cli.serving import node_reported, serve_coordinator, serve_server, serve_worker
-from headwater.nodes.coordinator import ClusterSettings
+from headwater.runtime.coordinator import ClusterSettings
+from headwater.spec.sync import parse_sync
 from headwater.storage import checkpoints_of
-from headwater.sync import parse_sync
 
 serve = typer.Typer(
     help="Run nodes one by one, under any scheduler, and make the certificates that they show each other. "

@@ -15,11 +15,11 @@ from headwater.cli.faults import complain, faults_reported
 from headwater.cli.script import load_function
 from headwater.cli.signals import signals_to
 from headwater.errors import ConfigurationError, ConnectionLostError, RefusedError, UnreachableError
-from headwater.nodes.coordinator import ClusterSettings
-from headwater.rules import load_rules
-from headwater.served import ServedCluster, ServedServer, ServedWorker
+from headwater.runtime.coordinator import ClusterSettings
+from headwater.spec.rules import load_rules
+from headwater.standalone import StandaloneCluster, StandaloneServer, StandaloneWorker
 from headwater.storage import Checkpoints
-from headwater.wire.reach import Reach
+from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import Security
 
 AGAIN = 75
@@ -29,7 +29,7 @@ _log = logging.getLogger("headwater")
 
 
 def serve_coordinator(
-    settings: ClusterSettings, checkpoints: Checkpoints, journal: str | None, reach: Reach
+    settings: ClusterSettings, checkpoints: Checkpoints, journal: str | None, reach: Endpoint
 ) -> None:
     """Be the coordinator until training has finished; prints its address on standard output.
 
@@ -38,7 +38,7 @@ def serve_coordinator(
         typer.Exit: 128 + the number of a signal.
     """
     _log_plainly()
-    cluster = ServedCluster(settings, checkpoints, journal=journal or "", reach=reach)
+    cluster = StandaloneCluster(settings, checkpoints, journal=journal or "", reach=reach)
     with signals_to(cluster.interrupt):
         print(cluster.address, flush=True)
         _log.info(
@@ -58,19 +58,19 @@ def serve_server(
     role: str | None,
     index: int | None,
     rules: Sequence[str],
-    reach: Reach,
+    reach: Endpoint,
     wait: float,
 ) -> None:
     """Be a server until training has finished.
 
     Raises:
         ConfigurationError: an impossible option.
-        HeadwaterError: as `ServedServer.run`.
+        HeadwaterError: as `StandaloneServer.run`.
     """
     _log_plainly()
     for module in rules:
         load_rules(module)
-    server = ServedServer(_given(coordinator), role=_role(role), index=index, reach=reach, wait=wait)
+    server = StandaloneServer(_given(coordinator), role=_role(role), index=index, reach=reach, wait=wait)
     with signals_to(_end):
         server.run()
 
@@ -83,12 +83,12 @@ def serve_worker(
     Raises:
         ConfigurationError: an impossible option, or no such function.
         ScriptError: the script raised while it was loaded.
-        HeadwaterError: as `ServedWorker.run`.
+        HeadwaterError: as `StandaloneWorker.run`.
         SystemExit: 128 + the number of a signal.
     """
     _log_plainly()
     address = _given(coordinator)
-    worker = ServedWorker(load_function(script), address, rank=rank, security=security, wait=wait)
+    worker = StandaloneWorker(load_function(script), address, rank=rank, security=security, wait=wait)
     with signals_to(worker.interrupt):
         worker.run()
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headwater.cli.faults import FAILED
-from headwater.nodes.verifier import ShardVerification, Verification, verify
+from headwater.runtime.verifier import ShardVerification, Verification, verify
 
 
 def show_verification(address: str, *, as_json: bool) -> None:

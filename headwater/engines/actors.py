@@ -26,9 +26,9 @@ from headwater.engines.engine import Failure, Launch, Outcome
 from headwater.engines.packing import pack_train
 from headwater.engines.places import Places, RayConnection
 from headwater.engines.ray import RayEngine
-from headwater.engines.seating import Seats, seats_of_shards
-from headwater.nodes.server import ServerSettings
-from headwater.nodes.worker import Worker
+from headwater.engines.seating import BundleSlots, seats_of_shards
+from headwater.runtime.server import ServerSettings
+from headwater.worker import Worker
 
 _log = logging.getLogger("headwater.engine")
 
@@ -42,7 +42,7 @@ _WORDS = 400
 class _Group:
     """The places of one kind of node, who has them, and what its actors are created with."""
 
-    def __init__(self, places: Places, seats: Seats, runtime_env: dict[str, Any]) -> None:
+    def __init__(self, places: Places, seats: BundleSlots, runtime_env: dict[str, Any]) -> None:
         self.places, self.seats = places, seats
         self._runtime_env = runtime_env
 
@@ -211,7 +211,7 @@ class ActorEngine:
             places.remove()
             raise
         shards = launch.servers if kind == "server" else launch.workers
-        seats = Seats(seats_of_shards(places.machines, shards))
+        seats = BundleSlots(seats_of_shards(places.machines, shards))
         return _Group(places, seats, connection.environment(resources))
 
     def next_outcome(self, timeout: float) -> Outcome | None:

@@ -10,11 +10,11 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from headwater.errors import RewoundError, WorkerError
-from headwater.nodes.server import ServerSettings
-from headwater.nodes.worker import Worker
+from headwater.runtime.server import ServerSettings
 from headwater.wire.security import PLAIN, Security
+from headwater.worker import Worker
 
-_OWN = ("headwater.engines.", "headwater.served.")
+_OWN = ("headwater.engines.", "headwater.standalone.")
 
 _log = logging.getLogger("headwater.worker")
 

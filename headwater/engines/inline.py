@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from headwater.engines.engine import Failure, Launch, Outcome, run_worker
-from headwater.nodes.server import ServerNode, ServerSettings
-from headwater.nodes.worker import Worker
+from headwater.runtime.server import ServerNode, ServerSettings
+from headwater.worker import Worker
 
 _JOIN_S = 1.0
 

@@ -21,8 +21,8 @@ import cloudpickle
 from headwater.engines.engine import Failure, Launch, Outcome
 from headwater.engines.packing import pack_train
 from headwater.errors import EngineError
-from headwater.nodes.server import ServerSettings
-from headwater.nodes.worker import Worker
+from headwater.runtime.server import ServerSettings
+from headwater.worker import Worker
 
 _STOP_S = 1.0
 """How long children may take to end before they are killed, in seconds."""

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from headwater.engines.ray import RayEngine
 from headwater.errors import ConfigurationError, EngineError
 from headwater.wire.addresses import split_place
-from headwater.wire.reach import EVERYWHERE
+from headwater.wire.endpoint import EVERYWHERE
 
 _PROBE_S = 5.0
 _RAYS_NAMES = {"num_cpus": "CPU", "num_gpus": "GPU"}

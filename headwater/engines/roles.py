@@ -10,8 +10,8 @@ import numpy as np
 
 from headwater.engines.engine import Failure, run_worker
 from headwater.kernels import copy_out
-from headwater.nodes.server import ServerNode, ServerSettings
-from headwater.rules import load_rules
+from headwater.runtime.server import ServerNode, ServerSettings
+from headwater.spec.rules import load_rules
 
 _SWITCH_S = 0.0005
 """Threads of a server hand the interpreter over quickly: they wait for each other all the time."""

@@ -19,7 +19,7 @@ def seats_of_shards(machines: Sequence[str], shards: int) -> list[tuple[int, ...
     return [pair if shard % 2 == 0 else pair[::-1] for shard, pair in enumerate(pairs)]
 
 
-class Seats:
+class BundleSlots:
     """Who sits where; a node whose places are all taken waits until one is known to be free."""
 
     def __init__(self, seats: Sequence[tuple[int, ...]]) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from headwater.errors import UsageError
 from headwater.kernels.cache import load
 from headwater.kernels.rows import combine
-from headwater.placement import SLOTS, slot_bounds
+from headwater.spec.placement import SLOTS, slot_bounds
 
 Ids = NDArray[np.int64]
 Array = NDArray[np.float32]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from headwater.kernels.cache import load
 from headwater.kernels.source import float32_source, generated_name
-from headwater.rules import Rule
+from headwater.spec.rules import Rule
 
 
 class Update(Protocol):

@@ -4,7 +4,7 @@ Imported only by generated modules, as `headwater.kernels.primitives` is.
 
 Invariants:
 - Nothing here checks an address or keeps its memory alive: who passes it does.
-- `mix` is the hash of `headwater.placement`, bit for bit.
+- `mix` is the hash of `headwater.spec.placement`, bit for bit.
 """
 
 from __future__ import annotations

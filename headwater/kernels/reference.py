@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.layout import LINE, PAGE
-from headwater.rules import Rule
+from headwater.spec.layout import LINE, PAGE
+from headwater.spec.rules import Rule
 
 Array = NDArray[np.float32]
 

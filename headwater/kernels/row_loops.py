@@ -6,7 +6,8 @@ Invariants:
 - Rows lie in slabs (`headwater.kernels.slabs`), whose chunks come as arrays of addresses.
 - A row number of −1 is skipped.
 - A row's memory is asked for `AHEAD` rows before it is used.
-- Nothing is rounded but by the operations that stand here: `headwater.initializers` computes the same bits.
+- Nothing is rounded but by the operations that stand here; `headwater.spec.initializers` computes the same
+  bits.
 """
 
 import math
@@ -129,7 +130,7 @@ def oldest(ids, ages, bounds, kept, out):
     return found
 
 
-# ── initial values: see headwater.initializers for the formulas ─────────────────────────────────
+# ── initial values: see headwater.spec.initializers for the formulas ─────────────────────────────────
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 ROOT_2, LN_2 = 1.4142135623730951, 0.6931471805599453

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.initializers import Initializer
 from headwater.kernels.cache import load
 from headwater.kernels.slabs import Slabs
 from headwater.kernels.source import float32_source, generated_name
-from headwater.rules import Rule
+from headwater.spec.initializers import Initializer
+from headwater.spec.rules import Rule
 
 Array = NDArray[np.float32]
 Ids = NDArray[np.int64]

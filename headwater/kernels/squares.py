@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.kernels.cache import load
-from headwater.layout import LINE, PAGE
+from headwater.spec.layout import LINE, PAGE
 
 
 def square_up(

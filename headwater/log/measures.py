@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from headwater.log.norms import norm
-from headwater.log.seats import Seat
+from headwater.log.pending import PendingExchange
 from headwater.messages import Sum, Sums
 
 _Key: TypeAlias = tuple[tuple[int, int], ...]
@@ -37,12 +37,12 @@ class Measures:
         """Whether a server has yet to say something, so that what everybody waits for may still come."""
         return any(len(measure.parts) < self._servers for measure in self._at.values())
 
-    def under_way(self, seats: Sequence[Seat]) -> bool:
+    def under_way(self, seats: Sequence[PendingExchange]) -> bool:
         """Whether servers have been asked for the norms of exactly these."""
         measure = self._of.get(seats[0].member)
         return measure is not None and measure.key == _key(seats)
 
-    def begin(self, seats: Sequence[Seat], position: int) -> None:
+    def begin(self, seats: Sequence[PendingExchange], position: int) -> None:
         """The entry at `position` asks for them; what was asked of some of them with others is void."""
         for seat in seats:
             self.forget(seat)
@@ -55,7 +55,7 @@ class Measures:
             if one.position in self._at:
                 self._at[one.position].parts[server] = one.parts
 
-    def norms(self, seats: Sequence[Seat]) -> tuple[tuple[int, float], ...] | None:
+    def norms(self, seats: Sequence[PendingExchange]) -> tuple[tuple[int, float], ...] | None:
         """(Model, norm) for each that these exchanges carry; None until every server has said its part."""
         measure = self._of[seats[0].member]
         if len(measure.parts) < self._servers:
@@ -66,12 +66,12 @@ class Measures:
             (model, norm((p.level, p.index, p.value) for p in parts if p.model == model)) for model in models
         )
 
-    def missing(self, seat: Seat) -> list[int]:
+    def missing(self, seat: PendingExchange) -> list[int]:
         """The servers whose part of what this exchange is measured in is still out."""
         measure = self._of.get(seat.member)
         return [i for i in range(self._servers) if i not in measure.parts] if measure is not None else []
 
-    def forget(self, seat: Seat) -> None:
+    def forget(self, seat: PendingExchange) -> None:
         """Its exchange is over, or measured otherwise."""
         measure = self._of.get(seat.member)
         if measure is not None:
@@ -80,5 +80,5 @@ class Measures:
                 del self._of[member]
 
 
-def _key(seats: Iterable[Seat]) -> _Key:
+def _key(seats: Iterable[PendingExchange]) -> _Key:
     return tuple((seat.member, seat.ticket.number) for seat in seats)

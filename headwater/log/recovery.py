@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headwater.errors import ProtocolError
-from headwater.log.standings import Standings
+from headwater.log.state import LogState
 from headwater.messages import Recovery
 
 
@@ -28,7 +28,7 @@ class Found:
     """
 
     committed: int
-    standings: Standings
+    standings: LogState
 
 
 def find(answers: Sequence[Recovery], term: int) -> Found:
@@ -48,7 +48,7 @@ def find(answers: Sequence[Recovery], term: int) -> Found:
     behind = [server for server, end in ends.items() if end < committed]
     if behind:
         raise ProtocolError(f"server {most.server} applied entry {committed}, which servers {behind} lack")
-    standings = Standings.of(most.standings)
+    standings = LogState.of(most.standings)
     for entry in most.closed:
         writers = {_writer(answer, entry.position) for answer in answers}
         if len(writers) > 1:

@@ -6,7 +6,7 @@ and must reach every server in that order. What it decides depends only on its i
 
 Invariants:
 - An exchange becomes an entry only when every server holds it. It is decided once; what is written for it
-  after its answer only answers it again, for a newer attempt that every server holds.
+  after its answer only answers it again, for a newer connection epoch that every server holds.
 - Nothing is committed before the declared workers have joined, or while too few workers are present.
 - The version grows by one with each entry that changes values (Committed, Assigned), never otherwise.
 - A worker that waits does so for a reason `waits` can name; waits that wait for each other fail at once.
@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterable, Sequence
 from headwater import messages as m
 from headwater.errors import RefusedError
 from headwater.log.measures import Measures
+from headwater.log.pending import PendingExchange, PendingExchanges, by_rank, tickets
 from headwater.log.recovery import find
-from headwater.log.seats import Seat, Seats, by_rank, tickets
-from headwater.log.standings import Standings
+from headwater.log.state import LogState
 from headwater.log.waits import Waits
-from headwater.sync import Sync
+from headwater.spec.sync import Sync
 
 
 class Sequencer:
@@ -50,9 +50,9 @@ class Sequencer:
         min_workers: int = 1,
         replicated: bool = False,
         term: int = 0,
-        standings: Standings | None = None,
+        standings: LogState | None = None,
     ) -> None:
-        self.standings = standings or Standings()
+        self.standings = standings or LogState()
         self.term = term
         self.due: float | None = None
         self._sync = sync
@@ -62,15 +62,15 @@ class Sequencer:
         self._prepared = [0] * servers
         self._roster_term = 0
         self._now = 0.0
-        self._seats = Seats(servers, self.standings)
+        self._seats = PendingExchanges(servers, self.standings)
         self._caught_up = 0
-        self._ready: dict[int, Seat] = {}
-        self._blocked: dict[int, Seat] = {}
-        self._registering: dict[int, Seat] = {}
+        self._ready: dict[int, PendingExchange] = {}
+        self._blocked: dict[int, PendingExchange] = {}
+        self._registering: dict[int, PendingExchange] = {}
         self._measures = Measures(servers)
-        self._snapshots: dict[int, Seat] = {}
+        self._snapshots: dict[int, PendingExchange] = {}
         self._entries: list[m.AnyEntry] = []
-        self._on_held: dict[str, Callable[[Seat], None]] = {
+        self._on_held: dict[str, Callable[[PendingExchange], None]] = {
             "register": self._register,
             "table": self._declare,
             "attach": self._serve,
@@ -99,7 +99,7 @@ class Sequencer:
         min_workers: int = 1,
         replicated: bool = True,
         now: float = 0.0,
-    ) -> tuple[Sequencer, m.Agreed, list[m.AnyEntry]]:
+    ) -> tuple[Sequencer, m.StartTerm, list[m.AnyEntry]]:
         """The sequencer of a new term, from one answer of every server.
 
         Returns it, what every server (and its standby) must be told before anything else, and the first
@@ -118,7 +118,7 @@ class Sequencer:
             standings=found.standings,
         )
         sequencer._committed = found.committed
-        agreed = m.Agreed(term, sequencer.position)
+        agreed = m.StartTerm(term, sequencer.position)
         if sequencer.standings.started:
             sequencer._activate_new()
         entries = sequencer.roster(roster, now)
@@ -198,7 +198,7 @@ class Sequencer:
 
     # ── what becomes of an exchange that every server holds ─────────────────────────────────────
 
-    def _decide(self, seat: Seat) -> None:
+    def _decide(self, seat: PendingExchange) -> None:
         assert seat.held is not None
         if seat.held.number == seat.standing.answered:
             self._serve(seat)
@@ -206,12 +206,12 @@ class Sequencer:
             self._seats.wait(seat)
             self._on_held[seat.held.kind](seat)
 
-    def _serve(self, seat: Seat) -> None:
+    def _serve(self, seat: PendingExchange) -> None:
         assert seat.held is not None
         self._write(m.Served(self._next(), seat.ticket, seat.held.kind))
         self._done(seat)
 
-    def _register(self, seat: Seat) -> None:
+    def _register(self, seat: PendingExchange) -> None:
         assert seat.held is not None
         name = seat.held.name
         if ("register", name) in self.standings.names:
@@ -231,7 +231,7 @@ class Sequencer:
             if seat.member in self._registering:
                 self._register(seat)
 
-    def _declare(self, seat: Seat) -> None:
+    def _declare(self, seat: PendingExchange) -> None:
         """A table has no initial values, so whoever comes first declares it."""
         assert seat.held is not None
         if ("table", seat.held.name) in self.standings.names:
@@ -240,7 +240,7 @@ class Sequencer:
             self._write(m.Registered(self._next(), seat.ticket, seat.held.name, "table"))
             self._done(seat)
 
-    def _step(self, seat: Seat) -> None:
+    def _step(self, seat: PendingExchange) -> None:
         assert seat.held is not None
         if seat.held.number == seat.standing.committed:
             self._blocked[seat.member] = seat  # of a sequencer that was lost before it answered it
@@ -254,7 +254,7 @@ class Sequencer:
             self._ready[seat.member] = seat
             self._commit_ready()
 
-    def _resume(self, seat: Seat) -> None:
+    def _resume(self, seat: PendingExchange) -> None:
         """A step of a worker that ended its batches makes it active again; in rounds only together
         with everybody, since who is in a round must not depend on timing."""
         if self.standings.started and not self._sync.rounds:
@@ -280,7 +280,7 @@ class Sequencer:
         if self._sync.may_commit(held, active, self._now >= self.due):
             self._close(by_rank(self._ready.values()))
 
-    def _close(self, seats: list[Seat]) -> None:
+    def _close(self, seats: list[PendingExchange]) -> None:
         """Commit these steps; where gradients are clipped, once it is known how large they are."""
         if not any(seat.held is not None and seat.held.clipped for seat in seats):
             self._commit(seats)
@@ -294,7 +294,7 @@ class Sequencer:
         """Whether enough workers are present to train."""
         return self._seats.present + len(self.standings.finished) >= self._min_workers
 
-    def _commit(self, seats: list[Seat], norms: tuple[tuple[int, float], ...] = ()) -> None:
+    def _commit(self, seats: list[PendingExchange], norms: tuple[tuple[int, float], ...] = ()) -> None:
         """Commit the steps of these seats, one alone where there are no rounds."""
         self.due = None
         clocks, updates = self.standings.clocks, tickets(seats)
@@ -321,27 +321,27 @@ class Sequencer:
             if self._sync.may_read(seat.standing.clock, slowest):
                 self._serve(seat)
 
-    def _assign(self, seat: Seat) -> None:
+    def _assign(self, seat: PendingExchange) -> None:
         if self.standings.started:
             self._write(m.Assigned(self._next(), self.version + 1, seat.ticket))
             self._done(seat)
             self._take_snapshots()
 
-    def _meet(self, seat: Seat) -> None:
+    def _meet(self, seat: PendingExchange) -> None:
         if self.standings.started and seat.standing.phase != "meeting":
             assert seat.held is not None
             self._write(m.Retired(self._next(), seat.member, False, f"waits in a {seat.held.kind}"))
 
-    def _end(self, seat: Seat) -> None:
+    def _end(self, seat: PendingExchange) -> None:
         self._write(m.Retired(self._next(), seat.member, False, "its batches are over", seat.ticket))
         self._done(seat)
 
-    def _stop(self, seat: Seat) -> None:
+    def _stop(self, seat: PendingExchange) -> None:
         told = tuple(other.member for other in self._seats.workers() if not other.standing.over)
         self._write(m.Stopped(self._next(), seat.ticket, told))
         self._done(seat)
 
-    def _checkpoint(self, seat: Seat) -> None:
+    def _checkpoint(self, seat: PendingExchange) -> None:
         self._snapshots[seat.member] = seat
         self._take_snapshots()
 
@@ -372,12 +372,12 @@ class Sequencer:
     def _activate_new(self) -> None:
         self._activate([seat for seat in self._seats.workers() if seat.standing.phase == "new"])
 
-    def _activate(self, seats: list[Seat]) -> None:
+    def _activate(self, seats: list[PendingExchange]) -> None:
         if seats:
             members = tuple(seat.member for seat in seats)
             self._write(m.Activated(self._next(), members, self.standings.clocks.slowest))
 
-    def _remove(self, seat: Seat, reason: str, answered: m.Ticket | None = None) -> None:
+    def _remove(self, seat: PendingExchange, reason: str, answered: m.ExchangeId | None = None) -> None:
         self._write(m.Retired(self._next(), seat.member, True, reason, answered))
         self._done(seat)
         self._seats.remove(seat)
@@ -435,7 +435,7 @@ class Sequencer:
 
     # ── small things ────────────────────────────────────────────────────────────────────────────
 
-    def _done(self, seat: Seat) -> None:
+    def _done(self, seat: PendingExchange) -> None:
         """Its exchange is over."""
         for waiting in (self._ready, self._blocked, self._registering, self._snapshots):
             waiting.pop(seat.member, None)

@@ -6,28 +6,28 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from headwater.log.measures import Measures
-from headwater.log.seats import Seat, Seats
-from headwater.log.standings import Standings
-from headwater.sync import Sync
+from headwater.log.pending import PendingExchange, PendingExchanges
+from headwater.log.state import LogState
+from headwater.spec.sync import Sync
 
 
 @dataclass(frozen=True, slots=True)
 class Waits:
     """A view of a sequencer. `ready`: steps not committed yet; `blocked`: committed and not answered yet."""
 
-    seats: Seats
-    standings: Standings
+    seats: PendingExchanges
+    standings: LogState
     sync: Sync
     min_workers: int
-    ready: Mapping[int, Seat]
-    blocked: Mapping[int, Seat]
+    ready: Mapping[int, PendingExchange]
+    blocked: Mapping[int, PendingExchange]
     measures: Measures
 
     def all(self) -> dict[int, str]:
         """For each member that waits, by id: for what and for whom."""
         return {id: self.why(seat) for id, seat in self.seats.of.items() if seat.held is not None}
 
-    def why(self, seat: Seat) -> str:
+    def why(self, seat: PendingExchange) -> str:
         """For what and for whom one member waits."""
         if not seat.waiting:
             return f"{seat.what} waits for {_list('server', self.seats.missing(seat))}"
@@ -40,7 +40,7 @@ class Waits:
             return f"training waits: {workers}, min_workers is {self.min_workers}"
         return f"{seat.what} waits for {self._whom(seat)}"
 
-    def _whom(self, seat: Seat) -> str:
+    def _whom(self, seat: PendingExchange) -> str:
         others = [other for other in self.seats.workers() if other is not seat]
         active = [other for other in others if other.standing.phase == "active"]
         if seat.waits_in("register"):
@@ -56,7 +56,7 @@ class Waits:
         going_on = [other for other in others if not other.waiting]
         return _named(going_on or [other for other in others if other.member in self.ready])
 
-    def _round(self, active: list[Seat]) -> str:
+    def _round(self, active: list[PendingExchange]) -> str:
         named = _named([other for other in active if other.member not in self.ready])
         if self.sync.quorum is None:
             return named
@@ -64,7 +64,7 @@ class Waits:
         return f"{named}: {self.sync.may_commit(held, of).reason}"
 
 
-def _named(workers: Iterable[Seat]) -> str:
+def _named(workers: Iterable[PendingExchange]) -> str:
     return _list("worker", [seat.standing.rank for seat in workers])
 
 

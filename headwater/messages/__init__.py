@@ -5,7 +5,8 @@ produce only the structs listed. Ids:
 
 - `member` names one incarnation of a node (a restarted worker has the same rank, another member);
 - `number` counts the exchanges of one member from 1; `step` counts its steps from 1;
-- `attempt` counts the generations of a member's connections from 0: when it loses one of them it closes
+- `connection_epoch` counts the generations of a member's connections from 0: when it loses one of them it
+  closes
   all, connects to every server again and repeats its outstanding exchange, with the same `number`;
 - `term` of the log is the term of the roster at which its present sequencer began;
 - `model` numbers the models from 0 in the order of their register entries: the same on all servers.
@@ -59,9 +60,11 @@ from headwater.messages.log import (
     Enrolled,
     Entries,
     Entry,
+    ExchangeId,
     Held,
     Kind,
     Late,
+    LogStateRecord,
     Measured,
     MemberRecord,
     Met,
@@ -72,44 +75,42 @@ from headwater.messages.log import (
     Retired,
     Served,
     Stalled,
-    StandingsRecord,
     Stopped,
     Sum,
     Sums,
-    Ticket,
 )
 from headwater.messages.models import ModelSpec, Rows, RuleSpec, Run, TableSpec, TensorSpec, WindowSpec
 from headwater.messages.reading import (
+    DataProgress,
+    DynamicProgress,
     Finish,
     Lease,
     Leased,
-    Place,
     Position,
-    Recorded,
     Span,
+    StaticProgress,
     Unleased,
     Unvisited,
-    Visit,
     Visited,
 )
-from headwater.messages.replication import Advance, Agreed, Chunk, Followed, Inputs, Shipment
+from headwater.messages.replication import AppendAck, AppendEntry, Chunk, CommitIndex, EntryInputs, StartTerm
 from headwater.messages.roster import (
+    Assignment,
     CaughtUp,
     Departed,
-    Enlist,
     Finished,
+    GetServers,
     Heartbeat,
     Join,
-    Locate,
     Member,
-    Mislaid,
+    NoSlot,
     Progress,
     Rejoin,
+    RequestSlot,
     Roster,
-    Spare,
-    Terms,
+    ServerAddresses,
+    StandbyLost,
     Welcome,
-    Whereabouts,
 )
 from headwater.messages.snapshots import AccountRecord, ModelPart, Recovery, Snapshot, TablePart
 from headwater.messages.statistics import (
@@ -123,18 +124,18 @@ from headwater.messages.statistics import (
 from headwater.messages.verification import Compare, Compared, Digest, Digested
 
 AnyMessage: TypeAlias = (
-    Enlist
-    | Spare
-    | Terms
+    RequestSlot
+    | NoSlot
+    | Assignment
     | Join
     | Welcome
     | Rejoin
     | Roster
     | Heartbeat
-    | Locate
-    | Whereabouts
+    | GetServers
+    | ServerAddresses
     | CaughtUp
-    | Mislaid
+    | StandbyLost
     | Progress
     | Departed
     | Finished
@@ -174,12 +175,12 @@ AnyMessage: TypeAlias = (
     | Description
     | Reports
     | Entries
-    | Inputs
-    | Agreed
+    | EntryInputs
+    | StartTerm
     | Chunk
-    | Shipment
-    | Advance
-    | Followed
+    | AppendEntry
+    | CommitIndex
+    | AppendAck
     | Snapshot
     | Recovery
     | Ask
@@ -191,14 +192,15 @@ __all__ = [
     "AccountRecord",
     "Acknowledged",
     "Activated",
-    "Advance",
-    "Agreed",
     "Answer",
     "AnyEntry",
     "AnyMessage",
+    "AppendAck",
+    "AppendEntry",
     "Ask",
     "Assign",
     "Assigned",
+    "Assignment",
     "Attach",
     "Carried",
     "CaughtUp",
@@ -206,59 +208,60 @@ __all__ = [
     "Checkpointed",
     "Chunk",
     "ClusterStatistics",
+    "CommitIndex",
     "Committed",
     "Compare",
     "Compared",
     "CountRows",
+    "DataProgress",
     "DeleteRows",
     "Departed",
     "Describe",
     "Description",
     "Digest",
     "Digested",
+    "DynamicProgress",
     "End",
-    "Enlist",
     "Enrolled",
     "Entries",
     "Entry",
+    "EntryInputs",
+    "ExchangeId",
     "FileRecord",
     "Finish",
     "Finished",
-    "Followed",
+    "GetServers",
     "Heartbeat",
     "Held",
     "Hello",
-    "Inputs",
     "Join",
     "Kind",
     "Late",
     "Lease",
     "Leased",
     "Leave",
-    "Locate",
+    "LogStateRecord",
     "Measured",
     "Meet",
     "Member",
     "MemberRecord",
     "Message",
     "Met",
-    "Mislaid",
     "ModelInfo",
     "ModelPart",
     "ModelRecord",
     "ModelSpec",
     "ModelStatistics",
     "Newcomer",
+    "NoSlot",
     "NodeStatistics",
     "PartRecord",
     "Phase",
-    "Place",
     "Position",
     "Progress",
     "Pull",
     "PullRows",
     "ReadState",
-    "Recorded",
     "Recovery",
     "Refused",
     "Register",
@@ -268,6 +271,7 @@ __all__ = [
     "Renew",
     "Reports",
     "Request",
+    "RequestSlot",
     "Retired",
     "Role",
     "Roster",
@@ -277,14 +281,15 @@ __all__ = [
     "Scalar",
     "Scratch",
     "Served",
+    "ServerAddresses",
     "ServerStatistics",
     "Setting",
-    "Shipment",
     "Snapshot",
     "Span",
-    "Spare",
     "Stalled",
-    "StandingsRecord",
+    "StandbyLost",
+    "StartTerm",
+    "StaticProgress",
     "Step",
     "StepResult",
     "Stop",
@@ -299,15 +304,11 @@ __all__ = [
     "TableSpec",
     "TableStatistics",
     "TensorSpec",
-    "Terms",
-    "Ticket",
     "Unleased",
     "Unvisited",
     "Verify",
-    "Visit",
     "Visited",
     "Waiting",
     "Welcome",
-    "Whereabouts",
     "WindowSpec",
 ]

@@ -8,9 +8,9 @@ import msgspec
 
 from headwater.messages.base import Message, Refused
 from headwater.messages.checkpoints import PartRecord
-from headwater.messages.log import StandingsRecord
+from headwater.messages.log import LogStateRecord
 from headwater.messages.models import ModelSpec, Rows, Run, TableSpec, WindowSpec
-from headwater.messages.reading import Position, Recorded
+from headwater.messages.reading import DataProgress, Position
 
 
 class Hello(Message, frozen=True):
@@ -19,7 +19,7 @@ class Hello(Message, frozen=True):
     member: int
     role: Literal["worker", "server", "observer", "coordinator"]
     term: int
-    attempt: int = 0
+    connection_epoch: int = 0
 
 
 class Register(Message, frozen=True):
@@ -266,8 +266,8 @@ class Stored(Message, frozen=True):
 
     number: int
     part: PartRecord | None
-    standings: StandingsRecord | None = None
-    recorded: Recorded | None = None
+    standings: LogStateRecord | None = None
+    recorded: DataProgress | None = None
     failure: Refused | None = None
 
 

@@ -31,7 +31,7 @@ Phase: TypeAlias = Literal["new", "active", "ended", "meeting", "observer"]
 
 
 class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A server holds exchange `number` of `member` completely, as it came with `attempt`.
+    """A server holds exchange `number` of `member` completely, as it came with `connection_epoch`.
 
     `clipped`: it is a step whose gradients cannot be applied before their norm is known.
     """
@@ -40,7 +40,7 @@ class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     number: int
     kind: Kind
     name: str = ""
-    attempt: int = 0
+    connection_epoch: int = 0
     clipped: bool = False
 
 
@@ -79,12 +79,12 @@ class Entry(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     position: int
 
 
-class Ticket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ExchangeId(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Names one exchange of one member, and the newest attempt with which every server holds it."""
 
     member: int
     number: int
-    attempt: int = 0
+    connection_epoch: int = 0
 
 
 class Newcomer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,7 +104,7 @@ class Enrolled(Entry, frozen=True):
 class Registered(Entry, frozen=True):
     """A model or table comes into being as `source` declared it, whose registration this answers."""
 
-    source: Ticket
+    source: ExchangeId
     name: str = ""
     kind: Kind = "register"
 
@@ -112,7 +112,7 @@ class Registered(Entry, frozen=True):
 class Measured(Entry, frozen=True):
     """Every server reports squares of what these updates, in rank order, come to; nothing is applied."""
 
-    updates: tuple[Ticket, ...]
+    updates: tuple[ExchangeId, ...]
 
 
 class Committed(Entry, frozen=True):
@@ -122,29 +122,29 @@ class Committed(Entry, frozen=True):
     """
 
     version: int
-    updates: tuple[Ticket, ...]
-    answered: tuple[Ticket, ...]
+    updates: tuple[ExchangeId, ...]
+    answered: tuple[ExchangeId, ...]
     norms: tuple[tuple[int, float], ...] = ()
 
 
 class Served(Entry, frozen=True):
     """Answer this exchange with the values as of this position; the first time, or once more."""
 
-    ticket: Ticket
+    ticket: ExchangeId
     kind: Kind = "pull"
 
 
 class Late(Entry, frozen=True):
     """This step came after its round was closed: it is answered, but its gradients are not applied."""
 
-    ticket: Ticket
+    ticket: ExchangeId
 
 
 class Assigned(Entry, frozen=True):
     """Values set or rows deleted by a worker; a version of its own."""
 
     version: int
-    source: Ticket
+    source: ExchangeId
 
 
 class Activated(Entry, frozen=True):
@@ -160,33 +160,33 @@ class Retired(Entry, frozen=True):
     member: int
     gone: bool
     reason: str
-    answered: Ticket | None = None
+    answered: ExchangeId | None = None
 
 
 class Met(Entry, frozen=True):
     """Everybody is at the same barrier or sum: all are answered, all active again."""
 
-    tickets: tuple[Ticket, ...]
+    tickets: tuple[ExchangeId, ...]
 
 
 class Stopped(Entry, frozen=True):
     """The next answered step of each of these members tells it to end its batches."""
 
-    ticket: Ticket
+    ticket: ExchangeId
     members: tuple[int, ...]
 
 
 class Stalled(Entry, frozen=True):
     """These exchanges wait for each other and fail with this reason."""
 
-    tickets: tuple[Ticket, ...]
+    tickets: tuple[ExchangeId, ...]
     reason: str
 
 
 class Checkpointed(Entry, frozen=True):
     """Every server takes a snapshot here."""
 
-    ticket: Ticket
+    ticket: ExchangeId
 
 
 AnyEntry: TypeAlias = (
@@ -217,7 +217,8 @@ class Entries(Message, frozen=True):
 class MemberRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A member as the log has it.
 
-    `over`: its batches are, until it is active again; `answered`, `attempt`: its last answered exchange;
+    `over`: its batches are, until it is active again; `answered`, `connection_epoch`: its last answered
+    exchange;
     `committed`: the exchange of its last step that was; `round`: commits before its last answer;
     `stopping`: its next step is told to end its batches.
     """
@@ -228,13 +229,13 @@ class MemberRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     over: bool
     clock: int
     answered: int
-    attempt: int
+    connection_epoch: int
     committed: int
     round: int
     stopping: bool
 
 
-class StandingsRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LogStateRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything about members that follows from the log up to `position`.
 
     `newest`: the largest id enrolled; `ranks`: ever taken; `finished`: ranks that left by themselves;

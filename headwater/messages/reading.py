@@ -15,7 +15,7 @@ class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop: int
 
 
-class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class StaticProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How far a worker's static part in one call of `batches` is: `done` of `size` samples of `epoch`."""
 
     call: int
@@ -25,7 +25,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     done: int
 
 
-class Visit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DynamicProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a step adds to the done part of a data set of `size` samples that all workers read together."""
 
     call: int
@@ -43,8 +43,8 @@ class Position(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     rank: int
     over: int
-    places: tuple[Place, ...] = ()
-    visits: tuple[Visit, ...] = ()
+    places: tuple[StaticProgress, ...] = ()
+    visits: tuple[DynamicProgress, ...] = ()
 
 
 class Visited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,7 +57,7 @@ class Visited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spans: tuple[Span, ...]
 
 
-class Recorded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DataProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All positions at one position of the log. `last`: by rank; calls before `first` are over for all."""
 
     last: tuple[Position, ...] = ()

@@ -7,7 +7,7 @@ from headwater.messages.exchange import Request
 from headwater.messages.log import AnyEntry
 
 
-class Inputs(Message, frozen=True):
+class EntryInputs(Message, frozen=True):
     """From a server to its standby: an entry, and what of its effect the log does not say.
 
     `requests`: those that the entry names, by member. The payload has, for each (model, elements) of
@@ -31,26 +31,26 @@ class Chunk(Message, frozen=True):
     size: int
 
 
-class Shipment(Message, frozen=True):
+class AppendEntry(Message, frozen=True):
     """From a server to its standby: the next entry, and how far the log is committed.
 
     `chunks`: for each array of the inputs' payload the shared memory that it begins, or -1 where it is
     part of this frame's payload.
     """
 
-    inputs: Inputs
+    inputs: EntryInputs
     committed: int
     chunks: tuple[int, ...]
 
 
-class Advance(Message, frozen=True):
+class CommitIndex(Message, frozen=True):
     """From a server to its standby: the log is committed up to here."""
 
     term: int
     committed: int
 
 
-class Followed(Message, frozen=True):
+class AppendAck(Message, frozen=True):
     """From a standby to its server: up to which position it has and has applied entries, as of `term`."""
 
     term: int
@@ -58,7 +58,7 @@ class Followed(Message, frozen=True):
     applied: int
 
 
-class Agreed(Message, frozen=True):
+class StartTerm(Message, frozen=True):
     """A new sequencer began: entries up to `position` stand, what a server has after it is discarded.
 
     A promoted standby serves members only once it has applied up to there: they may have seen all of it.

@@ -25,7 +25,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     machine: str = ""
 
 
-class Enlist(Message, frozen=True):
+class RequestSlot(Message, frozen=True):
     """A node that holds nothing yet asks the coordinator which server or standby is missing.
 
     `role` and `index` None: whichever.
@@ -35,13 +35,13 @@ class Enlist(Message, frozen=True):
     index: int | None
 
 
-class Spare(Message, frozen=True):
+class NoSlot(Message, frozen=True):
     """An answer to Enlist: no such place is free, as `reason` says. Terms follow once one is."""
 
     reason: str
 
 
-class Terms(Message, frozen=True):
+class Assignment(Message, frozen=True):
     """The answer to Enlist: what the node is to be, in which cluster. The place is kept for the Join that
     follows on this connection.
 
@@ -123,11 +123,11 @@ class Heartbeat(Message, frozen=True):
     """From a member to the coordinator, now and then: it lives."""
 
 
-class Locate(Message, frozen=True):
+class GetServers(Message, frozen=True):
     """From a member that lost a connection to the coordinator: where are the servers now?"""
 
 
-class Whereabouts(Message, frozen=True):
+class ServerAddresses(Message, frozen=True):
     """The answer to Locate; `servers` by index, fewer than all while one has nobody to take over."""
 
     term: int
@@ -140,7 +140,7 @@ class CaughtUp(Message, frozen=True):
     standby: int
 
 
-class Mislaid(Message, frozen=True):
+class StandbyLost(Message, frozen=True):
     """From a server to the coordinator: it lost the connection to this standby."""
 
     standby: int

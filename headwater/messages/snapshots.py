@@ -6,9 +6,9 @@ import msgspec
 
 from headwater.messages.base import Message
 from headwater.messages.exchange import Answer, StepResult
-from headwater.messages.log import AnyEntry, Held, StandingsRecord, Sums
+from headwater.messages.log import AnyEntry, Held, LogStateRecord, Sums
 from headwater.messages.models import ModelSpec, RuleSpec, TableSpec
-from headwater.messages.reading import Recorded
+from headwater.messages.reading import DataProgress
 
 
 class AccountRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,8 +61,8 @@ class Snapshot(Message, frozen=True):
     changed: tuple[int, ...]
     tables: tuple[TablePart, ...]
     ledger: tuple[AccountRecord, ...]
-    standings: StandingsRecord
-    recorded: Recorded
+    standings: LogStateRecord
+    recorded: DataProgress
 
 
 class Recovery(Message, frozen=True):
@@ -75,7 +75,7 @@ class Recovery(Message, frozen=True):
 
     term: int
     server: int
-    standings: StandingsRecord
+    standings: LogStateRecord
     closed: tuple[AnyEntry, ...]
     held: tuple[Held, ...]
     written: tuple[int, ...]

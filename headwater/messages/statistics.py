@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from headwater.messages.base import Message, Role
-from headwater.messages.reading import Recorded, Unvisited
+from headwater.messages.reading import DataProgress, Unvisited
 from headwater.messages.roster import Progress
 
 
@@ -65,7 +65,7 @@ class ServerStatistics(Message, frozen=True):
     models: tuple[ModelStatistics, ...]
     tables: tuple[TableStatistics, ...]
     waits: dict[int, str]
-    recorded: Recorded = Recorded()
+    recorded: DataProgress = DataProgress()
 
 
 class NodeStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

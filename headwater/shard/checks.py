@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from headwater import messages as m
 from headwater.errors import ProtocolError, RegistrationError
-from headwater.layout import Layout, describe
-from headwater.rules import from_spec
 from headwater.shard.outstanding import Members
 from headwater.shard.tables import StagedRows, Tables
 from headwater.shard.vector import Vector
+from headwater.spec.layout import Layout, describe
+from headwater.spec.rules import from_spec
 
 _KINDS: dict[type, m.Kind] = {
     m.Register: "register",

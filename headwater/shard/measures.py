@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 
 from headwater import messages as m
 from headwater.shard.outstanding import Members
-from headwater.shard.replica import Live
+from headwater.shard.replica import LiveInputs
 from headwater.shard.vector import Vector
-from headwater.sync import Reduce
+from headwater.spec.sync import Reduce
 
 
 def contributors(steps: Iterable[m.Step]) -> int:
@@ -27,7 +27,9 @@ def divisor_of(count: int, reduce: Reduce) -> int:
 class Measures:
     """Of the models of one server; reads members' memory, changes nothing."""
 
-    def __init__(self, vectors: Mapping[int, Vector], members: Members, live: Live, reduce: Reduce) -> None:
+    def __init__(
+        self, vectors: Mapping[int, Vector], members: Members, live: LiveInputs, reduce: Reduce
+    ) -> None:
         self._vectors = vectors
         self._members = members
         self._live = live

@@ -3,8 +3,10 @@
 A standby has nothing here. All of it is lost with a server, and comes again with the members' next attempt.
 
 Invariants:
-- A member has one exchange outstanding at a time; it may come again, under its number, in a newer attempt.
-- Once a member has connected as attempt k, nothing of an older attempt is answered, and no memory written for
+- A member has one exchange outstanding at a time; it may come again, under its number, in a newer
+  connection epoch.
+- Once a member has connected as connection epoch k, nothing of an older connection epoch is answered, and
+  no memory written for
   it: its window may be mapped by nobody any more. What it staged counts all the same.
 """
 
@@ -47,33 +49,36 @@ class Members:
     """By member: attempt, outstanding exchange, stagings, and what was made for its last answer."""
 
     def __init__(self) -> None:
-        self._attempts: dict[int, int] = {}
+        self._connection_epochs: dict[int, int] = {}
         self._outstanding: dict[int, Outstanding] = {}
         self._stagings: dict[int, dict[int, Staging]] = {}
         self._copies: dict[int, list[NDArray[Any]]] = {}
         self._snapshots: dict[int, ShardSnapshot] = {}
 
-    def reconnected(self, member: int, attempt: int) -> None:
-        """From now on nothing of an older attempt is taken or answered.
+    def reconnected(self, member: int, connection_epoch: int) -> None:
+        """From now on nothing of an older connection epoch is taken or answered.
 
         Raises:
-            RefusedError: a newer attempt is known.
+            RefusedError: a newer connection epoch is known.
         """
-        known = self._attempts.get(member, 0)
-        if attempt < known:
+        known = self._connection_epochs.get(member, 0)
+        if connection_epoch < known:
             raise RefusedError(
-                f"attempt {attempt} of member {member} is over: it has connected again as attempt {known}"
+                f"connection epoch {connection_epoch} of member {member} is over: "
+                f"the member has connected again as epoch {known}"
             )
-        self._attempts[member] = attempt
+        self._connection_epochs[member] = connection_epoch
 
-    def check(self, member: int, number: int, attempt: int) -> None:
+    def check(self, member: int, number: int, connection_epoch: int) -> None:
         """Refuse an exchange beside the one that is outstanding.
 
         Raises:
-            ProtocolError: another one, or the same in the same attempt, is not answered yet.
+            ProtocolError: another one, or the same in the same connection epoch, is not answered yet.
         """
         held = self._outstanding.get(member)
-        if held is not None and (number != held.held.number or attempt == held.held.attempt):
+        if held is not None and (
+            number != held.held.number or connection_epoch == held.held.connection_epoch
+        ):
             raise ProtocolError(f"member {member} sent {number} before {held.held.number} was answered")
 
     def hold(self, exchange: Outstanding) -> None:
@@ -84,7 +89,7 @@ class Members:
         """Every exchange outstanding."""
         return tuple(exchange.held for exchange in self._outstanding.values())
 
-    def of(self, ticket: m.Ticket) -> Outstanding:
+    def of(self, ticket: m.ExchangeId) -> Outstanding:
         """The exchange that an entry names.
 
         Raises:
@@ -95,30 +100,40 @@ class Members:
             raise ProtocolError(f"an entry names exchange {ticket}, which this server does not hold")
         return held
 
-    def holds(self, ticket: m.Ticket) -> bool:
-        """Whether the exchange is outstanding here, in whichever attempt."""
+    def holds(self, ticket: m.ExchangeId) -> bool:
+        """Whether the exchange is outstanding here, in whichever connection epoch."""
         held = self._outstanding.get(ticket.member)
         return held is not None and held.held.number == ticket.number
 
-    def reader(self, ticket: m.Ticket) -> Outstanding | None:
+    def reader(self, ticket: m.ExchangeId) -> Outstanding | None:
         """The exchange, where the member can be answered here: it has not connected again since."""
         held = self._outstanding.get(ticket.member)
         if held is None or held.held.number != ticket.number:
             return None
-        return held if self._attempts[ticket.member] <= ticket.attempt else None
+        return held if self._connection_epochs[ticket.member] <= ticket.connection_epoch else None
 
-    def end(self, ticket: m.Ticket) -> bool:
+    def end(self, ticket: m.ExchangeId) -> bool:
         """The exchange is answered; whether the member can be told here."""
         held = self._outstanding.get(ticket.member)
-        if held is None or held.held.number != ticket.number or held.held.attempt > ticket.attempt:
+        if (
+            held is None
+            or held.held.number != ticket.number
+            or held.held.connection_epoch > ticket.connection_epoch
+        ):
             return False
         del self._outstanding[ticket.member]
-        return self._attempts[ticket.member] <= ticket.attempt
+        return self._connection_epochs[ticket.member] <= ticket.connection_epoch
 
     def forget(self, member: int) -> bool:
         """The member is gone for good; whether it waits for an answer here, which it will not get."""
         waits = member in self._outstanding
-        for kept in (self._attempts, self._outstanding, self._stagings, self._copies, self._snapshots):
+        for kept in (
+            self._connection_epochs,
+            self._outstanding,
+            self._stagings,
+            self._copies,
+            self._snapshots,
+        ):
             kept.pop(member, None)
         return waits
 

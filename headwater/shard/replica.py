@@ -1,7 +1,9 @@
 """What of an entry's effect does not follow from the log: as members have it, or collected for a standby.
 
-A server without a standby reads it from its members' memory while it processes the entry (`Live`). One with a
-standby collects it beforehand (`Resolved`): requests, reduced gradients, initial and assigned values, ids.
+A server without a standby reads it from its members' memory while it processes the entry (`LiveInputs`).
+One with a
+standby collects it beforehand (`MaterializedEntry`): requests, reduced gradients, initial and assigned
+values, ids.
 Both then process the entry from that, in the same way, so they end with the same bits.
 
 Invariant: nothing collected depends on entries before it that are not applied yet, because a member is
@@ -20,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.log.standings import tickets_of
+from headwater.log.state import tickets_of
 from headwater.shard.outstanding import Members
 from headwater.shard.tables import StagedRows, Tables
 from headwater.shard.vector import Array, Staging, Update, Vector
@@ -28,7 +30,7 @@ from headwater.shard.vector import Array, Staging, Update, Vector
 Room: TypeAlias = Callable[[int], NDArray[np.uint8]]
 """Gives so many bytes, contiguous, at a multiple of 8: for an array that stays until its entry is applied."""
 
-Steps: TypeAlias = Sequence[tuple[m.Ticket, m.Step]]
+Steps: TypeAlias = Sequence[tuple[m.ExchangeId, m.Step]]
 
 
 def own_memory(size: int) -> NDArray[np.uint8]:
@@ -36,10 +38,10 @@ def own_memory(size: int) -> NDArray[np.uint8]:
     return np.empty(-(-size // 8), dtype=np.int64).view(np.uint8)[:size]
 
 
-class Inputs(Protocol):
+class EntryInputs(Protocol):
     """Where an entry's processing finds what the log does not say; the methods fit the kinds of entries."""
 
-    def request(self, ticket: m.Ticket) -> m.Request:
+    def request(self, ticket: m.ExchangeId) -> m.Request:
         """The request that an entry names."""
 
     def updates(self, model: int, vector: Vector, steps: Steps) -> list[Update]:
@@ -48,27 +50,27 @@ class Inputs(Protocol):
     def pushed(self, steps: Steps) -> Sequence[Sequence[StagedRows]]:
         """Gradients of rows, to be added up in this order."""
 
-    def initial(self, ticket: m.Ticket) -> Array:
+    def initial(self, ticket: m.ExchangeId) -> Array:
         """Initial values of this server's range of a model."""
 
-    def assigned(self, ticket: m.Ticket, model: int) -> Staging:
+    def assigned(self, ticket: m.ExchangeId, model: int) -> Staging:
         """Where the values are that are assigned to a model."""
 
-    def deleted(self, ticket: m.Ticket) -> StagedRows:
+    def deleted(self, ticket: m.ExchangeId) -> StagedRows:
         """The ids to be deleted."""
 
 
-class Live:
+class LiveInputs:
     """Inputs as members have them now."""
 
     def __init__(self, members: Members) -> None:
         self._members = members
 
-    def request(self, ticket: m.Ticket) -> m.Request:
+    def request(self, ticket: m.ExchangeId) -> m.Request:
         """As it is held."""
         return self._members.of(ticket).request
 
-    def step(self, ticket: m.Ticket) -> m.Step:
+    def step(self, ticket: m.ExchangeId) -> m.Step:
         """As it is held."""
         request = self.request(ticket)
         assert isinstance(request, m.Step)
@@ -87,31 +89,31 @@ class Live:
         """Each member's."""
         return [self._members.of(ticket).pushed() for ticket, step in steps if step.pushed]
 
-    def initial(self, ticket: m.Ticket) -> Array:
+    def initial(self, ticket: m.ExchangeId) -> Array:
         """From the member's parameters."""
         staging = self._members.of(ticket).staging
         assert staging is not None
         return staging.parameters
 
-    def assigned(self, ticket: m.Ticket, model: int) -> Staging:
+    def assigned(self, ticket: m.ExchangeId, model: int) -> Staging:
         """The member's parameters."""
         return self._members.staging(ticket.member, model)
 
-    def deleted(self, ticket: m.Ticket) -> StagedRows:
+    def deleted(self, ticket: m.ExchangeId) -> StagedRows:
         """From the request."""
         (staged,) = self._members.of(ticket).rows
         return staged
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Resolved:
+class MaterializedEntry:
     """An entry with its inputs. As a message: `inputs`, with `payload()` as its payload.
 
     `models`: this server's whole range of each of `inputs.models`, float32; `tables`: the rows of each of
     `inputs.tables`. The arrays must stay as they are until the entry was applied.
     """
 
-    inputs: m.Inputs
+    inputs: m.EntryInputs
     models: tuple[Array, ...] = ()
     tables: tuple[StagedRows, ...] = ()
 
@@ -120,7 +122,7 @@ class Resolved:
         rows = [array for staged in self.tables for array in (staged.ids, staged.rows)]
         return [array for array in (*self.models, *rows) if array.size]
 
-    def request(self, ticket: m.Ticket) -> m.Request:
+    def request(self, ticket: m.ExchangeId) -> m.Request:
         """As it was held."""
         return next(request for member, request in self.inputs.requests if member == ticket.member)
 
@@ -140,15 +142,15 @@ class Resolved:
         """One, the sum of all."""
         return [self.tables]
 
-    def initial(self, ticket: m.Ticket) -> Array:
+    def initial(self, ticket: m.ExchangeId) -> Array:
         """As they were."""
         return self._staging(INITIAL).parameters
 
-    def assigned(self, ticket: m.Ticket, model: int) -> Staging:
+    def assigned(self, ticket: m.ExchangeId, model: int) -> Staging:
         """As they were."""
         return self._staging(model)
 
-    def deleted(self, ticket: m.Ticket) -> StagedRows:
+    def deleted(self, ticket: m.ExchangeId) -> StagedRows:
         """As they were."""
         return self.tables[0]
 
@@ -162,12 +164,12 @@ class Resolved:
 
 
 INITIAL = -1
-"""Stands in `m.Inputs.models` for a model that has no id yet."""
+"""Stands in `m.EntryInputs.models` for a model that has no id yet."""
 
 
-def arriving(inputs: m.Inputs, room: Room = own_memory) -> Resolved:
+def arriving(inputs: m.EntryInputs, room: Room = own_memory) -> MaterializedEntry:
     """A Resolved with room for the payload that follows `inputs`: its `payload()` is to be received into."""
-    return Resolved(
+    return MaterializedEntry(
         inputs,
         tuple(_floats(room, elements) for _, elements in inputs.models),
         tuple(
@@ -177,13 +179,13 @@ def arriving(inputs: m.Inputs, room: Room = own_memory) -> Resolved:
     )
 
 
-def restamped(resolved: Resolved, term: int) -> Resolved:
+def restamped(resolved: MaterializedEntry, term: int) -> MaterializedEntry:
     """The same as it is sent in another term."""
     inputs = msgspec.structs.replace(resolved.inputs, term=term)
-    return Resolved(inputs, resolved.models, resolved.tables)
+    return MaterializedEntry(inputs, resolved.models, resolved.tables)
 
 
-def owned(resolved: Resolved) -> Resolved:
+def owned(resolved: MaterializedEntry) -> MaterializedEntry:
     """The same in this process's own memory."""
     own = arriving(resolved.inputs)
     for mine, shared in zip(own.payload(), resolved.payload(), strict=True):
@@ -192,15 +194,15 @@ def owned(resolved: Resolved) -> Resolved:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Closed:
+class Uncommitted:
     """An entry that is not applied yet; `written`: the term of its sequencer; `resolved`: with a standby."""
 
     entry: m.AnyEntry
     written: int
-    resolved: Resolved | None = None
+    resolved: MaterializedEntry | None = None
 
 
-class Shipped:
+class ReplicationProgress:
     """What a standby, which began with a snapshot of `position`, was sent, and how far it has that.
 
     Entries may be discarded after they were sent, and others be sent for their positions: those of a newer
@@ -212,9 +214,9 @@ class Shipped:
 
     def __init__(self, position: int) -> None:
         self.acknowledged = position
-        self._open: deque[m.Inputs] = deque()
+        self._open: deque[m.EntryInputs] = deque()
 
-    def add(self, resolved: Resolved) -> None:
+    def add(self, resolved: MaterializedEntry) -> None:
         """This was sent, after all others."""
         self._open.append(resolved.inputs)
 
@@ -230,15 +232,15 @@ class Shipped:
         self.acknowledged = min(self.acknowledged, position)
 
 
-class Collector:
+class InputCollector:
     """Collects the inputs of entries on a server with a standby; reads members' memory, changes nothing."""
 
-    def __init__(self, vectors: Mapping[int, Vector], tables: Tables, live: Live) -> None:
+    def __init__(self, vectors: Mapping[int, Vector], tables: Tables, live: LiveInputs) -> None:
         self._vectors = vectors
         self._tables = tables
         self._live = live
 
-    def collect(self, entry: m.AnyEntry, term: int, written: int, room: Room) -> Resolved:
+    def collect(self, entry: m.AnyEntry, term: int, written: int, room: Room) -> MaterializedEntry:
         """The entry with copies of all it needs, as it is sent in `term` and was written in `written`.
 
         Blocks for a pass over the gradients of a commit.
@@ -258,7 +260,7 @@ class Collector:
         elif isinstance(entry, m.Assigned):
             staged = self._live.deleted(entry.source)
             tables = [_copy(StagedRows(staged.table, staged.ids, staged.rows[:, :0]), room)]
-        inputs = m.Inputs(
+        inputs = m.EntryInputs(
             term,
             entry,
             tuple((member, _without_payload(request)) for member, request in requests),
@@ -266,7 +268,7 @@ class Collector:
             tuple((staged.table, *staged.rows.shape) for staged in tables),
             written,
         )
-        return Resolved(inputs, tuple(models.values()), tuple(tables))
+        return MaterializedEntry(inputs, tuple(models.values()), tuple(tables))
 
     def _reduced(self, steps: Steps, room: Room) -> dict[int, Array]:
         reduced: dict[int, Array] = {}

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.kernels.arrange import unite
-from headwater.rules import Rule
+from headwater.spec.rules import Rule
 
 Lines = NDArray[np.float32]
 Counts = NDArray[np.int32]

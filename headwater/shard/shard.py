@@ -20,19 +20,18 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.errors import ProtocolError, RefusedError
-from headwater.layout import Layout
-from headwater.log.standings import Standings
-from headwater.positions import Positions
+from headwater.log.positions import Positions
+from headwater.log.state import LogState
 from headwater.shard.checks import Checks, kind_of, name_of
 from headwater.shard.measures import Measures
 from headwater.shard.outstanding import Members, Outstanding
 from headwater.shard.replica import (
-    Closed,
-    Collector,
-    Live,
-    Resolved,
+    InputCollector,
+    LiveInputs,
+    MaterializedEntry,
+    ReplicationProgress,
     Room,
-    Shipped,
+    Uncommitted,
     own_memory,
     owned,
     restamped,
@@ -41,7 +40,8 @@ from headwater.shard.snapshot import ShardSnapshot
 from headwater.shard.state import Answers, State
 from headwater.shard.tables import StagedRows
 from headwater.shard.vector import Array, Staging
-from headwater.sync import Reduce
+from headwater.spec.layout import Layout
+from headwater.spec.sync import Reduce
 
 
 class Shard:
@@ -64,11 +64,11 @@ class Shard:
         self._state = State(index, servers, reduce, self._members)
         self.vectors, self.tables = self._state.vectors, self._state.tables
         self._checks = Checks(self.vectors, self.tables, self._members)
-        self._live = Live(self._members)
-        self._collector = Collector(self.vectors, self.tables, self._live)
+        self._live = LiveInputs(self._members)
+        self._collector = InputCollector(self.vectors, self.tables, self._live)
         self._measures = Measures(self.vectors, self._members, self._live, reduce)
-        self._closed: deque[Closed] = deque()
-        self._shipped: Shipped | None = None
+        self._closed: deque[Uncommitted] = deque()
+        self._shipped: ReplicationProgress | None = None
 
     @property
     def agreed(self) -> bool:
@@ -86,7 +86,7 @@ class Shard:
         return self._state.position
 
     @property
-    def standings(self) -> Standings:
+    def standings(self) -> LogState:
         """As of the last entry processed."""
         return self._state.standings
 
@@ -101,29 +101,29 @@ class Shard:
         """This server's elements [start, stop) of a model."""
         return self._state.range_of(layout)
 
-    def reconnected(self, member: int, attempt: int) -> None:
-        """The member has connected as `attempt`: nothing of an older one is taken or answered any more.
+    def reconnected(self, member: int, connection_epoch: int) -> None:
+        """The member has connected anew: from now on no older epoch is taken or answered.
 
         Raises:
-            RefusedError: it is gone for good, or a newer attempt is known.
+            RefusedError: it is gone for good, or a newer connection epoch is known.
         """
         self._check_present(member)
-        self._members.reconnected(member, attempt)
+        self._members.reconnected(member, connection_epoch)
 
     def _check_present(self, member: int) -> None:
         if self._state.standings.is_gone(member):
             raise RefusedError(f"member {member} has left or was retired: connect again as a new one")
 
-    def replace_staging(self, member: int, model: int, staging: Staging, attempt: int) -> None:
-        """Take over other memory for a member's part of a model, outside the log, in a new attempt.
+    def replace_staging(self, member: int, model: int, staging: Staging, connection_epoch: int) -> None:
+        """Take over other memory for a member's part of a model, outside the log, in a new connection epoch.
 
         Where an exchange of it is outstanding, what `staged` gives must be there already.
 
         Raises:
-            RefusedError: the member is gone, or the attempt is over.
+            RefusedError: the member is gone, or the connection epoch is over.
             ProtocolError: there is no such model.
         """
-        self.reconnected(member, attempt)
+        self.reconnected(member, connection_epoch)
         self._checks.check_model(model)
         self._members.stage(member, model, staging)
 
@@ -133,28 +133,32 @@ class Shard:
         request: m.Request,
         staging: Staging | None = None,
         rows: Sequence[StagedRows] = (),
-        attempt: int = 0,
+        connection_epoch: int = 0,
     ) -> m.Held:
         """Hold an exchange until an entry names it; the return is for the sequencer.
 
         `staging` comes with Register and Attach, `rows` with requests that have `Rows`. A member has one
-        exchange outstanding at a time; in a newer attempt the same one may come again, answered or not.
+        exchange outstanding at a time; in a newer connection epoch the same one may come again, answered or
+        not.
 
         Raises:
             UsageError: the request cannot be served; nothing is held.
-            RefusedError: the member is gone, or its attempt is over.
+            RefusedError: the member is gone, or its connection epoch is over.
             ProtocolError: the request breaks the protocol; its connection should be closed.
         """
-        self.reconnected(member, attempt)
-        self._members.check(member, request.number, attempt)
+        self.reconnected(member, connection_epoch)
+        self._members.check(member, request.number, connection_epoch)
         standing = self._state.standings.members.get(member)
-        if standing is not None and (request.number, attempt) <= (standing.answered, standing.attempt):
+        if standing is not None and (request.number, connection_epoch) <= (
+            standing.answered,
+            standing.connection_epoch,
+        ):
             last = standing.answered
             raise ProtocolError(f"member {member} sent exchange {request.number}, but {last} was answered")
         self._checks.check(member, request, rows)
         kind = self._kind(member, request)
         clipped = isinstance(request, m.Step) and kind == "step" and self._measures.needed(request)
-        held = m.Held(member, request.number, kind, name_of(request), attempt, clipped)
+        held = m.Held(member, request.number, kind, name_of(request), connection_epoch, clipped)
         self._members.hold(Outstanding(held, request, staging, rows))
         self.exchanges += 1
         return held
@@ -256,20 +260,20 @@ class Shard:
         here = self.prepared if self._shipped is None else self._shipped.acknowledged
         return here if self.agreed else min(here, self.position)
 
-    def attach_standby(self, room: Room = own_memory) -> tuple[ShardSnapshot, list[Resolved]]:
+    def attach_standby(self, room: Room = own_memory) -> tuple[ShardSnapshot, list[MaterializedEntry]]:
         """Have a standby from now on: what it begins with, and what it must follow before anything else.
 
         It begins in `agreed_term`, and has caught up once `safe` is what was reported before it came.
         Blocks for a pass over memory, and one over the gradients of each commit that is not applied yet.
         """
-        self._shipped = Shipped(self.position)
+        self._shipped = ReplicationProgress(self.position)
         resolved = [self._resolve_anew(closed, room) for closed in self._closed]
-        self._closed = deque(Closed(one.inputs.entry, one.inputs.written, one) for one in resolved)
+        self._closed = deque(Uncommitted(one.inputs.entry, one.inputs.written, one) for one in resolved)
         for one in resolved:
             self._shipped.add(one)
         return self.snapshot(), resolved
 
-    def _resolve_anew(self, closed: Closed, room: Room) -> Resolved:
+    def _resolve_anew(self, closed: Uncommitted, room: Room) -> MaterializedEntry:
         if closed.resolved is not None:
             return restamped(closed.resolved, self.agreed_term)
         return self._collector.collect(closed.entry, self.agreed_term, closed.written, room)
@@ -278,7 +282,7 @@ class Shard:
         """Go on without one."""
         self._shipped = None
 
-    def prepare(self, entry: m.AnyEntry, room: Room = own_memory) -> Resolved | None:
+    def prepare(self, entry: m.AnyEntry, room: Room = own_memory) -> MaterializedEntry | None:
         """Keep the next entry until it is committed; with a standby, return what that must follow.
 
         What it asks to be measured is measured at once, and need not be committed to be reported.
@@ -296,7 +300,7 @@ class Shard:
         if self._shipped is not None:
             resolved = self._collector.collect(entry, self.term, self.term, room)
             self._shipped.add(resolved)
-        self._closed.append(Closed(entry, self.term, resolved))
+        self._closed.append(Uncommitted(entry, self.term, resolved))
         return resolved
 
     def acknowledged(self, term: int, position: int) -> None:
@@ -304,7 +308,7 @@ class Shard:
         if self._shipped is not None:
             self._shipped.acknowledge(term, position)
 
-    def follow(self, resolved: Resolved) -> None:
+    def follow(self, resolved: MaterializedEntry) -> None:
         """On a standby: keep the next entry until it is committed.
 
         Raises:
@@ -313,7 +317,7 @@ class Shard:
         """
         self.admit(resolved.inputs.term)
         self._check_next(resolved.inputs.entry)
-        self._closed.append(Closed(resolved.inputs.entry, resolved.inputs.written, resolved))
+        self._closed.append(Uncommitted(resolved.inputs.entry, resolved.inputs.written, resolved))
 
     def commit(self, position: int) -> Answers:
         """Process all entries up to `position`; blocks for the passes over memory that they ask for.
@@ -355,7 +359,7 @@ class Shard:
             raise RefusedError(f"promoted in term {term}, but this server follows term {self.term} already")
         self.term = term
         self._closed = deque(
-            Closed(one.entry, one.written, one.resolved and owned(one.resolved)) for one in self._closed
+            Uncommitted(one.entry, one.written, one.resolved and owned(one.resolved)) for one in self._closed
         )
 
     def recovery(self, term: int) -> m.Recovery:
@@ -377,7 +381,7 @@ class Shard:
             sums=self._measures.all(),
         )
 
-    def truncate(self, agreed: m.Agreed) -> None:
+    def truncate(self, agreed: m.StartTerm) -> None:
         """Discard entries that a new sequencer did not find everywhere; none of them was applied.
 
         The second time it changes nothing: what has come since is of that sequencer.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.messages import AccountRecord, ModelSpec, Recorded, RuleSpec, StandingsRecord, TableSpec
+from headwater.messages import AccountRecord, DataProgress, LogStateRecord, ModelSpec, RuleSpec, TableSpec
 
 Array = NDArray[np.float32]
 
@@ -94,5 +94,5 @@ class ShardSnapshot:
     changed: tuple[int, ...]
     tables: tuple[TableSnapshot, ...]
     ledger: tuple[AccountRecord, ...]
-    standings: StandingsRecord
-    recorded: Recorded
+    standings: LogStateRecord
+    recorded: DataProgress

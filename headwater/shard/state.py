@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.errors import HeadwaterError, RegistrationError
-from headwater.layout import Layout
-from headwater.log.standings import Standings
-from headwater.positions import Positions
+from headwater.log.positions import Positions
+from headwater.log.state import LogState
 from headwater.shard.checks import difference
 from headwater.shard.copies import Copies, found
 from headwater.shard.ledger import Ledger
 from headwater.shard.measures import contributors, divisor_of
 from headwater.shard.outstanding import Members, Outstanding
-from headwater.shard.replica import Inputs
+from headwater.shard.replica import EntryInputs
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.shard.tables import Tables
 from headwater.shard.vector import Staging, Vector
-from headwater.sync import Reduce
+from headwater.spec.layout import Layout
+from headwater.spec.sync import Reduce
 
 Answers: TypeAlias = list[tuple[int, m.Answer | None]]
 """Member and its answer; None where there will be none, because it was retired meanwhile."""
@@ -55,14 +55,14 @@ class State:
         self.position = 0
         self.vectors: dict[int, Vector] = {}
         self.tables = Tables(index, servers)
-        self.standings = Standings()
+        self.standings = LogState()
         self.ledger = Ledger()
         self.positions = Positions()
         self.copies = Copies()
         self._reduce = reduce
         self._members = members
         self._ids: dict[str, int] = {}
-        self._inputs: Inputs
+        self._inputs: EntryInputs
         self._on_entry: dict[type, Callable[[Any], Answers]] = {
             m.Enrolled: lambda entry: [],
             m.Registered: self._registered,
@@ -83,7 +83,7 @@ class State:
         """This server's elements [start, stop) of a model."""
         return layout.cut(self.servers)[self.index]
 
-    def process(self, entry: m.AnyEntry, inputs: Inputs) -> Answers:
+    def process(self, entry: m.AnyEntry, inputs: EntryInputs) -> Answers:
         """Do what the next entry says, with what `inputs` say besides; blocks for passes over memory."""
         self._inputs = inputs
         self.position = entry.position
@@ -153,7 +153,7 @@ class State:
             return {model: stagings[model] for model in step.read if model in stagings}
         return stagings if step.read else {}
 
-    def _step_of(self, ticket: m.Ticket) -> m.Step:
+    def _step_of(self, ticket: m.ExchangeId) -> m.Step:
         request = self._inputs.request(ticket)
         assert isinstance(request, m.Step)
         return request
@@ -167,7 +167,7 @@ class State:
 
     def _apply(
         self,
-        steps: Sequence[tuple[m.Ticket, m.Step]],
+        steps: Sequence[tuple[m.ExchangeId, m.Step]],
         count: int,
         readers: Sequence[dict[int, Staging]],
         norms: dict[int, float],
@@ -195,14 +195,14 @@ class State:
             return self._answer(ticket, **brought)
         return self._answer_step(ticket, **brought, may_stop=entry.kind == "step")
 
-    def _serve_again(self, ticket: m.Ticket, request: m.Request) -> Answers:
+    def _serve_again(self, ticket: m.ExchangeId, request: m.Request) -> Answers:
         """The answer was lost on its way: the same result, with the values of now."""
         answer = self.ledger.answer(ticket.member)
         brought = {} if answer.failure is not None else self._bring(ticket, request, again=True)
         answer = msgspec.structs.replace(answer, version=self.version, **brought)
         return self._emit(ticket, answer, self.ledger.count(ticket.member))
 
-    def _bring(self, ticket: m.Ticket, request: m.Request, again: bool = False) -> dict[str, Any]:
+    def _bring(self, ticket: m.ExchangeId, request: m.Request, again: bool = False) -> dict[str, Any]:
         """Give a member that can be answered here what its request asks for; the fields that say so."""
         reader = self._members.reader(ticket)
         if reader is not None:
@@ -229,7 +229,7 @@ class State:
             self._keep_count(ticket, self.tables[request.table].count(self.version))
         return {}
 
-    def _join(self, ticket: m.Ticket, reader: Outstanding | None, model: int) -> dict[str, Any]:
+    def _join(self, ticket: m.ExchangeId, reader: Outstanding | None, model: int) -> dict[str, Any]:
         """The member takes part in a model from now on, with the memory that came with its request."""
         if reader is not None:
             assert reader.staging is not None
@@ -237,14 +237,14 @@ class State:
             self.vectors[model].write([reader.staging])
         return {"values": (model,), "model": model}
 
-    def _read_state(self, ticket: m.Ticket, reader: Outstanding | None, vector: Vector) -> dict[str, Any]:
+    def _read_state(self, ticket: m.ExchangeId, reader: Outstanding | None, vector: Vector) -> dict[str, Any]:
         if reader is not None:
             copies: list[NDArray[Any]] = [state.copy() for state in vector.states.values()]
             self._members.keep_copies(ticket.member, copies)
         return {"states": tuple(vector.states), "counts": tuple(vector.counts.tolist())}
 
     def _write(
-        self, ticket: m.Ticket, reader: Outstanding | None, models: Iterable[int], have: int = -1
+        self, ticket: m.ExchangeId, reader: Outstanding | None, models: Iterable[int], have: int = -1
     ) -> tuple[int, ...]:
         """Write the models that changed after version `have`; return which."""
         changed = tuple(model for model in models if self.vectors[model].changed > have)
@@ -313,7 +313,7 @@ class State:
     def restore(self, snapshot: ShardSnapshot) -> None:
         """Become what `snapshot` was made of; copies the arrays."""
         self.position, self.version = snapshot.position, snapshot.version
-        self.standings = Standings.of(snapshot.standings)
+        self.standings = LogState.of(snapshot.standings)
         self.ledger = Ledger.of(snapshot.ledger)
         self.positions = Positions(snapshot.recorded)
         for model, changed in zip(snapshot.models, snapshot.changed, strict=True):
@@ -328,14 +328,14 @@ class State:
 
     # ── answers ─────────────────────────────────────────────────────────────────────────────────
 
-    def _answer_step(self, ticket: m.Ticket, values: tuple[int, ...], may_stop: bool = True) -> Answers:
+    def _answer_step(self, ticket: m.ExchangeId, values: tuple[int, ...], may_stop: bool = True) -> Answers:
         stopped = may_stop and self.standings.standing(ticket.member).stopping
         return self._answer(ticket, values=values, result=self.ledger.result(ticket.member), stopped=stopped)
 
-    def _answer(self, ticket: m.Ticket, count: int | None = None, **fields: Any) -> Answers:
+    def _answer(self, ticket: m.ExchangeId, count: int | None = None, **fields: Any) -> Answers:
         return self._emit(ticket, m.Answer(ticket.number, self.version, **fields), count)
 
-    def _emit(self, ticket: m.Ticket, answer: m.Answer, count: int | None) -> Answers:
+    def _emit(self, ticket: m.ExchangeId, answer: m.Answer, count: int | None) -> Answers:
         """Note an answer, and give it out where the member can be told; `count`: this server's own."""
         self.ledger.answered(ticket.member, answer, count)
         if not self._members.end(ticket):
@@ -344,7 +344,7 @@ class State:
             self._keep_count(ticket, count)
         return [(ticket.member, answer)]
 
-    def _keep_count(self, ticket: m.Ticket, count: int) -> None:
+    def _keep_count(self, ticket: m.ExchangeId, count: int) -> None:
         self._members.keep_copies(ticket.member, [np.array([count], dtype=np.int64)])
 
 

@@ -18,16 +18,16 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater import initializers, rules
 from headwater.errors import ProtocolError, RegistrationError
 from headwater.kernels.arrange import trace, unite
 from headwater.kernels.index import Index
 from headwater.kernels.rows import ages, begin, combine, fill, gather, oldest, row_rule, scatter, stamp
 from headwater.kernels.slabs import Slabs
-from headwater.lifetime import AfterSteps, LeastRecentlyUsed, admission_from_spec, expiry_from_spec
 from headwater.messages import TableSpec, TableStatistics
 from headwater.shard.scalars import Scalars
 from headwater.shard.snapshot import TableSnapshot
+from headwater.spec import initializers, rules
+from headwater.spec.lifetime import AfterSteps, LeastRecentlyUsed, admission_from_spec, expiry_from_spec
 
 Ids: TypeAlias = NDArray[np.int64]
 Array: TypeAlias = NDArray[np.float32]

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from headwater.errors import ProtocolError, RegistrationError
 from headwater.messages import TableSetting, TableSpec
-from headwater.placement import slots_of_server
 from headwater.shard.snapshot import TableSnapshot
 from headwater.shard.table import Table
+from headwater.spec.placement import slots_of_server
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.kernels import add_up, copy_out, dense, square_up
-from headwater.layout import LINE, PAGE, Layout
 from headwater.log.norms import Node, scale, subtrees
 from headwater.messages import ModelSpec, ModelStatistics
-from headwater.rules import Rule, from_spec
 from headwater.shard.snapshot import ModelSnapshot
+from headwater.spec.layout import LINE, PAGE, Layout
+from headwater.spec.rules import Rule, from_spec
 
 Array = NDArray[np.float32]
 

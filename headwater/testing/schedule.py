@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from headwater.errors import ConfigurationError
-from headwater.rules import Adam, Rule
-from headwater.sync import Decision, Reduce, parse_sync
+from headwater.spec.rules import Adam, Rule
+from headwater.spec.sync import Decision, Reduce, parse_sync
 from headwater.testing.faults import Fault, Faults
 from headwater.testing.invariants import Invariant
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.layout import PAGE
-from headwater.rules import Accumulate, Rule
+from headwater.spec.layout import PAGE
+from headwater.spec.rules import Accumulate, Rule
 from headwater.testing.processes.client import Call, Client, Question
 
 LEDGER, TRAINED = 0, 1
@@ -100,7 +100,7 @@ class Workload:
         places = me.place.places if me.place is not None else ()
         begin = places[0].done if places else 0
         for done in range(begin, self.steps):
-            place = m.Place(0, 1, self.steps, 0, done + 1)
+            place = m.StaticProgress(0, 1, self.steps, 0, done + 1)
             yield from self._step(me, m.Position(me.rank, 0, (place,)))
             if done + 1 == self.meets:
                 yield me.end()
@@ -117,7 +117,7 @@ class Workload:
             if isinstance(reply, m.Leased):
                 for start in range(reply.span.start, reply.span.stop):
                     span = m.Span(reply.span.epoch, start, start + 1)
-                    visit = m.Visit(0, 1, size, (span,))
+                    visit = m.DynamicProgress(0, 1, size, (span,))
                     yield from self._step(me, m.Position(me.rank, 0, (), (visit,)))
                 reply = yield me.lease(0, 1, size, 1, 0)
             else:

@@ -13,11 +13,11 @@ from typing import Any, cast
 
 from headwater import messages as m
 from headwater.errors import HeadwaterError, ProtocolError
-from headwater.nodes.server.sequencing import Policy
-from headwater.roster import Departure, RosterBook
-from headwater.shard.replica import Resolved
+from headwater.machines.roster import Departure, RosterBook
+from headwater.runtime.server.sequencing import Policy
+from headwater.shard.replica import MaterializedEntry
 from headwater.shard.snapshot import ShardSnapshot
-from headwater.sync import Sync, parse_sync
+from headwater.spec.sync import Sync, parse_sync
 from headwater.testing.faults import Fault
 from headwater.testing.invariants import ALWAYS, COUNTED, Invariant
 from headwater.testing.invariants.accounts import Accounts
@@ -245,7 +245,7 @@ class World:
 
     # ── as the coordinator sees it ──────────────────────────────────────────────────────────────
 
-    def recorded(self) -> m.Recorded:
+    def recorded(self) -> m.DataProgress:
         """Everybody's positions, as server 0 has them."""
         return self.shards[0].positions.recorded()
 
@@ -306,15 +306,15 @@ class World:
         for hears in self._told["processed"]:
             hears(host, shard, entry)
 
-    def prepared(self, shard: WatchedShard, resolved: Resolved) -> None:
+    def prepared(self, shard: WatchedShard, resolved: MaterializedEntry) -> None:
         """What a standby must follow was collected."""
         for hears in self._told["prepared"]:
             hears(shard, resolved)
 
-    def broke_protocol(self, member: int, attempt: int, error: ProtocolError) -> None:
+    def broke_protocol(self, member: int, connection_epoch: int, error: ProtocolError) -> None:
         """A member's connection ended with this: that is right only for one that nobody has any more."""
         sender = self._ids[member]
-        if sender.alive and not sender.ended and sender.attempt == attempt:
+        if sender.alive and not sender.ended and sender.connection_epoch == connection_epoch:
             raise error
 
     def took_snapshot(self, member: int, number: int, snapshot: ShardSnapshot) -> None:

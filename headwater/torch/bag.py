@@ -15,12 +15,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from headwater.errors import ConfigurationError, UsageError
-from headwater.initializers import Initializer
 from headwater.kernels.arrange import Ids, Plan
-from headwater.lifetime import AfterCount, Expiry
-from headwater.nodes.worker import Worker
-from headwater.rules import Rule
+from headwater.spec.initializers import Initializer
+from headwater.spec.lifetime import AfterCount, Expiry
+from headwater.spec.rules import Rule
 from headwater.torch.embedding import INITIAL, Array, Mask, TableModule, host_ids, sums_of, uncompiled
+from headwater.worker import Worker
 
 BagMode: TypeAlias = Literal["sum", "mean", "max"]
 

@@ -11,9 +11,9 @@ from typing import Literal, TypeAlias
 import torch
 
 from headwater.errors import ConfigurationError
-from headwater.nodes.worker import Worker
-from headwater.nodes.worker.model import Model
-from headwater.rules import SGD, Accumulate
+from headwater.spec.rules import SGD, Accumulate
+from headwater.worker import Worker
+from headwater.worker.model import Model
 
 BufferMode: TypeAlias = Literal["rank0", "mean", "local"]
 

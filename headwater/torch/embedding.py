@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
 from headwater.errors import ConfigurationError, UsageError
-from headwater.initializers import Initializer, Normal
 from headwater.kernels.arrange import Ids, Plan, as_ids
-from headwater.lifetime import AfterCount, Expiry
-from headwater.nodes.worker import Worker
-from headwater.rules import Rule
+from headwater.spec.initializers import Initializer, Normal
+from headwater.spec.lifetime import AfterCount, Expiry
+from headwater.spec.rules import Rule
+from headwater.worker import Worker
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]

@@ -14,9 +14,9 @@ from typing import Any, cast
 import torch
 
 from headwater.errors import ConfigurationError
-from headwater.rules import Rule
-from headwater.schedules import Schedule
-from headwater.settings import field_types
+from headwater.spec.rules import Rule
+from headwater.spec.schedules import Schedule
+from headwater.spec.settings import field_types
 
 
 @dataclass(slots=True, eq=False)

@@ -20,15 +20,15 @@ from torch.utils.hooks import RemovableHandle
 
 from headwater.errors import ConfigurationError, UsageError
 from headwater.messages import StepResult
-from headwater.nodes.worker import Worker
-from headwater.nodes.worker.declaring import Group, NonFinite, check_clip_norm, check_nonfinite
-from headwater.nodes.worker.model import Model
-from headwater.nodes.worker.table import Table
-from headwater.rules import Rule
+from headwater.spec.rules import Rule
 from headwater.torch.buffers import BufferMode, SharedBuffers, check_mode
 from headwater.torch.groups import make_groups, settings
 from headwater.torch.parameters import BoundParameter, find_parameters, wait_for_copies
 from headwater.torch.tables import TrainedTables, report_nonfinite
+from headwater.worker import Worker
+from headwater.worker.model import Model
+from headwater.worker.model_spec import Group, NonFinite, check_clip_norm, check_nonfinite
+from headwater.worker.table import Table
 
 
 class DistributedOptimizer(torch.optim.Optimizer):

@@ -16,12 +16,12 @@ import torch
 
 from headwater.errors import UsageError
 from headwater.kernels.arrange import Plan
-from headwater.nodes.worker.declaring import NonFinite
-from headwater.nodes.worker.rowmemory import Place
-from headwater.nodes.worker.table import Table
-from headwater.rules import from_spec
+from headwater.spec.rules import from_spec
 from headwater.torch.embedding import Array, Collected, TableModule
 from headwater.torch.groups import ParameterGroup, settings
+from headwater.worker.model_spec import NonFinite
+from headwater.worker.row_buffer import RowSlice
+from headwater.worker.table import Table
 
 
 class _TrainedTable:
@@ -62,7 +62,7 @@ class TrainedTables:
             if isinstance(one, TableModule):
                 modules.setdefault(one.table, []).append(one)
         self._tables = [_TrainedTable(table, users) for table, users in modules.items()]
-        self._written: list[tuple[Table, Place]] = []
+        self._written: list[tuple[Table, RowSlice]] = []
 
     def __len__(self) -> int:
         return len(self._tables)

@@ -27,11 +27,11 @@ from headwater.messages import AnyMessage
 from headwater.wire.encrypted import EncryptedStream
 from headwater.wire.fork import close_in_child
 from headwater.wire.frames import Limits, encode
-from headwater.wire.incoming import Array, Incoming, Place, PlaceOf, Received, Span
+from headwater.wire.incoming import Array, Incoming, PlaceOf, Received, Span, StaticProgress
 from headwater.wire.sockets import keep_alive, peer_name, tcp_info, timeval, tune_tcp
 from headwater.wire.stream import Stream
 
-__all__ = ["Array", "Channel", "Outgoing", "Place", "PlaceOf", "Received"]
+__all__ = ["Array", "Channel", "Outgoing", "PlaceOf", "Received", "StaticProgress"]
 
 _JOINED = 16 << 10  # bytes up to which copying a payload is cheaper than handing the kernel two arrays
 _UNIX_BUFFER = 512 << 10  # bytes; some 10 % faster than the default. TCP tunes its own, unless told
@@ -135,7 +135,7 @@ class Channel:
             if self._closed:
                 self._reap()
 
-    def receive(self, place: Place | None = None, timeout: float | None = None) -> Received | None:
+    def receive(self, place: StaticProgress | None = None, timeout: float | None = None) -> Received | None:
         """Return the next frame, or None where the peer, or `close`, ended the connection between frames.
 
         Blocks. The caller owns the descriptors of what is returned.
@@ -250,7 +250,7 @@ class Channel:
         return unsent if unsent.left else None
 
     def _receive(
-        self, place: Place | PlaceOf | None, index: int | None, left: float | None, until: float
+        self, place: StaticProgress | PlaceOf | None, index: int | None, left: float | None, until: float
     ) -> Received:
         """Block until a frame is there; BlockingIOError: not in the `left` seconds (None: for ever)."""
         flags = self._wait_at_most(left)

@@ -61,9 +61,9 @@ class Proof(_Word, frozen=True):
     mac: bytes
 
 
-Word: TypeAlias = Greeting | Accepted | Challenge | Proof | Refused
+HandshakeMessage: TypeAlias = Greeting | Accepted | Challenge | Proof | Refused
 
-_decoder: msgspec.msgpack.Decoder[Word] = msgspec.msgpack.Decoder(Word)
+_decoder: msgspec.msgpack.Decoder[HandshakeMessage] = msgspec.msgpack.Decoder(HandshakeMessage)
 
 
 def binding(listener_certificate: bytes, caller_certificate: bytes) -> bytes:
@@ -86,7 +86,7 @@ def foreign(start: bytes) -> str:
     return "the peer is not a Headwater node"
 
 
-class Words:
+class HandshakeDecoder:
     """Cuts words out of bytes that come in any pieces, never taking more than one word needs."""
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class Words:
         """How many bytes the word still needs, as far as is known."""
         return (PREFIX_SIZE + self._header if self._header else PREFIX_SIZE) - len(self._data)
 
-    def feed(self, data: bytes) -> Word | None:
+    def feed(self, data: bytes) -> HandshakeMessage | None:
         """Take at most `wanted` bytes; return the word they complete.
 
         Raises:
@@ -141,7 +141,7 @@ class Caller:
         """The first word."""
         return Greeting(self._nonce, self._token is not None)
 
-    def receive(self, word: Word) -> Word | None:
+    def receive(self, word: HandshakeMessage) -> HandshakeMessage | None:
         """Take a word of the listener; return the answer to it.
 
         Raises:
@@ -177,7 +177,7 @@ class Host:
         self._bound = bound
         self._caller_nonce: bytes | None = None
 
-    def receive(self, word: Word) -> Word:
+    def receive(self, word: HandshakeMessage) -> HandshakeMessage:
         """Take a word of the caller; return the answer to it.
 
         Raises:
@@ -194,7 +194,7 @@ class Host:
             return Proof(_mac(self._token, _LISTENER, *nonces, self._bound))
         raise ProtocolError(f"the caller said {type(word).__name__} out of turn")
 
-    def _greet(self, word: Greeting) -> Word:
+    def _greet(self, word: Greeting) -> HandshakeMessage:
         _check_nonce(word.nonce)
         if word.token and self._token is None:
             raise RefusedError("the caller has a token, this listener has none: give every node the same")

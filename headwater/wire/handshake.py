@@ -19,9 +19,9 @@ from headwater.wire.greeting import (
     NO_BINDING,
     NONCE_SIZE,
     Caller,
+    HandshakeDecoder,
+    HandshakeMessage,
     Host,
-    Word,
-    Words,
     binding,
     printable,
     refusal,
@@ -54,7 +54,7 @@ class Handshake:
         self._begun = False  # a byte came
         self._came = 0
         self._side: Caller | Host | None = None
-        self._words = Words()
+        self._words = HandshakeDecoder()
         self._out = bytearray()
         if host is not None and self._encryption is not None:
             self._encryption.shake_hands()
@@ -150,7 +150,7 @@ class Handshake:
             self._side = Caller(self._token, nonce, bound)
             self._say(self._side.begin())
 
-    def _say(self, word: Word) -> None:
+    def _say(self, word: HandshakeMessage) -> None:
         self._send(encode(word))
 
     def _send(self, data: bytes) -> None:
@@ -164,7 +164,7 @@ class Handshake:
         if self._encryption is None or self._established:
             self._send(refusal(str(error)))
 
-    def _without_tls(self, word: Word) -> HeadwaterError:
+    def _without_tls(self, word: HandshakeMessage) -> HeadwaterError:
         if self._host is None:
             return RefusedError("the caller comes without TLS, this listener demands it: give every node tls")
         if isinstance(word, Refused):

@@ -23,7 +23,7 @@ from headwater.wire.frames import PREFIX_SIZE, Limits, Prefix, decode_header, pa
 from headwater.wire.stream import Incomplete, Stream
 
 Array: TypeAlias = NDArray[Any] | memoryview
-Place: TypeAlias = Callable[[AnyMessage, int], Sequence[Array]]
+StaticProgress: TypeAlias = Callable[[AnyMessage, int], Sequence[Array]]
 PlaceOf: TypeAlias = Callable[[int, AnyMessage, int], Sequence[Array]]
 
 _READ_AHEAD = 64 << 10
@@ -118,7 +118,9 @@ class Incoming:
         self._descriptors: list[int] = []  # received, announced by no frame yet
         self.failure = ""
 
-    def advance(self, place: Place | PlaceOf | None, index: int | None, flags: int) -> Received | None:
+    def advance(
+        self, place: StaticProgress | PlaceOf | None, index: int | None, flags: int
+    ) -> Received | None:
         """Go on towards the next frame with at most one system call; None: it is not all there yet.
 
         Args:
@@ -151,7 +153,7 @@ class Incoming:
             self._fail(error)
             raise
 
-    def buffered(self, place: Place | PlaceOf | None, index: int | None) -> Received | None:
+    def buffered(self, place: StaticProgress | PlaceOf | None, index: int | None) -> Received | None:
         """Return the next frame if all of it was read ahead; never a system call. Raises as `advance`."""
         if self._start == self._end or self._frame is not None:
             return None
@@ -170,7 +172,7 @@ class Incoming:
         for descriptor in waiting:
             os.close(descriptor)
 
-    def _take(self, place: Place | PlaceOf | None, index: int | None) -> Received | None:
+    def _take(self, place: StaticProgress | PlaceOf | None, index: int | None) -> Received | None:
         """Take a frame out of what was read ahead, if its header is all there, and place its payload."""
         start, end = self._start, self._end
         prefix = self._prefix
@@ -196,7 +198,7 @@ class Incoming:
         return self._place(message, payload_length, place, index)
 
     def _place(
-        self, message: AnyMessage, length: int, place: Place | PlaceOf | None, index: int | None
+        self, message: AnyMessage, length: int, place: StaticProgress | PlaceOf | None, index: int | None
     ) -> Received | None:
         """Ask where the payload goes and copy there what was read ahead of it."""
         if place is None:

@@ -29,7 +29,7 @@ from headwater.wire.fork import close_in_child
 from headwater.wire.frames import Limits
 from headwater.wire.greeting import refusal
 from headwater.wire.handshake import Handshake
-from headwater.wire.reception import Capacity, Reception, hang_up
+from headwater.wire.handshake_pool import Capacity, HandshakePool, hang_up
 from headwater.wire.refusals import RefusalLog
 from headwater.wire.security import Security
 from headwater.wire.sockets import peer_name
@@ -92,7 +92,7 @@ class Listener:
         self._poller = select.poll()
         self._poller.register(self._socket, select.POLLIN)
         self._poller.register(self._waking, select.POLLIN)
-        self._reception = Reception(
+        self._reception = HandshakePool(
             self._poller, lambda: Handshake(security.token, identity, None), self._capacity, self._refuse
         )
         self._admitted: deque[Channel] = deque()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import atheris
 
-HERE = Path(__file__).parent
+LOCAL = Path(__file__).parent
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if name not in TARGETS:
         sys.exit(f"got {name!r}, expected one of {', '.join(TARGETS)}")
-    corpus = HERE / "corpus" / name
+    corpus = LOCAL / "corpus" / name
     corpus.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(SEEDS):
         (corpus / f"seed-{number}").write_bytes(seed)

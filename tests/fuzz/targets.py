@@ -11,7 +11,7 @@ import numpy as np
 from headwater.errors import ConnectionLostError, ProtocolError, RefusedError
 from headwater.messages import Ask
 from headwater.wire.frames import Limits, decode_header, encode, parse_prefix
-from headwater.wire.greeting import NO_BINDING, Caller, Greeting, Host, Words
+from headwater.wire.greeting import NO_BINDING, Caller, Greeting, HandshakeDecoder, Host
 from headwater.wire.handshake import Handshake
 from headwater.wire.incoming import Incoming
 
@@ -73,7 +73,7 @@ def words(data):
     asking = Caller(TOKEN, nonce, NO_BINDING)
     asking.begin()
     for side in (Host(TOKEN, nonce, NO_BINDING), Host(None, nonce, NO_BINDING), asking):
-        reader, rest = Words(), data
+        reader, rest = HandshakeDecoder(), data
         try:
             while rest and not side.done:
                 piece, rest = rest[: reader.wanted], rest[reader.wanted :]

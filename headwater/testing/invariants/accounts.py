@@ -68,7 +68,7 @@ class Accounts:
             read(entry)
         return True
 
-    def step_of(self, ticket: m.Ticket) -> tuple[int, int]:
+    def step_of(self, ticket: m.ExchangeId) -> tuple[int, int]:
         """The member and its step that an entry names."""
         return ticket.member, self.steps[ticket.member, ticket.number]
 
@@ -129,7 +129,7 @@ class Accounts:
             whole = norm(vector.squares(updates, divisor)) if clipped else None
             vector.apply(updates, divisor, [], entry.version, whole)
 
-    def _update(self, vector: Vector, ticket: m.Ticket) -> Update | None:
+    def _update(self, vector: Vector, ticket: m.ExchangeId) -> Update | None:
         member, step = self.step_of(ticket)
         rank = self.rank_of(member)
         names = self.workload.carried(rank, step)

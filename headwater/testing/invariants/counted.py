@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from headwater import messages as m
 from headwater.shard import Shard
-from headwater.shard.replica import Resolved, owned, restamped
+from headwater.shard.replica import MaterializedEntry, owned, restamped
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.testing.invariants.digest import digest
 from headwater.testing.invariants.invariant import Invariant
@@ -121,7 +121,7 @@ class BoundedStaleness(_Accounting):
         sync = self.world.sync
         if entry.position != self.accounts.position:
             return
-        tickets: tuple[m.Ticket, ...] = ()
+        tickets: tuple[m.ExchangeId, ...] = ()
         if isinstance(entry, m.Committed):
             tickets = entry.answered
         elif isinstance(entry, m.Served) and entry.kind == "step":
@@ -166,7 +166,7 @@ class ConsistentCut(_Accounting):
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        self._inputs: dict[tuple[int, int], Resolved] = {}
+        self._inputs: dict[tuple[int, int], MaterializedEntry] = {}
         self._doubles: dict[int, Shard] = {}
 
     def took_snapshot(self, member: int, number: int, snapshot: ShardSnapshot) -> None:
@@ -191,7 +191,7 @@ class ConsistentCut(_Accounting):
                 f"{len(parts)} parts of positions and versions {places}, answered with {answer.version}"
             )
 
-    def prepared(self, shard: Shard, resolved: Resolved) -> None:
+    def prepared(self, shard: Shard, resolved: MaterializedEntry) -> None:
         """What a standby is sent, a double will follow."""
         if self.accounts.workload.checkpoints:
             self._inputs[shard.index, resolved.inputs.entry.position] = resolved

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from headwater import messages as m
 from headwater.shard import Shard
-from headwater.shard.replica import Resolved
+from headwater.shard.replica import MaterializedEntry
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.testing.processes.client import Call
 
@@ -67,7 +67,7 @@ class Invariant:
     def took_snapshot(self, member: int, number: int, snapshot: ShardSnapshot) -> None:
         """A server took its part of a checkpoint."""
 
-    def prepared(self, shard: Shard, resolved: Resolved) -> None:
+    def prepared(self, shard: Shard, resolved: MaterializedEntry) -> None:
         """A server has collected what its standby must follow."""
 
     def happened(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.layout import Layout
+from headwater.spec.layout import Layout
 
 Program: TypeAlias = Callable[["Client"], Generator["Call | Question", Any, Any]]
 """What a member does: given its client, yields calls."""

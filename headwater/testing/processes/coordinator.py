@@ -1,6 +1,7 @@
 """The coordinator of a simulated cluster: roster and splits, spoken to over connections.
 
-It does what `headwater.nodes.coordinator` does with its threads, and starts anew what ends, as engines do. It
+It does what `headwater.runtime.coordinator` does with its threads, and starts anew what ends, as engines
+do. It
 does not fail itself.
 """
 
@@ -11,8 +12,8 @@ from typing import Protocol
 
 from headwater import messages as m
 from headwater.errors import HeadwaterError, RefusedError
-from headwater.roster import Departure, RosterBook
-from headwater.splits import LeaseBook, Replies
+from headwater.machines.roster import Departure, RosterBook
+from headwater.machines.splits import LeaseBook, Replies
 from headwater.testing.processes.network import End, Frame, Network, Process
 from headwater.testing.processes.times import ANSWER_S, DEADLINE_S, HEARTBEAT_S, PATIENCE_S
 
@@ -25,7 +26,7 @@ class Surroundings(Protocol):
     mode: str
     workers: int
 
-    def recorded(self) -> m.Recorded:
+    def recorded(self) -> m.DataProgress:
         """Everybody's positions, as server 0 has them."""
 
     def departed(self, departure: Departure) -> None:
@@ -61,7 +62,7 @@ class Coordinator(Process):
         if isinstance(message, m.Join):
             self._join(end, message)
         else:
-            end.send(m.Whereabouts(self.book.term, self.book.of("server")))
+            end.send(m.ServerAddresses(self.book.term, self.book.of("server")))
 
     # ── members ─────────────────────────────────────────────────────────────────────────────────
 
@@ -124,14 +125,14 @@ class Coordinator(Process):
             self._strike_off(member, True)
         elif member.id not in self._members:
             return
-        elif isinstance(message, m.Locate):
-            self._members[member.id].send(m.Whereabouts(self.book.term, self.book.of("server")))
+        elif isinstance(message, m.GetServers):
+            self._members[member.id].send(m.ServerAddresses(self.book.term, self.book.of("server")))
         elif isinstance(message, m.Lease | m.Finish):
             self._lease(member, message)
         elif isinstance(message, m.CaughtUp):
             if self.book.caught_up(message.standby):
                 self.publish()
-        elif isinstance(message, m.Mislaid):
+        elif isinstance(message, m.StandbyLost):
             standby = self.book.member(message.standby)
             if standby is not None and standby.role == "standby":
                 self._strike_off(standby, False)

@@ -1,6 +1,6 @@
 """A simulated server or standby: the real course, replica link and sequencer in a process that can fail.
 
-It does what `headwater.nodes.server` does with threads and sockets; whatever is decided is decided by the
+It does what `headwater.runtime.server` does with threads and sockets; whatever is decided is decided by the
 classes that servers run.
 """
 
@@ -10,10 +10,10 @@ from typing import Protocol, cast
 
 from headwater import messages as m
 from headwater.errors import ProtocolError
-from headwater.nodes.server.course import Course
-from headwater.nodes.server.replica import Replica
-from headwater.nodes.server.sequencing import Policy
-from headwater.shard.replica import Resolved
+from headwater.runtime.server.applier import LogApplier
+from headwater.runtime.server.sequencing import Policy
+from headwater.runtime.server.standby_link import StandbyLink
+from headwater.shard.replica import MaterializedEntry
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.testing.processes import coordinator
 from headwater.testing.processes.intake import MemberLine
@@ -34,10 +34,10 @@ class World(Protocol):
     def processed(self, host: Host, shard: WatchedShard, entry: m.AnyEntry) -> None:
         """An entry was processed here."""
 
-    def prepared(self, shard: WatchedShard, resolved: Resolved) -> None:
+    def prepared(self, shard: WatchedShard, resolved: MaterializedEntry) -> None:
         """What a standby must follow was collected here."""
 
-    def broke_protocol(self, member: int, attempt: int, error: ProtocolError) -> None:
+    def broke_protocol(self, member: int, connection_epoch: int, error: ProtocolError) -> None:
         """A member's connection ended with this."""
 
     def took_snapshot(self, member: int, number: int, snapshot: ShardSnapshot) -> None:
@@ -66,7 +66,7 @@ class Host(Process):
         self.stops_in_pass: float | None = None
         self._world = world
         shard = self.watched(WatchedShard(index, world.servers, world.policy.sync.reduce))
-        self.course = Course(shard, replicated=world.policy.replicated)
+        self.course = LogApplier(shard, replicated=world.policy.replicated)
         self.log = LogSide(self, self.course, index, world.servers, world.policy, coalesce_s, self._settle)
         self._roster = m.Roster(0, 0, ())
         self._membership: End | None = None
@@ -154,7 +154,7 @@ class Host(Process):
             if over:
                 end.close()
             return over
-        MemberLine(self, end, member.id, hello.attempt).begin()
+        MemberLine(self, end, member.id, hello.connection_epoch).begin()
         return True
 
     def _serve_server(self, end: End, sender: m.Member | None) -> None:
@@ -205,17 +205,17 @@ class Host(Process):
     def _replicate(self, standby: m.Member, term: int) -> None:
         end = self.network.dial(self, standby.addresses[0])
         if end is None:
-            self._tell(m.Mislaid(standby.id))
+            self._tell(m.StandbyLost(standby.id))
             return
         end.send(m.Hello(self.id, "server", term))
-        replica = Replica(standby, cast(Channel, end))
+        replica = StandbyLink(standby, cast(Channel, end))
         self.course.attach(replica)
         end.listen(
-            lambda frame: self._followed(replica, cast(m.Followed, frame.message)),
-            lambda: self._tell(m.Mislaid(standby.id)),
+            lambda frame: self._followed(replica, cast(m.AppendAck, frame.message)),
+            lambda: self._tell(m.StandbyLost(standby.id)),
         )
 
-    def _followed(self, replica: Replica, message: m.Followed) -> None:
+    def _followed(self, replica: StandbyLink, message: m.AppendAck) -> None:
         if self.course.acknowledged(replica, message):
             self._tell(m.CaughtUp(replica.member.id))
         self.log.held(())
@@ -231,9 +231,9 @@ class Host(Process):
         """This is held here: report it."""
         self.log.held((held,))
 
-    def broke_protocol(self, member: int, attempt: int, error: ProtocolError) -> None:
+    def broke_protocol(self, member: int, connection_epoch: int, error: ProtocolError) -> None:
         """A member's connection ends with this."""
-        self._world.broke_protocol(member, attempt, error)
+        self._world.broke_protocol(member, connection_epoch, error)
 
     def took_snapshot(self, member: int, number: int, snapshot: ShardSnapshot) -> None:
         """A checkpoint's part was taken here."""
@@ -243,7 +243,7 @@ class Host(Process):
         """The shard has processed this entry."""
         self._world.processed(self, shard, entry)
 
-    def prepared(self, shard: WatchedShard, resolved: Resolved) -> None:
+    def prepared(self, shard: WatchedShard, resolved: MaterializedEntry) -> None:
         """The shard has collected what the standby must follow."""
         self._world.prepared(shard, resolved)
 

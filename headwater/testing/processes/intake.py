@@ -1,6 +1,6 @@
 """A member's connection to a simulated server: its exchanges, one after the other.
 
-It does what `headwater.nodes.server.serving` and `intake` do with a thread. In windows, memory comes as
+It does what `headwater.runtime.server.serving` and `intake` do with a thread. In windows, memory comes as
 arrays with the message that offers it; otherwise values are payload, received into a private buffer.
 """
 
@@ -15,10 +15,10 @@ import numpy as np
 
 from headwater import messages as m
 from headwater.errors import ProtocolError, RefusedError, UsageError
-from headwater.layout import Layout
-from headwater.nodes.server.course import Course, Outbox
+from headwater.runtime.server.applier import LogApplier, Outbox
 from headwater.shard import Shard, StagedRows, Staging
 from headwater.shard.snapshot import ShardSnapshot
+from headwater.spec.layout import Layout
 from headwater.testing.processes.network import End, Frame
 from headwater.wire.channel import Channel
 
@@ -26,12 +26,12 @@ from headwater.wire.channel import Channel
 class Listener(Protocol):
     """What the connection needs of its server."""
 
-    course: Course
+    course: LogApplier
 
     def held(self, held: m.Held) -> None:
         """This is held here: report it."""
 
-    def broke_protocol(self, member: int, attempt: int, error: ProtocolError) -> None:
+    def broke_protocol(self, member: int, connection_epoch: int, error: ProtocolError) -> None:
         """A member's connection ends with this."""
 
     def took_snapshot(self, member: int, number: int, snapshot: ShardSnapshot) -> None:
@@ -46,17 +46,20 @@ class _Answers:
 
 
 class MemberLine:
-    """Of `member`, as its attempt number `attempt`; takes the place of an older one."""
+    """Of `member`, as its connection epoch number `connection_epoch`; takes the place of an older one."""
 
-    def __init__(self, host: Listener, end: End, member: int, attempt: int) -> None:
+    def __init__(self, host: Listener, end: End, member: int, connection_epoch: int) -> None:
         self._host = host
         self._end = end
         self._member = member
-        self._attempt = attempt
+        self._connection_epoch = connection_epoch
         self._pulled: Sequence[StagedRows] = ()
         self._request: m.Request | None = None
         self._outbox = Outbox(
-            attempt, cast(Channel, end), cast("queue.SimpleQueue[m.Answer | None]", _Answers(self._put)), _SET
+            connection_epoch,
+            cast(Channel, end),
+            cast("queue.SimpleQueue[m.Answer | None]", _Answers(self._put)),
+            _SET,
         )
 
     @property
@@ -67,13 +70,13 @@ class MemberLine:
         """Take the place of an older connection, and serve."""
         outboxes = self._host.course.outboxes
         known = outboxes.get(self._member)
-        if known is not None and known.attempt >= self._attempt:
+        if known is not None and known.connection_epoch >= self._connection_epoch:
             self._refuse(f"member {self._member} is connected to this server already")
             return
         if known is not None:
             known.end()
         try:
-            self._shard.reconnected(self._member, self._attempt)
+            self._shard.reconnected(self._member, self._connection_epoch)
         except RefusedError as error:
             self._refuse(str(error))
             return
@@ -98,7 +101,7 @@ class MemberLine:
             else:
                 self._exchange(message, frame)
         except ProtocolError as error:
-            self._host.broke_protocol(self._member, self._attempt, error)
+            self._host.broke_protocol(self._member, self._connection_epoch, error)
             self._end.send(m.Refused("ProtocolError", str(error)))
             self._close()
         except RefusedError:
@@ -112,7 +115,7 @@ class MemberLine:
         try:
             staging = self._staging(request, frame)
             rows = self._received(request, frame.buffers)
-            held = self._shard.hold(self._member, request, staging, rows, self._attempt)
+            held = self._shard.hold(self._member, request, staging, rows, self._connection_epoch)
         except UsageError as error:
             failure = m.Refused(type(error).__name__, str(error))
             self._end.send(m.Answer(request.number, self._shard.version, failure=failure))
@@ -169,7 +172,7 @@ class MemberLine:
         else:
             private = np.zeros(stop - start, np.float32) if old is None else old.gradients.copy()
             staging = Staging(private, private)
-        self._shard.replace_staging(self._member, message.model, staging, self._attempt)
+        self._shard.replace_staging(self._member, message.model, staging, self._connection_epoch)
 
     def _model(self, model: int) -> Layout:
         vector = self._shard.vectors.get(model)

@@ -1,6 +1,7 @@
 """A simulated server's dealings with the log: real sequencer, links and course, simulated connections.
 
-It does what `headwater.nodes.server.reporting` does with its threads: reports out, entries in, and a new term
+It does what `headwater.runtime.server.reporting` does with its threads: reports out, entries in, and a new
+term
 of the log with every change of the servers.
 """
 
@@ -11,9 +12,9 @@ from typing import cast
 
 from headwater import messages as m
 from headwater.errors import ProtocolError, RefusedError
-from headwater.nodes.server.course import Course
-from headwater.nodes.server.link import ReportLink
-from headwater.nodes.server.sequencing import Policy, Sequencing
+from headwater.runtime.server.applier import LogApplier
+from headwater.runtime.server.link import ReportLink
+from headwater.runtime.server.sequencing import Policy, Sequencing
 from headwater.testing.processes.network import End, Frame, Process
 from headwater.testing.processes.times import RETRY_S
 from headwater.wire.channel import Channel
@@ -33,7 +34,7 @@ class LogSide:
     def __init__(
         self,
         process: Process,
-        course: Course,
+        course: LogApplier,
         index: int,
         servers: int,
         policy: Policy,
@@ -103,7 +104,7 @@ class LogSide:
 
     def _entries(self, frame: Frame) -> None:
         message = frame.message
-        if isinstance(message, m.Agreed):
+        if isinstance(message, m.StartTerm):
             self._course.agree(message)
         elif isinstance(message, m.Entries):
             self._course.put(message.term, message.entries, message.committed)

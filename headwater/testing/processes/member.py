@@ -1,8 +1,9 @@
 """A simulated worker or reader: its program, its connections, and one exchange at a time over them.
 
-It does what `headwater.nodes.session` and `connections` do, without blocking: when a connection is lost, all
+It does what `headwater.runtime.session` and `connections` do, without blocking: when a connection is lost,
+all
 are made anew, to wherever the coordinator says that the servers are, with new windows, and the outstanding
-exchange is repeated in a new attempt.
+exchange is repeated in a new connection epoch.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import numpy as np
 
 from headwater import messages as m
 from headwater.errors import ConnectionLostError, HeadwaterError, ProtocolError, RefusedError, named
-from headwater.exchange import Exchange
-from headwater.placement import servers_of
+from headwater.machines.exchange import Exchange
 from headwater.shard import StagedRows
+from headwater.spec.placement import servers_of
 from headwater.testing.processes import coordinator
 from headwater.testing.processes.client import Call, Client, Floats, Program, Question, Window
 from headwater.testing.processes.network import End, Frame, Network, Process
@@ -72,7 +73,7 @@ class Member(Client, Process):
         Process.__init__(self, network, name)
         self.world = world
         self.role, self.wanted = role, wanted
-        self.attempt = -1
+        self.connection_epoch = -1
         self.call: Call | None = None
         self.outstanding = False
         self.ended = self.dead = False
@@ -115,7 +116,7 @@ class Member(Client, Process):
             self.id, self.rank, self.place = message.member.id, message.member.index, message.position
             self.world.joined(self)
             self._connect(message.servers, message.term)
-        elif isinstance(message, m.Whereabouts):
+        elif isinstance(message, m.ServerAddresses):
             if self._locating:
                 self._locating = False
                 self._connect(message.servers, message.term)
@@ -146,7 +147,7 @@ class Member(Client, Process):
             self._tell(m.Heartbeat())
             if self._connected and (end := self.network.dial(self, coordinator.NAME)) is not None:
                 end.listen(lambda frame: self._look(end, frame), lambda: None)
-                end.send(m.Locate())
+                end.send(m.GetServers())
         self.after(HEARTBEAT_S, self.beat, idle=True)
 
     def _look(self, end: End, frame: Frame) -> None:
@@ -160,7 +161,7 @@ class Member(Client, Process):
     # ── connections to servers ──────────────────────────────────────────────────────────────────
 
     def _connect(self, servers: tuple[m.Member, ...], term: int) -> None:
-        self.attempt += 1
+        self.connection_epoch += 1
         ends = []
         if len(servers) == self.world.servers:
             for server in servers:
@@ -169,7 +170,12 @@ class Member(Client, Process):
                     break
                 ends.append(end)
                 end.send(
-                    m.Hello(self.id, "worker" if self.role == "worker" else "observer", term, self.attempt)
+                    m.Hello(
+                        self.id,
+                        "worker" if self.role == "worker" else "observer",
+                        term,
+                        self.connection_epoch,
+                    )
                 )
                 self._offer_windows(end)
         if len(ends) < self.world.servers:
@@ -189,7 +195,7 @@ class Member(Client, Process):
             self._send()
 
     def _offer_windows(self, end: End) -> None:
-        if not self.attempt:
+        if not self.connection_epoch:
             return
         for id, window in self.windows.items():
             end.send(m.Renew(id, self._offer()), descriptors=(window.gradients, window.parameters))
@@ -215,7 +221,7 @@ class Member(Client, Process):
         if self.ended:
             return
         self._locating = True
-        if self._refusal is not None or not self._tell(m.Locate()):
+        if self._refusal is not None or not self._tell(m.GetServers()):
             self._fail(self._refusal or ConnectionLostError("the coordinator is gone"))
 
     def lose(self) -> None:

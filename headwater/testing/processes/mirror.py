@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from headwater import messages as m
 from headwater.errors import RefusedError
-from headwater.nodes.server.course import Course
-from headwater.nodes.server.snapshots import room
+from headwater.runtime.server.applier import LogApplier
+from headwater.runtime.server.snapshots import room
 from headwater.shard.replica import arriving
-from headwater.sync import Reduce
+from headwater.spec.sync import Reduce
 from headwater.testing.processes.network import End, Frame
 from headwater.testing.processes.shard import WatchedShard
 
@@ -17,11 +17,11 @@ from headwater.testing.processes.shard import WatchedShard
 class MirrorLine:
     """What comes over one connection; `watched` makes a new shard known, whose gradients `reduce` combines.
 
-    It does what `headwater.nodes.server` and its `mirror` do with a thread.
+    It does what `headwater.runtime.server` and its `mirror` do with a thread.
     """
 
     def __init__(
-        self, course: Course, end: End, reduce: Reduce, watched: Callable[[WatchedShard], WatchedShard]
+        self, course: LogApplier, end: End, reduce: Reduce, watched: Callable[[WatchedShard], WatchedShard]
     ) -> None:
         self._course = course
         self._end = end
@@ -44,16 +44,16 @@ class MirrorLine:
             self._end.close()  # a former primary's
             return
         if shard is not None and not self._end.closed:
-            self._end.send(m.Followed(shard.term, shard.prepared, shard.position))
+            self._end.send(m.AppendAck(shard.term, shard.prepared, shard.position))
 
     def _follow(self, shard: WatchedShard, message: m.AnyMessage, frame: Frame) -> None:
         committed = 0
-        if isinstance(message, m.Agreed):
+        if isinstance(message, m.StartTerm):
             shard.truncate(message)
-        elif isinstance(message, m.Advance):
+        elif isinstance(message, m.CommitIndex):
             shard.admit(message.term)
             committed = message.committed
-        elif isinstance(message, m.Shipment):
+        elif isinstance(message, m.AppendEntry):
             resolved = arriving(message.inputs)
             for there, here in zip(resolved.payload(), frame.buffers, strict=True):
                 there[...] = here

@@ -3,7 +3,8 @@
 What the real transport does: a connection is FIFO both ways; a message takes as long as chance says, and some
 ways are slow; one that breaks loses the last of what is on its way, in each direction another part; what a
 process that dies sent may arrive without its end. Connections are independent of each other, so what is sent
-over two may arrive in any order, also an older attempt's after a newer one's. A stopped process receives when
+over two may arrive in any order, also an older connection epoch's after a newer one's. A stopped process
+receives when
 it goes on; a partition holds back what crosses it until it heals.
 
 Every way draws its delays from a stream of its own, named by its two ends: what happens elsewhere does not

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.shard import Shard
-from headwater.shard.replica import Resolved, Room, own_memory
+from headwater.shard.replica import MaterializedEntry, Room, own_memory
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.shard.state import Answers
-from headwater.sync import Reduce
+from headwater.spec.sync import Reduce
 
 Write = Callable[[], None]
 """The rest of a pass: what a stopped process writes first when it goes on."""
@@ -25,7 +25,7 @@ class Watcher(Protocol):
     def processed(self, shard: WatchedShard, entry: m.AnyEntry) -> None:
         """`shard` has processed this entry."""
 
-    def prepared(self, shard: WatchedShard, resolved: Resolved) -> None:
+    def prepared(self, shard: WatchedShard, resolved: MaterializedEntry) -> None:
         """`shard` has collected what its standby must follow."""
 
     def interrupts(self, shard: WatchedShard) -> bool:
@@ -40,14 +40,14 @@ class WatchedShard(Shard):
 
     watcher: Watcher | None = None
 
-    def prepare(self, entry: m.AnyEntry, room: Room = own_memory) -> Resolved | None:
+    def prepare(self, entry: m.AnyEntry, room: Room = own_memory) -> MaterializedEntry | None:
         """As a shard does."""
         resolved = super().prepare(entry, room)
         if resolved is not None and self.watcher is not None:
             self.watcher.prepared(self, resolved)
         return resolved
 
-    def attach_standby(self, room: Room = own_memory) -> tuple[ShardSnapshot, list[Resolved]]:
+    def attach_standby(self, room: Room = own_memory) -> tuple[ShardSnapshot, list[MaterializedEntry]]:
         """As a shard does."""
         snapshot, missing = super().attach_standby(room)
         if self.watcher is not None:

@@ -1,0 +1,268 @@
+"""Standings: everything about members that follows from the log alone.
+
+The sequencer applies each entry as it writes it, every shard as it processes it, so a new sequencer can
+begin with the standings of any shard. A state machine without I/O.
+
+Invariants:
+- Entries are applied strictly in order; two that applied the same entries are equal.
+- What is kept is bounded by the members present, the ranks ever taken and the names ever registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from headwater import messages as m
+from headwater.log.clocks import Clocks
+
+
+@dataclass(slots=True, eq=False)
+class MemberState:
+    """One member; the fields are those of `MemberRecord`."""
+
+    rank: int = -1
+    phase: m.Phase = "new"
+    over: bool = False
+    clock: int = 0
+    answered: int = 0
+    connection_epoch: int = 0
+    committed: int = 0
+    round: int = 0
+    stopping: bool = False
+
+
+class LogState:
+    """Who is where as of one position of the log.
+
+    Attributes:
+        version, position: of the last entry that changed values; of the last entry.
+        rounds: commits so far.
+        late: steps that came too late for their round so far.
+        workers: how many the cluster declared; newest: the largest id ever enrolled.
+        started: all declared workers have joined, so that something may be committed.
+        members: the living ones, by id.
+        clocks: of the active ones.
+        ranks: that were ever taken.
+        finished: ranks whose worker left by itself and that nobody has taken since.
+        names: of what was registered, each with its kind.
+    """
+
+    def __init__(self) -> None:
+        self.version = self.position = self.rounds = self.late = 0
+        self.workers = self.newest = 0
+        self.started = False
+        self.members: dict[int, MemberState] = {}
+        self.clocks = Clocks()
+        self.ranks: set[int] = set()
+        self.finished: set[int] = set()
+        self.names: set[tuple[m.Kind, str]] = set()
+        self._on_entry: dict[type, Callable[[Any], None]] = {
+            m.Enrolled: self._enrolled,
+            m.Registered: self._registered,
+            m.Measured: lambda entry: None,
+            m.Committed: self._committed,
+            m.Served: self._served,
+            m.Late: self._late,
+            m.Assigned: self._assigned,
+            m.Activated: self._activated,
+            m.Retired: self._retired,
+            m.Met: self._met,
+            m.Stopped: self._stopped,
+            m.Stalled: self._stalled,
+            m.Checkpointed: lambda entry: self._answered(entry.ticket),
+        }
+
+    def missing_ranks(self) -> list[int]:
+        """Declared ranks that nobody has taken yet."""
+        return [rank for rank in range(self.workers) if rank not in self.ranks]
+
+    def newcomers(self, members: Iterable[m.Member]) -> list[m.Newcomer]:
+        """Those of a roster's workers and observers who were not enrolled yet, by id."""
+        return [
+            m.Newcomer(member.id, member.index if member.role == "worker" else -1)
+            for member in sorted(members, key=lambda member: member.id)
+            if member.id > self.newest
+        ]
+
+    def may_supply(self, standing: MemberState) -> bool:
+        """The lowest active rank supplies initial values; before all have joined that is rank 0."""
+        if not self.started:
+            return standing.rank == 0
+        active = [one.rank for one in self.members.values() if one.phase == "active"]
+        return standing.rank <= min(active, default=standing.rank)
+
+    def is_gone(self, member: int) -> bool:
+        """Whether the member was enrolled and is no longer there."""
+        return member <= self.newest and member not in self.members
+
+    # ── entries ─────────────────────────────────────────────────────────────────────────────────
+
+    def apply(self, entry: m.AnyEntry) -> None:
+        """Take over the next entry of the log."""
+        self.position = entry.position
+        self._on_entry[type(entry)](entry)
+
+    def standing(self, member: int) -> MemberState:
+        """The member's; one that is not there yet gets one."""
+        standing = self.members.get(member)
+        if standing is None:
+            standing = self.members[member] = MemberState()
+        return standing
+
+    def _answered(self, ticket: m.ExchangeId) -> None:
+        standing = self.standing(ticket.member)
+        standing.answered, standing.connection_epoch, standing.round = (
+            ticket.number,
+            ticket.connection_epoch,
+            self.rounds,
+        )
+
+    def _answered_step(self, ticket: m.ExchangeId) -> None:
+        standing = self.standing(ticket.member)
+        standing.answered, standing.connection_epoch, standing.round = (
+            ticket.number,
+            ticket.connection_epoch,
+            self.rounds,
+        )
+        standing.stopping = False
+
+    def _finished_step(self, ticket: m.ExchangeId) -> None:
+        standing = self.standing(ticket.member)
+        if standing.phase == "active":
+            self.clocks.advance(standing.clock)
+        standing.clock += 1
+        standing.committed = ticket.number
+
+    def _enrolled(self, entry: m.Enrolled) -> None:
+        self.workers = entry.workers
+        for newcomer in entry.members:
+            self.newest = max(self.newest, newcomer.member)
+            phase: m.Phase = "observer" if newcomer.rank < 0 else "new"
+            self.members[newcomer.member] = MemberState(newcomer.rank, phase)
+            if newcomer.rank >= 0:
+                self.ranks.add(newcomer.rank)
+                self.finished.discard(newcomer.rank)
+        self.started = self.workers > 0 and not self.missing_ranks()
+
+    def _registered(self, entry: m.Registered) -> None:
+        self.names.add((entry.kind, entry.name))
+        self._answered(entry.source)
+
+    def _committed(self, entry: m.Committed) -> None:
+        self.version = entry.version
+        self.rounds += 1
+        for ticket in entry.updates:
+            self._finished_step(ticket)
+        for ticket in entry.answered:
+            self._answered_step(ticket)
+
+    def _served(self, entry: m.Served) -> None:
+        first = entry.ticket.number > self.standing(entry.ticket.member).answered
+        if first and entry.kind == "step":
+            self._answered_step(entry.ticket)
+        else:
+            self._answered(entry.ticket)
+
+    def _late(self, entry: m.Late) -> None:
+        self.late += 1
+        self._finished_step(entry.ticket)
+        self._answered_step(entry.ticket)
+
+    def _assigned(self, entry: m.Assigned) -> None:
+        self.version = entry.version
+        self._answered(entry.source)
+
+    def _activated(self, entry: m.Activated) -> None:
+        for member in entry.members:
+            self._count_in(self.standing(member), entry.clock)
+
+    def _count_in(self, standing: MemberState, clock: int) -> None:
+        standing.phase, standing.clock, standing.over, standing.round = "active", clock, False, self.rounds
+        self.clocks.add(clock)
+
+    def _count_out(self, standing: MemberState, phase: m.Phase) -> None:
+        if standing.phase == "active":
+            self.clocks.remove(standing.clock)
+        if standing.phase != "observer":
+            standing.phase = phase
+
+    def _retired(self, entry: m.Retired) -> None:
+        """For good, at the end of its batches, or because it waits in a barrier and goes on after it."""
+        standing = self.standing(entry.member)
+        if entry.gone:
+            self._count_out(standing, "ended")
+            if entry.answered is not None and standing.rank >= 0:
+                self.finished.add(standing.rank)
+            del self.members[entry.member]
+        elif entry.answered is not None:
+            self._count_out(standing, "ended")
+            standing.over = True
+            self._answered_step(entry.answered)
+        else:
+            self._count_out(standing, "meeting")
+
+    def _met(self, entry: m.Met) -> None:
+        for ticket in entry.tickets:
+            self._answered(ticket)
+            self._count_in(self.standing(ticket.member), 0)
+
+    def _stopped(self, entry: m.Stopped) -> None:
+        for member in entry.members:
+            self.standing(member).stopping = True
+        self._answered(entry.ticket)
+
+    def _stalled(self, entry: m.Stalled) -> None:
+        for ticket in entry.tickets:
+            self._count_out(self.standing(ticket.member), "ended")
+            self._answered(ticket)
+
+    # ── as plain structs ────────────────────────────────────────────────────────────────────────
+
+    def record(self) -> m.LogStateRecord:
+        """All of it; `of` is the inverse."""
+        return m.LogStateRecord(
+            version=self.version,
+            position=self.position,
+            rounds=self.rounds,
+            late=self.late,
+            workers=self.workers,
+            newest=self.newest,
+            ranks=tuple(sorted(self.ranks)),
+            finished=tuple(sorted(self.finished)),
+            names=tuple(sorted(self.names)),
+            members=tuple(m.MemberRecord(id, *astuple(self.members[id])) for id in sorted(self.members)),
+        )
+
+    @classmethod
+    def of(cls, record: m.LogStateRecord) -> LogState:
+        """The standings that `record` was made of."""
+        standings = cls()
+        standings.version, standings.position = record.version, record.position
+        standings.rounds, standings.late = record.rounds, record.late
+        standings.workers, standings.newest = record.workers, record.newest
+        standings.ranks, standings.finished = set(record.ranks), set(record.finished)
+        standings.started = record.workers > 0 and not standings.missing_ranks()
+        standings.names = set(record.names)
+        for member in record.members:
+            id, *fields = (getattr(member, name) for name in member.__struct_fields__)
+            standings.members[id] = MemberState(*fields)
+            if member.phase == "active":
+                standings.clocks.add(member.clock)
+        return standings
+
+
+def tickets_of(entry: m.AnyEntry) -> tuple[m.ExchangeId, ...]:
+    """The exchanges that an entry names, each once."""
+    if isinstance(entry, m.Committed):
+        return entry.updates
+    if isinstance(entry, m.Met | m.Stalled):
+        return entry.tickets
+    if isinstance(entry, m.Registered | m.Assigned):
+        return (entry.source,)
+    if isinstance(entry, m.Served | m.Late | m.Stopped | m.Checkpointed):
+        return (entry.ticket,)
+    if isinstance(entry, m.Retired) and entry.answered is not None:
+        return (entry.answered,)
+    return ()

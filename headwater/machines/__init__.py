@@ -1,0 +1,1 @@
+"""Every decision of a node, as state machines without I/O: messages in, actions out."""

@@ -1,0 +1,193 @@
+"""Takes checkpoints while training goes on: an observer that asks for a snapshot at an entry of the log, has
+every server write its part, and writes the manifest when all have.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from dataclasses import dataclass
+
+from headwater import checkpoint as files
+from headwater import messages as m
+from headwater.errors import ConfigurationError, HeadwaterError, RewoundError, named
+from headwater.runtime.session import Session
+from headwater.wire.channel import Outgoing
+from headwater.wire.security import PLAIN, Security
+
+_log = logging.getLogger("headwater.checkpoint")
+
+_AGAIN_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Every:
+    """How often: every `versions` commits, or every `seconds`; exactly one of them is set."""
+
+    versions: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str | int | float | Every) -> Every:
+        """From "100", "100steps" or 100 (commits), or "30s" (seconds).
+
+        Raises:
+            ConfigurationError: not one of these, or not above 0.
+        """
+        if isinstance(text, Every):
+            return text
+        plain = str(text).strip().removesuffix("steps").strip()
+        try:
+            timed = plain.endswith("s")
+            every = cls(seconds=float(plain[:-1])) if timed else cls(versions=int(plain))
+        except ValueError:
+            every = cls()
+        if not (every.versions > 0 or 0 < every.seconds < math.inf):
+            raise ConfigurationError(
+                f"every: got {text!r}, expected commits such as 100 or seconds such as '30s'"
+            )
+        return every
+
+
+class Checkpointer:
+    """For the cluster at `address`, into `directory`, of which this process holds the lock.
+
+    Args:
+        keep: how many complete checkpoints stay.
+
+    Attributes:
+        last: path of the last one written; "" before.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        directory: str,
+        every: Every,
+        keep: int,
+        *,
+        security: Security = PLAIN,
+    ) -> None:
+        self.last = ""
+        self._security = security
+        self._address = address
+        # Servers write their parts themselves, wherever they work.
+        self._directory = directory if "://" in directory else os.path.abspath(directory)
+        self._every = every
+        self._keep = keep
+        self._session: Session | None = None
+        self._written = (-1, -1)
+        self._busy = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="headwater-checkpoints", daemon=True)
+
+    def begin(self) -> None:
+        """Take checkpoints from now on, in a thread of its own."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take no more, and give up one that is being written; blocks for that. Idempotent."""
+        self._closing.set()
+        session = self._session
+        if session is not None:
+            session.interrupt()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def take_last(self) -> None:
+        """Stop taking them regularly, and take one of now unless that was written already.
+
+        One that is being written is waited for: it may be this one, and servers would write the same files.
+
+        Raises:
+            HeadwaterError: it could not be written.
+        """
+        self._closing.set()
+        with self._busy:
+            pass  # none is begun any more
+        self.close()
+        session = Session(self._address, "observer", security=self._security)
+        try:
+            self._take(session, 0, final=True)
+        finally:
+            session.close()
+
+    # ── in the thread ───────────────────────────────────────────────────────────────────────────
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            try:
+                self._session = Session(self._address, "observer", deadline=math.inf, security=self._security)
+                self._take_regularly(self._session)
+            except HeadwaterError as error:
+                if not self._closing.is_set():
+                    level = logging.INFO if isinstance(error, RewoundError) else logging.WARNING
+                    _log.log(level, "checkpoints: %s", error)
+                    self._closing.wait(_AGAIN_S)
+            finally:
+                if self._session is not None:
+                    self._session.close()
+
+    def _take_regularly(self, session: Session) -> None:
+        version = session.describe().version
+        while not self._closing.is_set():
+            if self._every.seconds:
+                self._closing.wait(self._every.seconds)
+                at = 0
+            else:
+                at = (version // self._every.versions + 1) * self._every.versions
+            if not self._closing.is_set():
+                version = self._take(session, at)
+
+    def _take(self, session: Session, at: int, *, final: bool = False) -> int:
+        """Take one at version `at` or later; returns the version.
+
+        What the disk refuses is only logged, unless there is no later one to make up for it.
+        """
+        generation = session.welcome.generation
+        version = session.ask(lambda number: m.Checkpoint(number, at), "checkpoint").version
+        if (generation, version) == self._written:
+            return version
+        began = time.monotonic()
+        try:
+            with self._busy:
+                if self._closing.is_set() and not final:
+                    return version
+                self._write(session, generation, version)
+        except HeadwaterError as error:
+            if final or not session.usable():
+                raise
+            _log.warning("no checkpoint of version %d: %s", version, error)
+            return version
+        self._written = generation, version
+        _log.info("%s written in %.2f s", self.last, time.monotonic() - began)
+        return version
+
+    def _write(self, session: Session, generation: int, version: int) -> None:
+        files.begin(self._directory, generation, version)
+        try:
+            current = session.call(
+                lambda _, number: Outgoing(m.Store(number, self._directory, generation, version)), "store"
+            )
+            stored = current.stored()
+            for one in stored:
+                if one.failure is not None:
+                    raise named(one.failure.error, one.failure.reason, default=ConfigurationError)
+            manifest = files.commit(
+                self._directory,
+                generation,
+                version,
+                [one.part for one in stored if one.part is not None],
+                members=stored[0].standings,
+                splits=stored[0].recorded,
+            )
+        except BaseException:
+            files.abandon(self._directory, generation, version)
+            raise
+        self.last = (
+            f"{self._directory.rstrip('/')}/{files.folder_name(manifest.generation, manifest.version)}"
+        )
+        files.prune(self._directory, self._keep)

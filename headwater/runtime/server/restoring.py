@@ -1,0 +1,53 @@
+"""A server's shard as a checkpoint has it: the first of a new generation of the log."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import msgspec
+
+from headwater import messages as m
+from headwater.checkpoint import open_checkpoint, read_part
+from headwater.shard import Shard
+from headwater.shard.snapshot import ShardSnapshot
+from headwater.spec.sync import Reduce
+
+
+def restored(path: str, index: int, servers: int, reduce: Reduce) -> Shard:
+    """Server `index` of `servers`, however many wrote the checkpoint; blocks for reading its part.
+
+    The log begins anew at position 0, with nobody in it and the version of the checkpoint.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        ConfigurationError: there is no checkpoint, or one of a newer format.
+    """
+    manifest = open_checkpoint(path).manifest
+    models, tables = read_part(path, index, servers)
+    names: list[tuple[m.Kind, str]] = [("register", model.spec.name) for model in models]
+    names += [("table", table.spec.name) for table in tables]
+    standings = m.LogStateRecord(
+        version=manifest.version,
+        position=0,
+        rounds=0,
+        late=0,
+        workers=0,
+        newest=0,
+        ranks=(),
+        finished=(),
+        names=tuple(sorted(names)),
+        members=(),
+    )
+    snapshot = ShardSnapshot(
+        index=index,
+        servers=servers,
+        position=0,
+        version=manifest.version,
+        models=tuple(dataclasses.replace(model, resumed=True) for model in models),
+        changed=(manifest.version,) * len(models),
+        tables=tuple(tables),
+        ledger=(),
+        standings=standings,
+        recorded=msgspec.json.decode(manifest.splits, type=m.DataProgress),
+    )
+    return Shard.restore(snapshot, reduce)

@@ -1,0 +1,467 @@
+"""Rules: what a server does with a gradient, each a small value object and one scalar function.
+
+Invariants:
+- A scalar function is plain Python on float32: + − × ÷, `math.sqrt`, `abs`, comparisons and other such
+  functions of its module, nothing else. Loops are generated from it (`headwater.kernels`); it is never
+  written twice.
+- Powers, logarithms and schedules are scalars, computed in float64 once a step and rounded once.
+- A message chooses among registered names; nothing that arrives here causes an import.
+- Formulas, arguments and defaults are those of torch.optim (FTRL: TensorFlow).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypeVar
+
+from headwater.errors import ConfigurationError
+from headwater.messages import RuleSpec
+from headwater.spec import formulas
+from headwater.spec.schedules import SCHEDULES, Schedule
+from headwater.spec.settings import Settings, field_types, refuse_unknown, require
+
+Rate = float | Schedule
+"""A learning rate: a number, or one that changes with the model's count of updates."""
+
+
+class Rule(Settings):
+    """Base of all rules: a frozen dataclass whose fields are its settings.
+
+    Attributes:
+        always_sum: gradients of several workers are added up, never averaged.
+        rows_only: for tables only: its one state is one float a row, to which each update adds the mean of
+            the row's squared gradients, and its function takes the sum as `(value, gradient, state,
+            *scalars) -> value`.
+    """
+
+    __slots__ = ()
+
+    always_sum: ClassVar[bool] = False
+    rows_only: ClassVar[bool] = False
+
+    def states(self) -> dict[str, float]:
+        """State name → initial value of each element, in the order the function takes them."""
+        return {}
+
+    def function(self) -> Callable[..., Any]:
+        """The scalar function `(value, gradient, *states, *scalars) -> value` or `(value, *states)`."""
+        raise NotImplementedError(f"{self.name}.function: return the rule's scalar function")
+
+    def scalars(self, updates: int, count: int) -> tuple[float, ...]:
+        """What the function takes after the states, for one update.
+
+        `updates`: updates the model had before this one (from 0; for schedules). `count`: updates the
+        tensor or row has had, this one included (from 1; for bias correction).
+        """
+        return ()
+
+    @property
+    def counted(self) -> bool:
+        """Whether `scalars` may differ with `count`; a table asks once for all rows where it does not."""
+        return True
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether `scalars` may differ with `updates`; a table keeps them by count where it does not."""
+        return True
+
+    def with_settings(self, **values: float) -> Self:
+        """A copy with other scalars (`lr=…`, `beta1=…`); a number replaces a schedule.
+
+        Raises:
+            ConfigurationError: an unknown name, an impossible value, or one that would need other
+                states or another function than this rule has.
+        """
+        changed = self.from_flat({**self.flat(), **values})
+        if changed.states().keys() != self.states().keys() or changed.function() != self.function():
+            raise ConfigurationError(
+                f"{self.name}: {values} would change which states it has: register the model with such a rule"
+            )
+        return changed
+
+
+# ── the registry ────────────────────────────────────────────────────────────────────────────────
+
+RuleClass = TypeVar("RuleClass", bound=type[Rule])
+_registered: dict[str, type[Rule]] = {}
+
+
+def register(rule_class: RuleClass) -> RuleClass:
+    """Class decorator: make a rule available under its name to this process.
+
+    Raises:
+        ConfigurationError: not a frozen dataclass derived from Rule, or the name is taken.
+    """
+    if not (isinstance(rule_class, type) and issubclass(rule_class, Rule)):
+        raise ConfigurationError(f"register takes a class derived from Rule, got {rule_class!r}")
+    field_types(rule_class)
+    other = _registered.setdefault(rule_class.__name__, rule_class)
+    if (other.__module__, other.__qualname__) != (rule_class.__module__, rule_class.__qualname__):
+        raise ConfigurationError(
+            f"rule {rule_class.__name__!r} of {rule_class.__module__} has the name of a rule "
+            f"of {other.__module__}: rename one of them"
+        )
+    _registered[rule_class.__name__] = rule_class
+    return rule_class
+
+
+def load_rules(module_name: str) -> None:
+    """Import a module of the user's rules (`--rules`); never called with a name from the network.
+
+    Raises:
+        ConfigurationError: the module cannot be imported.
+    """
+    try:
+        importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"rules module {module_name!r} cannot be imported ({error}): "
+            "give a module name that Python finds from here, without .py"
+        ) from error
+
+
+def from_spec(spec: RuleSpec) -> Rule:
+    """The rule that a spec describes, from the rules loaded in this process.
+
+    Raises:
+        ConfigurationError: an unknown name, or an unknown, missing, ill-typed or impossible setting.
+    """
+    if spec.name not in _registered:
+        raise ConfigurationError(
+            f"no rule {spec.name!r} is loaded here, only {', '.join(_registered)}: "
+            "start every server with --rules and the module that defines it"
+        )
+    return _registered[spec.name].from_flat({name: _revived(value) for name, value in spec.settings.items()})
+
+
+def _revived(value: object) -> object:
+    if not isinstance(value, RuleSpec):
+        return value
+    refuse_unknown("no schedule", [value.name], SCHEDULES)
+    return SCHEDULES[value.name].from_flat(value.settings)
+
+
+def _at(lr: Rate, updates: int) -> float:
+    return lr.at(updates) if isinstance(lr, Schedule) else lr
+
+
+class _Rated(Rule):
+    """A rule whose `scalars` differ with `updates` only where its learning rate is a schedule."""
+
+    __slots__ = ()
+
+    lr: Rate
+
+    @property
+    def scheduled(self) -> bool:
+        return isinstance(self.lr, Schedule)
+
+
+def _check_lr(rule: Rule, lr: Rate) -> None:
+    require(isinstance(lr, Schedule) or lr >= 0, rule, "lr", "at least 0, or a schedule")
+
+
+def _check_not_negative(rule: Rule, *settings: str) -> None:
+    for setting in settings:
+        require(getattr(rule, setting) >= 0, rule, setting, "at least 0")
+
+
+# ── stochastic gradient descent ─────────────────────────────────────────────────────────────────
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class SGD(_Rated):
+    """Stochastic gradient descent, as torch.optim.SGD; without momentum it has no state.
+
+    Raises:
+        ConfigurationError: a negative setting, or `nesterov` without momentum or with dampening.
+    """
+
+    lr: Rate
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+
+    def check(self) -> None:
+        """As torch refuses."""
+        _check_lr(self, self.lr)
+        _check_not_negative(self, "momentum", "weight_decay")
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ConfigurationError(
+                "SGD: nesterov needs momentum above 0 and dampening 0: set both or drop nesterov"
+            )
+
+    def states(self) -> dict[str, float]:
+        """The momentum buffer, where there is momentum."""
+        return {"momentum_buffer": 0.0} if self.momentum else {}
+
+    def function(self) -> Callable[..., Any]:
+        """`sgd` or `sgd_momentum`."""
+        return formulas.sgd_momentum if self.momentum else formulas.sgd
+
+    @property
+    def counted(self) -> bool:
+        """The first update starts the momentum buffer."""
+        return bool(self.momentum)
+
+    def scalars(self, updates: int, count: int) -> tuple[float, ...]:
+        """lr, weight_decay and, with momentum, the four weights of `sgd_momentum`."""
+        if not self.momentum:
+            return _at(self.lr, updates), self.weight_decay
+        keep, take = (0.0, 1.0) if count == 1 else (self.momentum, 1.0 - self.dampening)
+        direct, through = (1.0, self.momentum) if self.nesterov else (0.0, 1.0)
+        return _at(self.lr, updates), self.weight_decay, keep, take, direct, through
+
+
+# ── adaptive rates ──────────────────────────────────────────────────────────────────────────────
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Adagrad(_Rated):
+    """Adagrad, as torch.optim.Adagrad.
+
+    Raises:
+        ConfigurationError: a negative setting.
+    """
+
+    lr: Rate = 1e-2
+    lr_decay: float = 0.0
+    weight_decay: float = 0.0
+    initial_accumulator_value: float = 0.0
+    eps: float = 1e-10
+
+    def check(self) -> None:
+        """As torch refuses."""
+        _check_lr(self, self.lr)
+        _check_not_negative(self, "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
+
+    def states(self) -> dict[str, float]:
+        """The sum of squared gradients."""
+        return {"sum": self.initial_accumulator_value}
+
+    def function(self) -> Callable[..., Any]:
+        """`adagrad`."""
+        return formulas.adagrad
+
+    @property
+    def counted(self) -> bool:
+        """Where lr decays with the count."""
+        return bool(self.lr_decay)
+
+    def scalars(self, updates: int, count: int) -> tuple[float, ...]:
+        """The decayed lr, eps, weight_decay."""
+        return _at(self.lr, updates) / (1.0 + (count - 1) * self.lr_decay), self.eps, self.weight_decay
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class RowwiseAdagrad(_Rated):
+    """Adagrad with one sum a row instead of one an element; for tables only.
+
+    Raises:
+        ConfigurationError: a negative setting.
+    """
+
+    rows_only: ClassVar[bool] = True
+
+    lr: Rate = 1e-2
+    initial_accumulator_value: float = 0.0
+    eps: float = 1e-10
+
+    def check(self) -> None:
+        """As Adagrad."""
+        _check_lr(self, self.lr)
+        _check_not_negative(self, "initial_accumulator_value", "eps")
+
+    def states(self) -> dict[str, float]:
+        """The sum of the means of a row's squared gradients: one float a row."""
+        return {"sum": self.initial_accumulator_value}
+
+    def function(self) -> Callable[..., Any]:
+        """`rowwise_adagrad`."""
+        return formulas.rowwise_adagrad
+
+    @property
+    def counted(self) -> bool:
+        """Never."""
+        return False
+
+    def scalars(self, updates: int, count: int) -> tuple[float, ...]:
+        """lr, eps."""
+        return _at(self.lr, updates), self.eps
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class RMSprop(_Rated):
+    """RMSprop, as torch.optim.RMSprop.
+
+    Raises:
+        ConfigurationError: a negative setting, or `alpha` above 1.
+    """
+
+    lr: Rate = 1e-2
+    alpha: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    centered: bool = False
+
+    def check(self) -> None:
+        """As torch refuses, and an average stays an average."""
+        _check_lr(self, self.lr)
+        _check_not_negative(self, "eps", "weight_decay", "momentum")
+        require(0 <= self.alpha <= 1, self, "alpha", "from 0 to 1")
+
+    def states(self) -> dict[str, float]:
+        """The average of squares; with momentum its buffer, centered the average gradient."""
+        buffer = {"momentum_buffer": 0.0} if self.momentum else {}
+        average = {"grad_avg": 0.0} if self.centered else {}
+        return {"square_avg": 0.0, **buffer, **average}
+
+    def function(self) -> Callable[..., Any]:
+        """`rmsprop`, `…_momentum`, `…_centered` or `…_centered_momentum`."""
+        if self.centered:
+            return formulas.rmsprop_centered_momentum if self.momentum else formulas.rmsprop_centered
+        return formulas.rmsprop_momentum if self.momentum else formulas.rmsprop
+
+    @property
+    def counted(self) -> bool:
+        """Never."""
+        return False
+
+    def scalars(self, updates: int, count: int) -> tuple[float, ...]:
+        """lr, eps, weight_decay, alpha, 1 − alpha and, where there is any, momentum."""
+        momentum = (self.momentum,) if self.momentum else ()
+        return _at(self.lr, updates), self.eps, self.weight_decay, self.alpha, 1.0 - self.alpha, *momentum
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Adam(_Rated):
+    """Adam, as torch.optim.Adam; weight decay is added to the gradient.
+
+    Raises:
+        ConfigurationError: a negative setting, or a beta that is not below 1.
+    """
+
+    lr: Rate = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    amsgrad: bool = False
+
+    def check(self) -> None:
+        """As torch refuses."""
+        _check_lr(self, self.lr)
+        _check_not_negative(self, "eps", "weight_decay")
+        require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "of at least 0 and below 1")
+
+    def states(self) -> dict[str, float]:
+        """The averages of gradients and squares; with amsgrad the largest of the latter."""
+        largest = {"max_exp_avg_sq": 0.0} if self.amsgrad else {}
+        return {"exp_avg": 0.0, "exp_avg_sq": 0.0, **largest}
+
+    def function(self) -> Callable[..., Any]:
+        """`adam` or `adam_amsgrad`."""
+        return formulas.adam_amsgrad if self.amsgrad else formulas.adam
+
+    def scalars(self, updates: int, count: int) -> tuple[float, ...]:
+        """What `adam` takes, in its order."""
+        lr = _at(self.lr, updates)
+        beta1, beta2 = self.betas
+        step, correction = lr / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
+        l2, shrink = self._decay(lr)
+        return step, correction, self.eps, beta1, 1 - beta1, beta2, 1 - beta2, l2, shrink
+
+    def _decay(self, lr: float) -> tuple[float, float]:
+        """(l2, shrink) of `adam`."""
+        return self.weight_decay, 1.0
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class AdamW(Adam):
+    """AdamW, as torch.optim.AdamW; weight decay shrinks the value, apart from the gradient.
+
+    Raises:
+        ConfigurationError: a negative setting, or a beta that is not below 1.
+    """
+
+    weight_decay: float = 1e-2
+
+    def _decay(self, lr: float) -> tuple[float, float]:
+        return 0.0, 1.0 - lr * self.weight_decay
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Ftrl(_Rated):
+    """Follow the regularised leader, per coordinate, as TensorFlow has it (power −½); `l1` makes zeros.
+
+    Its first update forgets most of a tensor's initial value: start from zeros.
+
+    Raises:
+        ConfigurationError: a negative setting, or a learning rate that is or comes to 0.
+    """
+
+    lr: Rate = 1e-3
+    l1: float = 0.0
+    l2: float = 0.0
+    initial_accumulator: float = 0.1
+    beta: float = 0.0
+
+    def check(self) -> None:
+        """The rate divides, so it stays above 0."""
+        lowest = self.lr.lowest if isinstance(self.lr, Schedule) else self.lr
+        require(lowest > 0, self, "lr", "above 0, or a schedule that ends above 0")
+        _check_not_negative(self, "l1", "l2", "initial_accumulator", "beta")
+
+    def states(self) -> dict[str, float]:
+        """The sum of squared gradients, and the linear term."""
+        return {"accum": self.initial_accumulator, "linear": 0.0}
+
+    def function(self) -> Callable[..., Any]:
+        """`ftrl`."""
+        return formulas.ftrl
+
+    @property
+    def counted(self) -> bool:
+        """Never."""
+        return False
+
+    def scalars(self, updates: int, count: int) -> tuple[float, ...]:
+        """1 / lr, l1, ridge."""
+        inverse_lr = 1.0 / _at(self.lr, updates)
+        return inverse_lr, self.l1, self.beta * inverse_lr + 2.0 * self.l2
+
+
+# ── without a rate ──────────────────────────────────────────────────────────────────────────────
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Accumulate(Rule):
+    """Adds what all workers push, in every sync mode: for counts and exact sums."""
+
+    always_sum: ClassVar[bool] = True
+
+    def function(self) -> Callable[..., Any]:
+        """`accumulate`."""
+        return formulas.accumulate
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Assign(Rule):
+    """Sets each value to the mean of what the workers pushed."""
+
+    def function(self) -> Callable[..., Any]:
+        """`assign`."""
+        return formulas.assign

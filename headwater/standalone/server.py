@@ -1,0 +1,106 @@
+"""A server that asks the coordinator what it is to be, again whenever it is nothing any more."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+from headwater.engines.roles import prepare_server
+from headwater.errors import ClosedError, HeadwaterError, RefusedError, RewoundError
+from headwater.messages import Assignment, RequestSlot
+from headwater.runtime.join import enlist
+from headwater.runtime.server import ServerNode, ServerSettings
+from headwater.standalone.patience import patiently
+from headwater.wire.endpoint import LOCAL, Endpoint
+
+_log = logging.getLogger("headwater.server")
+
+
+class StandaloneServer:
+    """A process that is a server or standby of the cluster at `coordinator`.
+
+    Args:
+        role, index: what it is to be; None: whatever is missing.
+        reach: where members reach it.
+        wait: seconds for which a coordinator that cannot be reached is tried again.
+    """
+
+    def __init__(
+        self,
+        coordinator: str,
+        *,
+        role: Literal["server", "standby"] | None = None,
+        index: int | None = None,
+        reach: Endpoint = LOCAL,
+        wait: float = 300.0,
+    ) -> None:
+        self._coordinator = coordinator
+        self._wanted = RequestSlot(role, index)
+        self._reach = reach
+        self._wait = wait
+
+    def run(self) -> None:
+        """Serve until training has finished; blocks.
+
+        Where nothing is missing it waits as a spare. It asks anew when everything begins anew from a
+        checkpoint, and when it was declared dead.
+
+        Raises:
+            ConnectionLostError: there is no coordinator (any more), or it closed the cluster.
+            ConfigurationError: there can be no such server.
+            RefusedError: one side does not admit the other.
+            HeadwaterError: it cannot go on, and why.
+        """
+        prepare_server()
+        while True:
+            try:
+                parting = patiently(self._serve, self._wait)
+            except (ClosedError, RewoundError) as error:
+                parting = error
+            _log.warning("%s", parting)
+            if isinstance(parting, ClosedError):
+                return
+            if not isinstance(parting, RewoundError | RefusedError):
+                raise parting
+
+    def _serve(self) -> HeadwaterError:
+        """Be a server once; returns why it is none any more. Raises what kept it from becoming one."""
+        channel, terms = enlist(
+            self._coordinator,
+            self._wanted,
+            spare=lambda reason: _log.info("%s", reason),
+            security=self._reach.security,
+        )
+        try:
+            node = self._node(terms)
+        except BaseException:
+            channel.close()
+            raise
+        node.start(channel)
+        try:
+            return node.wait_for_parting()
+        finally:
+            node.close()
+
+    def _node(self, terms: Assignment) -> ServerNode:
+        _log.info(
+            "it is %s %d of %d%s",
+            terms.role,
+            terms.index,
+            terms.servers,
+            f", from {terms.restore}" if terms.restore else "",
+        )
+        return ServerNode(
+            ServerSettings(
+                terms.index,
+                terms.servers,
+                terms.sync,
+                self._coordinator,
+                self._reach,
+                terms.patience,
+                terms.role,
+                terms.replicas,
+                terms.min_workers,
+                terms.restore,
+            )
+        )

@@ -1,0 +1,89 @@
+"""A worker that joins a cluster by itself, and trains again from the start when training begins anew."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from headwater.engines.engine import Failure
+from headwater.errors import ClosedError, ConnectionLostError, RefusedError, RewoundError, WorkerError
+from headwater.standalone.patience import patiently
+from headwater.wire.security import PLAIN, Security
+from headwater.worker import Worker
+
+_log = logging.getLogger("headwater.worker")
+
+
+class StandaloneWorker:
+    """A process that runs `train` as a worker of the cluster at `coordinator`.
+
+    Args:
+        rank: which worker it is; None: the next free one.
+        security: what all nodes of the cluster were given.
+        wait: seconds for which a coordinator that cannot be reached is tried again.
+    """
+
+    def __init__(
+        self,
+        train: Callable[[Worker], Any],
+        coordinator: str,
+        *,
+        rank: int | None = None,
+        security: Security = PLAIN,
+        wait: float = 300.0,
+    ) -> None:
+        self._train = train
+        self._coordinator = coordinator
+        self._rank = rank
+        self._security = security
+        self._wait = wait
+        self._worker: Worker | None = None
+
+    def interrupt(self, number: int) -> None:
+        """Have `run` end with SystemExit, after the call that the worker is in: for the handler of signal
+        `number`."""
+        code = 128 + number
+        if self._worker is None:
+            raise SystemExit(code)
+        _log.warning("worker %d leaves after its next call", self._worker.rank)
+        self._worker.dismiss(code)
+
+    def run(self) -> None:
+        """Train, and wait until every declared worker has; blocks. Trains again when training begins anew.
+
+        Raises:
+            WorkerError: `train` raised; carries its traceback.
+            ConnectionLostError: there is no coordinator (any more), or it closed the cluster before the end.
+            RefusedError: this worker was declared dead, or its rank is taken.
+            SystemExit: after `interrupt`.
+        """
+        while True:
+            try:
+                worker = patiently(self._join, self._wait)
+            except ClosedError as error:
+                _log.warning("nothing is left to do: %s", error)
+                return
+            try:
+                with worker:
+                    self._rank = worker.rank
+                    self._worker = worker
+                    self._run(worker)
+                    worker.finish()
+                    return
+            except RewoundError as error:
+                _log.warning("worker %d: %s", worker.rank, error)
+            finally:
+                self._worker = None
+
+    def _join(self) -> Worker:
+        return Worker(self._coordinator, self._rank, security=self._security)
+
+    def _run(self, worker: Worker) -> None:
+        try:
+            self._train(worker)
+        except (RewoundError, ConnectionLostError, RefusedError):
+            raise  # of the cluster, not of `train`
+        except Exception as error:
+            failure = Failure.of(error)
+            raise WorkerError(worker.rank, failure.summary, failure.trace) from error

@@ -1,0 +1,369 @@
+"""A worker's handle on a registered model: its window, what is staged there, arrays in and out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater import messages as m
+from headwater.errors import ConfigurationError, GradientError, NonFiniteError
+from headwater.kernels import finite, stage
+from headwater.runtime.session import Session
+from headwater.spec.layout import Layout
+from headwater.spec.rules import Rule, from_spec
+from headwater.wire.channel import Outgoing
+from headwater.wire.window import Window
+from headwater.worker.model_spec import NonFinite, as_array, check_nonfinite, named
+
+_log = logging.getLogger("headwater.worker")
+
+Array: TypeAlias = NDArray[np.float32]
+
+
+@dataclass(slots=True, eq=False)
+class _Memory:
+    """Stands in for a window where memory cannot be shared."""
+
+    gradients: Array
+    parameters: Array
+
+
+class Model:
+    """A model on the servers, as one worker sees it. Not thread-safe, like its worker.
+
+    Attributes:
+        name, layout: as registered.
+        gradients: by name, float32 views of the window that the next `step` sends if `carry`-ed;
+            between `step` and its return they belong to the servers.
+        parameters: by name, writable float32 views of the window that answers overwrite.
+        read_version: that of the values in `parameters`; -1 when they are none.
+    """
+
+    def __init__(
+        self, session: Session, spec: m.ModelSpec, names: Iterable[str] = (), nonfinite: NonFinite = "raise"
+    ) -> None:
+        check_nonfinite(nonfinite)
+        self.name = spec.name
+        self.spec = spec
+        self.layout = Layout(spec.tensors)
+        self.id = -1
+        self._session = session
+        self._nonfinite = nonfinite
+        self._cuts = self.layout.cut(len(session.channels))
+        self._memory = self._allocate()
+        order = list(names) or [tensor.name for tensor in spec.tensors]
+        gradients = self.layout.views(self._memory.gradients)
+        parameters = self.layout.views(self._memory.parameters)
+        self.gradients = {name: gradients[name] for name in order}
+        self.parameters = {name: parameters[name] for name in order}
+        self._read_only = {name: _read_only(view) for name, view in self.parameters.items()}
+        self._staged: set[str] = set()
+        self._settings: dict[int, dict[str, float]] = {}
+        self._skip = False
+        self._fresh = False
+        self.read_version = -1
+
+    def _allocate(self) -> Window | _Memory:
+        """Fixed from now on, as views of it are the user's: a server that comes within reach only later is
+        sent values like one that is not."""
+        if any(self._session.shares):
+            return Window(self.layout.elements)
+        return _Memory(*(np.zeros(self.layout.elements, dtype=np.float32) for _ in range(2)))
+
+    # ── the user's calls ────────────────────────────────────────────────────────────────────────
+
+    def pull(self, copy: bool = False) -> dict[str, Array]:
+        """Current values by name, all of one version; blocks for an exchange.
+
+        Right after a step of a synchronous worker the values are there already. Without `copy` the
+        arrays are read-only views that the next step or pull overwrites.
+
+        Raises:
+            ClosedError: the worker has left.
+            StalledError: no answer within the deadline.
+        """
+        if not (self._fresh and self._session.sync.rounds and self._session.usable()):
+            have = self.read_version
+            self._session.ask(lambda number: m.Pull(number, (self.id,), have), "pull")
+            self.read_version = self._session.version
+        self._fresh = False
+        return {name: view.copy() if copy else view for name, view in self._read_only.items()}
+
+    def push(self, grads: Mapping[str, Any]) -> None:
+        """Stage gradients by tensor name for the next `step`; a second push of a tensor adds.
+
+        Copies; takes anything with `__dlpack__` or `__array__` of a real dtype and the tensor's
+        shape. All or nothing: on an error no tensor is staged. Does not block.
+
+        Raises:
+            GradientError: an unknown name, a wrong shape or dtype; lists what was expected.
+            NonFiniteError: NaN or infinity, with `nonfinite="raise"`.
+            ClosedError: the worker has left.
+        """
+        self._session.check_open("push")
+        arrays = self._checked(grads)
+        bad = [name for name in arrays if name in self._staged and not self._is_finite(arrays[name])]
+        fresh = {name: array for name, array in arrays.items() if name not in self._staged}
+        bad += [name for name, array in fresh.items() if not self._stage(name, array)]
+        if bad and self._nonfinite != "off":
+            self.report_nonfinite(bad)
+            return
+        for name in arrays.keys() - fresh.keys():
+            self.gradients[name] += arrays[name]
+        self._staged.update(arrays)
+
+    def assign(self, values: Mapping[str, Any]) -> None:
+        """Set tensors to `values` on the servers, a version of its own; blocks for an exchange.
+
+        The rule's state stays. Other workers see it with their next answer.
+
+        Raises:
+            GradientError: an unknown name, a wrong shape or dtype; nothing was assigned.
+        """
+        self._session.check_open("assign")
+        for name, array in self._checked(values).items():
+            self.parameters[name][...] = array
+        self.outdated()
+        self.assign_local(values.keys())
+
+    def set(self, *, group: int | None = None, **values: float) -> None:
+        """Change scalars of the rule, such as `lr`, with the next `step` that this worker makes.
+
+        `group`: the parameter group, all by default. Of several workers in one round the lowest rank wins.
+
+        Raises:
+            ConfigurationError: the rule has no such setting, or there is no such group.
+        """
+        rules = self.rules
+        if group is not None and not 0 <= group < len(rules):
+            raise ConfigurationError(f"model {self.name!r} has groups 0 to {len(rules) - 1}, got {group}")
+        for rule in rules if group is None else [rules[group]]:
+            rule.with_settings(**values)
+        self._settings.setdefault(-1 if group is None else group, {}).update(values)
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """The rule's state on the servers by tensor name, at one version; blocks for an exchange.
+
+        Each tensor has `step`, its number of updates, and a float32 array of its shape for each of the
+        rule's state vectors, under torch's names. The arrays are the caller's.
+
+        Raises:
+            ClosedError: the worker has left.
+        """
+        vectors: dict[str, Array] = {}
+
+        def place(server: int, answer: m.Answer) -> list[Array]:
+            for name in answer.states:
+                vectors.setdefault(name, np.zeros(self.layout.elements, dtype=np.float32))
+            start, stop = self._cuts[server]
+            return [vectors[name][start:stop] for name in answer.states]
+
+        answer = self._call(lambda _, number: Outgoing(m.ReadState(number, self.id)), "state", place)
+        views = {name: self.layout.views(vector) for name, vector in vectors.items()}
+        state: dict[str, dict[str, Any]] = {}
+        for tensor, count in zip(self.layout.tensors, answer.counts, strict=True):
+            own = self.rules[tensor.group].states()
+            state[tensor.name] = {"step": count, **{name: views[name][tensor.name] for name in own}}
+        return {name: state[name] for name in self.gradients}
+
+    # ── for adapters ────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def rules(self) -> list[Rule]:
+        """The rule of each parameter group, as registered."""
+        return [from_spec(rule) for rule in self.spec.rules]
+
+    def carry(self, name: str) -> None:
+        """The next step carries this tensor: its gradient is in `gradients` and was tested."""
+        self._staged.add(name)
+
+    def is_carried(self, name: str) -> bool:
+        """Whether the next step carries this tensor."""
+        return name in self._staged
+
+    def discard(self) -> None:
+        """Forget what is staged."""
+        self._staged.clear()
+
+    def skip(self) -> None:
+        """Make the next step an empty turn: a gradient was not finite."""
+        self._skip = True
+
+    def report_nonfinite(self, names: Sequence[str]) -> None:
+        """Gradients of these tensors are not finite: with `nonfinite="skip"` the next step is an empty turn.
+
+        Raises:
+            NonFiniteError: with any other; names the tensors.
+        """
+        if self._nonfinite == "skip":
+            self._skip = True
+            return
+        raise NonFiniteError(
+            f"the gradient of {named(names)} of model {self.name!r} holds NaN or infinity: nothing was "
+            f"staged and the turn was not taken; pass nonfinite='skip' to make such a step an empty turn"
+        )
+
+    def assign_local(self, names: Iterable[str]) -> None:
+        """Set tensors on the servers to what is in `parameters`; blocks for an exchange."""
+        carried = m.Carried(self.id, self.layout.mask(names))
+
+        def outgoing(server: int, number: int) -> Outgoing:
+            runs, buffers = self._payload(server, carried.tensors, self._memory.parameters)
+            return Outgoing(m.Assign(number, carried, runs), buffers)
+
+        self._session.settle(self._session.call(outgoing, "assign"))
+
+    # ── for the worker ──────────────────────────────────────────────────────────────────────────
+
+    def register(self, initial: Mapping[str, NDArray[Any]]) -> None:
+        """Declare the model with these values, or join one that exists; blocks for an exchange."""
+        for name, value in initial.items():
+            self.parameters[name][...] = value
+
+        def outgoing(server: int, number: int) -> Outgoing:
+            window, descriptors = self._window(server)
+            start, stop = self._cuts[server]
+            values = [] if window is not None or start == stop else [self._memory.parameters[start:stop]]
+            return Outgoing(m.Register(number, self.spec, window), values, descriptors)
+
+        self._join(outgoing, "register")
+
+    def attach(self, model: int) -> None:
+        """Read a model that exists; blocks for an exchange."""
+
+        def outgoing(server: int, number: int) -> Outgoing:
+            window, descriptors = self._window(server)
+            return Outgoing(m.Attach(number, model, window), (), descriptors)
+
+        self._join(outgoing, "attach")
+
+    def take_staged(self) -> tuple[m.Carried | None, tuple[m.Setting, ...], bool]:
+        """What the next step carries, its settings, and whether it must be an empty turn; clears all."""
+        carried = m.Carried(self.id, self.layout.mask(self._staged)) if self._staged else None
+        settings = tuple(m.Setting(self.id, group, values) for group, values in self._settings.items())
+        skip = self._skip
+        self._staged, self._settings, self._skip = set(), {}, False
+        return carried, settings, skip
+
+    def gradient_payload(self, server: int, mask: bytes) -> tuple[tuple[m.Run, ...], list[Array]]:
+        """The runs and arrays of staged gradients for a server without a window."""
+        return self._payload(server, mask, self._memory.gradients)
+
+    def written(self) -> None:
+        """Note that the window holds the values of the last answer's version."""
+        self._fresh, self.read_version = True, self._session.version
+
+    def outdated(self) -> None:
+        """Note that values may have changed without this worker's step."""
+        self._fresh = False
+
+    def changed_here(self) -> None:
+        """Note that the window's parameters may differ from those of any version."""
+        self._fresh, self.read_version = False, -1
+
+    def renew(self) -> None:
+        """Go on in a window with the same content that nobody else has."""
+        if isinstance(self._memory, Window):
+            self._memory.renew()
+
+    def offer(self, server: int, shared: bool) -> Outgoing | None:
+        """The frame that gives the window to a server that knows this model as registered by this member, or
+        tells it that there is none."""
+        if self.id < 0:
+            return None
+        window, descriptors = self._given(shared)
+        return Outgoing(m.Renew(self.id, window), (), descriptors)
+
+    def incoming(self, server: int) -> list[Array]:
+        """Where a server's range of the parameters goes that follows its answer; nowhere with a window."""
+        if self._is_shared(server):
+            return []
+        start, stop = self._cuts[server]
+        return [self._memory.parameters[start:stop]]
+
+    def release(self) -> None:
+        """Give the window's descriptor back; its memory lives as long as arrays made from it."""
+        if self in self._session.memories:
+            self._session.memories.remove(self)
+        if isinstance(self._memory, Window):
+            self._memory.release()
+
+    # ── inside ──────────────────────────────────────────────────────────────────────────────────
+
+    def _join(self, outgoing: Callable[[int, int], Outgoing], what: str) -> None:
+        self._session.memories.append(self)
+        try:
+            answer = self._call(outgoing, f"{what} {self.name!r}", lambda server, _: self.incoming(server))
+        except BaseException:
+            self._session.memories.remove(self)
+            raise
+        assert answer.model is not None
+        if answer.notice:
+            _log.warning("model %r: %s", self.name, answer.notice)
+        self.id = answer.model
+        self._session.receivers[self.id] = self
+        self.written()
+
+    def _call(
+        self,
+        outgoing: Callable[[int, int], Outgoing],
+        what: str,
+        place: Callable[[int, m.Answer], Sequence[Array]],
+    ) -> m.Answer:
+        """An exchange whose answers' payload goes where `place` says."""
+        return self._session.settle(self._session.call(outgoing, what, place))
+
+    def _is_shared(self, server: int) -> bool:
+        return self._session.shares[server] and isinstance(self._memory, Window)
+
+    def _window(self, server: int) -> tuple[m.WindowSpec | None, tuple[int, ...]]:
+        return self._given(self._session.shares[server])
+
+    def _given(self, shared: bool) -> tuple[m.WindowSpec | None, tuple[int, ...]]:
+        if not shared or not isinstance(self._memory, Window):
+            return None, ()
+        return m.WindowSpec(self._memory.generation, self._memory.size), (self._memory.descriptor,)
+
+    def _payload(self, server: int, mask: bytes, memory: Array) -> tuple[tuple[m.Run, ...], list[Array]]:
+        if self._is_shared(server):
+            return (), []
+        runs = self.layout.runs(self.layout.unmask(mask), *self._cuts[server])
+        return tuple(m.Run(self.id, *run) for run in runs), [memory[low:high] for low, high in runs]
+
+    def _checked(self, values: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, value in values.items():
+            if name not in self.gradients:
+                raise GradientError(
+                    f"model {self.name!r} has no tensor {name!r}, it has {named(self.gradients)}"
+                )
+            array = as_array(f"tensor {name!r}", value)
+            if array.shape != self.gradients[name].shape:
+                raise GradientError(
+                    f"tensor {name!r} of model {self.name!r} has shape {self.gradients[name].shape}, "
+                    f"got {array.shape}"
+                )
+            arrays[name] = array
+        return arrays
+
+    def _is_finite(self, array: NDArray[Any]) -> bool:
+        return bool(np.isfinite(array).all())
+
+    def _stage(self, name: str, array: NDArray[Any]) -> bool:
+        """Copy into the window; whether all was finite."""
+        target = self.gradients[name]
+        if array.dtype == np.float32 and array.flags.c_contiguous:
+            return bool(stage(array.reshape(-1), target.reshape(-1), False))
+        target[...] = array
+        return bool(finite(target.reshape(-1)))
+
+
+def _read_only(array: Array) -> Array:
+    view = array.view()
+    view.flags.writeable = False
+    return view

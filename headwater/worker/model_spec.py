@@ -1,0 +1,121 @@
+"""What a user passes to declare a model, checked and turned into a spec and arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater import messages as m
+from headwater.errors import ConfigurationError, GradientError, RegistrationError, UsageError
+from headwater.spec.layout import Layout
+from headwater.spec.rules import Rule
+
+NonFinite: TypeAlias = Literal["raise", "skip", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors of a model that have a rule with other settings than the model's own.
+
+    Raises:
+        ConfigurationError: no names.
+    """
+
+    names: Sequence[str]
+    rule: Rule
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ConfigurationError("Group: names is empty: leave the group out")
+
+
+def specify(
+    name: str,
+    params: Mapping[str, Any],
+    rule: Rule,
+    groups: Sequence[Group],
+    clip_norm: float | None = None,
+) -> tuple[m.ModelSpec, dict[str, NDArray[Any]]]:
+    """The spec of a model and its initial values as arrays.
+
+    Raises:
+        RegistrationError: what it names is not a model.
+        ConfigurationError: an impossible `clip_norm`.
+    """
+    check_clip_norm(clip_norm)
+    if not isinstance(rule, Rule):
+        raise RegistrationError(f"model {name!r}: rule must be a Rule such as hw.SGD(lr=0.1), got {rule!r}")
+    if not params:
+        raise RegistrationError(f"model {name!r} has no tensors: pass at least one")
+    group_of: dict[str, int] = {}
+    for i, group in enumerate(groups, start=1):
+        for tensor in group.names:
+            if tensor not in params:
+                raise RegistrationError(
+                    f"model {name!r}: a group names {tensor!r}, the tensors are {named(params)}"
+                )
+            if group_of.setdefault(tensor, i) != i:
+                raise RegistrationError(f"model {name!r}: tensor {tensor!r} is in two groups")
+        if type(group.rule) is not type(rule):
+            raise RegistrationError(
+                f"model {name!r}: all groups have one kind of rule, got {rule.name} and {group.rule.name}"
+            )
+    arrays = {
+        tensor: as_array(f"tensor {tensor!r}", value, RegistrationError) for tensor, value in params.items()
+    }
+    specs = tuple(
+        m.TensorSpec(tensor, array.shape, _dtype(params[tensor], array), group_of.get(tensor, 0))
+        for tensor, array in arrays.items()
+    )
+    rules = tuple(one.to_spec() for one in (rule, *(group.rule for group in groups)))
+    largest = None if clip_norm is None else float(clip_norm)
+    return m.ModelSpec(name, Layout(specs).tensors, rules, largest), arrays
+
+
+def check_nonfinite(nonfinite: str) -> None:
+    """Raise ConfigurationError unless it is a NonFinite."""
+    if nonfinite not in ("raise", "skip", "off"):
+        raise ConfigurationError(f"nonfinite must be 'raise', 'skip' or 'off', got {nonfinite!r}")
+
+
+def check_clip_norm(clip_norm: Any) -> None:
+    """Raise ConfigurationError unless it is None or a number a norm can be held against."""
+    number = isinstance(clip_norm, int | float) and not isinstance(clip_norm, bool)
+    if clip_norm is not None and not (number and 0 < clip_norm < math.inf):
+        raise ConfigurationError(f"clip_norm must be a finite number > 0 or None, got {clip_norm!r}")
+
+
+def as_array(what: str, value: Any, error: type[UsageError] = GradientError) -> NDArray[Any]:
+    """`value` as an array of a real dtype, without a copy where its memory can be read.
+
+    Raises:
+        error: it is none; says what of.
+    """
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            value = value.float() if _dtype(value) == "bfloat16" else value
+        only_dlpack = hasattr(value, "__dlpack__") and not hasattr(value, "__array__")
+        array = np.from_dlpack(value) if only_dlpack else np.asarray(value)
+        if array.dtype.name == "bfloat16":  # of ml_dtypes, as JAX's arrays become
+            array = array.astype(np.float32)
+    except (TypeError, ValueError, RuntimeError, BufferError) as cause:
+        raise error(f"{what}: cannot read a {type(value).__name__} as an array: {cause}") from cause
+    if array.dtype.kind not in "fiu":
+        raise error(f"{what} must be of a real dtype such as float32, got {array.dtype}")
+    return array
+
+
+def _dtype(value: Any, otherwise: Any = None) -> str:
+    return str(getattr(value, "dtype", getattr(otherwise, "dtype", None))).removeprefix("torch.")
+
+
+def named(names: Iterable[str]) -> str:
+    """The first of them, quoted, and how many more there are."""
+    shown = list(names)
+    return ", ".join(map(repr, shown[:6])) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")

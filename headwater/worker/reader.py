@@ -1,0 +1,40 @@
+"""Read all models of a cluster at one version, without being a worker."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater import messages as m
+from headwater.runtime.session import Session
+from headwater.wire.security import PLAIN, Security
+from headwater.worker.model import Model
+
+
+def read_parameters(
+    coordinator: str, *, security: Security = PLAIN
+) -> tuple[int, dict[str, dict[str, NDArray[np.float32]]]]:
+    """The version and the values of all models then; blocks for a few exchanges. The arrays are the caller's.
+
+    Raises:
+        ConnectionLostError: a node is gone.
+    """
+    session = Session(coordinator, "observer", security=security)
+    try:
+        models = []
+        for info in session.describe().models:
+            model = Model(session, info.spec)
+            models.append(model)
+            model.attach(info.model)
+        ids = tuple(model.id for model in models)
+        answer = session.ask(lambda number: m.Pull(number, ids, -1), "read")
+        values = {
+            model.name: {name: view.copy() for name, view in model.parameters.items()} for model in models
+        }
+        for model in models:
+            model.release()
+        session.ask(m.Leave, "leave")
+        session.membership.tell(m.Departed(session.welcome.member.id))
+        return answer.version, values
+    finally:
+        session.close()

@@ -1,0 +1,102 @@
+"""One turn of a worker: what its models and tables have staged leaves as one step, in one exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from headwater import messages as m
+from headwater.runtime.session import Session
+from headwater.wire.channel import Outgoing
+from headwater.worker.model import Model
+from headwater.worker.row_buffer import RowBuffer, RowSlice
+from headwater.worker.table import Table
+
+
+class StepExchange:
+    """Takes what is staged; nothing may be under way in the session.
+
+    Attributes:
+        skip: whether it is an empty turn because a gradient was not finite.
+    """
+
+    def __init__(
+        self, session: Session, memory: RowBuffer, models: Iterable[Model], tables: Iterable[Table]
+    ) -> None:
+        self._session = session
+        self._memory = memory
+        self._models = list(models)
+        staged = {model: model.take_staged() for model in self._models}
+        rows = {table: table.take_staged() for table in tables}
+        self.skip = any(skip for _, _, skip in staged.values()) or any(skip for *_, skip in rows.values())
+        self._carried: dict[Model, m.Carried] = {}
+        self._pushed: dict[Table, RowSlice] = {}
+        if not self.skip:
+            self._carried = {
+                model: carried for model, (carried, _, _) in staged.items() if carried is not None
+            }
+            self._pushed = {table: place for table, (place, *_) in rows.items() if place is not None}
+        self._pulled = {table: place for table, (_, place, *_) in rows.items() if place is not None}
+        self._settings = tuple(setting for _, settings, _ in staged.values() for setting in settings)
+        self._position: m.Position | None = None
+        self._table_settings = tuple(setting for *_, setting, _ in rows.values() if setting is not None)
+
+    def take(
+        self, step: int, read: bool | Sequence[Model], position: m.Position | None
+    ) -> tuple[m.StepResult, bool]:
+        """Make it step number `step`; blocks as the mode says. What became of it, and whether batches end.
+
+        `position`: where the worker is in its data then.
+        """
+        self._position = position
+        ids = read if isinstance(read, bool) else tuple(model.id for model in read)
+        self._memory.announce()
+        current = self._session.call(
+            lambda server, number: self._outgoing(server, number, step, ids), f"step {step}", self._places
+        )
+        answer = self._session.settle(current)
+        assert answer.result is not None
+        for table, place in self._pulled.items():
+            table.brought(place)
+        self._memory.reset()
+        for model in self._models:
+            if read is True or (not isinstance(read, bool) and model in read):
+                model.written()
+            else:
+                model.outdated()
+        return answer.result, answer.stopped
+
+    def _outgoing(self, server: int, number: int, step: int, read: bool | tuple[int, ...]) -> Outgoing:
+        payload = [model.gradient_payload(server, c.tensors) for model, c in self._carried.items()]
+        message = m.Step(
+            number,
+            step,
+            self._seen(),
+            tuple(self._carried.values()),
+            self._settings,
+            read,
+            tuple(run for runs, _ in payload for run in runs),
+            self._parts(self._pushed, server),
+            self._parts(self._pulled, server),
+            self._table_settings,
+            self._position,
+        )
+        arrays: list[Any] = [array for _, arrays in payload for array in arrays]
+        for place in self._pushed.values():
+            arrays += self._memory.outgoing(place, server, rows=True)
+        for place in self._pulled.values():
+            arrays += self._memory.outgoing(place, server, rows=False)
+        return Outgoing(message, arrays)
+
+    def _seen(self) -> int:
+        """The oldest version that gradients of this turn were computed on."""
+        versions = [model.read_version for model in self._carried]
+        versions += [table.read_version for table in self._pushed]
+        return min((version for version in versions if version >= 0), default=self._session.version)
+
+    def _parts(self, places: dict[Table, RowSlice], server: int) -> tuple[m.Rows, ...]:
+        return tuple(self._memory.part(place, table.id, server) for table, place in places.items())
+
+    def _places(self, server: int, answer: m.Answer) -> list[Any]:
+        values = self._session.places(server, answer)
+        return [*values, *self._memory.incoming(list(self._pulled.values()), server)]

@@ -1,0 +1,379 @@
+"""A worker's handle on a table: rows by id, in and out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater import messages as m
+from headwater.errors import GradientError, NonFiniteError, RegistrationError
+from headwater.kernels import finite, stage
+from headwater.kernels.arrange import Ids, Plan, arrange, as_ids
+from headwater.runtime.session import Session
+from headwater.shard.table import MOST_COLUMNS
+from headwater.spec.initializers import Initializer
+from headwater.spec.lifetime import AfterCount, Expiry
+from headwater.spec.rules import Rule, from_spec
+from headwater.wire.channel import Outgoing
+from headwater.worker.model_spec import NonFinite, as_array, check_nonfinite
+from headwater.worker.row_buffer import RowBuffer, RowSlice
+
+Array = NDArray[np.float32]
+Used = TypeVar("Used")
+
+
+def specify_table(
+    name: str,
+    dim: int,
+    rule: Rule,
+    initializer: Initializer,
+    seed: int,
+    admission: AfterCount | None,
+    expiry: Expiry | None,
+) -> m.TableSpec:
+    """The spec of a table.
+
+    Raises:
+        RegistrationError: what it names cannot be a table.
+    """
+    what = f"table {name!r}"
+    if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= MOST_COLUMNS:
+        raise RegistrationError(f"{what} has dim {dim!r}: pass a dim from 1 to {MOST_COLUMNS}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise RegistrationError(f"{what} has seed {seed!r}: pass an integer that fits int64")
+    if not isinstance(rule, Rule):
+        raise RegistrationError(f"{what}: rule must be a Rule such as hw.Adagrad(lr=0.1), got {rule!r}")
+    if not isinstance(initializer, Initializer):
+        raise RegistrationError(
+            f"{what}: initializer must be one such as hw.Normal(std=0.01), got {initializer!r}"
+        )
+    if admission is not None and not isinstance(admission, AfterCount):
+        raise RegistrationError(f"{what}: admission must be hw.AfterCount(n) or None, got {admission!r}")
+    if expiry is not None and not isinstance(expiry, Expiry):
+        raise RegistrationError(
+            f"{what}: expiry must be hw.AfterSteps(n), hw.LeastRecentlyUsed(n) or None, got {expiry!r}"
+        )
+    ends = (None if part is None else part.to_spec() for part in (admission, expiry))
+    return m.TableSpec(name, dim, rule.to_spec(), initializer.to_spec(), seed, *ends)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ahead:
+    """Rows that came before they were asked for: float32[u, dim] of a plan, as of `version`."""
+
+    plan: Plan
+    given: Ids
+    rows: Array
+    version: int
+
+
+class Table:
+    """A table on the servers, as one worker sees it. Not thread-safe, like its worker.
+
+    Attributes:
+        name, dim: as registered.
+        read_version: version of the rows last pulled; that of the worker before.
+    """
+
+    def __init__(
+        self, session: Session, memory: RowBuffer, spec: m.TableSpec, nonfinite: NonFinite = "raise"
+    ) -> None:
+        check_nonfinite(nonfinite)
+        self.name, self.dim = spec.name, spec.dim
+        self.spec = spec
+        self.id = -1
+        self.read_version = -1
+        self._session = session
+        self._memory = memory
+        self._nonfinite = nonfinite
+        self._planned: deque[tuple[Ids, Plan]] = deque(maxlen=2)
+        self._pushed: RowSlice | None = None
+        self._settings: dict[str, float] = {}
+        self._skip = False
+        self._wanted: tuple[Ids, Plan] | None = None
+        self._ahead: _Ahead | None = None
+
+    # ── the user's calls ────────────────────────────────────────────────────────────────────────
+
+    def pull(self, ids: Any) -> Array:
+        """Rows of `ids` (integers of any shape, with repeats): float32[*ids.shape, dim], a new array.
+
+        All of one version; blocks for an exchange, unless `prefetch` brought them. An id without a row has
+        its initial value, and nothing is stored for it.
+
+        Raises:
+            UsageError: ids that are not integers, or do not fit int64.
+            ClosedError: the worker has left.
+            StalledError: no answer within the deadline.
+        """
+        return self.read(ids, lambda plan, rows: plan.scatter(rows))[1]
+
+    def push(self, ids: Any, grads: Any) -> None:
+        """Stage gradients of rows for the next `step`; what is pushed for an id before it adds up.
+
+        Args:
+            ids: integers of any shape, with repeats.
+            grads: float32[*ids.shape, dim], or anything with `__dlpack__` or `__array__`; copied.
+
+        Does not block. All or nothing: on an error nothing is staged.
+
+        Raises:
+            UsageError: ids that are not integers, or do not fit int64.
+            GradientError: another shape or dtype; says what was expected.
+            NonFiniteError: NaN or infinity, with `nonfinite="raise"`.
+            ClosedError: the worker has left.
+        """
+        self._session.check_open("push")
+        given, plan = self._plan(ids)
+        gradients = self._checked(given.shape, grads)
+        if not len(plan.ids):
+            return
+        self._session.finish()
+        used = self._memory.used
+        place = self._memory.take(plan, self.dim)
+        plan.combine(gradients, self._memory.rows(place))
+        if self._nonfinite != "off" and not finite(self._memory.rows(place).reshape(-1)):
+            self._memory.reset(used)
+            self.report_nonfinite(self._nonfinite)
+            return
+        self.carry(place)
+
+    def prefetch(self, ids: Any) -> None:
+        """Have the rows of `ids` ready for the `pull` of the same ids that follows the next `step`.
+
+        In synchronous and bounded-staleness training they come with the answer of that step and are of its
+        version: all that the mode demands, and in synchronous training exactly what a pull would give. In
+        asynchronous training they are asked for now, while this worker goes on computing, and so they do
+        not contain that step. Does not block for an answer. Another call replaces what an earlier one asked
+        for; pulls of other ids are not affected.
+
+        Raises:
+            UsageError: ids that are not integers, or do not fit int64.
+            ClosedError: the worker has left.
+        """
+        self._session.check_open("prefetch")
+        given, plan = self._plan(ids)
+        self._wanted = self._ahead = None
+        if not len(plan.ids):
+            return
+        if self._session.sync.waits:
+            self._wanted = given, plan
+            return
+        self._session.finish()
+        place = self._memory.take(plan, self.dim)
+        self._memory.announce()
+        self._session.begin(
+            lambda server, number: self._request(m.PullRows, place, server, number),
+            f"prefetch of table {self.name!r}",
+            lambda server, _: self._memory.incoming([place], server),
+            lambda answer: self._arrived(given, place, answer.version),
+        )
+
+    def delete(self, ids: Any) -> int:
+        """Forget ids: rows, states, counts, and what admission counted; returns how many had a row.
+
+        A version of its own; blocks for an exchange. A later push starts from the initial value.
+
+        Raises:
+            UsageError: ids that are not integers, or do not fit int64.
+            ClosedError: the worker has left.
+        """
+        self._session.check_open("delete")
+        _, plan = self._plan(ids)
+        self._session.finish()
+        self._ahead = None
+        used = self._memory.used
+        place = self._memory.take(plan, self.dim)
+        try:
+            self._memory.announce()
+            return self._numbers(
+                lambda server, number: self._request(m.DeleteRows, place, server, number), "delete"
+            )
+        finally:
+            self._memory.reset(used)
+
+    def set(self, **values: float) -> None:
+        """Change scalars of the rule, such as `lr`, with the next `step` that this worker makes.
+
+        Raises:
+            ConfigurationError: the rule has no such setting, or an impossible value.
+        """
+        from_spec(self.spec.rule).with_settings(**values)
+        self._settings.update(values)
+
+    def __len__(self) -> int:
+        """Rows that exist, on all servers together; blocks for an exchange."""
+        self._session.check_open("len")
+        return self._numbers(lambda _, number: Outgoing(m.CountRows(number, self.id)), "count")
+
+    def __bool__(self) -> bool:
+        """True: a table without rows is a table."""
+        return True
+
+    # ── for adapters ────────────────────────────────────────────────────────────────────────────
+
+    def read(self, ids: Any, use: Callable[[Plan, Array], Used]) -> tuple[Plan, Used]:
+        """Pull as `pull` does, without a copy: the plan of `ids`, and what `use(plan, rows)` makes of rows.
+
+        `rows`: float32[u, dim], of each of `plan.ids`, valid during the call only.
+        """
+        self._session.check_open("pull")
+        given = as_ids(ids)
+        ahead = self._take_ahead(given)
+        if ahead is not None:
+            self.read_version = ahead.version
+            return ahead.plan, use(ahead.plan, ahead.rows)
+        plan = self._plan(given)[1]
+        if not len(plan.ids):
+            return plan, use(plan, np.empty((0, self.dim), dtype=np.float32))
+        self._session.finish()
+        used = self._memory.used
+        place = self._memory.take(plan, self.dim)
+        try:
+            self._memory.announce()
+            current = self._session.call(
+                lambda server, number: self._request(m.PullRows, place, server, number),
+                f"pull of table {self.name!r}",
+                lambda server, _: self._memory.incoming([place], server),
+            )
+            self.read_version = self._session.settle(current).version
+            return plan, use(plan, self._memory.rows(place))
+        finally:
+            self._memory.reset(used)
+
+    def write(self, parts: Sequence[tuple[Plan, Array]]) -> tuple[RowSlice, bool]:
+        """Put gradients where `carry` stages them from, and say whether the sum of them is finite.
+
+        `parts`: plans that `read` gave, each with float32[u, dim], a gradient for each of its ids.
+        """
+        self._session.finish()
+        if len(parts) > 1:
+            place = self._united([plan.ids for plan, _ in parts], [gradients for _, gradients in parts])
+            return place, bool(finite(self._memory.rows(place).reshape(-1)))
+        [(plan, gradients)] = parts
+        place = self._memory.take(plan, self.dim)
+        return place, bool(stage(gradients.reshape(-1), self._memory.rows(place).reshape(-1), False))
+
+    def carry(self, place: RowSlice) -> None:
+        """The next step carries what `write` put there, and what was pushed before."""
+        if self._pushed is not None:
+            place = self._joined(self._pushed, place)
+        self._pushed = place
+
+    def skip(self) -> None:
+        """Make the next step an empty turn: a gradient was not finite."""
+        self._skip = True
+
+    def report_nonfinite(self, nonfinite: NonFinite) -> None:
+        """A gradient is not finite: with `nonfinite="skip"` the next step is an empty turn.
+
+        Raises:
+            NonFiniteError: with any other.
+        """
+        if nonfinite == "skip":
+            self._skip = True
+            return
+        raise NonFiniteError(
+            f"gradients of table {self.name!r} hold NaN or infinity: nothing was staged and the turn was not "
+            f"taken; pass nonfinite='skip' to make such a step an empty turn"
+        )
+
+    # ── for the worker ──────────────────────────────────────────────────────────────────────────
+
+    def register(self) -> None:
+        """Declare the table, or join one that exists; blocks for an exchange."""
+        answer = self._session.ask(
+            lambda number: m.RegisterTable(number, self.spec), f"register table {self.name!r}"
+        )
+        assert answer.table is not None
+        self.id = answer.table
+
+    def take_staged(self) -> tuple[RowSlice | None, RowSlice | None, m.TableSetting | None, bool]:
+        """What the next step pushes and brings, its settings, and whether it must be an empty turn."""
+        pushed, skip = self._pushed, self._skip
+        wanted = None if self._wanted is None else self._memory.take(self._wanted[1], self.dim)
+        settings = m.TableSetting(self.id, self._settings) if self._settings else None
+        self._pushed, self._settings, self._skip = None, {}, False
+        return pushed, wanted, settings, skip
+
+    def brought(self, place: RowSlice) -> None:
+        """Note that a step brought the rows that `prefetch` wanted."""
+        assert self._wanted is not None
+        given, self._wanted = self._wanted[0], None
+        self._arrived(given, place, self._session.version)
+
+    def is_staged(self) -> bool:
+        """Whether the next step pushes rows of this table."""
+        return self._pushed is not None
+
+    def discard(self) -> None:
+        """Forget what is staged."""
+        self._pushed = None
+
+    # ── inside ──────────────────────────────────────────────────────────────────────────────────
+
+    def _plan(self, ids: Any) -> tuple[Ids, Plan]:
+        """The ids as an array, and their plan: remembered for this batch and the one asked for ahead."""
+        given = as_ids(ids)
+        for known in self._planned:
+            if np.array_equal(known[0], given):
+                return known
+        given = given.copy()
+        self._planned.append((given, arrange(given, len(self._session.channels))))
+        return self._planned[-1]
+
+    def _request(
+        self, kind: type[m.PullRows] | type[m.DeleteRows], place: RowSlice, server: int, number: int
+    ) -> Outgoing:
+        part = self._memory.part(place, self.id, server)
+        return Outgoing(kind(number, part), self._memory.outgoing(place, server, rows=False))
+
+    def _numbers(self, outgoing: Callable[[int, int], Outgoing], what: str) -> int:
+        """The sum of a number that each server answers with."""
+        numbers = np.zeros(len(self._session.channels), dtype=np.int64)
+        current = self._session.call(
+            outgoing, f"{what} of table {self.name!r}", lambda server, _: [numbers[server : server + 1]]
+        )
+        self._session.settle(current)
+        return int(numbers.sum())
+
+    def _checked(self, shape: tuple[int, ...], grads: Any) -> Array:
+        array = as_array(f"gradients of table {self.name!r}", grads)
+        if array.shape != (*shape, self.dim):
+            raise GradientError(
+                f"table {self.name!r} takes gradients of shape {(*shape, self.dim)} for ids of shape "
+                f"{shape}, got {array.shape}"
+            )
+        return np.ascontiguousarray(array, dtype=np.float32).reshape(-1, self.dim)
+
+    def _joined(self, first: RowSlice, second: RowSlice) -> RowSlice:
+        """One place with what is staged in two."""
+        rows = [self._memory.rows(first), self._memory.rows(second)]
+        return self._united([first.plan.ids, second.plan.ids], rows)
+
+    def _united(self, ids: Sequence[Ids], gradients: Sequence[Array]) -> RowSlice:
+        """One place with the sum of several lists of gradients."""
+        place = self._memory.take(arrange(np.concatenate(ids), len(self._session.channels)), self.dim)
+        place.plan.combine(np.concatenate(gradients), self._memory.rows(place))
+        return place
+
+    def _arrived(self, given: Ids, place: RowSlice, version: int) -> None:
+        self._ahead = _Ahead(place.plan, given, self._memory.rows(place).copy(), version)
+
+    def _take_ahead(self, given: Ids) -> _Ahead | None:
+        """The rows that were asked for before, once, if they are of these ids."""
+        if self._wanted is not None and np.array_equal(self._wanted[0], given):
+            self._wanted = None
+        if self._ahead is None and not self._session.sync.waits:
+            self._session.finish()
+        ahead = self._ahead
+        if ahead is None or not np.array_equal(ahead.given, given):
+            return None
+        self._ahead = None
+        stale = self._session.sync.waits and ahead.version != self._session.version
+        return None if stale else ahead

@@ -1,0 +1,374 @@
+"""A worker: joins a cluster, registers models, takes steps; the user's side of everything."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from headwater import messages as m
+from headwater.errors import HeadwaterError, RefusedError
+from headwater.machines.splits import Indices
+from headwater.runtime.session import Session
+from headwater.spec.initializers import Initializer, Zeros
+from headwater.spec.lifetime import AfterCount, Expiry
+from headwater.spec.rules import Rule
+from headwater.wire.security import PLAIN, Security
+from headwater.worker.batches import DataReader, Splits, plan_of
+from headwater.worker.finishing import wait_for_others
+from headwater.worker.model import Model
+from headwater.worker.model_spec import Group, NonFinite, specify
+from headwater.worker.row_buffer import RowBuffer
+from headwater.worker.step import StepExchange
+from headwater.worker.table import Table, specify_table
+
+_log = logging.getLogger("headwater.worker")
+
+_ZEROS = Zeros()
+_PROGRESS_S = 0.25
+"""How often at most the coordinator is told of progress, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatistics:
+    """What a worker counted. `waiting` and `elapsed` in seconds; `staleness`: value → number of steps."""
+
+    rank: int
+    steps: int
+    skipped: int
+    version: int
+    samples: int
+    waiting: float
+    elapsed: float
+    staleness: dict[int, int]
+    metrics: dict[str, float]
+
+
+class Worker:
+    """A member of a cluster that computes gradients. A context manager: leaving is part of the protocol.
+
+    Not thread-safe; used by one thread at a time.
+
+    Attributes:
+        rank: which worker this is, from 0.
+        workers: how many were declared.
+        settings: what `run(settings=…)` was given.
+    """
+
+    def __init__(self, address: str, rank: int | None = None, *, security: Security = PLAIN) -> None:
+        self._session = Session(address, "worker", rank, security=security)
+        welcome = self._session.welcome
+        self.rank = welcome.member.index
+        self.workers = welcome.workers
+        self.settings = dict(welcome.settings)
+        self._models: dict[str, Model] = {}
+        self._tables: dict[str, Table] = {}
+        self._rows = RowBuffer(self._session)
+        self._step = 0
+        self._skipped = 0
+        self._feed = DataReader(self._session)
+        self._staleness: Counter[int] = Counter()
+        self._metrics: dict[str, float] = {}
+        self._began = time.monotonic()
+        self._told = 0.0
+
+    @property
+    def version(self) -> int:
+        """Version of the last answer; never decreases."""
+        return self._session.version
+
+    @property
+    def generation(self) -> int:
+        """Counts the times that training began anew from a checkpoint: versions are those of a generation."""
+        return self._session.welcome.generation
+
+    @property
+    def sync(self) -> str:
+        """The cluster's mode, such as "sync" or "ssp:3"."""
+        return str(self._session.sync)
+
+    # ── models and tables ───────────────────────────────────────────────────────────────────────
+
+    def model(
+        self,
+        name: str,
+        params: Mapping[str, Any],
+        rule: Rule,
+        *,
+        groups: Sequence[Group] = (),
+        clip_norm: float | None = None,
+        nonfinite: NonFinite = "raise",
+    ) -> Model:
+        """Register a model, or join the one that has this name; blocks until the lowest rank declared it.
+
+        The lowest active rank's `params` (name → array of float32, float16 or bfloat16) are the initial
+        values. `groups` give tensors a rule of their own with other settings. Later calls with the
+        same name return the same object.
+
+        With `clip_norm` the gradient of each commit, of all tensors together and as the rule would get it,
+        is scaled down on the servers where its 2-norm is larger: g ← g · min(1, clip_norm / (norm + 1e-6)),
+        as `torch.nn.utils.clip_grad_norm_` does. `StepResult.norms` has the norms of before. It costs a pass
+        over the gradients and one exchange more between servers.
+
+        Raises:
+            ConfigurationError: an impossible `clip_norm`.
+            RegistrationError: not a model, or another one than already registered; names both.
+        """
+        self._session.check_open("model")
+        spec, initial = specify(name, params, rule, groups, clip_norm)
+        model = Model(self._session, spec, params, nonfinite)
+        known = self._models.get(name)
+        if known is None or known.spec != spec:
+            model.register(initial)
+        if known is not None:
+            model.release()
+            return known
+        self._models[name] = model
+        return model
+
+    def table(
+        self,
+        name: str,
+        dim: int,
+        rule: Rule,
+        *,
+        initializer: Initializer = _ZEROS,
+        seed: int = 0,
+        admission: AfterCount | None = None,
+        expiry: Expiry | None = None,
+        nonfinite: NonFinite = "raise",
+    ) -> Table:
+        """Register a table, or join the one that has this name; blocks for an exchange.
+
+        A table maps any int64 to a row of float32[dim]. A row comes into being with the first gradient for
+        its id that `admission` lets in, from the value that `initializer` gives for (seed, id, column), and
+        ends as `expiry` says. Later calls with the same name return the same object.
+
+        Raises:
+            RegistrationError: not a table, or another one than already registered; names both.
+        """
+        self._session.check_open("table")
+        spec = specify_table(name, dim, rule, initializer, seed, admission, expiry)
+        table = Table(self._session, self._rows, spec, nonfinite)
+        known = self._tables.get(name)
+        if known is None or known.spec != spec:
+            table.register()
+        return self._tables.setdefault(name, table)
+
+    # ── the turn ────────────────────────────────────────────────────────────────────────────────
+
+    def step(self, *, read: bool | Sequence[Model] = True) -> m.StepResult:
+        """End the turn: what was pushed leaves as one update; blocks as the mode says.
+
+        With `read` the values of all this worker's models, or of the given ones, are those of the answer
+        afterwards. With nothing pushed it is this worker's turn all the same.
+
+        Raises:
+            StalledError: no answer within the deadline; names whom it waited for; final for this worker.
+            ClosedError: the worker has left.
+        """
+        self._session.check_open("step")
+        self._session.finish()
+        turn = StepExchange(self._session, self._rows, self._models.values(), self._tables.values())
+        position = self._feed.position()
+        result, stopped = turn.take(self._step + 1, read, position)
+        self._step += 1
+        self._skipped += turn.skip
+        self._staleness[result.staleness] += 1
+        self._feed.stopped |= stopped
+        if result.applied:
+            self._feed.applied(position)
+        self._tell()
+        return result
+
+    def batches(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        epochs: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+        splits: Splits | None = None,
+    ) -> Iterator[Any]:
+        """This worker's batches; ends when there are none left for it, or after `stop`.
+
+        `dataset`: an array, a tuple of arrays, anything with `__len__` and `__getitem__`, or `Files`.
+        The order depends on (seed, epoch) alone. With static splits, the default of synchronous mode,
+        each declared worker has a part of its own, the same on every run. With dynamic splits, the
+        default of the other modes, workers lease what is left: the faster one reads more, and what a
+        dead one left is read by the others. All workers must then make the same calls in the same
+        order, and the end may wait for another's last batch.
+
+        A restarted worker goes on where the log recorded it: after the last batch that a step followed.
+        From its last batch on, rounds do not wait for this worker until it steps again.
+
+        Raises:
+            ConfigurationError: impossible arguments; with dynamic splits, others call it differently.
+            DataError: a file cannot be read; names file and row.
+            StalledError: no split within the deadline; names who holds the last ones.
+        """
+        self._session.check_open("batches")
+        plan = plan_of(dataset, batch_size, epochs, shuffle, seed, splits, rounds=self._session.sync.rounds)
+        return self._feed.batches(plan, dataset)
+
+    def splits(
+        self,
+        dataset: Any,
+        *,
+        epochs: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+        batch_size: int = 1,
+        splits: Splits | None = None,
+    ) -> Iterator[Indices]:
+        """What this worker is to read, for a loader of one's own: int64[n] indices, split by split.
+
+        `dataset`: as for `batches`, or a plain number of samples; `batch_size`: splits are multiples of
+        it, but for the last of an epoch. Everything else is as for `batches`; a static part comes as
+        one split an epoch. A split is done with the first step after the next one was asked for.
+        """
+        self._session.check_open("splits")
+        plan = plan_of(dataset, batch_size, epochs, shuffle, seed, splits, rounds=self._session.sync.rounds)
+        return self._feed.splits(plan)
+
+    # ── together with the others ────────────────────────────────────────────────────────────────
+
+    def barrier(self) -> None:
+        """Block until every worker of the cluster is in a barrier, or has left.
+
+        Raises:
+            StalledError: it could never end, because another waits in something else; or the deadline passed.
+        """
+        self._meet("barrier", {})
+
+    def sum(self, **scalars: float) -> dict[str, float]:
+        """Add scalars over all workers, in rank order; blocks like `barrier` until all have called it."""
+        return self._meet("sum", {name: float(value) for name, value in scalars.items()})
+
+    def _meet(self, kind: Any, values: dict[str, float]) -> dict[str, float]:
+        self._session.check_open(kind)
+        answer = self._session.ask(lambda number: m.Meet(number, kind, values), kind)
+        for model in self._models.values():
+            model.outdated()
+        assert answer.sums is not None
+        return answer.sums
+
+    def stop(self) -> None:
+        """End everybody's `batches` after their next step; blocks for an exchange."""
+        self._session.check_open("stop")
+        self._session.ask(m.Stop, "stop")
+
+    def log(self, **metrics: float) -> None:
+        """Show these numbers in the worker's line of `headwater run`; costs no exchange."""
+        self._metrics.update({name: float(value) for name, value in metrics.items()})
+
+    def statistics(self) -> WorkerStatistics:
+        """A snapshot of this worker's counters."""
+        return WorkerStatistics(
+            rank=self.rank,
+            steps=self._step,
+            skipped=self._skipped,
+            version=self.version,
+            samples=self._feed.samples,
+            waiting=self._session.waiting,
+            elapsed=time.monotonic() - self._began,
+            staleness=dict(self._staleness),
+            metrics=dict(self._metrics),
+        )
+
+    def _tell(self, now: bool = False) -> None:
+        """Tell the coordinator of progress, not more often than every `_PROGRESS_S`."""
+        if not now and time.monotonic() - self._told < _PROGRESS_S:
+            return
+        self._told = time.monotonic()
+        own = self.statistics()
+        self._session.membership.tell(
+            m.Progress(
+                member=self._session.welcome.member.id,
+                rank=self.rank,
+                steps=own.steps,
+                version=own.version,
+                samples=own.samples,
+                planned=self._feed.planned,
+                waiting=own.waiting,
+                elapsed=own.elapsed,
+                staleness=own.staleness,
+                metrics=own.metrics,
+            )
+        )
+
+    # ── the end ─────────────────────────────────────────────────────────────────────────────────
+
+    def leave(self) -> None:
+        """Leave the cluster, having done all that there was to do; idempotent.
+
+        Arrays and tensors got from it stay valid. A `with` block that ends with an error leaves too, but
+        another worker may then take this one's place.
+        """
+        self._depart(finished=True)
+
+    def dismiss(self, code: int) -> None:
+        """Have calls of this worker raise SystemExit(code), from the next one on, until it leaves.
+
+        The call under way is finished. Does not block; from any thread, and from a signal's handler.
+        """
+        self._session.dismissed = code
+
+    def finish(self) -> None:
+        """Leave as `leave` does, but stay a member until all declared workers have finished; blocks for that.
+
+        Training may begin anew from a checkpoint until that last moment, and then needs this worker too.
+        For clusters whose coordinator was started by `headwater serve`.
+
+        Raises:
+            RewoundError: training begins anew: make a new Worker, and train again.
+            ConnectionLostError: the cluster was closed before, or its coordinator is away for too long.
+            SystemExit: this worker was dismissed.
+        """
+        try:
+            if self._session.usable():
+                self._leave()
+                self._tell(now=True)
+                self._session.hang_up()
+                wait_for_others(self._session)
+        finally:
+            self._close()
+
+    def _depart(self, finished: bool) -> None:
+        self._session.dismissed = None
+        try:
+            if self._session.usable():
+                self._leave()
+                self._tell(now=True)
+                self._session.membership.tell(m.Departed(self._session.welcome.member.id, finished))
+        finally:
+            self._close()
+
+    def _leave(self) -> None:
+        try:
+            self._session.ask(m.Leave, "leave")
+        except RefusedError as error:
+            _log.info("worker %d had left already: %s", self.rank, error)  # its answer was lost on the way
+
+    def _close(self) -> None:
+        self._session.close()
+        self._rows.release()
+        for model in self._models.values():
+            model.release()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._depart(finished=error is None)
+        except HeadwaterError:
+            if error is None:
+                raise
