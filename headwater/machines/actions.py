@@ -1,0 +1,97 @@
+"""What a machine asks of the world, and how the world speaks to a machine.
+
+A machine is every decision of a node and nothing else: it holds no thread, socket, clock, file or source of
+randomness. The runtime (`headwater.runtime`) and the simulator (`headwater.testing`) drive the same machine:
+
+1. Something happens: a connection opened, a message came, a connection closed, time passed.
+2. The driver calls the method of that name under the machine's one lock.
+3. The machine changes its state and returns actions.
+4. The driver carries them out in order, after it has let go of the lock.
+
+The order of actions is part of the decision. A `Persist` stands before every `Send` that depends on it: the
+driver returns from `Persist` only once the record is safe, so nobody hears of what could still be forgotten.
+
+A wait is state: an entry with a deadline and a reason. `due` is the earliest deadline; `tick` ends the waits
+that are over. Times are seconds of one monotonic clock, given by the driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+from headwater.messages import AnyMessage, Member
+
+Conn: TypeAlias = int
+"""Names one connection of this node. The driver numbers connections from 1 and never uses a number again."""
+
+
+class Send(NamedTuple):
+    """Send `message` over `conn`; nothing happens where the connection has ended.
+
+    `request`: of the message that this answers, 0 for none. `buffers`: arrays that follow the message; the
+    machine does not change them before the driver has sent them. `descriptors`: memory that travels with it.
+    """
+
+    conn: Conn
+    message: AnyMessage
+    buffers: Sequence[Any] = ()
+    request: int = 0
+    descriptors: Sequence[Any] = ()
+
+
+class Close(NamedTuple):
+    """End `conn` once what was sent before has left. `why` goes into the log; "" for an ordinary end."""
+
+    conn: Conn
+    why: str = ""
+
+
+class Dial(NamedTuple):
+    """Connect to `member`. The driver answers with `opened(conn, tag)`, or with `unreachable(tag, why)`."""
+
+    member: Member
+    tag: str
+
+
+class Persist(NamedTuple):
+    """Make `record` safe before any later action is carried out."""
+
+    record: Any
+
+
+class Tell(NamedTuple):
+    """Tell the node's owner of `event`: a departure, a failure, the end."""
+
+    event: Any
+
+
+Action: TypeAlias = Send | Close | Dial | Persist | Tell
+Actions: TypeAlias = list[Action]
+
+
+class Machine(Protocol):
+    """A node's decisions. The caller holds the machine's lock; no method blocks.
+
+    Attributes:
+        due: when `tick` should come, in seconds of the driver's clock; None for never.
+    """
+
+    due: float | None
+
+    def opened(self, conn: Conn, dialled: str | None, now: float) -> Actions:
+        """A connection exists. `dialled`: the tag of the `Dial` that made it; None where a peer connected."""
+
+    def received(
+        self, conn: Conn, message: AnyMessage, payload: Any, now: float, *, request: int = 0
+    ) -> Actions:
+        """A message came. `payload`: memory that came with it, as the node's payload protocol says."""
+
+    def unreachable(self, dialled: str, why: str, now: float) -> Actions:
+        """A `Dial` failed."""
+
+    def closed(self, conn: Conn, now: float) -> Actions:
+        """A connection has ended, by either side."""
+
+    def tick(self, now: float) -> Actions:
+        """Time has passed."""
