@@ -235,7 +235,7 @@ def test_an_attempt_that_is_over_is_refused_whatever_it_brings():
         lambda: shard.hold(1, m.Pull(2, (0,), -1), connection_epoch=1),
         lambda: shard.replace_staging(1, 0, memory(), 1),
     ):
-        with pytest.raises(RefusedError, match="attempt 1 of member 1 is over"):
+        with pytest.raises(RefusedError, match="connection epoch 1 of member 1 is over"):
             action()
     shard.hold(1, m.Pull(2, (0,), -1), connection_epoch=2)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from headwater.log.pending import Seats
+from headwater.log.pending import PendingExchanges
 from headwater.log.state import LogState
 from headwater.runtime.server.applier import LogApplier
 from headwater.shard.ledger import Ledger
@@ -54,14 +54,14 @@ def test_a_ledger_that_forgets_doubles_updates(mode, monkeypatch):
 
 @modes
 def test_an_entry_that_is_written_before_one_server_holds_its_exchange(mode, monkeypatch):
-    holds = Seats.hold
+    holds = PendingExchanges.hold
 
     def early(self, seat, server, held):
         if server != self.servers - 1:
             holds(self, seat, self.servers - 1, held)
         return holds(self, seat, server, held)
 
-    monkeypatch.setattr(Seats, "hold", early)
+    monkeypatch.setattr(PendingExchanges, "hold", early)
     assert found(mode, servers=2).invariant in NOTICED
 
 
