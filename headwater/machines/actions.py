@@ -48,9 +48,12 @@ class Close(NamedTuple):
 
 
 class Dial(NamedTuple):
-    """Connect to `member`. The driver answers with `opened(conn, tag)`, or with `unreachable(tag, why)`."""
+    """Connect to `member`, or to whoever listens at an address.
 
-    member: Member
+    The driver answers with `opened(conn, tag)`, or with `unreachable(tag, why)`.
+    """
+
+    member: Member | str
     tag: str
 
 

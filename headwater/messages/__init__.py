@@ -102,6 +102,7 @@ from headwater.messages.roster import (
     GetServers,
     Heartbeat,
     Join,
+    JoinWaits,
     Member,
     NoSlot,
     Progress,
@@ -128,6 +129,7 @@ AnyMessage: TypeAlias = (
     | NoSlot
     | Assignment
     | Join
+    | JoinWaits
     | Welcome
     | Rejoin
     | Roster
@@ -235,6 +237,7 @@ __all__ = [
     "Held",
     "Hello",
     "Join",
+    "JoinWaits",
     "Kind",
     "Late",
     "Lease",

@@ -69,6 +69,18 @@ class Join(Message, frozen=True):
     machine: str = ""
 
 
+class JoinWaits(Message, frozen=True):
+    """Not an answer to Join yet, and whom the coordinator waits for before it can take this node in.
+
+    The coordinator sends it at once when a Join has to wait, and again when `reason` changes. `patience`
+    and `deadline`: of the cluster, in seconds; a join that has waited for `deadline` is refused.
+    """
+
+    reason: str
+    patience: float
+    deadline: float
+
+
 class Welcome(Message, frozen=True):
     """The coordinator's answer to Join, once every server knows the new member, and to Rejoin.
 
