@@ -10,11 +10,13 @@ HeadwaterError
 ├── PeerError                   the other side's fault
 │   ├── ProtocolError           bytes or messages that break the protocol
 │   ├── RefusedError            a node refused this one, and said why
-│   │   └── UnreachableError    it advertises an address where nobody reaches it
+│   │   ├── UnreachableError    it advertises an address where nobody reaches it
+│   │   └── OtherClusterError   it belongs to another cluster than the node it speaks to
 │   └── WorkerError             `train` raised, or its process ended, in a worker of `run`
 └── EnvironmentFailure          nobody's fault: the machine, the network, time
     ├── ConnectionLostError     a connection closed or could not be made    (also ConnectionError)
     │   └── ClusterEndedError   the coordinator has ended the cluster
+    │       └── FinishedError   training has finished: nothing is left to do
     ├── RewoundError            everything began anew from a checkpoint; make a new Worker
     ├── DataError               a file cannot be read, or not as it was described
     ├── StalledError            a wait passed its deadline, or could never end (also TimeoutError)
@@ -70,6 +72,10 @@ class UnreachableError(RefusedError):
     """A node advertises an address at which the others do not reach it."""
 
 
+class OtherClusterError(RefusedError):
+    """A node of one cluster spoke to a node of another, which a later job runs at the same address."""
+
+
 class WorkerError(PeerError):
     """`train` failed in a worker started by `run`.
 
@@ -95,6 +101,10 @@ class ConnectionLostError(EnvironmentFailure, ConnectionError):
 
 class ClusterEndedError(ConnectionLostError):
     """The coordinator has ended the cluster; the text says why. Calling again will not help."""
+
+
+class FinishedError(ClusterEndedError):
+    """Training has finished, so nothing is left to do for whoever comes or waits."""
 
 
 class RewoundError(EnvironmentFailure):

@@ -13,12 +13,15 @@ driver returns from `Persist` only once the record is safe, so nobody hears of w
 
 A wait is state: an entry with a deadline and a reason. `due` is the earliest deadline; `tick` ends the waits
 that are over. Times are seconds of one monotonic clock, given by the driver.
+
+A connection ends once: `closed` is the last that a machine hears of it, whichever side ended it. After a
+`Close` nothing that still arrives over that connection is handed to the machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from headwater.messages import AnyMessage, Member
 
@@ -69,7 +72,14 @@ class Tell(NamedTuple):
     event: Any
 
 
-Action: TypeAlias = Send | Close | Dial | Persist | Tell
+class Note(NamedTuple):
+    """Write `text` into the node's log."""
+
+    text: str
+    level: Literal["debug", "info", "warning"] = "info"
+
+
+Action: TypeAlias = Send | Close | Dial | Persist | Tell | Note
 Actions: TypeAlias = list[Action]
 
 
@@ -88,10 +98,15 @@ class Machine(Protocol):
     def received(
         self, conn: Conn, message: AnyMessage, payload: Any, now: float, *, request: int = 0
     ) -> Actions:
-        """A message came. `payload`: memory that came with it, as the node's payload protocol says."""
+        """A message came. `payload`: memory that came with it, as the node's payload protocol says.
 
-    def unreachable(self, dialled: str, why: str, now: float) -> Actions:
-        """A `Dial` failed."""
+        Raises:
+            HeadwaterError: the peer broke the protocol; nothing changed. The driver ends the connection, with
+                this error in the log.
+        """
+
+    def unreachable(self, dialled: str, why: str, now: float, *, nobody: bool = False) -> Actions:
+        """A `Dial` failed. `nobody`: the machine answers, and no process listens at that address."""
 
     def closed(self, conn: Conn, now: float) -> Actions:
         """A connection has ended, by either side."""

@@ -14,12 +14,13 @@ from headwater.messages.reading import DataProgress, Position
 
 
 class Hello(Message, frozen=True):
-    """First message on every connection to a server."""
+    """First message on every connection to a server. `cluster`: the sender's, as it was welcomed."""
 
     member: int
     role: Literal["worker", "server", "observer", "coordinator"]
     term: int
     connection_epoch: int = 0
+    cluster: str = ""
 
 
 class Register(Message, frozen=True):
@@ -272,7 +273,10 @@ class Stored(Message, frozen=True):
 
 
 class Waiting(Message, frozen=True):
-    """Not an answer yet, and whom it waits for; sent each time another `patience` has passed."""
+    """Not an answer yet, and whom it waits for; sent each time another `patience` has passed.
+
+    `number`: of the exchange that waits; 0 of a Join that does.
+    """
 
     number: int
     reason: str

@@ -28,11 +28,12 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class RequestSlot(Message, frozen=True):
     """A node that holds nothing yet asks the coordinator which server or standby is missing.
 
-    `role` and `index` None: whichever.
+    `role` and `index` None: whichever. `cluster`: of which this node was a member before; "" for none.
     """
 
     role: Literal["server", "standby"] | None
     index: int | None
+    cluster: str = ""
 
 
 class NoSlot(Message, frozen=True):
@@ -59,7 +60,11 @@ class Assignment(Message, frozen=True):
 
 
 class Join(Message, frozen=True):
-    """A node asks the coordinator to become a member; `index` None takes the next free one."""
+    """A node asks the coordinator to become a member; `index` None takes the next free one.
+
+    Any number of `Waiting` (of exchange 0) precede the answer, and say whom it waits for. `cluster`: of which
+    this node was a member before; "" for none.
+    """
 
     role: Role
     index: int | None
@@ -67,6 +72,7 @@ class Join(Message, frozen=True):
     host: str
     addresses: tuple[str, ...] = ()
     machine: str = ""
+    cluster: str = ""
 
 
 class JoinWaits(Message, frozen=True):
@@ -86,7 +92,7 @@ class Welcome(Message, frozen=True):
 
     `position`: what the log last recorded of this rank's reading; None where it recorded nothing, and after
     Rejoin. `key`: what this member must show to Rejoin. `returns`: whether a coordinator that is gone may
-    come back, on its journal.
+    come back, on its journal. `cluster`: the identity of this cluster, which its coordinator drew at random.
     """
 
     member: Member
@@ -102,17 +108,19 @@ class Welcome(Message, frozen=True):
     position: Position | None = None
     key: str = ""
     returns: bool = False
+    cluster: str = ""
 
 
 class Rejoin(Message, frozen=True):
     """A member comes back to a coordinator that was gone, or that it lost the connection to.
 
-    `key` and `generation` as it was welcomed with.
+    `key`, `generation` and `cluster` as it was welcomed with.
     """
 
     member: int
     key: str
     generation: int
+    cluster: str = ""
 
 
 class Roster(Message, frozen=True):
@@ -129,6 +137,7 @@ class Roster(Message, frozen=True):
     since: int = 0
     caught_up: tuple[int, ...] = ()
     generation: int = 0
+    cluster: str = ""
 
 
 class Heartbeat(Message, frozen=True):
@@ -188,7 +197,11 @@ class Departed(Message, frozen=True):
 
 
 class Finished(Message, frozen=True):
-    """A worker has left the log, having done all that it was to do; it stays a member until all others have,
-    since it is to begin anew with them where everything does."""
+    """Nothing is left to do.
 
-    member: int
+    From a worker: it has left the log, having done all that it was to do. It stays a member until all others
+    have, since a rewind would need it again. From the coordinator, as the last that a member or a newcomer
+    hears: training has finished.
+    """
+
+    member: int = 0

@@ -282,7 +282,7 @@ class Session:
             servers = ", ".join(map(str, begun.exchange.unanswered()))
             why = begun.exchange.reason or f"no word from server {servers}"
             why = self.membership.beside(why)
-            return StalledError(f"{begun.what} had no answer for {self.welcome.deadline:g} s: {why}")
+            return StalledError(f"{begun.what} had no answer for {self._deadline:g} s: {why}")
         if isinstance(error, RefusedError):
             return self.membership.verdict() or error
         if isinstance(error, HeadwaterError):
