@@ -6,7 +6,8 @@ randomness. The runtime (`headwater.runtime`) and the simulator (`headwater.test
 1. Something happens: a connection opened, a message came, a connection closed, time passed.
 2. The driver calls the method of that name under the machine's one lock.
 3. The machine changes its state and returns actions.
-4. The driver carries them out in order, after it has let go of the lock.
+4. The driver queues them in order before it lets go of the lock, and carries them out afterwards. So one call
+   never overtakes another, and nothing is sent under a lock.
 
 The order of actions is part of the decision. A `Persist` stands before every `Send` that depends on it: the
 driver returns from `Persist` only once the record is safe, so nobody hears of what could still be forgotten.
@@ -79,7 +80,39 @@ class Note(NamedTuple):
     level: Literal["debug", "info", "warning"] = "info"
 
 
-Action: TypeAlias = Send | Close | Dial | Persist | Tell | Note
+class Pause(NamedTuple):
+    """Take no further message from `conn` until `Resume`; what arrives meanwhile waits in the connection."""
+
+    conn: Conn
+
+
+class Resume(NamedTuple):
+    """Take messages from `conn` again."""
+
+    conn: Conn
+
+
+class HandOver(NamedTuple):
+    """From now on `conn` belongs to this node's other machine, which hears of it with `opened(conn, tag)`.
+
+    This machine hears nothing more of it, and can send nothing more over it.
+    """
+
+    conn: Conn
+    tag: str
+
+
+class Perform(NamedTuple):
+    """Do `task` without the lock, since it takes long; the driver answers with `performed(tag, result)`.
+
+    `task` says what is to be done; what reads or writes files is the driver's business.
+    """
+
+    task: Any
+    tag: str
+
+
+Action: TypeAlias = Send | Close | Dial | Persist | Tell | Note | Pause | Resume | HandOver | Perform
 Actions: TypeAlias = list[Action]
 
 
@@ -105,8 +138,14 @@ class Machine(Protocol):
                 this error in the log.
         """
 
-    def unreachable(self, dialled: str, why: str, now: float, *, nobody: bool = False) -> Actions:
-        """A `Dial` failed. `nobody`: the machine answers, and no process listens at that address."""
+    def unreachable(
+        self, dialled: str, why: str, now: float, *, nobody: bool = False, refused: bool = False
+    ) -> Actions:
+        """A `Dial` failed.
+
+        `nobody`: the machine answers, and no process listens at that address. `refused`: one side does not
+        admit the other, so trying again will not help.
+        """
 
     def closed(self, conn: Conn, now: float) -> Actions:
         """A connection has ended, by either side."""
