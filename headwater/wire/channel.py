@@ -206,7 +206,71 @@ class Channel:
         self._incoming.close_descriptors()
         self._stream.close()
 
-    # ── what `send`, `receive` and `exchange` share; whoever calls these holds the lock of that side ──
+    # ── for one thread that drives several channels at once, see `headwater.wire.exchange` ───────
+
+    def enter(self) -> None:
+        """Take both sides: until `leave` no other thread reads, and others that send wait. May block.
+
+        Raises:
+            ConnectionLostError: it is closed, or nothing more can be read from it; `leave` all the same.
+        """
+        self._reading.acquire()
+        self._writing.acquire()
+        if self._closed:
+            raise self._is_closed()
+        if self._incoming.failure:
+            raise self._is_broken()
+
+    def leave(self) -> None:
+        """Give both sides back."""
+        self._writing.release()
+        self._reading.release()
+        if self._closed:
+            self._reap()
+
+    def start(
+        self, message: AnyMessage, buffers: Sequence[Array], descriptors: Sequence[int], request: int
+    ) -> Span | None:
+        """Send as much of a frame as the kernel takes at once; what is left to `push`, None if nothing is.
+
+        Does not block. Raises ConnectionLostError.
+        """
+        return self._start(message, buffers, descriptors, request, NO_WAIT)
+
+    def push(self, unsent: Span) -> bool:
+        """Send more of what `start` left, with one system call; whether that was all.
+
+        Raises BlockingIOError where the kernel takes nothing now, ConnectionLostError.
+        """
+        return self._push(unsent, NO_WAIT) is None
+
+    def advance(self, place: PlaceOf, index: int) -> Received | None:
+        """Read more, with one system call; the next frame, if that completed it. `index` is for `place`.
+
+        Raises BlockingIOError where nothing is there, EOFError at the end, and otherwise as `receive`.
+        """
+        return self._incoming.advance(place, index, NO_WAIT)
+
+    def buffered(self, place: PlaceOf, index: int) -> Received | None:
+        """The next frame, if it was read ahead with the one before; reads nothing."""
+        return self._incoming.buffered(place, index)
+
+    def pending(self) -> bool:
+        """Whether the stream holds bytes that poll knows nothing of."""
+        return isinstance(self._stream, EncryptedStream) and self._stream.pending()
+
+    def wait(self, place: PlaceOf, index: int, left: float | None, until: float) -> Received:
+        """Block until a frame is there, for at most `left` seconds, which end at `until`; None: for ever.
+
+        Raises BlockingIOError when they are over, EOFError at the end, and otherwise as `receive`.
+        """
+        return self._receive(place, index, left, until)
+
+    def ended(self) -> ConnectionLostError:
+        """What to raise where EOFError came before an answer."""
+        return ConnectionLostError(f"{self.peer} closed the connection before it answered")
+
+    # ── what these share; whoever calls them holds the lock of that side ────────────────────────
 
     def _start(
         self,
@@ -282,32 +346,14 @@ class Channel:
         self._stream.setsockopt(socket.SOL_SOCKET, option, timeval(timeout))
         return timeout
 
-    def _pending(self) -> bool:
-        """Whether the stream holds bytes that poll knows nothing of."""
-        return isinstance(self._stream, EncryptedStream) and self._stream.pending()
-
     def _is_broken(self) -> ConnectionLostError:
         return ConnectionLostError(f"nothing more can be read from {self.peer}: {self._incoming.failure}")
 
     def _is_closed(self) -> ConnectionLostError:
         return ConnectionLostError(f"the connection to {self.peer} is closed")
 
-    def _is_ended(self) -> ConnectionLostError:
-        return ConnectionLostError(f"{self.peer} closed the connection before it answered")
-
     def _given_up(self, timeout: float | None) -> ConnectionLostError:
         return ConnectionLostError(f"{self.peer} took nothing for {timeout} s: connection given up")
-
-    def _enter(self) -> None:
-        """Take both sides, for `exchange`."""
-        self._reading.acquire()
-        self._writing.acquire()
-
-    def _leave(self) -> None:
-        self._writing.release()
-        self._reading.release()
-        if self._closed:
-            self._reap()
 
     def _reap(self) -> None:
         """Close the descriptors unless a thread is inside: its number could be another file's by then."""

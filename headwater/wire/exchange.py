@@ -1,7 +1,7 @@
 """One exchange over several channels: a request to each, an answer from each, in the calling thread.
 
-Reads while it still writes, and never blocks in one channel while another is ready. It works on the
-inside of channels, whose two sides it holds from beginning to end.
+Reads while it still writes, and never blocks in one channel while another is ready. It holds both sides of
+every channel from beginning to end.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from headwater.errors import ConnectionLostError, StalledError
-from headwater.wire.channel import NO_WAIT, Channel, Outgoing
+from headwater.wire.channel import Channel, Outgoing
 from headwater.wire.incoming import PlaceOf, Received, Span
+
+_LONGEST_POLL_MS = 1 << 30
+"""What poll takes is an int; a longer wait polls again."""
 
 
 def exchange(
@@ -42,21 +45,16 @@ def exchange(
         ProtocolError: as for `Channel.receive`.
     After any error, also of `on_received` and `place`, frames may be half sent: close the channels.
     """
-    for channel in channels:
-        channel._enter()
+    entered = 0
     try:
         for channel in channels:
-            if channel._closed:
-                raise channel._is_closed()
-            if channel._incoming.failure:
-                raise channel._is_broken()
+            entered += 1
+            channel.enter()
         unsent: dict[int, Span] = {}
         lost: dict[int, ConnectionLostError] = {}
         for index, frame in enumerate(outgoing):
             try:
-                rest = channels[index]._start(
-                    frame.message, frame.buffers, frame.descriptors, request, NO_WAIT
-                )
+                rest = channels[index].start(frame.message, frame.buffers, frame.descriptors, request)
             except ConnectionLostError as error:
                 lost[index] = error
             else:
@@ -67,8 +65,8 @@ def exchange(
         else:
             _Turn(channels, on_received, place, deadline_s, unsent, lost).drive()
     finally:
-        for channel in channels:
-            channel._leave()
+        for channel in channels[:entered]:
+            channel.leave()
 
 
 def _listen(
@@ -79,11 +77,11 @@ def _listen(
     left = deadline_s
     while True:
         try:
-            received = channel._receive(place, 0, left, until)
+            received = channel.wait(place, 0, left, until)
         except BlockingIOError:
             raise _stalled((channel,), deadline_s) from None
         except EOFError:
-            raise channel._is_ended() from None
+            raise channel.ended() from None
         if on_received(0, received):
             return
         if left is not None:
@@ -121,15 +119,15 @@ class _Turn:
         poller = select.poll()
         index_of: dict[int, int] = {}
         for index, channel in enumerate(self._channels):
-            self._take(index, channel._incoming.buffered(self._place, index))
-            if index in self._unanswered and channel._pending():
+            self._take(index, channel.buffered(self._place, index))
+            if index in self._unanswered and channel.pending():
                 self._read(index)
             if events := self._wanted(index):
                 index_of[channel.fileno()] = index
                 poller.register(channel, events)
         while self._unanswered or self._unsent:
             ready = poller.poll(self._milliseconds_left())
-            if not ready:
+            if not ready and time.monotonic() >= self._until:
                 waiting = sorted(self._unanswered | set(self._unsent))
                 raise _stalled([self._channels[index] for index in waiting], self._deadline_s)
             for descriptor, events in ready:
@@ -152,17 +150,17 @@ class _Turn:
         channel = self._channels[index]
         while True:
             try:
-                received = channel._incoming.advance(self._place, index, NO_WAIT)
+                received = channel.advance(self._place, index)
             except BlockingIOError:
                 return
             except EOFError:
-                raise self._lost.get(index) or channel._is_ended() from None
+                raise self._lost.get(index) or channel.ended() from None
             except ConnectionLostError as error:
                 if index in self._lost:  # it could not be written to before it could not be read
                     raise self._lost[index] from error
                 raise
             self._take(index, received)
-            if index not in self._unanswered or not channel._pending():
+            if index not in self._unanswered or not channel.pending():
                 return
 
     def _take(self, index: int, received: Received | None) -> None:
@@ -171,11 +169,11 @@ class _Turn:
             if self._on_received(index, received):
                 self._unanswered.discard(index)
                 return
-            received = self._channels[index]._incoming.buffered(self._place, index)
+            received = self._channels[index].buffered(self._place, index)
 
     def _push(self, index: int) -> None:
         try:
-            if self._channels[index]._push(self._unsent[index], NO_WAIT) is None:
+            if self._channels[index].push(self._unsent[index]):
                 del self._unsent[index]
         except BlockingIOError:
             pass
@@ -186,7 +184,7 @@ class _Turn:
     def _milliseconds_left(self) -> int | None:
         if self._until == math.inf:
             return None
-        return max(0, math.ceil((self._until - time.monotonic()) * 1000))
+        return min(max(0, math.ceil((self._until - time.monotonic()) * 1000)), _LONGEST_POLL_MS)
 
 
 def _stalled(channels: Sequence[Channel], deadline_s: float | None) -> StalledError:
