@@ -24,10 +24,10 @@ ALONE = """
 import json, sys
 from headwater.runtime.coordinator.settings import ClusterSettings
 from headwater.runtime.coordinator import CoordinatorNode
-from headwater.wire.endpoint import Reach
+from headwater.wire.endpoint import Endpoint
 
 settings, journal, reach = json.loads(sys.argv[1])
-node = CoordinatorNode(ClusterSettings(**settings), journal=journal, reach=Reach(**reach))
+node = CoordinatorNode(ClusterSettings(**settings), journal=journal, reach=Endpoint(**reach))
 print(node.address, flush=True)
 sys.stdin.read()
 node.close()

@@ -27,7 +27,7 @@ import headwater as hw
 from headwater.runtime.coordinator import CoordinatorNode
 from headwater.runtime.coordinator.settings import ClusterSettings
 from headwater.runtime.server import ServerNode, ServerSettings
-from headwater.wire.endpoint import Reach
+from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import TLS, Security
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -47,7 +47,7 @@ COORDINATOR = (
     BEGIN
     + """
 bind, settings = arguments
-node = CoordinatorNode(ClusterSettings(**settings), reach=Reach(bind, security=security))
+node = CoordinatorNode(ClusterSettings(**settings), reach=Endpoint(bind, security=security))
 say(address=node.address)
 for line in sys.stdin:
     print(msgspec.json.encode(node.statistics()).decode(), flush=True)
@@ -60,7 +60,7 @@ SERVER = (
     + """
 threading.Thread(target=end_with_input, daemon=True).start()
 bind, settings = arguments
-node = ServerNode(ServerSettings(reach=Reach(bind, security=security), **settings))
+node = ServerNode(ServerSettings(reach=Endpoint(bind, security=security), **settings))
 node.start()
 say(started=True)
 try:
@@ -302,10 +302,10 @@ def test_a_host_that_is_cut_off_for_longer_is_refused_and_the_others_go_on(host)
 
 LISTENS = """
 import json, os, sys, threading
-from headwater.wire.endpoint import Reach
+from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import Security
 token, files, bind, busy = json.loads(sys.argv[1])
-[listener], [address] = Reach(bind, security=Security(token), local=False).listen()
+[listener], [address] = Endpoint(bind, security=Security(token), local=False).listen()
 print(json.dumps({"address": address}), flush=True)
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
 channel = listener.accept()
