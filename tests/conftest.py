@@ -1,13 +1,19 @@
-"""What every test shares: nothing it starts may be left when it ends."""
+"""What every test shares: which tests run and on how many processes, and nothing they start may be left."""
 
 import gc
 import os
 import signal
 import threading
+from pathlib import Path
 
+import forking
 import psutil
 import pytest
+from hypothesis import settings
+from promises import PromisedTests
 from rays import is_rays_own, ray_engine, ray_nodes, rays_descriptors, wait_for_actors
+
+from headwater.engines import local
 
 __all__ = ["ray_engine", "ray_nodes"]
 
@@ -15,10 +21,127 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # Whoever started this in the background has it ignored, and every child of ours would ignore it too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+settings.register_profile("default", print_blob=True)
+settings.register_profile("nightly", print_blob=True, max_examples=1000)
+_LONG_TIMEOUT_S = 1800
+"""Of a test with `--long`, in seconds: it takes more schedules and examples."""
 
-def _left() -> dict[str, list[str]]:
+
+# ── which tests run, and where ──────────────────────────────────────────────────────────────────
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--long", action="store_true", help="run the tests marked long too, and others for longer"
+    )
+    parser.addoption(
+        "--seed-base",
+        type=int,
+        default=0,
+        metavar="N",
+        help="first seed of simulated schedules, such as a date; also gives hypothesis more examples",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes long; runs with --long only")
+    config.addinivalue_line(
+        "markers", "fresh: nodes are fresh interpreters, as for a user, and none is forked"
+    )
+    settings.load_profile("nightly" if config.getoption("--seed-base") else "default")
+    if config.getoption("--long") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(PromisedTests(whole=_is_whole(config)))
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One process more than cores, as tests often wait; none for single files, which start sooner alone."""
+    return len(os.sched_getaffinity(0)) + 1 if _is_whole(config) else 0
+
+
+def _is_whole(config):
+    """Whether the whole suite runs, and not the files, tests or words that somebody named."""
+    return config.args_source is not config.ArgsSource.ARGS and not config.option.keyword
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--long"):
+        for item in items:
+            item.add_marker(pytest.mark.timeout(_LONG_TIMEOUT_S), append=False)
+        return
+    chosen = [item for item in items if item.get_closest_marker("long") is None]
+    if len(chosen) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+        items[:] = chosen
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Quiet runs print no header, and who wants this order again needs the seed."""
+    if not terminalreporter.no_header and terminalreporter.verbosity >= 0:
+        return
+    terminalreporter.line(f"Using --randomly-seed={config.getoption('randomly_seed', None)}")
+
+
+@pytest.fixture
+def long(request):
+    """Whether tests that run for a while should run for longer."""
+    return request.config.getoption("--long")
+
+
+@pytest.fixture
+def seed_base(request):
+    """The first seed of random schedules: the same in every run, another one every night."""
+    return request.config.getoption("--seed-base")
+
+
+@pytest.fixture(autouse=True)
+def nodes_are_forked(request, monkeypatch):
+    """Processes of nodes are forked from a warm interpreter; with `--long` they are fresh, as for a user."""
+    if not request.config.getoption("--long") and request.node.get_closest_marker("fresh") is None:
+        monkeypatch.setattr(local, "subprocess", forking.Subprocess())
+
+
+# ── nothing is left ─────────────────────────────────────────────────────────────────────────────
+
+
+def _direct(pid):
+    """Ids of the children of a process."""
+    found = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += [int(child) for child in thread.read_text().split()]
+        except OSError:
+            continue  # the thread has ended meanwhile
+    return found
+
+
+def _children(pid):
+    """Ids of all processes that descend from this one."""
+    return [below for child in _direct(pid) for below in (child, *_children(child))]
+
+
+def _started():
+    """Ids of all processes that tests have started: not the warm interpreter, nor who waits for its own."""
+    if not (warm := forking.warm()[:1]):
+        return _children(os.getpid())
+    forked = [below for keeper in _direct(*warm) for below in _children(keeper)]
+    return [
+        pid for child in _direct(os.getpid()) if child not in warm for pid in (child, *_children(child))
+    ] + forked
+
+
+def _describe(pid):
+    """A process that is ours, or None."""
+    try:
+        process = psutil.Process(pid)
+        return None if is_rays_own(process) else str(process)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _left():
     descriptors, rays = [], rays_descriptors()
-    for name in sorted(set(os.listdir("/proc/self/fd")) - rays - rays_descriptors()):
+    foreign = rays | {str(number) for number in forking.warm()[1:]}
+    for name in sorted(set(os.listdir("/proc/self/fd")) - foreign - rays_descriptors()):
         try:
             target = os.readlink(f"/proc/self/fd/{name}")
         except FileNotFoundError:
@@ -27,7 +150,7 @@ def _left() -> dict[str, list[str]]:
             descriptors.append(f"{name} {target}")
     return {
         "threads": [t.name for t in threading.enumerate() if t.name.startswith("headwater")],
-        "processes": [str(one) for one in psutil.Process().children(recursive=True) if not is_rays_own(one)],
+        "processes": [told for pid in _started() if (told := _describe(pid))],
         "descriptors": sorted(descriptors),
     }
 
@@ -43,13 +166,3 @@ def nothing_is_left():
         after = _left()
     left = {kind: [one for one in after[kind] if one not in before[kind]] for kind in after}
     assert not any(left.values()), f"the test left {left}"
-
-
-def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="tests that run for a while run for longer")
-
-
-@pytest.fixture
-def long(request):
-    """Whether tests that run for a while should run for longer."""
-    return request.config.getoption("--long")
