@@ -152,3 +152,10 @@ class Machine(Protocol):
 
     def tick(self, now: float) -> Actions:
         """Time has passed."""
+
+
+class Performing(Machine, Protocol):
+    """A machine that has tasks performed."""
+
+    def performed(self, tag: str, result: Any, now: float) -> Actions:
+        """What came of a `Perform`; the error with which it failed where that is one of Headwater's."""

@@ -273,10 +273,7 @@ class Stored(Message, frozen=True):
 
 
 class Waiting(Message, frozen=True):
-    """Not an answer yet, and whom it waits for; sent each time another `patience` has passed.
-
-    `number`: of the exchange that waits; 0 of a Join that does.
-    """
+    """Not an answer yet, and whom it waits for; sent each time another `patience` has passed."""
 
     number: int
     reason: str

@@ -62,8 +62,7 @@ class Assignment(Message, frozen=True):
 class Join(Message, frozen=True):
     """A node asks the coordinator to become a member; `index` None takes the next free one.
 
-    Any number of `Waiting` (of exchange 0) precede the answer, and say whom it waits for. `cluster`: of which
-    this node was a member before; "" for none.
+    `cluster`: of which this node was a member before; "" for none.
     """
 
     role: Role

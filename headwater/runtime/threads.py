@@ -84,11 +84,12 @@ class ConnectionThreads:
 
     def _accept(self, listener: Listener, serve: Callable[[Channel], None]) -> None:
         while (channel := listener.accept()) is not None:
-            self.start(partial(self._converse, self.own(channel), serve), "connection")
+            self.start(partial(self.converse, channel, serve), "connection")
 
-    def _converse(self, channel: Channel, serve: Callable[[Channel], None]) -> None:
+    def converse(self, channel: Channel, serve: Callable[[Channel], None]) -> None:
+        """Own `channel` while `serve` uses it, in this thread; then close it."""
         try:
-            serve(channel)
+            serve(self.own(channel))
         finally:
             channel.close()
             with self._lock:
