@@ -17,8 +17,8 @@ from headwater.bench.figures import Effort, Figure, complain
 from headwater.run import run
 from headwater.spec.rules import SGD
 from headwater.worker import Worker
-from headwater.worker.batches import Splits
 from headwater.worker.model import Model
+from headwater.worker.plan import SplitKind
 
 _SLOWER = 5
 _BATCHES = 24
@@ -71,7 +71,7 @@ def _seconds(epochs: list[tuple[_Epoch, ...]]) -> float:
     return median(max(one.ended for one in epoch) - min(one.began for one in epoch) for epoch in epochs)
 
 
-def _measure(effort: Effort, sync: str, *cases: Splits) -> list[list[tuple[_Epoch, ...]]]:
+def _measure(effort: Effort, sync: str, *cases: SplitKind) -> list[list[tuple[_Epoch, ...]]]:
     """For each case, what both workers saw of each epoch."""
     train = functools.partial(_train, effort.repeats, effort.rounds * _BATCHES, cases)
     values: list[list[list[_Epoch]]] = run(train, workers=2, sync=sync, output=complain).values
@@ -81,7 +81,7 @@ def _measure(effort: Effort, sync: str, *cases: Splits) -> list[list[tuple[_Epoc
 # ── in a worker ─────────────────────────────────────────────────────────────────────────────────
 
 
-def _train(repeats: int, batches: int, cases: tuple[Splits, ...], worker: Worker) -> list[list[_Epoch]]:
+def _train(repeats: int, batches: int, cases: tuple[SplitKind, ...], worker: Worker) -> list[list[_Epoch]]:
     model = worker.model("w", {"w": np.zeros(1000, np.float32)}, SGD(lr=0.1))
     seen: list[list[_Epoch]] = [[] for _ in cases]
     for _ in range(repeats):
@@ -91,7 +91,7 @@ def _train(repeats: int, batches: int, cases: tuple[Splits, ...], worker: Worker
     return seen
 
 
-def _read(worker: Worker, model: Model, batches: int, splits: Splits) -> _Epoch:
+def _read(worker: Worker, model: Model, batches: int, splits: SplitKind) -> _Epoch:
     gradient = {"w": np.ones(1000, np.float32)}
     began, working, count = time.monotonic(), 0.0, 0
     for _ in worker.batches(np.arange(batches), 1, splits=splits):

@@ -1,168 +1,34 @@
 """A worker's data: its calls of `batches` and `splits`, and where it is in each.
 
-Calls are numbered in the order in which they are begun, so that they are the same calls in every worker
-and after a restart. What is handed out counts as done with the next step that is applied; the step
-carries it (`Position`), and the log records it.
+Calls are numbered in the order in which they are begun, so that they are the same calls in every worker and
+after a restart. What is handed out counts as done with the next step that is applied; the step carries it
+(`Position`), and the log records it.
+
+Invariants:
+- A call is over when its data are at an end, when `stop` or `close` said so, or when the program went on
+  without it: it left the loop, and then took a step, met the others or began another call. An exception is
+  none of these, so the worker that comes next continues the call.
+- Nothing is sent from a finaliser. A reading that is collected, in whichever thread and in the middle of
+  whichever exchange, sets a flag; the worker's next call draws the consequence.
 """
 
 from __future__ import annotations
 
 import logging
-import numbers
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from headwater import messages as m
-from headwater.data import fetch, groups_of, length_of
-from headwater.errors import ConfigurationError
-from headwater.machines.splits import Indices, Order, batches_of, part_of
+from headwater.data import fetch
+from headwater.machines.splits import Indices, Order
 from headwater.runtime.session import Session
 from headwater.worker.leases import LeaseClient
+from headwater.worker.parts import Call, LeasedSplits, StaticPart, batches_an_epoch
+from headwater.worker.plan import ReadPlan
 
 _log = logging.getLogger("headwater.worker")
 
-Splits: TypeAlias = Literal["static", "dynamic"]
-
-
-@dataclass(frozen=True, slots=True)
-class ReadPlan:
-    """One call: `epochs` passes over `size` samples, in this order, `batch` at a time."""
-
-    size: int
-    groups: tuple[int, ...] | None
-    batch: int
-    epochs: int
-    shuffle: bool
-    seed: int
-    splits: Splits
-
-
-class _Call(Protocol):
-    """A begun call.
-
-    Attributes:
-        planned: samples that this worker will have read of it, as far as is known.
-    """
-
-    planned: float
-
-    def pieces(self) -> Iterator[tuple[int, range]]:
-        """Epoch and positions of its order, piece by piece; may block for the next one."""
-
-    def hand_out(self, epoch: int, positions: range) -> None:
-        """The next step that is applied makes these done."""
-
-    def applied(self) -> None:
-        """A step was applied."""
-
-    def place(self) -> m.StaticProgress | None:
-        """Where the worker's own part is, if it has one."""
-
-    def visit(self) -> m.DynamicProgress | None:
-        """What the next step adds to what all do together, if they do."""
-
-    def finish(self, interrupted: bool, stopped: bool) -> None:
-        """The call is over; `interrupted` while the last batch handed out was with the caller."""
-
-
-class _StaticPart:
-    """A call that reads this worker's own part, from `place` on."""
-
-    def __init__(
-        self, number: int, plan: ReadPlan, rank: int, workers: int, place: m.StaticProgress | None
-    ) -> None:
-        self._number, self._plan = number, plan
-        self._part = part_of(plan.size, rank % workers, workers, grouped=plan.groups is not None)
-        self._epoch, self._done = (place.epoch, place.done) if place is not None else (0, 0)
-        if place is not None and place.size != len(self._part):
-            self._done = 0
-            _log.warning(
-                f"call {number} of batches: the part of worker {rank} has {len(self._part)} samples, but had "
-                f"{place.size} when it was recorded: epoch {place.epoch} begins anew"
-            )
-        self.planned = max(0.0, (plan.epochs - self._epoch) * len(self._part) - self._done)
-
-    def pieces(self) -> Iterator[tuple[int, range]]:
-        begin, done = self._epoch, self._done
-        for epoch in range(begin, self._plan.epochs):
-            yield epoch, self._part[done if epoch == begin else 0 :]
-
-    def hand_out(self, epoch: int, positions: range) -> None:
-        if epoch != self._epoch:
-            self._epoch, self._done = epoch, 0
-        self._done += len(positions)
-
-    def applied(self) -> None:
-        pass  # a place counts from the beginning, so nothing is kept back for the next one
-
-    def place(self) -> m.StaticProgress | None:
-        return m.StaticProgress(self._number, self._plan.epochs, len(self._part), self._epoch, self._done)
-
-    def visit(self) -> m.DynamicProgress | None:
-        return None
-
-    def finish(self, interrupted: bool, stopped: bool) -> None:
-        pass
-
-
-class _LeasedSplits:
-    """A call whose splits all workers lease. `on_wait`: as for `LeaseClient.next`."""
-
-    def __init__(
-        self, number: int, plan: ReadPlan, workers: int, leases: LeaseClient, on_wait: Callable[[], None]
-    ) -> None:
-        self._number, self._plan = number, plan
-        self._leases, self._on_wait = leases, on_wait
-        self._mine = self._rest = self._last = 0
-        self._pending: list[m.Span] = []
-        self._over = False
-        self.planned = plan.epochs * plan.size / workers
-
-    def pieces(self) -> Iterator[tuple[int, range]]:
-        self._over = True  # unless the coordinator says otherwise; also where it says nothing
-        while (leased := self._leases.next(self._request, self._on_wait)) is not None:
-            self._over = False
-            positions = range(leased.span.start, leased.span.stop)
-            self._rest = len(positions)
-            self._mine += len(positions)
-            self.planned = self._mine * leased.total / leased.handed
-            yield leased.span.epoch, positions
-            self._over = True
-        self.planned = self._mine
-
-    def hand_out(self, epoch: int, positions: range) -> None:
-        self._rest -= len(positions)
-        self._last = len(positions)
-        start = positions.start
-        if self._pending and (self._pending[-1].epoch, self._pending[-1].stop) == (epoch, start):
-            start = self._pending.pop().start
-        self._pending.append(m.Span(epoch, start, positions.stop))
-
-    def applied(self) -> None:
-        self._pending = []
-
-    def place(self) -> m.StaticProgress | None:
-        return None
-
-    def visit(self) -> m.DynamicProgress | None:
-        if not self._pending:
-            return None
-        return m.DynamicProgress(self._number, self._plan.epochs, self._plan.size, tuple(self._pending))
-
-    def finish(self, interrupted: bool, stopped: bool) -> None:
-        if not self._over:
-            left = self._rest + (self._last if interrupted and self._pending else 0)
-            self._leases.finish(m.Finish(self._number, left, stopped))
-            self.planned = self._mine - left
-
-    def _request(self, number: int) -> m.Lease:
-        plan = self._plan
-        pending = sum(span.stop - span.start for span in self._pending)
-        return m.Lease(
-            number, self._number, plan.epochs, plan.size, plan.shuffle, plan.seed, plan.batch, pending
-        )
+Item = TypeVar("Item")
 
 
 class DataReader:
@@ -184,7 +50,7 @@ class DataReader:
         self._recorded = {place.call: place for place in recorded.places}  # of calls not begun again yet
         self._applied = recorded.places
         self._begun = 0
-        self._open: dict[int, _Call] = {}
+        self._open: dict[int, Call] = {}
         self._planned = 0.0
 
     @property
@@ -192,64 +58,82 @@ class DataReader:
         """Samples that the calls begun so far have for this worker; an estimate for dynamic splits."""
         return round(self._planned + sum(call.planned for call in self._open.values()))
 
-    # ── what the user iterates over ─────────────────────────────────────────────────────────────
-
-    def batches(self, plan: ReadPlan, dataset: Any) -> Iterator[Any]:
+    def batches(self, plan: ReadPlan, dataset: Any) -> Batches:
         """Batch by batch; a step that is taken before the next one is asked for makes it done."""
-        with self._begin(plan) as call:
-            for epoch, order, positions in _ordered(call, plan):
-                for batch in batches_of(positions, plan.batch):
-                    call.hand_out(epoch, batch)
-                    yield fetch(dataset, order.at(batch))
-                    self.samples += len(batch)
-                    if self.stopped:
-                        return
+        return Batches(self, plan, dataset)
 
-    def splits(self, plan: ReadPlan) -> Iterator[Indices]:
+    def splits(self, plan: ReadPlan) -> Splits:
         """Split by split; one is done with the step after the next one was asked for."""
-        with self._begin(plan) as call:
-            for epoch, order, positions in _ordered(call, plan):
-                yield order.at(positions)
-                call.hand_out(epoch, positions)
-                self.samples += len(positions)
-                if self.stopped:
-                    return
+        return Splits(self, plan)
 
-    @contextmanager
-    def _begin(self, plan: ReadPlan) -> Iterator[_Call]:
+    # ── calls ───────────────────────────────────────────────────────────────────────────────────
+
+    def begin(self, plan: ReadPlan) -> Call | None:
+        """Begin the next call; None where the log has recorded that it is over."""
+        self._check_dismissed()
+        self.settle()
         number = self._begun
         self._begun += 1
         self.stopped = False
         if number < self._over:
             _log.info("call %d of batches is over, as the log recorded it", number)
-            yield _OVER
-            return
+            return None
         call = self._open[number] = self._make(number, plan)
-        interrupted = True
-        try:
-            yield call
-            interrupted = False
-        finally:
+        return call
+
+    def _make(self, number: int, plan: ReadPlan) -> Call:
+        place = self._recorded.pop(number, None)
+        if plan.splits == "static":
+            return StaticPart(number, plan, self._rank, self.workers, place)
+        return LeasedSplits(number, plan, self.workers, self._leases, self._send_end)
+
+    @property
+    def workers(self) -> int:
+        """How many workers the parts of a call are cut for."""
+        return self._session.welcome.workers
+
+    @property
+    def rank(self) -> int:
+        """This worker's."""
+        return self._rank
+
+    def end(self, call: Call, *, interrupted: bool) -> None:
+        """A call is over: rounds do not wait for this worker until it steps again; blocks for an exchange.
+
+        `interrupted`: its last batch was not done with.
+        """
+        self._close(call, interrupted)
+        if self._session.usable():
+            self._send_end()
+
+    def settle(self) -> None:
+        """The worker goes on: calls that were left are over with what the log records next. Sends only to the
+        coordinator, and does not wait."""
+        for call in [call for call in self._open.values() if call.left]:
+            self._close(call, interrupted=True)
+
+    def _close(self, call: Call, interrupted: bool) -> None:
+        for number in [number for number, known in self._open.items() if known is call]:
             del self._open[number]
             if self._session.usable():
                 call.finish(interrupted, self.stopped)
-                self._end()
             self._planned += call.planned
 
-    def _make(self, number: int, plan: ReadPlan) -> _Call:
-        workers = self._session.welcome.workers
-        place = self._recorded.pop(number, None)
-        if plan.splits == "static":
-            return _StaticPart(number, plan, self._rank, workers, place)
-        return _LeasedSplits(number, plan, workers, self._leases, self._end)
-
-    def _end(self) -> None:
+    def _send_end(self) -> None:
         """Rounds, and whoever may not lead too far, wait for this worker no more until it steps again."""
-        going = self._open.keys() | self._recorded.keys()
+        going = self._going().keys() | self._recorded.keys()
         position = m.Position(
             self._rank, self._lowest(), tuple(place for place in self._applied if place.call in going)
         )
         self._session.ask(lambda number: m.End(number, position), "end of batches")
+
+    def check(self) -> None:
+        """Raises SystemExit where this worker was dismissed: its data are not at an end by that."""
+        self._check_dismissed()
+
+    def _check_dismissed(self) -> None:
+        if self._session.dismissed is not None:
+            raise SystemExit(self._session.dismissed)
 
     # ── where it is ─────────────────────────────────────────────────────────────────────────────
 
@@ -257,7 +141,7 @@ class DataReader:
         """Where the worker is once the step that it now takes is applied; None where it has read nothing."""
         if not self._begun:
             return None
-        places = [*(call.place() for call in self._open.values()), *self._recorded.values()]
+        places = [*(call.place() for call in self._going().values()), *self._recorded.values()]
         visits = [call.visit() for call in self._open.values()]
         return m.Position(
             self._rank,
@@ -273,58 +157,155 @@ class DataReader:
         for call in self._open.values():
             call.applied()
 
+    def _going(self) -> dict[int, Call]:
+        """The open calls that somebody may still read."""
+        return {number: call for number, call in self._open.items() if not call.left}
+
     def _lowest(self) -> int:
         """The first call that is not over."""
-        return min([*self._open, *self._recorded], default=max(self._begun, self._over))
+        return min([*self._going(), *self._recorded], default=max(self._begun, self._over))
 
 
-_OVER = _StaticPart(0, ReadPlan(0, None, 1, 0, False, 0, "static"), 0, 1, None)
-"""A call without samples."""
+class _Reading(Iterator[Item]):
+    """One call, piece by piece. It begins with the first item that is asked for.
 
-
-def _ordered(call: _Call, plan: ReadPlan) -> Iterator[tuple[int, Order, range]]:
-    """The call's pieces, each with the order of its epoch."""
-    epoch, order = -1, None
-    for now, positions in call.pieces():
-        if order is None or now != epoch:
-            epoch = now
-            order = Order(plan.size, plan.groups, shuffle=plan.shuffle, seed=plan.seed, epoch=epoch)
-        yield epoch, order, positions
-
-
-# ── what the user may ask for ───────────────────────────────────────────────────────────────────
-
-
-def plan_of(
-    dataset: Any, batch: int, epochs: int, shuffle: bool, seed: int, splits: Splits | None, *, rounds: bool
-) -> ReadPlan:
-    """A call with these arguments; `dataset` may be a plain number of samples.
-
-    `splits` None: dynamic, but static where training goes in `rounds`.
-
-    Raises:
-        ConfigurationError: impossible arguments.
-        DataError: a file of the data set cannot be read.
+    Iterated over once more after its end, it is the next call, which reads everything again.
     """
-    batch, epochs, seed = _count("batch_size", batch, 1), _count("epochs", epochs, 0), _count("seed", seed, 0)
-    if splits is None:
-        splits = "static" if rounds else "dynamic"
-    if splits not in ("static", "dynamic"):
-        raise ConfigurationError(f"batches: got splits={splits!r}, expected 'static' or 'dynamic'")
-    if splits == "dynamic" and rounds:
-        raise ConfigurationError(
-            "batches: splits='dynamic' in synchronous mode, where the slowest worker sets the pace of all "
-            "anyway: leave it out, or train with sync='async' or 'ssp:N'"
-        )
-    counted = isinstance(dataset, numbers.Integral) and not isinstance(dataset, bool)
-    size = int(dataset) if counted else length_of(dataset)
-    if size < 1:
-        raise ConfigurationError(f"batches: the data set has {size} samples, expected at least one")
-    return ReadPlan(size, None if counted else groups_of(dataset), batch, epochs, shuffle, seed, splits)
+
+    def __init__(self, reader: DataReader, plan: ReadPlan) -> None:
+        self._call: Call | None = None
+        self._over = False
+        self._reader = reader
+        self._plan = plan
+        self._epoch = -1
+        self._order: Order | None = None
+        self._rest = range(0)
+
+    def __iter__(self) -> Iterator[Item]:
+        if self._over:
+            self._call, self._over, self._rest = None, False, range(0)
+        return self
+
+    def close(self) -> None:
+        """End this call here, as if there were no more data for this worker; blocks for an exchange.
+
+        What is left of a static part is read by nobody, also after a restart; what is left of leased splits
+        the other workers read. Nothing happens where the call has not begun or is over.
+        """
+        if self._call is not None and not self._over:
+            self._end(interrupted=True)
+
+    def __del__(self) -> None:
+        # From any thread, at any moment: the worker's next call sees it.
+        if self._call is not None and not self._over:
+            self._call.left = True
+
+    def _going(self) -> Call | None:
+        """The call, begun if need be; None where it is over."""
+        if self._over:
+            return None
+        self._reader.check()
+        if self._call is None:
+            self._call = self._reader.begin(self._plan)
+            self._over = self._call is None
+        return self._call
+
+    def _advance(self, call: Call) -> bool:
+        """Go on to the next piece; False at the end, which is told to everybody."""
+        piece = call.next_piece()
+        if piece is None:
+            self._end(interrupted=False)
+            return False
+        epoch, self._rest = piece
+        if self._order is None or epoch != self._epoch:
+            plan = self._plan
+            self._order = Order(plan.size, plan.groups, shuffle=plan.shuffle, seed=plan.seed, epoch=epoch)
+            self._epoch = epoch
+        return True
+
+    def _end(self, *, interrupted: bool) -> None:
+        assert self._call is not None
+        self._over = True
+        self._reader.end(self._call, interrupted=interrupted)
+
+    def _indices(self, positions: range) -> Indices:
+        assert self._order is not None
+        return self._order.at(positions)
 
 
-def _count(name: str, value: Any, least: int) -> int:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or not least <= value < 2**63:
-        raise ConfigurationError(f"batches: got {name}={value!r}, expected a whole number ≥ {least}")
-    return int(value)
+class Batches(_Reading[Any]):
+    """This worker's batches of one call: what `worker.batches` returns. An iterator.
+
+    `len` is the number of batches that a static part has, in all its epochs, whatever was read of them before
+    a restart; with dynamic splits nobody knows it, and `len` raises TypeError.
+    """
+
+    def __init__(self, reader: DataReader, plan: ReadPlan, dataset: Any) -> None:
+        super().__init__(reader, plan)
+        self._dataset = dataset
+        self._handed_out = 0
+
+    def __next__(self) -> Any:
+        call = self._going()
+        if call is None:
+            raise StopIteration
+        self._reader.samples += self._handed_out
+        self._handed_out = 0
+        if self._reader.stopped:
+            self._end(interrupted=False)
+            raise StopIteration
+        batch = self._next_batch(call)
+        if batch is None:
+            raise StopIteration
+        found = fetch(self._dataset, self._indices(batch))  # where it fails, the batch is still to be read
+        self._take(call, batch)
+        self._handed_out = len(batch)
+        return found
+
+    def _next_batch(self, call: Call) -> range | None:
+        while True:
+            batch = self._rest[: self._plan.batch]
+            if len(batch) == self._plan.batch or (batch and not self._plan.drop_last):
+                return batch
+            if batch:
+                self._take(call, batch)
+            elif not self._advance(call):
+                return None
+
+    def _take(self, call: Call, batch: range) -> None:
+        call.hand_out(self._epoch, batch)
+        self._rest = self._rest[len(batch) :]
+
+    def __len__(self) -> int:
+        if self._plan.splits == "dynamic":
+            raise TypeError(
+                "nobody knows how many batches this worker gets of splits that workers lease on demand: "
+                "pass splits='static', or count by worker.steps"
+            )
+        reader = self._reader
+        return self._plan.epochs * batches_an_epoch(self._plan, reader.rank, reader.workers)
+
+
+class Splits(_Reading[Indices]):
+    """What this worker is to read, split by split: what `worker.splits` returns. An iterator."""
+
+    def __init__(self, reader: DataReader, plan: ReadPlan) -> None:
+        super().__init__(reader, plan)
+        self._given: range | None = None
+
+    def __next__(self) -> Indices:
+        call = self._going()
+        if call is None:
+            raise StopIteration
+        if self._given is not None:
+            call.hand_out(self._epoch, self._given)
+            self._reader.samples += len(self._given)
+            self._given = None
+        if self._reader.stopped:
+            self._end(interrupted=False)
+            raise StopIteration
+        while not self._rest:
+            if not self._advance(call):
+                raise StopIteration
+        self._given, self._rest = self._rest, range(0)
+        return self._indices(self._given)

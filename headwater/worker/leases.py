@@ -20,10 +20,11 @@ class LeaseClient:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._number = 0
+        self._answered = True
 
     def next(self, request: Callable[[int], m.Lease], on_wait: Callable[[], None]) -> m.Leased | None:
         """The next split, None when there will be none; blocks while others may still give theirs back, and
-        while the coordinator is away.
+        while the coordinator is away. After an error it may be called again: the same split is asked for.
 
         `on_wait` is called once before a wait for others.
 
@@ -32,7 +33,8 @@ class LeaseClient:
             StalledError: nothing changed for `welcome.deadline` seconds; names who holds what.
             ConnectionLostError: the coordinator is gone.
         """
-        self._number += 1
+        self._number += self._answered
+        self._answered = False
         began = time.monotonic()
         asked = _Asked(self._session.membership, request(self._number))
         try:
@@ -42,6 +44,7 @@ class LeaseClient:
                 reply = self._receive(asked, began, reply.reason)
         finally:
             self._session.waiting += time.monotonic() - began
+        self._answered = True
         return reply if isinstance(reply, m.Leased) else None
 
     def finish(self, finish: m.Finish) -> None:
@@ -71,6 +74,7 @@ class LeaseClient:
             if message.number != self._number:
                 continue
             if isinstance(message, m.Unleased) and message.failure is not None:
+                self._answered = True
                 raise named(message.failure.error, message.failure.reason, default=ProtocolError)
             return message
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from headwater import messages as m
 from headwater.errors import HeadwaterError, RefusedError
-from headwater.machines.splits import Indices
 from headwater.runtime.session import Session
 from headwater.spec.initializers import Initializer, Zeros
 from headwater.spec.lifetime import AfterCount, Expiry
 from headwater.spec.rules import Rule
 from headwater.wire.security import PLAIN, Security
-from headwater.worker.batches import DataReader, Splits, plan_of
+from headwater.worker.batches import Batches, DataReader, Splits
 from headwater.worker.finishing import wait_for_others
 from headwater.worker.model import Model
 from headwater.worker.model_spec import Group, NonFinite, specify
+from headwater.worker.plan import SplitKind, plan_of
 from headwater.worker.row_buffer import RowBuffer
 from headwater.worker.step import StepExchange
 from headwater.worker.table import Table, specify_table
@@ -182,6 +182,7 @@ class Worker:
         self._feed.stopped |= stopped
         if result.applied:
             self._feed.applied(position)
+        self._feed.settle()
         self._tell()
         return result
 
@@ -193,9 +194,10 @@ class Worker:
         epochs: int = 1,
         shuffle: bool = False,
         seed: int = 0,
-        splits: Splits | None = None,
-    ) -> Iterator[Any]:
-        """This worker's batches; ends when there are none left for it, or after `stop`.
+        splits: SplitKind | None = None,
+        drop_last: bool = False,
+    ) -> Batches:
+        """This worker's batches; they end when there are none left for it, or after `stop`.
 
         `dataset`: an array, a tuple of arrays, anything with `__len__` and `__getitem__`, or `Files`.
         The order depends on (seed, epoch) alone. With static splits, the default of synchronous mode,
@@ -204,8 +206,13 @@ class Worker:
         dead one left is read by the others. All workers must then make the same calls in the same
         order, and the end may wait for another's last batch.
 
-        A restarted worker goes on where the log recorded it: after the last batch that a step followed.
-        From its last batch on, rounds do not wait for this worker until it steps again.
+        `drop_last`: all batches have `batch_size` samples. A static part then has as many of them as every
+        other worker's; what does not fill one is read by nobody.
+
+        A restarted worker goes on where the log recorded it: after the last batch that a step followed. From
+        its last batch on, rounds do not wait for this worker until it steps again. Only the end of the data,
+        `stop` and `close()` of what is returned end it. A loop that is left by `break` is over once the
+        worker goes on, with its next step or meeting; a loop that is left by an exception is not over.
 
         Raises:
             ConfigurationError: impossible arguments; with dynamic splits, others call it differently.
@@ -213,7 +220,8 @@ class Worker:
             StalledError: no split within the deadline; names who holds the last ones.
         """
         self._session.check_open("batches")
-        plan = plan_of(dataset, batch_size, epochs, shuffle, seed, splits, rounds=self._session.sync.rounds)
+        rounds = self._session.sync.rounds
+        plan = plan_of(dataset, batch_size, epochs, shuffle, seed, splits, rounds=rounds, drop_last=drop_last)
         return self._feed.batches(plan, dataset)
 
     def splits(
@@ -224,8 +232,8 @@ class Worker:
         shuffle: bool = False,
         seed: int = 0,
         batch_size: int = 1,
-        splits: Splits | None = None,
-    ) -> Iterator[Indices]:
+        splits: SplitKind | None = None,
+    ) -> Splits:
         """What this worker is to read, for a loader of one's own: int64[n] indices, split by split.
 
         `dataset`: as for `batches`, or a plain number of samples; `batch_size`: splits are multiples of
@@ -252,6 +260,7 @@ class Worker:
 
     def _meet(self, kind: Any, values: dict[str, float]) -> dict[str, float]:
         self._session.check_open(kind)
+        self._feed.settle()
         answer = self._session.ask(lambda number: m.Meet(number, kind, values), kind)
         for model in self._models.values():
             model.outdated()
@@ -332,6 +341,7 @@ class Worker:
         """
         try:
             if self._session.usable():
+                self._feed.settle()
                 self._leave()
                 self._tell(now=True)
                 self._session.hang_up()
@@ -343,6 +353,8 @@ class Worker:
         self._session.dismissed = None
         try:
             if self._session.usable():
+                if finished:
+                    self._feed.settle()
                 self._leave()
                 self._tell(now=True)
                 self._session.membership.tell(m.Departed(self._session.welcome.member.id, finished))

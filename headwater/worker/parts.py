@@ -1,0 +1,167 @@
+"""Where one begun call of `batches` or `splits` gets its samples from: a part of its own, or leased splits.
+
+A call hands out positions of an epoch's order. What is handed out is done with the next step that is applied;
+`place` and `visit` say so in the position that the step carries.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from headwater import messages as m
+from headwater.machines.splits import part_of
+from headwater.worker.leases import LeaseClient
+from headwater.worker.plan import ReadPlan
+
+_log = logging.getLogger("headwater.worker")
+
+
+class Call(Protocol):
+    """A begun call.
+
+    Attributes:
+        planned: samples that this worker will have read of it, as far as is known.
+        left: whoever read it has gone on without its end.
+    """
+
+    planned: float
+    left: bool
+
+    def next_piece(self) -> tuple[int, range] | None:
+        """Epoch and positions of its order; None at the end. Blocks; may be called again after an error."""
+
+    def hand_out(self, epoch: int, positions: range) -> None:
+        """The next step that is applied makes these done."""
+
+    def applied(self) -> None:
+        """A step was applied."""
+
+    def place(self) -> m.StaticProgress | None:
+        """Where the worker's own part is, if it has one."""
+
+    def visit(self) -> m.DynamicProgress | None:
+        """What the next step adds to what all do together, if they do."""
+
+    def finish(self, interrupted: bool, stopped: bool) -> None:
+        """The call is over; `interrupted` while the last batch handed out was with the caller."""
+
+
+def batches_an_epoch(plan: ReadPlan, rank: int, workers: int) -> int:
+    """How many batches of a static part a worker has in each epoch."""
+    if plan.drop_last:
+        return plan.size // workers // plan.batch
+    return -(-len(_whole_part(plan, rank, workers)) // plan.batch)
+
+
+def _whole_part(plan: ReadPlan, rank: int, workers: int) -> range:
+    return part_of(plan.size, rank % workers, workers, grouped=plan.groups is not None)
+
+
+class StaticPart:
+    """A call that reads this worker's own part, from `place` on."""
+
+    def __init__(
+        self, number: int, plan: ReadPlan, rank: int, workers: int, place: m.StaticProgress | None
+    ) -> None:
+        self.left = False
+        self._number, self._plan = number, plan
+        self._part = _whole_part(plan, rank, workers)
+        if plan.drop_last:
+            self._part = self._part[: batches_an_epoch(plan, rank, workers) * plan.batch]
+        self._epoch, self._done = (place.epoch, place.done) if place is not None else (0, 0)
+        if place is not None and place.size != len(self._part):
+            self._done = 0
+            _log.warning(
+                f"call {number} of batches: the part of worker {rank} has {len(self._part)} samples, but had "
+                f"{place.size} when it was recorded: epoch {place.epoch} begins anew"
+            )
+        self._next = self._epoch
+        self._skip = self._done
+        self.planned = max(0.0, (plan.epochs - self._epoch) * len(self._part) - self._done)
+
+    def next_piece(self) -> tuple[int, range] | None:
+        if self._next >= self._plan.epochs:
+            return None
+        epoch, skip = self._next, self._skip
+        self._next, self._skip = epoch + 1, 0
+        return epoch, self._part[skip:]
+
+    def hand_out(self, epoch: int, positions: range) -> None:
+        if epoch != self._epoch:
+            self._epoch, self._done = epoch, 0
+        self._done += len(positions)
+
+    def applied(self) -> None:
+        pass  # a place counts from the beginning, so nothing is kept back for the next one
+
+    def place(self) -> m.StaticProgress | None:
+        return m.StaticProgress(self._number, self._plan.epochs, len(self._part), self._epoch, self._done)
+
+    def visit(self) -> m.DynamicProgress | None:
+        return None
+
+    def finish(self, interrupted: bool, stopped: bool) -> None:
+        pass
+
+
+class LeasedSplits:
+    """A call whose splits all workers lease. `on_wait`: as for `LeaseClient.next`."""
+
+    def __init__(
+        self, number: int, plan: ReadPlan, workers: int, leases: LeaseClient, on_wait: Callable[[], None]
+    ) -> None:
+        self.left = False
+        self._number, self._plan = number, plan
+        self._leases, self._on_wait = leases, on_wait
+        self._mine = self._rest = self._last = 0
+        self._pending: list[m.Span] = []
+        self._over = True  # until the coordinator says otherwise
+        self.planned = plan.epochs * plan.size / workers
+
+    def next_piece(self) -> tuple[int, range] | None:
+        self._over = False  # whatever becomes of the request, the coordinator is told of the end
+        leased = self._leases.next(self._request, self._on_wait)
+        if leased is None:
+            self._over = True
+            self.planned = self._mine
+            return None
+        positions = range(leased.span.start, leased.span.stop)
+        self._rest = len(positions)
+        self._mine += len(positions)
+        self.planned = self._mine * leased.total / leased.handed
+        return leased.span.epoch, positions
+
+    def hand_out(self, epoch: int, positions: range) -> None:
+        self._rest -= len(positions)
+        self._last = len(positions)
+        start = positions.start
+        if self._pending and (self._pending[-1].epoch, self._pending[-1].stop) == (epoch, start):
+            start = self._pending.pop().start
+        self._pending.append(m.Span(epoch, start, positions.stop))
+
+    def applied(self) -> None:
+        self._pending = []
+
+    def place(self) -> m.StaticProgress | None:
+        return None
+
+    def visit(self) -> m.DynamicProgress | None:
+        if not self._pending:
+            return None
+        return m.DynamicProgress(self._number, self._plan.epochs, self._plan.size, tuple(self._pending))
+
+    def finish(self, interrupted: bool, stopped: bool) -> None:
+        if not self._over:
+            self._over = True
+            left = self._rest + (self._last if interrupted and self._pending else 0)
+            self._leases.finish(m.Finish(self._number, left, stopped))
+            self.planned = self._mine - left
+
+    def _request(self, number: int) -> m.Lease:
+        plan = self._plan
+        pending = sum(span.stop - span.start for span in self._pending)
+        return m.Lease(
+            number, self._number, plan.epochs, plan.size, plan.shuffle, plan.seed, plan.batch, pending
+        )

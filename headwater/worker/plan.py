@@ -1,0 +1,73 @@
+"""What a call of `batches` or `splits` reads: its arguments, checked, with the size of the data set."""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from headwater.data import groups_of, length_of
+from headwater.errors import ConfigurationError
+
+SplitKind: TypeAlias = Literal["static", "dynamic"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """One call: `epochs` passes over `size` samples, in this order, `batch` at a time.
+
+    `drop_last`: an epoch ends where not every worker has a full batch left.
+    """
+
+    size: int
+    groups: tuple[int, ...] | None
+    batch: int
+    epochs: int
+    shuffle: bool
+    seed: int
+    splits: SplitKind
+    drop_last: bool = False
+
+
+def plan_of(
+    dataset: Any,
+    batch: int,
+    epochs: int,
+    shuffle: bool,
+    seed: int,
+    splits: SplitKind | None,
+    *,
+    rounds: bool,
+    drop_last: bool = False,
+) -> ReadPlan:
+    """A call with these arguments; `dataset` may be a plain number of samples.
+
+    `splits` None: dynamic, but static where training goes in `rounds`.
+
+    Raises:
+        ConfigurationError: impossible arguments.
+        DataError: a file of the data set cannot be read.
+    """
+    batch, epochs, seed = _count("batch_size", batch, 1), _count("epochs", epochs, 0), _count("seed", seed, 0)
+    if splits is None:
+        splits = "static" if rounds else "dynamic"
+    if splits not in ("static", "dynamic"):
+        raise ConfigurationError(f"batches: got splits={splits!r}, expected 'static' or 'dynamic'")
+    if splits == "dynamic" and rounds:
+        raise ConfigurationError(
+            "batches: splits='dynamic' in synchronous mode, where the slowest worker sets the pace of all "
+            "anyway: leave it out, or train with sync='async' or 'ssp:N'"
+        )
+    counted = isinstance(dataset, numbers.Integral) and not isinstance(dataset, bool)
+    size = int(dataset) if counted else length_of(dataset)
+    if size < 1:
+        raise ConfigurationError(f"batches: the data set has {size} samples, expected at least one")
+    groups = None if counted else groups_of(dataset)
+    return ReadPlan(size, groups, batch, epochs, shuffle, seed, splits, bool(drop_last))
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not least <= value < 2**63:
+        raise ConfigurationError(f"batches: got {name}={value!r}, expected a whole number ≥ {least}")
+    return int(value)
