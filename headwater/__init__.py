@@ -30,6 +30,7 @@ from headwater.spec.rules import (
 )
 from headwater.spec.schedules import Constant, Cosine, Linear, Schedule, StepDecay
 from headwater.spec.sync import Asynchronous, StaleSynchronous, Synchronous
+from headwater.weights import load_weights
 from headwater.wire.security import TLS
 from headwater.worker import Worker, WorkerStatistics
 from headwater.worker.model import Model
@@ -82,6 +83,7 @@ __all__ = [
     "errors",
     "initializers",
     "load_checkpoint",
+    "load_weights",
     "register",
     "run",
 ]

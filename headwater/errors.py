@@ -22,6 +22,7 @@ HeadwaterError
     ├── StalledError            a wait passed its deadline, or could never end (also TimeoutError)
     ├── EngineError             a node could not be started or ended unasked
     ├── CheckpointError         a checkpoint is damaged, or cannot be read or written
+    ├── WeightsError            a published version is damaged, or does not follow the one before
     └── JournalError            the coordinator's journal is damaged, or cannot be read or written
 """
 
@@ -125,6 +126,10 @@ class EngineError(EnvironmentFailure):
 
 class CheckpointError(EnvironmentFailure):
     """A checkpoint is damaged or incomplete, or its files cannot be read or written."""
+
+
+class WeightsError(EnvironmentFailure):
+    """A published version is damaged, does not apply to what a reader holds, or cannot be written."""
 
 
 class JournalError(EnvironmentFailure):

@@ -20,7 +20,7 @@ LAYERS = [
     ["kernels"],
     ["log", "shard"],
     ["machines"],
-    ["wire", "checkpoint", "data"],
+    ["wire", "checkpoint", "data", "weights"],
     ["runtime"],
     ["worker"],
     ["torch", "jax"],

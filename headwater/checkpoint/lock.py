@@ -1,4 +1,4 @@
-"""One cluster at a time writes to a checkpoint directory."""
+"""One writer at a time for a directory of checkpoints or published weights."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class DirectoryLock:
     """Held from construction to `release`, or until this process ends, however it ends.
 
     Does not block. The file stays, the kernel's lock on it goes. Stores behind fsspec have no locks:
-    there it is the user who must not give one directory to two clusters.
+    there it is the user who must not give one directory to two of them. `what` writes there, for the text.
 
     Raises:
-        ConfigurationError: another cluster holds it; the text names its process and host.
+        ConfigurationError: another one holds it; the text names its process and host.
         CheckpointError: the directory cannot be made or written, or its file system has no locks.
     """
 
-    def __init__(self, directory: Location) -> None:
+    def __init__(self, directory: Location, what: str = "cluster") -> None:
         folder = open_folder(directory)
         folder.make()
         self._close = None
         if isinstance(folder, LocalFolder):
-            descriptor = _locked(folder.path / LOCK)
+            descriptor = _locked(folder.path / LOCK, what)
             self._close = weakref.finalize(self, os.close, descriptor)
             close_in_child(self)
 
@@ -57,7 +57,7 @@ class DirectoryLock:
         self.release()
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path, what: str) -> int:
     """Open, lock and sign the file; returns its descriptor."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -73,7 +73,7 @@ def _locked(path: Path) -> int:
         holder = _holder(descriptor)
         os.close(descriptor)
         raise ConfigurationError(
-            f"{path.parent} is in use by another cluster ({holder}): "
+            f"{path.parent} is in use by another {what} ({holder}): "
             "give each its own directory, or end that one"
         ) from error
     except OSError as error:

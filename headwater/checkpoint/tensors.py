@@ -34,7 +34,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
     "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
 }
+"""Name in a file → dtype in memory. NumPy has no bfloat16: its bits are read and written as uint16."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 METADATA = "__metadata__"
@@ -153,7 +158,14 @@ def open_tensors(folder: Folder, name: str, size: int) -> Iterator[TensorFile]:
 
 
 class TensorFile:
-    """An open safetensors file. Not for several threads at once."""
+    """An open safetensors file. Not for several threads at once.
+
+    Attributes:
+        url: where it lies.
+        metadata: the texts that its writer added.
+    """
+
+    metadata: dict[str, str]
 
     def __init__(self, source: Source, url: str, size: int) -> None:
         self.url = url
@@ -167,7 +179,8 @@ class TensorFile:
     def _parsed(self, header: bytes, available: int) -> dict[str, _Entry]:
         try:
             raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
-            raw.pop(METADATA, None)
+            metadata = raw.pop(METADATA, None)
+            self.metadata = msgspec.json.decode(metadata, type=dict[str, str]) if metadata else {}
             entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in raw.items()}
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise self._damaged(f"has no readable header ({error})") from error
@@ -185,6 +198,10 @@ class TensorFile:
                     f"has a tensor {name!r} of {expected} bytes at {start}–{stop} of {available}"
                 )
         return entries
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name → dtype, as the file names it, and shape."""
+        return {name: (entry.dtype, entry.shape) for name, entry in self._entries.items()}
 
     def expect(self, name: str, dtype: str, shape: Sequence[int | None]) -> tuple[int, ...]:
         """Check that a tensor is what the manifest says (None: any size); return its shape.
@@ -214,6 +231,13 @@ class TensorFile:
         assert first + len(out) <= entry.shape[0]
         row = math.prod(entry.shape[1:]) * out.dtype.itemsize
         self._fill(self._data + entry.data_offsets[0] + first * row, out.reshape(-1).view(np.uint8).data)
+
+    def read_scalar(self, name: str) -> Array:
+        """A tensor of no dimensions, in a new array."""
+        entry = self._entries[name]
+        out = np.empty((), DTYPES[entry.dtype])
+        self._fill(self._data + entry.data_offsets[0], out.reshape(-1).view(np.uint8).data)
+        return out
 
     def read(self, name: str, first: int = 0, stop: int | None = None) -> Array:
         """Rows [first, stop) of a tensor, in a new array."""
