@@ -36,8 +36,11 @@ class DistributedOptimizer(Generic[Tree]):
     """Trains a pytree on the servers: `step` takes gradients and returns the new parameters.
 
     Construction registers the model; all workers then have the initial values of the lowest rank. It
-    blocks until that one has declared them. A leaf is a tensor of the model, named by its key path with
-    dots: `{"layers": [{"w": …}]}` has `layers.0.w`; a tree that is one array has `params`.
+    blocks until that one has declared them. Made again, under the same name, with the tree that the model has
+    now, it takes the model over with the new settings, and the earlier one refuses use.
+
+    A leaf is a tensor of the model, named by its key path with dots: `{"layers": [{"w": …}]}` has
+    `layers.0.w`; a tree that is one array has `params`.
 
     Every tree that is returned is made of new arrays, on the devices (or with the shardings) that the
     first parameters were committed to: keep them, donate them, as you like.
@@ -61,7 +64,7 @@ class DistributedOptimizer(Generic[Tree]):
     Raises:
         ConfigurationError: an impossible argument.
         RegistrationError: no leaves, one that is no array or of another dtype, two of the same name, or
-            another model of that name.
+            another model of that name, or other values than that model has now.
     """
 
     def __init__(
@@ -87,9 +90,11 @@ class DistributedOptimizer(Generic[Tree]):
         self._on_host = jax.default_backend() == "cpu" and not any(self._places)
         self._worker = worker
         self.result: StepResult | None = None
+        _check_known(worker, name, values)
         self.model: Model = worker.model(
             name, values, rule, groups=groups, clip_norm=clip_norm, nonfinite=nonfinite
         )
+        self.model.adapter = self
         self.params: Tree = self._read()
 
     def step(self, grads: Any) -> Tree:
@@ -107,6 +112,7 @@ class DistributedOptimizer(Generic[Tree]):
             ClosedError: the worker has left.
             StalledError: no answer within the deadline.
         """
+        self._check_owner()
         with jax.transfer_guard("allow"):  # the guard is for transfers nobody asked for
             self.model.push(self._by_name(grads))
         self.result = self._worker.step(read=[self.model])
@@ -122,6 +128,7 @@ class DistributedOptimizer(Generic[Tree]):
             ClosedError: the worker has left.
             StalledError: no answer within the deadline.
         """
+        self._check_owner()
         self.model.pull()
         self.params = self._read()
         return self.params
@@ -134,9 +141,17 @@ class DistributedOptimizer(Generic[Tree]):
         Raises:
             ConfigurationError: the rule has no such setting, or there is no such group.
         """
+        self._check_owner()
         self.model.set(group=group, **{name: _number(value) for name, value in values.items()})
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
+
+    def _check_owner(self) -> None:
+        if self.model.adapter is not self:
+            raise UsageError(
+                f"another DistributedOptimizer was made for model {self.model.name!r} after this one and "
+                f"has taken the model over: use that one"
+            )
 
     def _by_name(self, grads: Any) -> dict[str, Any]:
         """The gradients there are."""
@@ -177,6 +192,28 @@ class DistributedOptimizer(Generic[Tree]):
 def _copy(views: Sequence[Any], dtypes: Sequence[Any]) -> list[jax.Array]:
     """Copy and convert all leaves in one compiled call: a fifth of the time of an eager call a leaf."""
     return [jnp.array(view, dtype, copy=True) for view, dtype in zip(views, dtypes, strict=True)]
+
+
+def _check_known(worker: Worker, name: str, values: dict[str, Any]) -> None:
+    """Refuse to share the model of this name, if the worker has one, unless it has these values now.
+
+    Arrays have no identity that would tell a model's parameters from another model's of equal shapes.
+
+    Raises:
+        RegistrationError: it has other values; says what to do.
+    """
+    model = worker.models.get(name)
+    if model is None:
+        return
+    same = model.parameters.keys() == values.keys() and all(
+        np.array_equal(model.parameters[one].astype(leaf.dtype), np.asarray(leaf), equal_nan=True)
+        for one, leaf in values.items()
+    )
+    if not (same and isinstance(model.adapter, DistributedOptimizer)):
+        raise RegistrationError(
+            f"model {name!r} of this worker has other parameters: pass name=… for another model, or the "
+            f"`params` of its DistributedOptimizer to go on with it"
+        )
 
 
 def _flatten(tree: Any, error: type[UsageError]) -> tuple[list[tuple[Path, Any]], Any]:

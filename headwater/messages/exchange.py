@@ -6,10 +6,10 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from headwater.messages.base import Message, Refused
+from headwater.messages.base import Message, Refused, Scalar
 from headwater.messages.checkpoints import PartRecord
 from headwater.messages.log import LogStateRecord
-from headwater.messages.models import ModelSpec, Rows, Run, TableSpec, WindowSpec
+from headwater.messages.models import ModelSpec, Rows, RuleSpec, Run, TableSpec, WindowSpec
 from headwater.messages.reading import DataProgress, Position
 
 
@@ -69,19 +69,23 @@ class Carried(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensors: bytes
 
 
+SettingValue: TypeAlias = Scalar | RuleSpec
+"""A scalar, or a schedule."""
+
+
 class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """New scalars for the rule of one parameter group of a model (-1: all groups)."""
+    """New settings for the rule of one parameter group of a model (-1: all groups)."""
 
     model: int
     group: int
-    values: dict[str, float]
+    values: dict[str, SettingValue]
 
 
 class TableSetting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """New scalars for the rule of a table."""
+    """New settings for the rule of a table."""
 
     table: int
-    values: dict[str, float]
+    values: dict[str, SettingValue]
 
 
 class Step(Message, frozen=True):

@@ -10,7 +10,7 @@ from headwater.errors import ProtocolError, RegistrationError
 from headwater.shard.outstanding import Members
 from headwater.shard.tables import StagedRows, Tables
 from headwater.shard.vector import Vector
-from headwater.spec.layout import Layout, describe
+from headwater.spec.layout import Layout
 from headwater.spec.rules import from_spec
 
 _KINDS: dict[type, m.Kind] = {
@@ -132,30 +132,3 @@ def _check_spec(spec: m.ModelSpec) -> None:
     for rule in map(from_spec, spec.rules):
         if rule.rows_only:
             raise RegistrationError(f"model {spec.name!r}: {rule.name} is a rule for tables' rows only")
-
-
-def difference(old: m.ModelSpec, new: m.ModelSpec, resumed: bool = False) -> str:
-    """What keeps `new` from being the model `old`; "" when nothing does.
-
-    One that was `resumed` from a checkpoint may be clipped otherwise.
-    """
-    here, there = set(old.tensors), set(new.tensors)
-    if here != there:
-        return (
-            f"model {old.name!r} exists with other tensors ({_only(old, there)}), "
-            f"got ({_only(new, here)}): declare the same ones or use another name"
-        )
-    kinds = [rule.name for rule in old.rules], [rule.name for rule in new.rules]
-    if kinds[0] != kinds[1]:
-        return f"model {old.name!r} exists with rule {kinds[0]}, got {kinds[1]}: use the same or another name"
-    if old.clip_norm != new.clip_norm and not resumed:
-        return (
-            f"model {old.name!r} exists with clip_norm={old.clip_norm}, got clip_norm={new.clip_norm}: "
-            f"pass the same or use another name"
-        )
-    return ""
-
-
-def _only(spec: m.ModelSpec, known: set[m.TensorSpec]) -> str:
-    """What of `spec` is not in `known`."""
-    return describe([tensor for tensor in spec.tensors if tensor not in known]) or "nothing more"

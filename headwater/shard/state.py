@@ -20,7 +20,6 @@ from headwater import messages as m
 from headwater.errors import HeadwaterError, RegistrationError
 from headwater.log.positions import Positions
 from headwater.log.state import LogState
-from headwater.shard.checks import difference
 from headwater.shard.copies import Copies, found
 from headwater.shard.ledger import Ledger
 from headwater.shard.measures import contributors, divisor_of
@@ -29,6 +28,7 @@ from headwater.shard.replica import EntryInputs
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.shard.tables import Tables
 from headwater.shard.vector import Staging, Vector
+from headwater.spec.declaration import model_difference
 from headwater.spec.layout import Layout
 from headwater.spec.sync import Reduce
 
@@ -215,7 +215,7 @@ class State:
         if isinstance(request, m.Register):
             model = self._ids[request.spec.name]
             vector = self.vectors[model]
-            if unlike := difference(vector.spec, request.spec, vector.resumed):
+            if unlike := model_difference(vector.spec, request.spec, vector.resumed):
                 raise RegistrationError(unlike)
             notice = vector.declared(request.spec)
             return self._join(ticket, reader, model) | ({"notice": notice} if notice else {})

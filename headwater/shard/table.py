@@ -23,7 +23,7 @@ from headwater.kernels.arrange import trace, unite
 from headwater.kernels.index import Index
 from headwater.kernels.rows import ages, begin, combine, fill, gather, oldest, row_rule, scatter, stamp
 from headwater.kernels.slabs import Slabs
-from headwater.messages import TableSpec, TableStatistics
+from headwater.messages import SettingValue, TableSpec, TableStatistics
 from headwater.shard.scalars import Scalars
 from headwater.shard.snapshot import TableSnapshot
 from headwater.spec import initializers, rules
@@ -75,8 +75,8 @@ class Table:
         self._swept = self._fresh = 0
         self._updates = self._refused = self._expired = self._pulled = self._hits = 0
 
-    def set(self, values: dict[str, float]) -> None:
-        """Change scalars of the rule, as `Rule.with_settings`."""
+    def set(self, values: dict[str, SettingValue]) -> None:
+        """Change settings of the rule, as `Rule.with_settings`."""
         self.rule = self.rule.with_settings(**values)
         self._scalars = Scalars(self.rule)
 

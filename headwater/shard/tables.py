@@ -17,6 +17,7 @@ from headwater.errors import ProtocolError, RegistrationError
 from headwater.messages import TableSetting, TableSpec
 from headwater.shard.snapshot import TableSnapshot
 from headwater.shard.table import Table
+from headwater.spec.declaration import table_difference
 from headwater.spec.placement import slots_of_server
 
 
@@ -102,19 +103,8 @@ class Tables:
             RegistrationError: the one of this name was declared differently; names both.
         """
         id = self._ids[spec.name]
-        known = self._tables[id].spec
-        for field in ("dim", "initializer", "seed", "admission", "expiry"):
-            old, new = getattr(known, field), getattr(spec, field)
-            if old != new:
-                raise RegistrationError(
-                    f"table {spec.name!r} exists with {field} {_shown(old)}, got {field} {_shown(new)}: "
-                    f"pass the same or use another name"
-                )
-        if known.rule.name != spec.rule.name:
-            raise RegistrationError(
-                f"table {spec.name!r} exists with rule {known.rule.name}, got {spec.rule.name}: "
-                f"use the same or another name"
-            )
+        if unlike := table_difference(self._tables[id].spec, spec):
+            raise RegistrationError(unlike)
         return id
 
     # ── as plain arrays ─────────────────────────────────────────────────────────────────────────
@@ -161,11 +151,3 @@ def _by_table(pushed: Iterable[Sequence[StagedRows]]) -> dict[int, list[StagedRo
         for one in staged:
             by_table[one.table].append(one)
     return by_table
-
-
-def _shown(value: object) -> str:
-    settings = getattr(value, "settings", None)
-    if settings is None:
-        return str(value)
-    inside = ", ".join(f"{name}={setting}" for name, setting in settings.items())
-    return f"{getattr(value, 'name', '')}({inside})"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from headwater.kernels import add_up, copy_out, dense, square_up
 from headwater.log.norms import Node, scale, subtrees
-from headwater.messages import ModelSpec, ModelStatistics
+from headwater.messages import ModelSpec, ModelStatistics, SettingValue
 from headwater.shard.snapshot import ModelSnapshot
 from headwater.spec.layout import LINE, PAGE, Layout
 from headwater.spec.rules import Rule, from_spec
@@ -106,8 +106,8 @@ class Vector:
         self.spec = msgspec.structs.replace(self.spec, clip_norm=spec.clip_norm)
         return f"clip_norm was {before} in the checkpoint and is {spec.clip_norm} from now on"
 
-    def set(self, group: int, values: dict[str, float]) -> None:
-        """Change scalars of the rule of one parameter group (-1: all)."""
+    def set(self, group: int, values: dict[str, SettingValue]) -> None:
+        """Change settings of the rule of one parameter group (-1: all)."""
         for i in range(len(self.rules)) if group < 0 else (group,):
             self.rules[i] = self.rules[i].with_settings(**values)
 

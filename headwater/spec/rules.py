@@ -68,14 +68,15 @@ class Rule(Settings):
         """Whether `scalars` may differ with `updates`; a table keeps them by count where it does not."""
         return True
 
-    def with_settings(self, **values: float) -> Self:
-        """A copy with other scalars (`lr=…`, `beta1=…`); a number replaces a schedule.
+    def with_settings(self, **values: object) -> Self:
+        """A copy with other settings (`lr=…`, `beta1=…`), schedules as such or as specs.
 
         Raises:
             ConfigurationError: an unknown name, an impossible value, or one that would need other
                 states or another function than this rule has.
         """
-        changed = self.from_flat({**self.flat(), **values})
+        revived = {name: _revived(value) for name, value in values.items()}
+        changed = self.from_flat({**self.flat(), **revived})
         if changed.states().keys() != self.states().keys() or changed.function() != self.function():
             raise ConfigurationError(
                 f"{self.name}: {values} would change which states it has: register the model with such a rule"

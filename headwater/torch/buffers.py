@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from headwater.errors import ConfigurationError
+from headwater.errors import ConfigurationError, RegistrationError
 from headwater.spec.rules import SGD, Accumulate
 from headwater.worker import Worker
 from headwater.worker.model import Model
@@ -37,6 +37,7 @@ class SharedBuffers:
 
     def __init__(self, worker: Worker, module: torch.nn.Module, name: str, mode: BufferMode) -> None:
         self._module = module
+        self._mode = mode
         self._names = [] if mode == "local" else _travelling(module)
         self._sends = mode == "mean" or worker.rank == 0
         self._sign = 1.0 if mode == "rank0" else -1.0
@@ -47,6 +48,29 @@ class SharedBuffers:
             rule = Accumulate() if mode == "rank0" else SGD(lr=1.0)
             values = {name: self._buffer(name) for name in self._names}
             self.model = worker.model(name, values, rule, nonfinite="off")
+            self.model.adapter = self
+
+    @staticmethod
+    def check_known(worker: Worker, module: torch.nn.Module, name: str, mode: BufferMode) -> None:
+        """Refuse to share the model of this name, if the worker has one, unless it has the same buffers.
+
+        Raises:
+            RegistrationError: it has another module's buffers, or travels in another way.
+        """
+        model = worker.models.get(name)
+        if model is None or mode == "local":
+            return
+        known = model.adapter
+        if not isinstance(known, SharedBuffers) or known._module is not module:
+            raise RegistrationError(
+                f"model {name!r} of this worker has the buffers of another module: pass name=… to the "
+                f"DistributedOptimizer of each module"
+            )
+        if known._mode != mode:
+            raise RegistrationError(
+                f"the buffers of {name!r} travel with buffers={known._mode!r}, got buffers={mode!r}: "
+                f"pass the same"
+            )
 
     def carry(self) -> None:
         """Have the next step, which carries a gradient, carry what changed here too.

@@ -9,18 +9,16 @@ Invariants:
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd.graph import increment_version
-from torch.utils.hooks import RemovableHandle
 
 from headwater.errors import ConfigurationError, UsageError
 from headwater.messages import StepResult
 from headwater.spec.rules import Rule
+from headwater.torch.binding import Binding
 from headwater.torch.buffers import BufferMode, SharedBuffers, check_mode
 from headwater.torch.groups import make_groups, settings
 from headwater.torch.parameters import BoundParameter, find_parameters, wait_for_copies
@@ -35,8 +33,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
     """Trains `module` on the servers: `step` pushes gradients and pulls parameters.
 
     Construction registers the model; all workers then have the initial values of the lowest rank. It
-    blocks until that one has declared them. Parameters that need no gradient then are no part of it and
-    must be equal on all workers by the user's doing. Afterwards:
+    blocks until that one has declared them. Made again for the same parameters, under the same name, it
+    takes the model over with the new settings, and the earlier one refuses use. Parameters that need no
+    gradient then are no part of it and must be equal on all workers by the user's doing. Afterwards:
 
     - float32 parameters on the CPU lie in memory shared with the servers, and so do their gradients: keep
       a gradient beyond the next backward with `clone()` where you took a view of it. Parameters of a GPU,
@@ -69,7 +68,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     Raises:
         ConfigurationError: an impossible argument.
-        RegistrationError: nothing to train, a float64 parameter, or another model of that name.
+        RegistrationError: nothing to train, a float64 parameter, another model of that name, or one that has
+            other parameters of this worker.
     """
 
     _step_supports_amp_scaling = True
@@ -102,6 +102,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 f"them in the training loop, by nn.utils.clip_grad_norm_ over the optimizer's groups"
             )
         self._groups = [] if tables_only else make_groups(module, trained, rule, groups or ())
+        known = None if tables_only else Binding.known(worker, name, trained)
+        if known is not None and isinstance(known.owner, DistributedOptimizer):
+            known.owner._check_nothing_is_held_back()
+        SharedBuffers.check_known(worker, module, f"{name}.buffers", buffers)
         self._worker = worker
         self._push_every, self._pull_every = push_every, pull_every
         self._nonfinite = nonfinite
@@ -111,11 +115,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._model = None if tables_only else self._register(name, trained, rule, clip_norm)
         self._buffers = SharedBuffers(worker, module, f"{name}.buffers", buffers)
         self._models = [model for model in (self._model, self._buffers.model) if model is not None]
-        self._bounds = self._bind(module, trained)
-        self._values_arrived()
-        if not self._accumulates:
-            handles = [bound.watch() for bound in self._bounds.values() if bound.mapped]
-            weakref.finalize(self, _remove, handles)
+        self._binding = known or (Binding(self._model, module, trained) if self._model else None)
+        self._bounds: Mapping[str, BoundParameter] = {} if self._binding is None else self._binding.bounds
+        if self._binding is not None:
+            self._binding.belong_to(self, watched=not self._accumulates)
+        self._buffers.load()
         self._fixed = False
         defaults = {} if rule is None else settings(rule)
         own = [
@@ -138,17 +142,6 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return self._worker.model(
             name, values, rule, groups=own, clip_norm=clip_norm, nonfinite=self._nonfinite
         )
-
-    def _bind(
-        self, module: torch.nn.Module, trained: Mapping[str, torch.nn.Parameter]
-    ) -> dict[str, BoundParameter]:
-        model = self._model
-        if model is None:
-            return {}
-        return {
-            one: BoundParameter(module, one, p, model.gradients[one], model.parameters[one])
-            for one, p in trained.items()
-        }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not possible: a model's tensors are fixed when it is registered.
@@ -334,6 +327,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._check()
             self._push_accrued(read=True)
 
+    def _check_nothing_is_held_back(self) -> None:
+        if self._accrued or self._tables.accrued:
+            raise UsageError(
+                "this DistributedOptimizer holds gradients back for its next push, which another one for the "
+                "same parameters would lose: call its flush() first"
+            )
+
     # ── values ──────────────────────────────────────────────────────────────────────────────────
 
     @torch.no_grad()
@@ -356,25 +356,19 @@ class DistributedOptimizer(torch.optim.Optimizer):
         next step. The rule's state stays.
         """
         self._check()
-        for bound in self._bounds.values():
-            bound.store()
-        if self._model is not None:
-            self._model.assign_local(self._bounds)
+        if self._binding is not None:
+            self._binding.assign(list(self._bounds))
         self._buffers.push()
 
     def _values_arrived(self) -> None:
-        """Complete what the servers wrote into the window: copies, and word to autograd."""
-        bounds = list(self._bounds.values())
-        wait_for_copies(bounds)
-        for bound in bounds:
-            bound.load()
-        increment_version([bound.parameter for bound in bounds])
+        if self._binding is not None:
+            self._binding.values_arrived()
         self._buffers.load()
 
     def _check(self) -> None:
         self._tables.check()
-        for bound in self._bounds.values():
-            bound.check()
+        if self._binding is not None:
+            self._binding.check(self)
 
 
 def _check_periods(worker: Worker, rule: Rule | None, push_every: int, pull_every: int) -> bool:
@@ -396,8 +390,3 @@ def _check_periods(worker: Worker, rule: Rule | None, push_every: int, pull_ever
     if not hasattr(rule, "lr"):
         raise ConfigurationError(f"push_every and pull_every need a rule with lr, got {rule!r}")
     return True
-
-
-def _remove(handles: Sequence[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()

@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.errors import ConfigurationError, GradientError, NonFiniteError
+from headwater.errors import GradientError, NonFiniteError, RegistrationError
 from headwater.kernels import finite, stage
 from headwater.runtime.session import Session
+from headwater.spec.declaration import model_difference
 from headwater.spec.layout import Layout
-from headwater.spec.rules import Rule, from_spec
+from headwater.spec.rules import Rule
+from headwater.spec.schedules import Schedule
 from headwater.wire.channel import Outgoing
 from headwater.wire.window import Window
 from headwater.worker.model_spec import NonFinite, as_array, check_nonfinite, named
+from headwater.worker.rule_settings import RuleSettings
 
 _log = logging.getLogger("headwater.worker")
 
@@ -33,6 +36,10 @@ class _Memory:
     parameters: Array
 
 
+class Adapter(Protocol):
+    """Whoever has a model's values elsewhere too: in a framework's parameters."""
+
+
 class Model:
     """A model on the servers, as one worker sees it. Not thread-safe, like its worker.
 
@@ -42,6 +49,7 @@ class Model:
             between `step` and its return they belong to the servers.
         parameters: by name, writable float32 views of the window that answers overwrite.
         read_version: that of the values in `parameters`; -1 when they are none.
+        adapter: what uses the model's memory for a framework's parameters; None for a plain model.
     """
 
     def __init__(
@@ -62,8 +70,9 @@ class Model:
         self.gradients = {name: gradients[name] for name in order}
         self.parameters = {name: parameters[name] for name in order}
         self._read_only = {name: _read_only(view) for name, view in self.parameters.items()}
+        self.adapter: Adapter | None = None
         self._staged: set[str] = set()
-        self._settings: dict[int, dict[str, float]] = {}
+        self._settings = RuleSettings(f"model {spec.name!r}", spec.rules)
         self._skip = False
         self._fresh = False
         self.read_version = -1
@@ -131,20 +140,16 @@ class Model:
         self.outdated()
         self.assign_local(values.keys())
 
-    def set(self, *, group: int | None = None, **values: float) -> None:
-        """Change scalars of the rule, such as `lr`, with the next `step` that this worker makes.
+    def set(self, *, group: int | None = None, **values: float | Schedule) -> None:
+        """Change settings of the rule, such as `lr`, with the next `step` that this worker makes.
 
-        `group`: the parameter group, all by default. Of several workers in one round the lowest rank wins.
+        `group`: the parameter group, all by default. Numbers of any kind, NumPy's too; a schedule for `lr`.
+        Of several workers in one round the lowest rank wins.
 
         Raises:
-            ConfigurationError: the rule has no such setting, or there is no such group.
+            ConfigurationError: the rule has no such setting, an impossible value, or there is no such group.
         """
-        rules = self.rules
-        if group is not None and not 0 <= group < len(rules):
-            raise ConfigurationError(f"model {self.name!r} has groups 0 to {len(rules) - 1}, got {group}")
-        for rule in rules if group is None else [rules[group]]:
-            rule.with_settings(**values)
-        self._settings.setdefault(-1 if group is None else group, {}).update(values)
+        self._settings.set(group, values)
 
     def state(self) -> dict[str, dict[str, Any]]:
         """The rule's state on the servers by tensor name, at one version; blocks for an exchange.
@@ -171,12 +176,12 @@ class Model:
             state[tensor.name] = {"step": count, **{name: views[name][tensor.name] for name in own}}
         return {name: state[name] for name in self.gradients}
 
-    # ── for adapters ────────────────────────────────────────────────────────────────────────────
-
     @property
     def rules(self) -> list[Rule]:
-        """The rule of each parameter group, as registered."""
-        return [from_spec(rule) for rule in self.spec.rules]
+        """The rule of each parameter group, with the settings that this worker knows to be in force."""
+        return self._settings.rules
+
+    # ── for adapters ────────────────────────────────────────────────────────────────────────────
 
     def carry(self, name: str) -> None:
         """The next step carries this tensor: its gradient is in `gradients` and was tested."""
@@ -233,6 +238,28 @@ class Model:
 
         self._join(outgoing, "register")
 
+    def redeclare(self, spec: m.ModelSpec, nonfinite: NonFinite) -> None:
+        """The program declares the model again: it goes on in the same memory, with the new settings.
+
+        Raises:
+            RegistrationError: it is another model; names both. Nothing changed.
+        """
+        check_nonfinite(nonfinite)
+        if unlike := model_difference(self.spec, spec):
+            raise RegistrationError(unlike)
+        self._settings.redeclare(spec.rules)
+        self._nonfinite = nonfinite
+
+    def warn_of_unused(self, initial: Mapping[str, NDArray[Any]]) -> None:
+        """Say so where a plain model is declared again with values that it does not have."""
+        same = (np.array_equal(self.parameters[name], value) for name, value in initial.items())
+        if self.adapter is None and not all(same):
+            _log.warning(
+                "model %r is declared again and goes on with the values that it has, the values passed now "
+                "are not used: assign(…) sets values, another name makes another model",
+                self.name,
+            )
+
     def attach(self, model: int) -> None:
         """Read a model that exists; blocks for an exchange."""
 
@@ -245,9 +272,9 @@ class Model:
     def take_staged(self) -> tuple[m.Carried | None, tuple[m.Setting, ...], bool]:
         """What the next step carries, its settings, and whether it must be an empty turn; clears all."""
         carried = m.Carried(self.id, self.layout.mask(self._staged)) if self._staged else None
-        settings = tuple(m.Setting(self.id, group, values) for group, values in self._settings.items())
+        settings = tuple(m.Setting(self.id, group, values) for group, values in self._settings.take())
         skip = self._skip
-        self._staged, self._settings, self._skip = set(), {}, False
+        self._staged, self._skip = set(), False
         return carried, settings, skip
 
     def gradient_payload(self, server: int, mask: bytes) -> tuple[tuple[m.Run, ...], list[Array]]:

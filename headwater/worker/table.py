@@ -16,12 +16,15 @@ from headwater.kernels import finite, stage
 from headwater.kernels.arrange import Ids, Plan, arrange, as_ids
 from headwater.runtime.session import Session
 from headwater.shard.table import MOST_COLUMNS
+from headwater.spec.declaration import table_difference
 from headwater.spec.initializers import Initializer
 from headwater.spec.lifetime import AfterCount, Expiry
-from headwater.spec.rules import Rule, from_spec
+from headwater.spec.rules import Rule
+from headwater.spec.schedules import Schedule
 from headwater.wire.channel import Outgoing
 from headwater.worker.model_spec import NonFinite, as_array, check_nonfinite
 from headwater.worker.row_buffer import RowBuffer, RowSlice
+from headwater.worker.rule_settings import RuleSettings
 
 Array = NDArray[np.float32]
 Used = TypeVar("Used")
@@ -93,7 +96,7 @@ class Table:
         self._nonfinite = nonfinite
         self._planned: deque[tuple[Ids, Plan]] = deque(maxlen=2)
         self._pushed: RowSlice | None = None
-        self._settings: dict[str, float] = {}
+        self._settings = RuleSettings(f"table {spec.name!r}", [spec.rule])
         self._skip = False
         self._wanted: tuple[Ids, Plan] | None = None
         self._ahead: _Ahead | None = None
@@ -197,14 +200,15 @@ class Table:
         finally:
             self._memory.reset(used)
 
-    def set(self, **values: float) -> None:
-        """Change scalars of the rule, such as `lr`, with the next `step` that this worker makes.
+    def set(self, **values: float | Schedule) -> None:
+        """Change settings of the rule, such as `lr`, with the next `step` that this worker makes.
+
+        Numbers of any kind, NumPy's too; a schedule for `lr`.
 
         Raises:
             ConfigurationError: the rule has no such setting, or an impossible value.
         """
-        from_spec(self.spec.rule).with_settings(**values)
-        self._settings.update(values)
+        self._settings.set(None, values)
 
     def __len__(self) -> int:
         """Rows that exist, on all servers together; blocks for an exchange."""
@@ -214,6 +218,11 @@ class Table:
     def __bool__(self) -> bool:
         """True: a table without rows is a table."""
         return True
+
+    @property
+    def rule(self) -> Rule:
+        """The rule, with the settings that this worker knows to be in force."""
+        return self._settings.rules[0]
 
     # ── for adapters ────────────────────────────────────────────────────────────────────────────
 
@@ -293,13 +302,25 @@ class Table:
         assert answer.table is not None
         self.id = answer.table
 
+    def redeclare(self, spec: m.TableSpec, nonfinite: NonFinite) -> None:
+        """The program declares the table again: it goes on, with the new settings.
+
+        Raises:
+            RegistrationError: it is another table; names both. Nothing changed.
+        """
+        check_nonfinite(nonfinite)
+        if unlike := table_difference(self.spec, spec):
+            raise RegistrationError(unlike)
+        self._settings.redeclare([spec.rule])
+        self._nonfinite = nonfinite
+
     def take_staged(self) -> tuple[RowSlice | None, RowSlice | None, m.TableSetting | None, bool]:
         """What the next step pushes and brings, its settings, and whether it must be an empty turn."""
         pushed, skip = self._pushed, self._skip
         wanted = None if self._wanted is None else self._memory.take(self._wanted[1], self.dim)
-        settings = m.TableSetting(self.id, self._settings) if self._settings else None
-        self._pushed, self._settings, self._skip = None, {}, False
-        return pushed, wanted, settings, skip
+        settings = [m.TableSetting(self.id, values) for _, values in self._settings.take()]
+        self._pushed, self._skip = None, False
+        return pushed, wanted, settings[0] if settings else None, skip
 
     def brought(self, place: RowSlice) -> None:
         """Note that a step brought the rows that `prefetch` wanted."""

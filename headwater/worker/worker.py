@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from headwater import messages as m
@@ -106,8 +106,9 @@ class Worker:
         """Register a model, or join the one that has this name; blocks until the lowest rank declared it.
 
         The lowest active rank's `params` (name → array of float32, float16 or bfloat16) are the initial
-        values. `groups` give tensors a rule of their own with other settings. Later calls with the
-        same name return the same object.
+        values. `groups` give tensors a rule of their own with other settings. A later call with the same
+        name and tensors returns the same object: the model goes on with the values that it has, and the new
+        call's settings are in force from the next step on, as with `Model.set`.
 
         With `clip_norm` the gradient of each commit, of all tensors together and as the rule would get it,
         is scaled down on the servers where its 2-norm is larger: g ← g · min(1, clip_norm / (norm + 1e-6)),
@@ -116,17 +117,18 @@ class Worker:
 
         Raises:
             ConfigurationError: an impossible `clip_norm`.
-            RegistrationError: not a model, or another one than already registered; names both.
+            RegistrationError: not a model, or another one than already registered; names both. A model
+                registered before stays as it was.
         """
         self._session.check_open("model")
         spec, initial = specify(name, params, rule, groups, clip_norm)
-        model = Model(self._session, spec, params, nonfinite)
         known = self._models.get(name)
-        if known is None or known.spec != spec:
-            model.register(initial)
         if known is not None:
-            model.release()
+            known.redeclare(spec, nonfinite)
+            known.warn_of_unused(initial)
             return known
+        model = Model(self._session, spec, params, nonfinite)
+        model.register(initial)
         self._models[name] = model
         return model
 
@@ -146,18 +148,27 @@ class Worker:
 
         A table maps any int64 to a row of float32[dim]. A row comes into being with the first gradient for
         its id that `admission` lets in, from the value that `initializer` gives for (seed, id, column), and
-        ends as `expiry` says. Later calls with the same name return the same object.
+        ends as `expiry` says. A later call with the same name and the same table returns the same object, and
+        its rule's settings are in force from the next step on, as with `Table.set`.
 
         Raises:
             RegistrationError: not a table, or another one than already registered; names both.
         """
         self._session.check_open("table")
         spec = specify_table(name, dim, rule, initializer, seed, admission, expiry)
-        table = Table(self._session, self._rows, spec, nonfinite)
         known = self._tables.get(name)
-        if known is None or known.spec != spec:
-            table.register()
-        return self._tables.setdefault(name, table)
+        if known is not None:
+            known.redeclare(spec, nonfinite)
+            return known
+        table = Table(self._session, self._rows, spec, nonfinite)
+        table.register()
+        self._tables[name] = table
+        return table
+
+    @property
+    def models(self) -> Mapping[str, Model]:
+        """The models that this worker has registered, by name."""
+        return MappingProxyType(self._models)
 
     # ── the turn ────────────────────────────────────────────────────────────────────────────────
 
