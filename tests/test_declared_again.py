@@ -143,7 +143,7 @@ def test_a_table_declared_again_has_the_new_settings_and_another_one_is_refused(
         other = worker.table("other", 2, hw.SGD(lr=8.0))
         table = worker.table("t", 2, hw.SGD(lr=1.0))
         assert worker.table("t", 2, hw.SGD(lr=0.5)) is table
-        with pytest.raises(RegistrationError, match="exists with dim 2, got dim 3.*another name"):
+        with pytest.raises(RegistrationError, match=r"exists with dim 2, got dim 3.*another name"):
             worker.table("t", 3, hw.SGD(lr=1.0))
         with pytest.raises(RegistrationError, match="exists with seed 0, got seed 1"):
             worker.table("t", 2, hw.SGD(lr=1.0), seed=1)
@@ -184,7 +184,7 @@ def test_an_optimizer_made_again_for_its_module_takes_the_model_over_and_the_ear
         turn(second, net)
         assert net.weight.tolist() == [[1.75, 1.75]]
         for call in (first.step, first.pull_parameters, first.push_parameters):
-            with pytest.raises(UsageError, match="after this one and has taken the model over: use that one"):
+            with pytest.raises(UsageError, match="after this one and has taken the model over"):
                 call()
         turn(second, net)
         assert net.weight.tolist() == [[1.5, 1.5]]
@@ -220,7 +220,7 @@ def test_two_modules_with_the_default_name_never_share_memory(same_start):
             second.load_state_dict(first.state_dict())
         start = second.weight.detach().clone()
         opt = optimizer(worker, first)
-        with pytest.raises(RegistrationError, match="'model' of this worker has other parameters.*name=…"):
+        with pytest.raises(RegistrationError, match=r"'model' of this worker has other parameters.*name=…"):
             optimizer(worker, second)
         turn(opt, first)
         assert second.weight.equal(start)
@@ -265,7 +265,7 @@ def test_buffers_of_two_modules_that_have_tables_alone_are_not_one_memory():
         first, second = Rows(worker), Rows(worker)
         second.seen.fill_(5.0)
         hw.torch.DistributedOptimizer(worker, first)
-        with pytest.raises(RegistrationError, match="'model.buffers'.*the buffers of another module.*name=…"):
+        with pytest.raises(RegistrationError, match=r"'model.buffers'.*of another module.*name=…"):
             hw.torch.DistributedOptimizer(worker, second)
         assert second.seen.item() == 5.0
         with pytest.raises(RegistrationError, match="buffers='rank0', got buffers='mean'"):
