@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forking
 import numpy as np
 import pytest
 
@@ -142,7 +143,7 @@ def python(code, *arguments, **options):
     paths = os.pathsep.join([str(LOCAL.parent), str(LOCAL)])
     command = [sys.executable, "-c", code, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, **pipes, **options)
+    return forking.spawn(command, env={**os.environ, "PYTHONPATH": paths}, **pipes, **options)
 
 
 @pytest.fixture

@@ -98,6 +98,7 @@ def nodes_are_forked(request, monkeypatch):
     """Processes of nodes are forked from a warm interpreter; with `--long` they are fresh, as for a user."""
     if not request.config.getoption("--long") and request.node.get_closest_marker("fresh") is None:
         monkeypatch.setattr(local, "subprocess", forking.Subprocess())
+        monkeypatch.setattr(forking, "spawn", forking.Popen)
 
 
 # ── nothing is left ─────────────────────────────────────────────────────────────────────────────

@@ -126,6 +126,10 @@ class Popen:
         return tuple(told)
 
 
+spawn = subprocess.Popen
+"""Starts Python processes of tests: `Popen` of this module unless a test wants fresh ones (conftest.py)."""
+
+
 class Subprocess:
     """The module `subprocess`, whose `Popen` forks."""
 

@@ -9,11 +9,13 @@ import sys
 import threading
 from pathlib import Path
 
+import forking
 import numpy as np
 from coordinators import asked
 from waiting import wait_until
 
 import headwater as hw
+from headwater.checkpoint import list_checkpoints
 from headwater.errors import HeadwaterError
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +49,8 @@ class Node:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
         self.what = " ".join(map(str, arguments[:3]))
         self.lines = []
-        self.process = subprocess.Popen(
+        start = subprocess.Popen if inside else forking.spawn
+        self.process = start(
             command,
             cwd=folder,
             env=environment,
@@ -146,8 +149,9 @@ class Site:
         wait_until(lambda: self.version() >= before + more)
 
     def checkpoints(self):
-        """Names of the complete ones."""
-        return sorted(path.parent.name for path in self.folder.glob("runs/g*/manifest.json"))
+        """Names of the complete ones: a draft has a manifest too, until it gets its name."""
+        runs = self.folder / "runs"
+        return sorted(Path(found.path).name for found in list_checkpoints(runs)) if runs.exists() else []
 
     def stop(self):
         """Have the scripts end."""

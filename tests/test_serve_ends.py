@@ -19,6 +19,7 @@ def test_ctrl_c_ends_the_cluster_with_a_last_checkpoint_and_its_nodes_may_be_sta
         coordinator = cluster.coordinator("--workers", 1, "--checkpoint", "runs", "--every", "1000s")
         server, spare, worker = cluster.server(), cluster.server(), cluster.worker()
         begun(cluster)
+        wait_until(lambda: cluster.statistics().spares == 1)
         coordinator.signal(signal.SIGINT)
         assert codes(coordinator, server, spare, worker) == [130, 75, 75, 75]
         assert "the cluster is closed" in worker.text

@@ -64,6 +64,9 @@ class StandaloneWorker:
             except ClosedError as error:
                 _log.warning("nothing is left to do: %s", error)
                 return
+            except RewoundError as error:
+                _log.warning("this worker joins again: %s", error)
+                continue
             try:
                 with worker:
                     self._rank = worker.rank
