@@ -2,6 +2,7 @@
 
 import signal
 
+from checkpoints import python
 from serving import codes, site
 from waiting import wait_until
 
@@ -205,3 +206,54 @@ def test_one_that_is_told_to_end_while_it_waits_does(tmp_path):
         wait_until(lambda: coordinator.lines)
         coordinator.signal(signal.SIGTERM)
         assert coordinator.code() == 143
+
+
+IN_THE_MIDDLE = """
+import io, logging, os, signal, sys
+from headwater.cli.serving import _end
+from headwater.cli.signals import signals_to
+
+class Raw(io.FileIO):
+    def write(self, data):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().write(data)
+
+sys.stderr = io.TextIOWrapper(io.BufferedWriter(Raw(2, "wb")), write_through=True)
+with signals_to(_end):
+    logging.warning("a line")
+"""
+
+
+def test_a_server_ends_though_the_signal_comes_while_it_writes_a_log_line():
+    process = python(IN_THE_MIDDLE)
+    _, complaint = process.communicate(timeout=60)
+    assert (process.returncode, complaint) == (143, "headwater: ended by signal 15\n")
+
+
+REWOUND_ONCE = """
+from headwater.errors import ConnectionLostError, RewoundError
+from headwater.standalone import worker
+
+answers = [RewoundError("everything begins anew"), ConnectionLostError("not there yet"), None]
+
+class Joined:
+    rank = 0
+    def __init__(self, *arguments, **options):
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        pass
+    def finish(self):
+        print("finished")
+
+worker.Worker = Joined
+worker.StandaloneWorker(lambda worker: print("trains"), "unix:@nobody").run()
+"""
+
+
+def test_a_worker_whose_join_meets_a_rewind_joins_again():
+    process = python(REWOUND_ONCE)
+    assert process.communicate(timeout=60)[0] == "trains\nfinished\n"

@@ -111,8 +111,11 @@ def node_reported() -> Iterator[None]:
 
 
 def _end(number: int) -> None:
-    """A server ends at once: it owes nobody anything that its standby, or a checkpoint, has not."""
-    complain(f"ended by signal {number}")
+    """A server ends at once: it owes nobody anything that its standby, or a checkpoint, has not.
+
+    The signal may come while a log line is being written, and no stream can be written to meanwhile.
+    """
+    os.write(sys.stderr.fileno(), f"headwater: ended by signal {number}\n".encode())
     os._exit(128 + number)
 
 

@@ -46,8 +46,8 @@ class StandaloneWorker:
         code = 128 + number
         if self._worker is None:
             raise SystemExit(code)
-        _log.warning("worker %d leaves after its next call", self._worker.rank)
         self._worker.dismiss(code)
+        _log.warning("worker %d leaves after its next call", self._worker.rank)
 
     def run(self) -> None:
         """Train, and wait until every declared worker has; blocks. Trains again when training begins anew.
