@@ -15,6 +15,7 @@ from headwater.run import RunResult, run
 from headwater.spec import initializers
 from headwater.spec.initializers import Normal, TruncatedNormal, Uniform, Zeros
 from headwater.spec.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
+from headwater.spec.registry import register
 from headwater.spec.rules import (
     SGD,
     Accumulate,
@@ -26,10 +27,9 @@ from headwater.spec.rules import (
     RMSprop,
     RowwiseAdagrad,
     Rule,
-    register,
 )
 from headwater.spec.schedules import Constant, Cosine, Linear, Schedule, StepDecay
-from headwater.spec.sync import Asynchronous, StaleSynchronous, Synchronous
+from headwater.spec.sync import Asynchronous, Mode, StaleSynchronous, Synchronous
 from headwater.weights import load_weights
 from headwater.wire.security import TLS
 from headwater.worker import Worker, WorkerStatistics
@@ -60,6 +60,7 @@ __all__ = [
     "Group",
     "LeastRecentlyUsed",
     "Linear",
+    "Mode",
     "Model",
     "Normal",
     "Parquet",

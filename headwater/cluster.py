@@ -19,8 +19,8 @@ from headwater.runtime.coordinator import CoordinatorNode
 from headwater.runtime.coordinator.settings import ClusterSettings
 from headwater.runtime.server import ServerSettings
 from headwater.runtime.verifier import Verification, verify
-from headwater.spec.rules import load_rules
-from headwater.spec.sync import Sync, parse_sync
+from headwater.spec.registry import load_rules
+from headwater.spec.sync import Mode, parse_sync
 from headwater.storage import OnServerLoss, Storage, checkpoints_of
 from headwater.supervisor import Supervisor
 from headwater.wire.endpoint import Endpoint
@@ -55,7 +55,7 @@ class Cluster:
     Args:
         workers: how many workers must have joined before anything is committed.
         servers: into how many ranges every model is cut; one process (or thread) each.
-        sync: "sync", "async", "ssp:N" or an object of `headwater.spec.sync`.
+        sync: "sync", "async", "ssp:N", or a `Mode`, also one of your own (docs/testing.md).
         engine: "inline" (threads of this process), "local" (processes), "ray" (actors) or a `RayEngine`.
         replicas: 0, or 1 for a standby of every server, which takes over when it is lost.
         checkpoint: directory or fsspec URL for checkpoints; of one cluster at a time.
@@ -67,7 +67,7 @@ class Cluster:
         patience: seconds after which a wait is reported; deadline: seconds after which it fails.
         min_workers: with fewer workers than that nothing is committed.
         lease: seconds after which a node that is not heard of is declared dead.
-        rules: names of modules with the user's own rules, loaded by every node at its start.
+        rules: names of modules with the user's own rules and modes, loaded by every node at its start.
         transport: "unix" (shared memory) or "tcp" (loopback, as between machines).
         bind: "host[:port]" to listen on for nodes of other machines, "0.0.0.0" or "::" for every address;
             the port is the coordinator's. None: this machine alone.
@@ -86,7 +86,7 @@ class Cluster:
         *,
         workers: int,
         servers: int = 1,
-        sync: str | Sync = "sync",
+        sync: str | Mode = "sync",
         engine: str | RayEngine = "inline",
         replicas: int = 0,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -110,6 +110,8 @@ class Cluster:
     ) -> None:
         if transport not in TRANSPORTS:
             raise ConfigurationError(f"transport: got {transport!r}, expected one of {TRANSPORTS}")
+        for module in rules:
+            load_rules(module)
         mode = str(parse_sync(sync))
         security = Security(token, tls, insecure)
         reach = Endpoint(bind, advertise, security)
@@ -126,8 +128,6 @@ class Cluster:
             rewinds=checkpoints.rewinds,
             min_workers=min_workers,
         )
-        for module in rules:
-            load_rules(module)
         launch = Launch(workers, tuple(rules), output, servers, replicas, security)
         self._engine: Engine = make_engine(engine, launch)
         self._storage = Storage(checkpoints)

@@ -16,7 +16,7 @@ from headwater.cluster import Cluster, ClusterOptions
 from headwater.engines import Outcome, RayEngine
 from headwater.errors import ConfigurationError
 from headwater.messages import ClusterStatistics, Scalar
-from headwater.spec.sync import Sync
+from headwater.spec.sync import Mode
 from headwater.worker import Worker
 
 _log = logging.getLogger("headwater")
@@ -50,7 +50,7 @@ def run(
     *,
     workers: int = 2,
     servers: int = 1,
-    sync: str | Sync = "sync",
+    sync: str | Mode = "sync",
     engine: str | RayEngine = "local",
     replicas: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,

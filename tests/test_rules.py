@@ -17,6 +17,7 @@ from headwater.errors import ConfigurationError
 from headwater.kernels import dense
 from headwater.messages import RuleSpec
 from headwater.spec import rules
+from headwater.spec.registry import load_rules, register
 from headwater.spec.rules import (
     SGD,
     Accumulate,
@@ -28,8 +29,6 @@ from headwater.spec.rules import (
     RMSprop,
     Rule,
     from_spec,
-    load_rules,
-    register,
 )
 from headwater.spec.schedules import Constant, Cosine, Linear, StepDecay
 
@@ -278,9 +277,14 @@ def test_a_rate_never_leaves_its_bounds(schedule, updates):
 # ── the user's rules ────────────────────────────────────────────────────────────────────────────
 
 
+def forget_afterwards(monkeypatch):
+    """What a test registers is unknown again after it."""
+    monkeypatch.setattr(Rule.registry, "_classes", dict(Rule.registry._classes))
+
+
 def test_a_module_of_rules_is_loaded_by_name_and_its_rules_by_message(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(rules, "_registered", dict(rules._registered))
+    forget_afterwards(monkeypatch)
     (tmp_path / "my_signs.py").write_text(
         "from dataclasses import dataclass\n"
         "from headwater.spec.rules import Rule, register\n"
@@ -305,7 +309,7 @@ def test_a_module_of_rules_that_cannot_be_imported_is_an_error_of_configuration(
 
 
 def test_what_is_no_rule_is_not_registered(monkeypatch):
-    monkeypatch.setattr(rules, "_registered", dict(rules._registered))
+    forget_afterwards(monkeypatch)
 
     class Loose(Rule):
         pass
@@ -324,12 +328,12 @@ def test_what_is_no_rule_is_not_registered(monkeypatch):
         register(Adam)
     with pytest.raises(ConfigurationError, match="a class derived from Rule"):
         register(Plain)
-    assert rules._registered["Adam"] is rules.Adam
+    assert Rule.registry.find("Adam") is rules.Adam
 
 
 def test_the_rule_of_the_documentation_works(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(rules, "_registered", dict(rules._registered))
+    forget_afterwards(monkeypatch)
     page = (Path(__file__).parent.parent / "docs" / "rules.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "my_rules.py").write_text(example)

@@ -1,15 +1,18 @@
 """The sequencer alone: what each report leads to, and what it says of those who wait."""
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 import pytest
+from modes import Pairs
 
 from headwater import messages as m
-from headwater.errors import ProtocolError, RefusedError
+from headwater.errors import ConfigurationError, ProtocolError, RefusedError
+from headwater.log.pending import MOVES, PendingExchanges, Stage
 from headwater.log.sequencer import Sequencer
-from headwater.log.state import LogState
+from headwater.log.state import LogState, MemberState
 from headwater.machines.roster import RosterBook
-from headwater.spec.sync import parse_sync
+from headwater.spec.sync import Commits, Decision, Mode, parse_sync
 
 MODES = ["sync", "async", "ssp:1"]
 
@@ -20,7 +23,8 @@ class Desk:
     def __init__(
         self, mode: str, *, workers: int, servers: int = 1, joined: int | None = None, **options
     ) -> None:
-        self.sequencer = Sequencer(servers, parse_sync(mode), **options)
+        self.mode = parse_sync(mode)
+        self.sequencer = Sequencer(servers, self.mode, **options)
         self.now = 0.0
         self.connection_epochs: dict[int, int] = defaultdict(int)
         self.servers = range(servers)
@@ -277,7 +281,7 @@ def test_a_meeting_ends_when_every_worker_is_there_and_makes_all_active(mode, ki
     assert desk.hold(1, kind)[1:] == [m.Met(7, tuple(desk.ticket(rank) for rank in range(3)))]
     if mode == "sync":
         assert desk.hold(0, "step", "1") == []
-        assert desk.waits(0) == "step 1 waits for workers 1, 2"
+        assert desk.waits(0).startswith("step 1 waits for workers 1, 2: 1 of 3 updates")
 
 
 def test_a_meeting_ends_when_the_last_one_missing_leaves_or_dies():
@@ -382,7 +386,7 @@ def test_a_round_names_the_active_workers_whose_update_is_missing():
     desk.hold(2, "step", "1")
     desk.hold(3, "step", "1", servers=[0])
     desk.hold(4, "register", "m")
-    assert desk.waits(2) == "step 1 waits for workers 0, 3, 4"
+    assert desk.waits(2).startswith("step 1 waits for workers 0, 3, 4: 1 of 4 updates of this round")
     assert desk.waits(3) == "step 1 waits for server 1"
     assert desk.waits(4) == "register m waits for worker 0 to declare the model"
 
@@ -456,7 +460,8 @@ def test_a_round_is_closed_with_the_quorum_and_who_comes_later_is_late():
     assert desk.hold(2, "step", "1") == []
     assert desk.waits(2) == "step 1 waits for workers 0, 1: 1 of 2 updates of this round have arrived"
     assert committed(desk.hold(0, "step", "1")).updates == (desk.ticket(0), desk.ticket(2))
-    assert desk.hold(1, "step", "1") == [m.Late(4, desk.ticket(1))]
+    (late,) = desk.hold(1, "step", "1")
+    assert late == m.Late(4, desk.ticket(1), "its round was closed without it, 1 commit ago")
     desk.hold(1, "step", "2")  # meant for the round that is open now
     assert committed(desk.hold(0, "step", "2")).updates == (desk.ticket(0), desk.ticket(1))
     assert desk.sequencer.standings.late == 1
@@ -516,6 +521,88 @@ def test_an_open_round_is_not_taken_for_a_stall():
     assert kinds(desk.sequencer.tick(1.0)) == ["Committed"]
 
 
+# ── modes of a user's own ───────────────────────────────────────────────────────────────────────
+
+
+def own(mode, **options):
+    """A desk whose sequencer asks a mode that is registered nowhere."""
+    desk = Desk("sync", **options)
+    desk.sequencer = Sequencer(len(desk.servers), mode)
+    desk.sequencer.roster(desk.book.view())
+    return desk
+
+
+def test_a_mode_may_choose_some_of_the_steps_and_is_asked_again_for_the_rest():
+    desk = own(Pairs(), workers=5)
+    assert desk.hold(3, "step", "1") == []
+    assert desk.waits(3) == "step 1 waits for workers 0, 1, 2, 4: 1 of 2 updates have arrived"
+    assert committed(desk.hold(1, "step", "1")).updates == (desk.ticket(1), desk.ticket(3))
+    held = [m.Held(desk.ids[rank], 1, "step", "1") for rank in (4, 2, 0)]
+    desk.numbers.update({4: 1, 2: 1, 0: 1})
+    (pair,) = desk.sequencer.report(0, held)
+    assert pair.updates == (desk.ticket(0), desk.ticket(2))
+    for rank in (1, 2, 3):
+        desk.die(rank)
+    assert kinds(desk.die(0)) == ["Retired", "Committed"]  # one active worker is left: its update is enough
+
+
+@dataclass(frozen=True)
+class Odd(Mode):
+    """Chooses what `pick` makes of the pending steps."""
+
+    pick: str
+
+    def next(self, pending, now):
+        first = next(iter(pending))
+        return Commits(
+            {"none": (), "empty": ((),), "twice": ((first,), (first,)), "else": ((self,),)}[self.pick]
+        )
+
+
+@pytest.mark.parametrize("pick", ["none", "empty", "twice", "else"])
+def test_a_mode_that_chooses_what_it_was_not_asked_about_is_an_error_that_names_it(pick):
+    desk = own(Odd(pick), workers=2)
+    with pytest.raises(ConfigurationError, match=f"mode Odd:pick={pick}: next.. chose .* no step twice"):
+        desk.hold(0, "step", "1")
+
+
+def test_a_mode_may_withhold_some_answers_of_a_commit():
+    @dataclass(frozen=True)
+    class Leashed(Pairs):
+        def may_read(self, clock, slowest):
+            return Decision(clock <= slowest, f"{clock} is more than {slowest}")
+
+    desk = own(Leashed(), workers=3)
+    desk.hold(0, "step", "1")
+    pair = committed(desk.hold(1, "step", "1"))
+    assert (len(pair.updates), pair.answered) == (2, ())
+    assert desk.waits(0) == "step 1 waits for worker 2: 1 is more than 0"
+    entries = desk.die(2)
+    assert kinds(entries) == ["Retired", "Served", "Served"]
+
+
+@pytest.mark.parametrize("stage", Stage)
+def test_an_exchange_moves_along_the_table_and_in_no_other_way(stage):
+    for to in Stage:
+        pending = PendingExchanges(1, LogState())
+        state = pending._log.members[1] = MemberState(rank=0, phase="active")
+        pending.add(1)
+        one = pending.of[1]
+        assert one.state is state
+        one.held = m.Held(1, 1, "step", "1")
+        del pending._in[one.stage][1]
+        one.stage = stage
+        pending._in[stage][1] = one
+        pending.waiting = int(one.waits)
+        if to in MOVES[stage]:
+            pending.move(one, to)
+            assert pending.at(to) == [one]
+            assert pending.waiting == one.waits == (to not in (Stage.IDLE, Stage.ARRIVING))
+        else:
+            with pytest.raises(AssertionError, match="step 1 of member 1"):
+                pending.move(one, to)
+
+
 # ── too few workers ─────────────────────────────────────────────────────────────────────────────
 
 
@@ -553,7 +640,7 @@ def answer(server, entries, *, applied=0, closed=None, held=(), term=5, written=
 
 
 def recovered(desk, *answers, term=5):
-    return Sequencer.recover(desk.sequencer._sync, answers, desk.book.view(), term=term)
+    return Sequencer.recover(desk.mode, answers, desk.book.view(), term=term)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -4,16 +4,16 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from modes import Deaf, Pairs
 
 from headwater import messages as m
 from headwater import testing
 from headwater.errors import ConfigurationError
 from headwater.spec.rules import Adam
-from headwater.spec.sync import Decision
+from headwater.spec.sync import Mode
 from headwater.testing import (
     Crash,
     Cut,
@@ -103,51 +103,12 @@ def test_a_thousand_workers_take_a_hundred_steps_in_less_than_two_minutes(long):
 # ── own modes, rules and invariants ─────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Any two updates are a commit, the last ones of fewer workers too."""
-
-    rounds = True
-    waits = True
-    quorum = None
-    grace_s = 0.0
-    reduce = "sum"
-    wanted: int = 2
-
-    def needed(self, active):
-        return min(self.wanted, active)
-
-    def may_commit(self, held, active, over=False):
-        return Decision(held >= self.needed(active), f"{held} updates have arrived")
-
-    def may_read(self, clock, slowest):
-        return Decision(True)
-
-
 class NothingIsDropped(Invariant):
     """Every step is applied."""
 
     def answered(self, member, call, answer):
         if answer.result is not None and not answer.result.applied:
             self.fail(f"a step of {member.name} was dropped")
-
-
-class Deaf:
-    """Asynchronous, but no answer is ever allowed."""
-
-    rounds, waits, quorum, grace_s, reduce = False, True, None, 0.0, "mean"
-
-    def needed(self, active):
-        return 1
-
-    def may_commit(self, held, active, over=False):
-        return Decision(True)
-
-    def may_read(self, clock, slowest):
-        return Decision(False, "no reason")
-
-    def __repr__(self):
-        return "Deaf()"
 
 
 def test_a_mode_of_ones_own_is_explored_like_any_other():
@@ -223,7 +184,8 @@ def test_importing_headwater_does_not_import_the_simulator():
     assert done.stdout == "False\n", done.stdout + done.stderr
 
 
-def test_the_page_on_simulated_clusters_tells_the_truth(capsys):
+def test_the_page_on_simulated_clusters_tells_the_truth(capsys, monkeypatch):
+    monkeypatch.setattr(Mode.registry, "_classes", dict(Mode.registry._classes))
     page = (Path(__file__).parent.parent / "docs" / "testing.md").read_text()
     scope = {}
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):

@@ -1,12 +1,25 @@
 """The modes as decisions, and as the text a user writes."""
 
+from dataclasses import dataclass
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from modes import Pairs, steps
 
 from headwater.errors import ConfigurationError
 from headwater.log.clocks import Clocks
-from headwater.spec.sync import Asynchronous, StaleSynchronous, Synchronous, parse_sync
+from headwater.spec.registry import load_rules, register
+from headwater.spec.sync import (
+    Asynchronous,
+    Commits,
+    Decision,
+    Mode,
+    StaleSynchronous,
+    Synchronous,
+    Wait,
+    parse_sync,
+)
 
 MODES = {
     "sync": Synchronous(),
@@ -48,19 +61,21 @@ def test_what_is_no_mode_is_refused_with_the_valid_forms(text):
 
 @pytest.mark.parametrize("bound", [-1, 1.0, True, "3"])
 def test_a_bound_is_a_whole_number_from_0(bound):
-    with pytest.raises(ConfigurationError, match="≥ 0"):
+    with pytest.raises(
+        ConfigurationError, match=r"ssp: bound(=-1 is impossible: pass bound ≥ 0 steps| must be)"
+    ):
         StaleSynchronous(bound)
 
 
 @pytest.mark.parametrize("quorum", [0, -1, 1.0, True, "3"])
 def test_a_quorum_is_a_whole_number_from_1(quorum):
-    with pytest.raises(ConfigurationError, match="≥ 1"):
+    with pytest.raises(ConfigurationError, match=r"sync: quorum(=.* ≥ 1| must be a whole number or None)"):
         Synchronous(quorum=quorum)
 
 
 @pytest.mark.parametrize("grace", [-0.1, float("nan"), float("inf"), True, "1"])
 def test_a_grace_is_seconds_from_0(grace):
-    with pytest.raises(ConfigurationError, match="grace_s must be seconds ≥ 0"):
+    with pytest.raises(ConfigurationError, match=r"grace_s(=.* ≥ 0 seconds| must be a finite number)"):
         Synchronous(quorum=2, grace_s=grace)
 
 
@@ -75,20 +90,34 @@ def test_only_mean_and_sum_reduce():
 
 
 def test_a_round_needs_every_active_update_and_says_how_many_there_are():
-    assert not Synchronous().may_commit(1, 3)
-    assert Synchronous().may_commit(1, 3).reason == "1 of 3 updates of this round have arrived"
-    assert Synchronous().may_commit(3, 3)
+    mode = Synchronous()
+    assert mode.next(steps(1, 3), 99.0) == Wait("1 of 3 updates of this round have arrived")
+    everybody = steps(3, 3)
+    assert mode.next(everybody, 0.0) == Commits((tuple(everybody),))
+    assert mode.may_count(missed=5)  # nobody is late for a round that waits for everybody
+
+
+def test_without_rounds_each_update_is_a_commit_at_once():
     for mode in (Asynchronous(), StaleSynchronous(0)):
-        assert mode.may_commit(1, 3)
+        assert mode.next(some := steps(2, 3), 0.0) == Commits(tuple((step,) for step in some))
+        assert mode.may_count(missed=5)
 
 
 def test_a_round_with_a_quorum_waits_for_it_then_for_the_grace_or_everybody():
     mode = Synchronous(quorum=2, grace_s=0.5)
-    assert mode.may_commit(1, 4, over=True).reason == "1 of 2 updates of this round have arrived"
-    assert mode.may_commit(2, 4).reason == "the round stays open for the other 2 for 0.5 s"
-    assert mode.may_commit(2, 4, over=True)
-    assert mode.may_commit(4, 4)
-    assert mode.may_commit(1, 1)  # never more than there are
+    assert mode.next(steps(1, 4), 99.0) == Wait("1 of 2 updates of this round have arrived")
+    three = steps(3, 4, since=[7.0, 9.0, 8.0])  # the quorum was there at 8
+    assert mode.next(three, 8.4) == Wait("the round stays open for the other 1 for 0.5 s", due=8.5)
+    assert mode.next(three, 8.5) == Commits((tuple(three),))
+    for full in (steps(4, 4), steps(1, 1)):  # never more than there are
+        assert mode.next(full, 0.0) == Commits((tuple(full),))
+
+
+def test_with_a_quorum_a_step_counts_for_the_round_that_its_worker_saw_open():
+    mode = Synchronous(quorum=2)
+    assert mode.may_count(missed=0)
+    assert mode.may_count(missed=1).reason == "its round was closed without it, 1 commit ago"
+    assert mode.may_count(missed=2).reason == "its round was closed without it, 2 commits ago"
 
 
 @given(st.integers(0, 9), st.integers(0, 99), st.integers(0, 20))
@@ -100,6 +129,106 @@ def test_a_lead_is_allowed_up_to_the_bound(bound, slowest, lead):
     )
     assert Asynchronous().may_read(slowest + lead, slowest)
     assert Synchronous().may_read(slowest + lead, slowest)
+
+
+# ── modes of a user's own ───────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Fading(Mode):
+    """Has a setting of every kind."""
+
+    free: int
+    rate: float = 0.5
+    loud: bool = False
+    label: str = "none"
+    limit: int | None = None
+    wait_s: float = 1.0
+
+    def may_read(self, clock, slowest):
+        return Decision(clock < self.free, "not free any more")
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    """What a test registers is unknown again after it."""
+    monkeypatch.setattr(Mode.registry, "_classes", dict(Mode.registry._classes))
+
+
+def test_a_mode_of_ones_own_travels_as_its_name_and_settings():
+    register(Fading)
+    for mode, text in {
+        Fading(3): "Fading:free=3",
+        Fading(3, 0.25, True, "a b", 7, 2.0): "Fading:free=3,rate=0.25,loud=True,label=a b,limit=7,wait=2",
+        Fading(0, 1e-300): "Fading:free=0,rate=1e-300",
+    }.items():
+        assert str(mode) == text
+        assert parse_sync(text) == mode
+        assert parse_sync(mode) is mode
+    assert parse_sync("Fading:3") == Fading(3)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("Fading", "needs free"),
+        ("Fading:free=x", "free must be a whole number, got 'x'"),
+        ("Fading:1,2", "'2' is no setting"),
+        ("Fading:1,free=2", "repeated"),
+        ("Fading:1,loud=yes", "loud must be True or False"),
+        ("Fading:1,speed=2", "'speed=2' is no setting"),
+    ],
+)
+def test_impossible_settings_of_ones_own_mode_are_refused_with_its_form(text, why):
+    register(Fading)
+    with pytest.raises(ConfigurationError, match=f"{why}.*expected .*'Fading:free=…,rate=…"):
+        parse_sync(text)
+
+
+def test_a_mode_that_no_other_process_could_know_is_refused():
+    with pytest.raises(ConfigurationError, match=r"Fading is not registered.*@headwater\.register"):
+        parse_sync(Fading(3))
+    with pytest.raises(ConfigurationError, match="expected 'sync'"):
+        parse_sync("Fading:free=3")
+
+
+def test_a_mode_has_a_name_of_its_own_and_possible_properties():
+    @dataclass(frozen=True)
+    class sync(Mode):
+        pass
+
+    @dataclass(frozen=True)
+    class Products(Mode):
+        reduce = "product"
+
+    with pytest.raises(ConfigurationError, match="has the name of a mode of headwater"):
+        register(sync)
+    with pytest.raises(ConfigurationError, match="'mean' or 'sum'"):
+        Products()
+
+
+def test_a_module_of_modes_is_loaded_by_name(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_waits.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from headwater import Mode, register\n"
+        "@register\n"
+        "@dataclass(frozen=True)\n"
+        "class Lazy(Mode):\n"
+        "    by: int = 1\n"
+    )
+    load_rules("my_waits")
+    assert str(parse_sync("Lazy:by=2")) == "Lazy:by=2"
+
+
+def test_what_a_mode_means_is_asked_by_its_properties():
+    assert Synchronous().rounds
+    assert not Synchronous().answers_wait or Synchronous().rounds
+    assert not Asynchronous().rounds
+    assert not Asynchronous().answers_wait
+    assert StaleSynchronous(1).answers_wait
+    assert Synchronous(quorum=2, reduce="sum").reduce == "sum"
+    assert Pairs().rounds
 
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "remove", "advance"]), st.integers(0, 30)), max_size=60))
@@ -114,6 +243,8 @@ def test_clocks_are_a_multiset_that_knows_its_smallest(changes):
             getattr(clocks, change)(clock)
             plain += [clock + 1] * (change == "advance")
         if plain:
-            assert clocks.slowest_after(plain[0]) == min([plain[0] + 1, *plain[1:]])
+            done = number % len(plain) + 1
+            after = [clock + 1 for clock in plain[:done]] + plain[done:]
+            assert clocks.slowest_after(plain[:done]) == min(after)
         assert len(clocks) == len(plain)
         assert clocks.slowest == min(plain, default=0)

@@ -40,6 +40,20 @@ def test_buffers_in_synchronous_training(mode, expected, transport):
     assert ("model.buffers" in result.parameters) == (mode != "local")
 
 
+@pytest.mark.parametrize("sync", ["sync:reduce=sum", "sync:quorum=4,reduce=sum"])
+def test_averaged_buffers_are_averages_also_where_gradients_are_added_up(sync):
+    def work(worker):
+        net = Counted()
+        opt = optimizer(worker, net, hw.SGD(lr=1.0), buffers="mean")
+        for _ in range(3):
+            net(worker.rank + 1).backward()
+            opt.step()
+        assert net.mean.tolist() == net.coarse.tolist() == [7.5] * 2
+        assert net.w.tolist() == [-24.0] * 3  # 4 workers, gradients of 1, 2 and 3
+
+    train(work, workers=4, servers=2, sync=sync)
+
+
 @pytest.mark.parametrize(("mode", "expected"), [("rank0", 3.0), ("mean", 18.0)])
 def test_buffers_in_asynchronous_training(mode, expected):
     def work(worker):

@@ -9,7 +9,8 @@ import typer
 Sync = Annotated[
     str,
     typer.Option(
-        help="sync, async, ssp:N (lead at most N steps), or sync:quorum=K,grace=SECONDS (backup workers)."
+        help="sync, async, ssp:N (lead at most N steps), sync:quorum=K,grace=SECONDS (backup workers), "
+        "or a mode of your own: NAME:SETTING=VALUE,…, from a module of --rules."
     ),
 ]
 Replicas = Annotated[
@@ -33,7 +34,7 @@ OnServerLoss = Annotated[
 MinWorkers = Annotated[int, typer.Option(min=1, help="With fewer workers than that training waits.")]
 Rules = Annotated[
     list[str] | None,
-    typer.Option(metavar="MODULE", help="A module with update rules of your own; repeatable."),
+    typer.Option(metavar="MODULE", help="A module with update rules or modes of your own; repeatable."),
 ]
 Patience = Annotated[float, typer.Option(help="Seconds after which a wait is reported.")]
 Deadline = Annotated[float, typer.Option(help="Seconds after which a wait fails.")]

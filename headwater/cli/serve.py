@@ -35,7 +35,7 @@ from headwater.cli.options import (
     Rules,
     Sync,
 )
-from headwater.cli.serving import node_reported, serve_coordinator, serve_server, serve_worker
+from headwater.cli.serving import load_all, node_reported, serve_coordinator, serve_server, serve_worker
 from headwater.runtime.coordinator import ClusterSettings
 from headwater.spec.sync import parse_sync
 from headwater.storage import checkpoints_of
@@ -61,6 +61,7 @@ def coordinator(
     workers: Annotated[int, typer.Option(min=1, help="Workers that must have joined, and must finish.")],
     servers: Annotated[int, typer.Option(min=1, help="Servers, which hold equal parts of the model.")] = 1,
     sync: Sync = "sync",
+    rules: Rules = None,
     replicas: Replicas = 0,
     set_: Annotated[
         list[str] | None,
@@ -112,6 +113,7 @@ def coordinator(
     with faults_reported():
         security = security_of(token_file, tls_ca, tls_certificate, tls_key, insecure)
         checkpoints = checkpoints_of(checkpoint, every, keep, resume, on_server_loss)  # type: ignore[arg-type]
+        load_all(rules)
         settings = ClusterSettings(
             workers=workers,
             servers=servers,
@@ -156,7 +158,8 @@ def server(
     """
     with node_reported():
         security = security_of(token_file, tls_ca, tls_certificate, tls_key, insecure)
-        serve_server(coordinator, role, index, rules or (), reach_of(bind, advertise, security), wait)
+        load_all(rules)
+        serve_server(coordinator, role, index, reach_of(bind, advertise, security), wait)
 
 
 @serve.command(context_settings=FROM_ENVIRONMENT)
@@ -171,6 +174,7 @@ def worker(
     ],
     coordinator: Coordinator = None,
     rank: Annotated[int | None, typer.Option(min=0, help="Which worker; without: the next free one.")] = None,
+    rules: Rules = None,
     wait: Wait = 300.0,
     token_file: TokenFile = None,
     tls_ca: TlsCa = None,
@@ -188,6 +192,7 @@ def worker(
     """
     with node_reported():
         security = security_of(token_file, tls_ca, tls_certificate, tls_key)
+        load_all(rules)
         serve_worker(script, coordinator, rank, security, wait)
 
 

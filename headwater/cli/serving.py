@@ -16,7 +16,7 @@ from headwater.cli.script import load_function
 from headwater.cli.signals import signals_to
 from headwater.errors import ConfigurationError, ConnectionLostError, RefusedError, UnreachableError
 from headwater.runtime.coordinator import ClusterSettings
-from headwater.spec.rules import load_rules
+from headwater.spec.registry import load_rules
 from headwater.standalone import StandaloneCluster, StandaloneServer, StandaloneWorker
 from headwater.storage import Checkpoints
 from headwater.wire.endpoint import Endpoint
@@ -26,6 +26,16 @@ AGAIN = 75
 """EX_TEMPFAIL: nothing is wrong with this process, and it may be started again."""
 
 _log = logging.getLogger("headwater")
+
+
+def load_all(rules: Sequence[str] | None) -> None:
+    """Load the modules of `--rules`, before anything that may name a rule or a mode of theirs.
+
+    Raises:
+        ConfigurationError: one cannot be imported.
+    """
+    for module in rules or ():
+        load_rules(module)
 
 
 def serve_coordinator(
@@ -57,7 +67,6 @@ def serve_server(
     coordinator: str | None,
     role: str | None,
     index: int | None,
-    rules: Sequence[str],
     reach: Endpoint,
     wait: float,
 ) -> None:
@@ -68,8 +77,6 @@ def serve_server(
         HeadwaterError: as `StandaloneServer.run`.
     """
     _log_plainly()
-    for module in rules:
-        load_rules(module)
     server = StandaloneServer(_given(coordinator), role=_role(role), index=index, reach=reach, wait=wait)
     with signals_to(_end):
         server.run()

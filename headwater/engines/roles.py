@@ -11,7 +11,7 @@ import numpy as np
 from headwater.engines.engine import Failure, run_worker
 from headwater.kernels import copy_out
 from headwater.runtime.server import ServerNode, ServerSettings
-from headwater.spec.rules import load_rules
+from headwater.spec.registry import load_rules
 
 _SWITCH_S = 0.0005
 """Threads of a server hand the interpreter over quickly: they wait for each other all the time."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 
 class Clocks:
     """A multiset of clocks; every operation is cheap however many workers there are.
@@ -33,10 +36,13 @@ class Clocks:
             if clock == self.slowest:
                 self.slowest = min(self._workers_at, default=0)
 
-    def slowest_after(self, clock: int) -> int:
-        """What `slowest` will be when a worker with this clock has finished a step."""
-        alone = clock == self.slowest and self._workers_at[clock] == 1
-        return clock + 1 if alone else self.slowest
+    def slowest_after(self, clocks: Iterable[int]) -> int:
+        """What `slowest` will be when workers with these clocks have finished a step each."""
+        advanced = Counter(clocks)
+        if self._workers_at[self.slowest] > advanced[self.slowest]:
+            return self.slowest
+        stay = (clock for clock, workers in self._workers_at.items() if workers > advanced[clock])
+        return min((*stay, *(clock + 1 for clock in advanced)))
 
     def advance(self, clock: int) -> None:
         """A worker with this clock finished a step."""

@@ -37,17 +37,17 @@ class Measures:
         """Whether a server has yet to say something, so that what everybody waits for may still come."""
         return any(len(measure.parts) < self._servers for measure in self._at.values())
 
-    def under_way(self, seats: Sequence[PendingExchange]) -> bool:
+    def under_way(self, exchanges: Sequence[PendingExchange]) -> bool:
         """Whether servers have been asked for the norms of exactly these."""
-        measure = self._of.get(seats[0].member)
-        return measure is not None and measure.key == _key(seats)
+        measure = self._of.get(exchanges[0].member)
+        return measure is not None and measure.key == _key(exchanges)
 
-    def begin(self, seats: Sequence[PendingExchange], position: int) -> None:
+    def begin(self, exchanges: Sequence[PendingExchange], position: int) -> None:
         """The entry at `position` asks for them; what was asked of some of them with others is void."""
-        for seat in seats:
-            self.forget(seat)
-        measure = self._at[position] = _Measure(_key(seats), position)
-        self._of.update((seat.member, measure) for seat in seats)
+        for exchange in exchanges:
+            self.forget(exchange)
+        measure = self._at[position] = _Measure(_key(exchanges), position)
+        self._of.update((exchange.member, measure) for exchange in exchanges)
 
     def add(self, server: int, sums: Iterable[Sums]) -> None:
         """A server's parts; those that nobody asks for any more change nothing."""
@@ -55,9 +55,9 @@ class Measures:
             if one.position in self._at:
                 self._at[one.position].parts[server] = one.parts
 
-    def norms(self, seats: Sequence[PendingExchange]) -> tuple[tuple[int, float], ...] | None:
+    def norms(self, exchanges: Sequence[PendingExchange]) -> tuple[tuple[int, float], ...] | None:
         """(Model, norm) for each that these exchanges carry; None until every server has said its part."""
-        measure = self._of[seats[0].member]
+        measure = self._of[exchanges[0].member]
         if len(measure.parts) < self._servers:
             return None
         parts = [part for server in measure.parts.values() for part in server]
@@ -66,19 +66,19 @@ class Measures:
             (model, norm((p.level, p.index, p.value) for p in parts if p.model == model)) for model in models
         )
 
-    def missing(self, seat: PendingExchange) -> list[int]:
+    def missing(self, exchange: PendingExchange) -> list[int]:
         """The servers whose part of what this exchange is measured in is still out."""
-        measure = self._of.get(seat.member)
+        measure = self._of.get(exchange.member)
         return [i for i in range(self._servers) if i not in measure.parts] if measure is not None else []
 
-    def forget(self, seat: PendingExchange) -> None:
+    def forget(self, exchange: PendingExchange) -> None:
         """Its exchange is over, or measured otherwise."""
-        measure = self._of.get(seat.member)
+        measure = self._of.get(exchange.member)
         if measure is not None:
             del self._at[measure.position]
             for member, _ in measure.key:
                 del self._of[member]
 
 
-def _key(seats: Iterable[PendingExchange]) -> _Key:
-    return tuple((seat.member, seat.ticket.number) for seat in seats)
+def _key(exchanges: Iterable[PendingExchange]) -> _Key:
+    return tuple((exchange.member, exchange.id.number) for exchange in exchanges)

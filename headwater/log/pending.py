@@ -1,43 +1,82 @@
-"""Seats: the present members, what each has outstanding, and which servers hold that.
+"""Pending exchanges: what each present member has outstanding, which servers hold it, how far it has come.
 
 What the sequencer knows beyond the log: it is lost with it, and rebuilt from the servers' reports.
 
+Where an exchange stands is one `Stage`; `MOVES` says which stage may follow which. All that asks for the
+exchanges in a stage (steps that may be committed, answers that are withheld, …) reads one index of them.
+
 Invariants:
-- An exchange is complete at a connection epoch when every server holds it as it came with that connection
-  epoch; once it is
-  complete at any, no report takes that back.
+- An exchange is complete at a connection epoch when every server holds it as it came with that epoch. Once
+  it is complete at any, no report takes that back.
 - A report of what was answered already, or that comes twice, changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import enum
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from headwater.log.state import LogState, MemberState
 from headwater.messages import ExchangeId, Held
 
 
+class Stage(enum.Enum):
+    """How far a member's exchange has come; the value is in words for whoever reads a trace."""
+
+    IDLE = "nothing is outstanding"
+    ARRIVING = "some servers hold it"
+    COMPLETE = "every server holds it; it is being decided, or waits for all declared workers to have joined"
+    DECLARING = "a registration waits for the worker that declares the model"
+    MEETING = "it waits in a barrier or a sum"
+    SCHEDULED = "a checkpoint waits for its version"
+    RESUMING = "a step after the end of its worker's batches waits until nobody is active"
+    READY = "a step may be committed as soon as the mode says so"
+    COMMITTED = "a step is committed, and its answer withheld until the mode allows it"
+
+
+_OVER = frozenset({Stage.IDLE, Stage.ARRIVING})
+"""After its answer an exchange is over, or what has arrived of it in a newer connection epoch remains."""
+
+MOVES: Mapping[Stage, frozenset[Stage]] = {
+    Stage.IDLE: frozenset({Stage.ARRIVING}),
+    Stage.ARRIVING: _OVER | {Stage.COMPLETE},
+    Stage.COMPLETE: _OVER.union(
+        {Stage.DECLARING, Stage.MEETING, Stage.SCHEDULED, Stage.RESUMING, Stage.READY, Stage.COMMITTED}
+    ),
+    Stage.DECLARING: _OVER,
+    Stage.MEETING: _OVER,
+    Stage.SCHEDULED: _OVER,
+    Stage.RESUMING: _OVER | {Stage.READY},
+    Stage.READY: _OVER | {Stage.COMMITTED},
+    Stage.COMMITTED: _OVER,
+}
+"""From each stage to those that may follow it."""
+
+
 @dataclass(slots=True, eq=False)
 class PendingExchange:
-    """One member. `standing` is shared with the standings.
+    """What one member has outstanding; to a mode, the `PendingStep` of its worker.
 
     Attributes:
-        held: its outstanding exchange, as the first server reported it.
+        state: the member's, shared with the log's state.
+        held: the exchange, as the first server reported it; None where nothing is outstanding.
         holders: for each connection epoch the servers that hold it, as a bit mask.
-        attempt: the newest one that is complete.
-        waiting: the exchange is complete and has not been answered.
+        connection_epoch: the newest one at which it is complete.
+        since: when it became complete, in seconds.
     """
 
     member: int
-    standing: MemberState
+    state: MemberState
+    log: LogState
+    stage: Stage = Stage.IDLE
     held: Held | None = None
     holders: dict[int, int] = field(default_factory=dict)
     connection_epoch: int = 0
-    waiting: bool = False
+    since: float = 0.0
 
     @property
-    def ticket(self) -> ExchangeId:
+    def id(self) -> ExchangeId:
         """Names the outstanding exchange."""
         assert self.held is not None
         return ExchangeId(self.member, self.held.number, self.connection_epoch)
@@ -48,122 +87,178 @@ class PendingExchange:
         assert self.held is not None
         return f"{self.held.kind} {self.held.name}".rstrip()
 
-    def waits_in(self, kind: str) -> bool:
-        """Whether its complete exchange is of this kind."""
-        return self.waiting and self.held is not None and self.held.kind == kind
+    @property
+    def kind(self) -> str:
+        """Of the outstanding exchange; "" where there is none."""
+        return self.held.kind if self.held is not None else ""
+
+    @property
+    def waits(self) -> bool:
+        """Whether the exchange is complete and has no answer yet."""
+        return self.stage not in _OVER
+
+    @property
+    def rank(self) -> int:
+        return self.state.rank
+
+    @property
+    def clock(self) -> int:
+        return self.state.clock
+
+    @property
+    def missed(self) -> int:
+        return self.log.rounds - self.state.round
 
 
 class PendingExchanges:
-    """All members present, for `servers` servers.
+    """Those of all members present, for `servers` servers.
 
     Attributes:
-        present: workers among them; waiting: those of them whose exchange is complete.
+        of: by member.
+        present: workers among them; waiting: those of them whose exchange is complete and has no answer.
     """
 
-    def __init__(self, servers: int, standings: LogState) -> None:
+    def __init__(self, servers: int, log: LogState) -> None:
         self.servers = servers
         self.present = 0
         self.waiting = 0
         self.of: dict[int, PendingExchange] = {}
+        self._log = log
         self._everybody = (1 << servers) - 1
-        self._standings = standings
+        self._in: dict[Stage, dict[int, PendingExchange]] = {stage: {} for stage in Stage}
         self._early: list[tuple[int, Held]] = []
-        for member in standings.members:
-            self.add(member, standings)
+        for member in log.members:
+            self.add(member)
 
-    def add(self, member: int, standings: LogState) -> PendingExchange:
-        """Give a member of the standings a seat."""
-        seat = self.of[member] = PendingExchange(member, standings.members[member])
-        self.present += seat.standing.rank >= 0
-        return seat
+    def add(self, member: int) -> None:
+        """A member of the log's state takes part from now on."""
+        exchange = self.of[member] = PendingExchange(member, self._log.members[member], self._log)
+        self._in[exchange.stage][member] = exchange
+        self.present += exchange.rank >= 0
 
-    def remove(self, seat: PendingExchange) -> None:
-        """The member is gone."""
-        self.release(seat)
-        self.present -= seat.standing.rank >= 0
-        del self.of[seat.member]
+    def remove(self, exchange: PendingExchange) -> None:
+        """The member is gone, having been answered for the last time."""
+        self.present -= exchange.rank >= 0
+        del self._in[exchange.stage][exchange.member]
+        del self.of[exchange.member]
 
     def workers(self) -> list[PendingExchange]:
-        """All but observers, in rank order."""
-        return by_rank(seat for seat in self.of.values() if seat.standing.rank >= 0)
+        """All but observers', in rank order."""
+        return by_rank(exchange for exchange in self.of.values() if exchange.rank >= 0)
 
-    def hear(self, server: int, held: Iterable[Held]) -> Iterator[PendingExchange]:
-        """Note what `server` holds; yields each seat whose exchange became complete with that.
+    # ── stages ──────────────────────────────────────────────────────────────────────────────────
 
-        A member without a seat is gone, or will be enrolled: what is held of the latter is kept until then.
-        """
-        for one in held:
-            seat = self.of.get(one.member)
-            if seat is None and one.member > self._standings.newest:
-                self._early.append((server, one))
-            elif seat is not None and self.hold(seat, server, one):
-                yield seat
+    def move(self, exchange: PendingExchange, stage: Stage) -> None:
+        """It has come so far now."""
+        before = exchange.stage
+        assert stage in MOVES[before], f"{exchange.what} of member {exchange.member}: {before} → {stage}"
+        del self._in[before][exchange.member]
+        self._in[stage][exchange.member] = exchange
+        exchange.stage = stage
+        if exchange.rank >= 0:
+            self.waiting += (stage not in _OVER) - (before not in _OVER)
 
-    def hear_early(self) -> Iterator[PendingExchange]:
-        """Once more what was held of members who had no seat: servers may know of a newcomer before."""
-        early, self._early = self._early, []
-        for server, one in early:
-            yield from self.hear(server, (one,))
+    def count(self, stage: Stage) -> int:
+        """How many are in a stage."""
+        return len(self._in[stage])
 
-    def hold(self, seat: PendingExchange, server: int, held: Held) -> bool:
-        """Note that `server` holds this; whether it became complete, at its first or a newer connection
-        epoch.
-        """
-        standing = seat.standing
-        if (held.number, held.connection_epoch) <= (standing.answered, standing.connection_epoch):
-            return False
-        if seat.held is None or held.number > seat.held.number:
-            if seat.waiting:
-                return False
-            seat.held, seat.holders = held, {}
-        elif held.number < seat.held.number:
-            return False
-        before = seat.holders.get(held.connection_epoch, 0)
-        after = seat.holders[held.connection_epoch] = before | 1 << server
-        if before == after or after != self._everybody:
-            return False
-        seat.connection_epoch = (
-            max(seat.connection_epoch, held.connection_epoch) if seat.waiting else held.connection_epoch
-        )
-        return True
-
-    def wait(self, seat: PendingExchange) -> None:
-        """Its exchange is complete and about to be decided."""
-        seat.waiting = True
-        self.waiting += seat.standing.rank >= 0
-
-    def release(self, seat: PendingExchange) -> None:
-        """Its exchange is answered; what is known of newer connection epochs, which need an answer too,
-        stays.
-        """
-        self.waiting -= seat.waiting and seat.standing.rank >= 0
-        seat.waiting = False
-        if len(seat.holders) > 1:
-            seat.holders = {
-                connection_epoch: mask
-                for connection_epoch, mask in seat.holders.items()
-                if connection_epoch > seat.connection_epoch
-            }
-        else:
-            seat.holders = {}
-        if not seat.holders:
-            seat.held = None
+    def at(self, stage: Stage) -> list[PendingExchange]:
+        """Those in a stage, in rank order."""
+        return by_rank(self._in[stage].values())
 
     def all_wait(self) -> bool:
         """Whether every worker waits, and there is one."""
         return self.waiting > 0 and self.waiting == self.present
 
-    def missing(self, seat: PendingExchange) -> list[int]:
+    # ── what servers hold ───────────────────────────────────────────────────────────────────────
+
+    def hear(self, server: int, held: Iterable[Held], now: float) -> Iterator[PendingExchange]:
+        """Note what `server` holds; yields each exchange that became complete with that, at its first or a
+        newer connection epoch.
+
+        A member that is not here is gone, or will be enrolled: what is held of the latter is kept until then.
+        """
+        for one in held:
+            exchange = self.of.get(one.member)
+            if exchange is None and one.member > self._log.newest:
+                self._early.append((server, one))
+            elif exchange is not None and self.hold(exchange, server, one):
+                if not exchange.waits:
+                    exchange.since = now
+                    self.move(exchange, Stage.COMPLETE)
+                yield exchange
+
+    def hear_early(self, now: float) -> Iterator[PendingExchange]:
+        """Once more what was held of members who were not here: servers may know of a newcomer before."""
+        early, self._early = self._early, []
+        for server, one in early:
+            yield from self.hear(server, (one,), now)
+
+    def hold(self, exchange: PendingExchange, server: int, held: Held) -> bool:
+        """Note that `server` holds this; whether all servers do with it, at its first or a newer connection
+        epoch.
+        """
+        state = exchange.state
+        if (held.number, held.connection_epoch) <= (state.answered, state.connection_epoch):
+            return False
+        if exchange.held is None or held.number > exchange.held.number:
+            if exchange.waits:
+                return False
+            exchange.held, exchange.holders = held, {}
+            if exchange.stage is Stage.IDLE:
+                self.move(exchange, Stage.ARRIVING)
+        elif held.number < exchange.held.number:
+            return False
+        before = exchange.holders.get(held.connection_epoch, 0)
+        after = exchange.holders[held.connection_epoch] = before | 1 << server
+        if before == after or after != self._everybody:
+            return False
+        newest = max(exchange.connection_epoch, held.connection_epoch)
+        exchange.connection_epoch = newest if exchange.waits else held.connection_epoch
+        return True
+
+    def end(self, exchange: PendingExchange) -> None:
+        """It is answered; what is known of newer connection epochs, which need an answer too, stays."""
+        newer: dict[int, int] = {}
+        if len(exchange.holders) > 1:
+            newer = {
+                epoch: mask for epoch, mask in exchange.holders.items() if epoch > exchange.connection_epoch
+            }
+        if exchange.stage is not Stage.IDLE:
+            self.move(exchange, Stage.ARRIVING if newer else Stage.IDLE)
+        exchange.holders = newer
+        if not newer:
+            exchange.held = None
+
+    def missing(self, exchange: PendingExchange) -> list[int]:
         """The servers that do not hold the outstanding exchange yet, at the epoch that most hold."""
-        most = max(seat.holders.values(), key=int.bit_count, default=0)
+        most = max(exchange.holders.values(), key=int.bit_count, default=0)
         return [server for server in range(self.servers) if not most >> server & 1]
 
 
-def by_rank(seats: Iterable[PendingExchange]) -> list[PendingExchange]:
+class ReadySteps:
+    """The steps that may be committed, as a mode sees them; always those of now."""
+
+    def __init__(self, exchanges: PendingExchanges, log: LogState) -> None:
+        self._exchanges = exchanges
+        self._log = log
+
+    @property
+    def active(self) -> int:
+        return len(self._log.clocks)
+
+    def __len__(self) -> int:
+        return self._exchanges.count(Stage.READY)
+
+    def __iter__(self) -> Iterator[PendingExchange]:
+        return iter(self._exchanges.at(Stage.READY))
+
+
+def by_rank(exchanges: Iterable[PendingExchange]) -> list[PendingExchange]:
     """In rank order."""
-    return sorted(seats, key=lambda seat: seat.standing.rank)
+    return sorted(exchanges, key=lambda exchange: exchange.state.rank)
 
 
-def tickets(seats: Iterable[PendingExchange]) -> tuple[ExchangeId, ...]:
-    """Of their outstanding exchanges."""
-    return tuple(seat.ticket for seat in seats)
+def ids(exchanges: Iterable[PendingExchange]) -> tuple[ExchangeId, ...]:
+    """Of these outstanding exchanges."""
+    return tuple(exchange.id for exchange in exchanges)

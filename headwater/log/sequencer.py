@@ -1,10 +1,47 @@
 """The sequencer: decides the one order in which everything that changes shared state happens.
 
-A state machine without I/O, clock or randomness: the time is an argument. Servers report which exchanges
-they hold; what every server holds may become an entry; the entries that a call returns continue the log
-and must reach every server in that order. What it decides depends only on its inputs and their order.
+A state machine without I/O, clock or randomness: the time is an argument. What it decides depends only on its
+inputs and their order.
 
-Invariants:
+## Theory of operation
+
+The sequencer knows three things: the *log's state*, which follows from the entries written so far and which
+every shard has too; the *pending exchanges*, which servers have reported; and which *norms* the servers were
+asked for. An input is a report of a server, a roster, or the time. Each passes through two phases:
+
+1. *Decide.* An exchange that became complete with the input, because the last server holds it now, goes to
+   the handler of its kind. The handler writes the entry that answers the exchange, or moves it to the stage
+   that says what it waits for.
+2. *Settle.* What has changed may let others go on. In this order: the mode is asked what becomes of the ready
+   steps; withheld answers are given that the mode allows now; a registration goes on whose declaring worker
+   is gone; a barrier, a sum or those who begin again go on when nobody is active. When every worker waits and
+   none of this moved anybody, nothing ever will: all are told so (`Stalled`).
+
+Stages of an exchange (`log/pending.py`), with what moves it from one to the next:
+
+    ARRIVING ── the last server holds it ──→ COMPLETE ── its answer's entry is written ──→ IDLE
+    COMPLETE ──→ DECLARING   a registration, until the lowest active rank has declared the model
+             ──→ MEETING     a barrier or a sum, until all workers are in one
+             ──→ SCHEDULED   a checkpoint, until its version is reached
+             ──→ RESUMING    a step after its worker's last batch, until nobody is active      ──→ READY
+             ──→ READY       a step, until `mode.next` commits it; a mode may also call it late  ──→ IDLE
+    READY    ──→ COMMITTED   its update is in the log, until `mode.may_read` allows the answer  ──→ IDLE
+
+They couple through the log's state alone. A commit advances clocks, which releases withheld answers, and
+the version, which releases checkpoints. A worker that ends, meets, leaves or dies (`Retired`) is no longer
+active, so a round needs one update less, the slowest clock may grow, and a meeting may have everybody. That
+is why all of it is settled after every input, and in one place.
+
+Gradients that are clipped need their norm first: the commit's steps are named in a `Measured` entry, stay
+READY, and are committed when every server has said its part. If the mode meanwhile chooses other steps, those
+are measured anew.
+
+An entry is applied to the log's state as it is written, so each decision sees all entries before it. A new
+sequencer, after a server was lost, takes the log's state from the servers and the pending exchanges from what
+they hold; it finds the stage of each by deciding it again.
+
+## Invariants
+
 - An exchange becomes an entry only when every server holds it. It is decided once; what is written for it
   after its answer only answers it again, for a newer connection epoch that every server holds.
 - Nothing is committed before the declared workers have joined, or while too few workers are present.
@@ -19,16 +56,17 @@ from collections.abc import Callable, Iterable, Sequence
 
 from headwater import messages as m
 from headwater.errors import RefusedError
-from headwater.log.measures import Measures
-from headwater.log.pending import PendingExchange, PendingExchanges, by_rank, tickets
+from headwater.log.committer import Committer
+from headwater.log.pending import PendingExchange, Stage, ids
 from headwater.log.recovery import find
 from headwater.log.state import LogState
 from headwater.log.waits import Waits
-from headwater.spec.sync import Sync
+from headwater.log.writer import LogWriter
+from headwater.spec.sync import Mode
 
 
 class Sequencer:
-    """The log's writer for `servers` servers under one synchronisation mode.
+    """The log's writer for `servers` servers under one mode.
 
     Args:
         min_workers: with fewer workers present no step is committed; one that left by itself counts as
@@ -37,15 +75,13 @@ class Sequencer:
         term: reports of an older one are refused.
 
     Attributes:
-        standings: as of the last entry written.
-        committed: position up to which entries may be applied.
-        due: when `tick` should be called, in the time that `report` was told; None: not needed.
+        standings: the log's state as of the last entry written.
     """
 
     def __init__(
         self,
         servers: int,
-        sync: Sync,
+        sync: Mode,
         *,
         min_workers: int = 1,
         replicated: bool = False,
@@ -54,22 +90,16 @@ class Sequencer:
     ) -> None:
         self.standings = standings or LogState()
         self.term = term
-        self.due: float | None = None
-        self._sync = sync
+        self._mode = sync
         self._min_workers = min_workers
         self._replicated = replicated
         self._committed = self.standings.position
         self._prepared = [0] * servers
         self._roster_term = 0
         self._now = 0.0
-        self._seats = PendingExchanges(servers, self.standings)
-        self._caught_up = 0
-        self._ready: dict[int, PendingExchange] = {}
-        self._blocked: dict[int, PendingExchange] = {}
-        self._registering: dict[int, PendingExchange] = {}
-        self._measures = Measures(servers)
-        self._snapshots: dict[int, PendingExchange] = {}
-        self._entries: list[m.AnyEntry] = []
+        self._writer = LogWriter(servers, self.standings)
+        self._pending = self._writer.pending
+        self._steps = Committer(self._writer, sync, enough=self._enough, committed=self._take_snapshots)
         self._on_held: dict[str, Callable[[PendingExchange], None]] = {
             "register": self._register,
             "table": self._declare,
@@ -83,7 +113,7 @@ class Sequencer:
             "sum": self._meet,
             "end": self._end,
             "stop": self._stop,
-            "leave": lambda seat: self._remove(seat, "it left", seat.ticket),
+            "leave": lambda exchange: self._remove(exchange, "it left", exchange.id),
             "checkpoint": self._checkpoint,
             "verify": self._serve,
         }
@@ -91,7 +121,7 @@ class Sequencer:
     @classmethod
     def recover(
         cls,
-        sync: Sync,
+        sync: Mode,
         answers: Sequence[m.Recovery],
         roster: m.Roster,
         *,
@@ -141,10 +171,15 @@ class Sequencer:
         """Position up to which entries may be applied."""
         return self._committed if self._replicated else self.standings.position
 
+    @property
+    def due(self) -> float | None:
+        """When `tick` should be called, in the time that `report` was told; None: not needed."""
+        return self._steps.due
+
     # ── inputs ──────────────────────────────────────────────────────────────────────────────────
 
     def roster(self, roster: m.Roster, now: float = 0.0) -> list[m.AnyEntry]:
-        """Take over a new roster: new members get a seat, missing ones are retired for good.
+        """Take over a new roster: new members take part, missing ones are retired for good.
 
         One that has left may still be in it, when the coordinator has not heard of that yet.
 
@@ -155,12 +190,12 @@ class Sequencer:
             raise RefusedError(f"roster of term {roster.term} after that of term {self._roster_term}")
         self._roster_term, self._now = roster.term, max(self._now, now)
         members = {member.id: member for member in roster.members if member.role in ("worker", "observer")}
-        for gone in [seat for id, seat in self._seats.of.items() if id not in members]:
+        for gone in [exchange for id, exchange in self._pending.of.items() if id not in members]:
             self._remove(gone, reason="its process ended or its connection was lost")
         if newcomers := self.standings.newcomers(members.values()):
             self._enrol(roster.workers, newcomers)
-            for seat in self._seats.hear_early():
-                self._decide(seat)
+            for exchange in self._pending.hear_early(self._now):
+                self._decide(exchange)
         return self._settle()
 
     def report(
@@ -183,9 +218,9 @@ class Sequencer:
         if term is not None and term < self.term:
             raise RefusedError(f"server {server} reports to the sequencer of term {term}, it is {self.term}")
         self._now = max(self._now, now)
-        for seat in self._seats.hear(server, held):
-            self._decide(seat)
-        self._measures.add(server, sums)
+        for exchange in self._pending.hear(server, held, self._now):
+            self._decide(exchange)
+        self._writer.measures.add(server, sums)
         if prepared > self._prepared[server]:
             self._prepared[server] = prepared
             self._committed = max(self._committed, min(self._prepared))
@@ -196,255 +231,187 @@ class Sequencer:
         self._now = max(self._now, now)
         return self._settle()
 
-    # ── what becomes of an exchange that every server holds ─────────────────────────────────────
+    # ── decide: what becomes of an exchange that every server holds ─────────────────────────────
 
-    def _decide(self, seat: PendingExchange) -> None:
-        assert seat.held is not None
-        if seat.held.number == seat.standing.answered:
-            self._serve(seat)
-        elif not seat.waiting:
-            self._seats.wait(seat)
-            self._on_held[seat.held.kind](seat)
+    def _decide(self, exchange: PendingExchange) -> None:
+        """It became complete, for the first time or again in a newer connection epoch."""
+        assert exchange.held is not None
+        if exchange.held.number == exchange.state.answered:
+            self._serve(exchange)
+        elif exchange.stage is Stage.COMPLETE:
+            self._on_held[exchange.kind](exchange)
 
-    def _serve(self, seat: PendingExchange) -> None:
-        assert seat.held is not None
-        self._write(m.Served(self._next(), seat.ticket, seat.held.kind))
-        self._done(seat)
+    def _serve(self, exchange: PendingExchange) -> None:
+        assert exchange.held is not None
+        self._writer.write(m.Served(self._writer.next, exchange.id, exchange.held.kind))
+        self._writer.done(exchange)
 
-    def _register(self, seat: PendingExchange) -> None:
-        assert seat.held is not None
-        name = seat.held.name
+    def _register(self, exchange: PendingExchange) -> None:
+        assert exchange.held is not None
+        name = exchange.held.name
         if ("register", name) in self.standings.names:
-            self._serve(seat)
-        elif self.standings.may_supply(seat.standing):
-            self._write(m.Registered(self._next(), seat.ticket, name))
-            self._done(seat)
-            for other in self._seats.workers():
-                if other.waits_in("register") and other.held and other.held.name == name:
+            self._serve(exchange)
+        elif self.standings.may_supply(exchange.state):
+            self._writer.write(m.Registered(self._writer.next, exchange.id, name))
+            self._writer.done(exchange)
+            for other in self._pending.at(Stage.DECLARING):
+                if other.held is not None and other.held.name == name:
                     self._serve(other)
-        else:
-            self._registering[seat.member] = seat
+        elif exchange.stage is not Stage.DECLARING:
+            self._pending.move(exchange, Stage.DECLARING)
 
-    def _supply(self) -> None:
-        """Let those register who are the lowest active rank by now."""
-        for seat in by_rank(self._registering.values()):
-            if seat.member in self._registering:
-                self._register(seat)
-
-    def _declare(self, seat: PendingExchange) -> None:
+    def _declare(self, exchange: PendingExchange) -> None:
         """A table has no initial values, so whoever comes first declares it."""
-        assert seat.held is not None
-        if ("table", seat.held.name) in self.standings.names:
-            self._serve(seat)
+        assert exchange.held is not None
+        if ("table", exchange.held.name) in self.standings.names:
+            self._serve(exchange)
         else:
-            self._write(m.Registered(self._next(), seat.ticket, seat.held.name, "table"))
-            self._done(seat)
+            self._writer.write(m.Registered(self._writer.next, exchange.id, exchange.held.name, "table"))
+            self._writer.done(exchange)
 
-    def _step(self, seat: PendingExchange) -> None:
-        assert seat.held is not None
-        if seat.held.number == seat.standing.committed:
-            self._blocked[seat.member] = seat  # of a sequencer that was lost before it answered it
-            self._caught_up = -1
-        elif seat.standing.phase != "active":
-            self._resume(seat)
-        elif self._sync.quorum is not None and seat.standing.round < self.standings.rounds:
-            self._write(m.Late(self._next(), seat.ticket))
-            self._done(seat)
+    def _step(self, exchange: PendingExchange) -> None:
+        assert exchange.held is not None
+        if not self.standings.started:
+            return
+        if exchange.held.number == exchange.state.committed:
+            self._steps.recovered(exchange)
+        elif exchange.state.phase != "active":
+            self._resume(exchange)
         else:
-            self._ready[seat.member] = seat
-            self._commit_ready()
+            self._steps.admit(exchange)
 
-    def _resume(self, seat: PendingExchange) -> None:
+    def _resume(self, exchange: PendingExchange) -> None:
         """A step of a worker that ended its batches makes it active again; in rounds only together
         with everybody, since who is in a round must not depend on timing."""
-        if self.standings.started and not self._sync.rounds:
-            self._activate([seat])
-            self._step(seat)
-
-    def _commit_ready(self) -> None:
-        """Commit what may be: the round, if it is complete, or without rounds each update by itself."""
-        if not self._ready or not self._enough():
-            self.due = None
-        elif self._sync.rounds:
-            self._close_round(len(self._ready), len(self.standings.clocks))
+        if self._mode.rounds:
+            self._pending.move(exchange, Stage.RESUMING)
         else:
-            for seat in by_rank(self._ready.values()):
-                self._close([seat])
+            self._activate([exchange])
+            self._step(exchange)
 
-    def _close_round(self, held: int, active: int) -> None:
-        if held < self._sync.needed(active):
-            self.due = None
-            return
-        if self.due is None:
-            self.due = self._now + self._sync.grace_s
-        if self._sync.may_commit(held, active, self._now >= self.due):
-            self._close(by_rank(self._ready.values()))
-
-    def _close(self, seats: list[PendingExchange]) -> None:
-        """Commit these steps; where gradients are clipped, once it is known how large they are."""
-        if not any(seat.held is not None and seat.held.clipped for seat in seats):
-            self._commit(seats)
-        elif not self._measures.under_way(seats):
-            self._write(m.Measured(self._next(), tickets(seats)))
-            self._measures.begin(seats, self.position)
-        elif (norms := self._measures.norms(seats)) is not None:
-            self._commit(seats, norms)
-
-    def _enough(self) -> bool:
-        """Whether enough workers are present to train."""
-        return self._seats.present + len(self.standings.finished) >= self._min_workers
-
-    def _commit(self, seats: list[PendingExchange], norms: tuple[tuple[int, float], ...] = ()) -> None:
-        """Commit the steps of these seats, one alone where there are no rounds."""
-        self.due = None
-        clocks, updates = self.standings.clocks, tickets(seats)
-        clock = seats[0].standing.clock
-        may_read = self._sync.rounds or self._sync.may_read(clock + 1, clocks.slowest_after(clock))
-        answered = updates if may_read else ()
-        self._write(m.Committed(self._next(), self.version + 1, updates, answered, norms))
-        for seat in seats:
-            if answered:
-                self._done(seat)
-            else:
-                self._ready.pop(seat.member, None)
-                self._measures.forget(seat)
-                self._blocked[seat.member] = seat
-        self._take_snapshots()
-
-    def _release_blocked(self) -> None:
-        """Answer those whose lead the others have caught up with."""
-        slowest = self.standings.clocks.slowest
-        if slowest == self._caught_up:
-            return
-        self._caught_up = slowest
-        for seat in list(self._blocked.values()):
-            if self._sync.may_read(seat.standing.clock, slowest):
-                self._serve(seat)
-
-    def _assign(self, seat: PendingExchange) -> None:
+    def _assign(self, exchange: PendingExchange) -> None:
         if self.standings.started:
-            self._write(m.Assigned(self._next(), self.version + 1, seat.ticket))
-            self._done(seat)
+            self._writer.write(m.Assigned(self._writer.next, self.version + 1, exchange.id))
+            self._writer.done(exchange)
             self._take_snapshots()
 
-    def _meet(self, seat: PendingExchange) -> None:
-        if self.standings.started and seat.standing.phase != "meeting":
-            assert seat.held is not None
-            self._write(m.Retired(self._next(), seat.member, False, f"waits in a {seat.held.kind}"))
+    def _meet(self, exchange: PendingExchange) -> None:
+        if not self.standings.started:
+            return
+        self._pending.move(exchange, Stage.MEETING)
+        if exchange.state.phase != "meeting":
+            self._writer.write(
+                m.Retired(self._writer.next, exchange.member, False, f"waits in a {exchange.kind}")
+            )
 
-    def _end(self, seat: PendingExchange) -> None:
-        self._write(m.Retired(self._next(), seat.member, False, "its batches are over", seat.ticket))
-        self._done(seat)
+    def _end(self, exchange: PendingExchange) -> None:
+        self._writer.write(
+            m.Retired(self._writer.next, exchange.member, False, "its batches are over", exchange.id)
+        )
+        self._writer.done(exchange)
 
-    def _stop(self, seat: PendingExchange) -> None:
-        told = tuple(other.member for other in self._seats.workers() if not other.standing.over)
-        self._write(m.Stopped(self._next(), seat.ticket, told))
-        self._done(seat)
+    def _stop(self, exchange: PendingExchange) -> None:
+        told = tuple(other.member for other in self._pending.workers() if not other.state.over)
+        self._writer.write(m.Stopped(self._writer.next, exchange.id, told))
+        self._writer.done(exchange)
 
-    def _checkpoint(self, seat: PendingExchange) -> None:
-        self._snapshots[seat.member] = seat
+    def _checkpoint(self, exchange: PendingExchange) -> None:
+        self._pending.move(exchange, Stage.SCHEDULED)
         self._take_snapshots()
-
-    def _take_snapshots(self) -> None:
-        """At the first version that each who asked for one waits for."""
-        for seat in list(self._snapshots.values()):
-            assert seat.held is not None
-            if self.version >= int(seat.held.name or 0):
-                self._write(m.Checkpointed(self._next(), seat.ticket))
-                self._done(seat)
 
     # ── membership ──────────────────────────────────────────────────────────────────────────────
 
     def _enrol(self, workers: int, newcomers: list[m.Newcomer]) -> None:
-        """Seat newcomers and activate them, all at once the first time: when the declared workers have
-        joined."""
+        """Take newcomers in and activate them, all at once the first time: when the declared workers have
+        joined. What was complete before then is decided then."""
         started = self.standings.started
-        self._write(m.Enrolled(self._next(), workers, tuple(newcomers)))
+        self._writer.write(m.Enrolled(self._writer.next, workers, tuple(newcomers)))
         for newcomer in newcomers:
-            self._seats.add(newcomer.member, self.standings)
+            self._pending.add(newcomer.member)
         if self.standings.started:
             self._activate_new()
             if not started:
-                for seat in self._seats.workers():
-                    if seat.waiting and seat.held is not None:
-                        self._on_held[seat.held.kind](seat)
+                for exchange in self._pending.at(Stage.COMPLETE):
+                    self._on_held[exchange.kind](exchange)
 
     def _activate_new(self) -> None:
-        self._activate([seat for seat in self._seats.workers() if seat.standing.phase == "new"])
+        self._activate([one for one in self._pending.workers() if one.state.phase == "new"])
 
-    def _activate(self, seats: list[PendingExchange]) -> None:
-        if seats:
-            members = tuple(seat.member for seat in seats)
-            self._write(m.Activated(self._next(), members, self.standings.clocks.slowest))
+    def _activate(self, exchanges: list[PendingExchange]) -> None:
+        """Those of workers that take steps from now on."""
+        if exchanges:
+            members = tuple(exchange.member for exchange in exchanges)
+            self._writer.write(m.Activated(self._writer.next, members, self.standings.clocks.slowest))
 
-    def _remove(self, seat: PendingExchange, reason: str, answered: m.ExchangeId | None = None) -> None:
-        self._write(m.Retired(self._next(), seat.member, True, reason, answered))
-        self._done(seat)
-        self._seats.remove(seat)
+    def _remove(self, exchange: PendingExchange, reason: str, answered: m.ExchangeId | None = None) -> None:
+        self._writer.write(m.Retired(self._writer.next, exchange.member, True, reason, answered))
+        self._writer.done(exchange)
+        self._pending.remove(exchange)
 
-    # ── what follows when somebody became inactive ──────────────────────────────────────────────
+    # ── settle: what follows for those who wait ─────────────────────────────────────────────────
 
     def _settle(self) -> list[m.AnyEntry]:
         """Draw the consequences of the last input until there are none; return the new entries."""
         if self.standings.started:
-            self._commit_ready()
-            self._release_blocked()
-            if self._registering:
-                self._supply()
-            if self._seats.all_wait() and not self.standings.clocks:
+            self._steps.commit_ready(self._now)
+            self._steps.release()
+            for exchange in self._pending.at(Stage.DECLARING):
+                if exchange.stage is Stage.DECLARING:  # the one before it may have declared for it
+                    self._register(exchange)
+            if self._pending.all_wait() and not self.standings.clocks:
                 self._release_meeting()
-            if self._seats.all_wait() and self.due is None and not self._measures and self._enough():
+            if self._pending.all_wait() and self.due is None and not self._writer.measures and self._enough():
                 self._fail_stalled()
-        entries, self._entries = self._entries, []
-        return entries
+        return self._writer.take()
+
+    def _enough(self) -> bool:
+        """Whether enough workers are present to train."""
+        return self._pending.present + len(self.standings.finished) >= self._min_workers
+
+    def _take_snapshots(self) -> None:
+        """At the first version that each who asked for one waits for."""
+        for exchange in self._pending.at(Stage.SCHEDULED):
+            assert exchange.held is not None
+            if self.version >= int(exchange.held.name or 0):
+                self._writer.write(m.Checkpointed(self._writer.next, exchange.id))
+                self._writer.done(exchange)
 
     def _release_meeting(self) -> None:
         """All wait, nobody is active: end a barrier or sum that all are in, or let the rest resume.
 
         Clocks say who leads whom, so after a meeting all begin at 0.
         """
-        workers = self._seats.workers()
-        kinds = {seat.held.kind for seat in workers if seat.held is not None}
+        workers = self._pending.workers()
+        kinds = {exchange.kind for exchange in workers}
         if kinds == {"barrier"} or kinds == {"sum"}:
-            self._write(m.Met(self._next(), tickets(workers)))
-            for seat in workers:
-                self._done(seat)
-        elif resuming := [seat for seat in workers if seat.waits_in("step")]:
+            self._writer.write(m.Met(self._writer.next, ids(workers)))
+            for exchange in workers:
+                self._writer.done(exchange)
+        elif resuming := self._pending.at(Stage.RESUMING):
             self._activate(resuming)
-            for seat in resuming:
-                self._step(seat)
+            for exchange in resuming:
+                self._pending.move(exchange, Stage.READY)
+            self._steps.commit_ready(self._now)
 
     def _fail_stalled(self) -> None:
         """Everybody waits and nothing followed: nothing ever will."""
-        workers = self._seats.workers()
+        workers = self._pending.workers()
         reason = "everybody waits for each other: " + "; ".join(
-            f"worker {seat.standing.rank} waits in {seat.what}" for seat in workers
+            f"worker {exchange.rank} waits in {exchange.what}" for exchange in workers
         )
-        self._write(m.Stalled(self._next(), tickets(workers), reason))
-        for seat in workers:
-            self._done(seat)
+        self._writer.write(m.Stalled(self._writer.next, ids(workers), reason))
+        for exchange in workers:
+            self._writer.done(exchange)
 
     # ── what a person sees ──────────────────────────────────────────────────────────────────────
 
     def waits(self) -> dict[int, str]:
         """For each member that waits, by id: for what and for whom."""
-        ready, blocked, measures = self._ready, self._blocked, self._measures
         return Waits(
-            self._seats, self.standings, self._sync, self._min_workers, ready, blocked, measures
+            self._pending,
+            self.standings,
+            self._mode,
+            self._min_workers,
+            self._writer.measures,
+            self._steps.reason,
         ).all()
-
-    # ── small things ────────────────────────────────────────────────────────────────────────────
-
-    def _done(self, seat: PendingExchange) -> None:
-        """Its exchange is over."""
-        for waiting in (self._ready, self._blocked, self._registering, self._snapshots):
-            waiting.pop(seat.member, None)
-        self._measures.forget(seat)
-        self._seats.release(seat)
-
-    def _next(self) -> int:
-        return self.standings.position + 1
-
-    def _write(self, entry: m.AnyEntry) -> None:
-        self.standings.apply(entry)
-        self._entries.append(entry)

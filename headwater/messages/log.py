@@ -135,9 +135,13 @@ class Served(Entry, frozen=True):
 
 
 class Late(Entry, frozen=True):
-    """This step came after its round was closed: it is answered, but its gradients are not applied."""
+    """This step came after its round was closed: it is answered, but its gradients are not applied.
+
+    `reason`: of the mode, for a user.
+    """
 
     ticket: ExchangeId
+    reason: str = ""
 
 
 class Assigned(Entry, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -13,7 +14,7 @@ from headwater.errors import ClosedError, ConnectionLostError, HeadwaterError, R
 from headwater.machines.exchange import Exchange
 from headwater.runtime.connections import Connections
 from headwater.runtime.coordinator_client import CoordinatorClient
-from headwater.spec.sync import parse_sync
+from headwater.spec.sync import Mode, parse_sync
 from headwater.wire.channel import Channel, Outgoing, Received
 from headwater.wire.exchange import exchange
 from headwater.wire.security import PLAIN, Security
@@ -75,7 +76,6 @@ class Session:
         self.membership = CoordinatorClient(coordinator, role, rank, security=security)
         self.welcome = self.membership.welcome
         self._deadline = self.welcome.deadline if deadline is None else deadline
-        self.sync = parse_sync(self.welcome.sync)
         self.version = 0
         self.waiting = 0.0
         self.receivers: dict[int, Receiver] = {}
@@ -90,10 +90,21 @@ class Session:
         self.shares: list[bool] = []
         self._connections = Connections(self.membership)
         try:
+            if role == "worker":
+                self.mode  # noqa: B018 - a worker must know it, others need not
             self._take(self._connections.make(time.monotonic() + self._deadline))
         except BaseException:
             self.close()
             raise
+
+    @functools.cached_property
+    def mode(self) -> Mode:
+        """The cluster's.
+
+        Raises:
+            ConfigurationError: a mode that this process does not know.
+        """
+        return parse_sync(self.welcome.sync)
 
     def _take(self, channels: list[Channel]) -> None:
         """Exchange over these from now on."""

@@ -142,7 +142,7 @@ class State:
         """Settings take effect all the same: they are orders to the rule, not part of the gradient."""
         step = self._step_of(entry.ticket)
         self._change_settings([step])
-        result = m.StepResult(self.version, False, 0, self.version - step.seen)
+        result = m.StepResult(self.version, False, 0, self.version - step.seen, reason=entry.reason)
         self.ledger.record(entry.ticket.member, step.step, result)
         return self._answer_step(entry.ticket, **self._bring(entry.ticket, step))
 

@@ -11,17 +11,17 @@ Invariants:
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 from headwater.errors import ConfigurationError
 from headwater.messages import RuleSpec
 from headwater.spec import formulas
+from headwater.spec.registry import Registry, register
 from headwater.spec.schedules import SCHEDULES, Schedule
-from headwater.spec.settings import Settings, field_types, refuse_unknown, require
+from headwater.spec.settings import Settings, refuse_unknown, require
 
 Rate = float | Schedule
 """A learning rate: a number, or one that changes with the model's count of updates."""
@@ -39,6 +39,7 @@ class Rule(Settings):
 
     __slots__ = ()
 
+    registry: ClassVar[Registry[Rule]] = Registry("rule")
     always_sum: ClassVar[bool] = False
     rows_only: ClassVar[bool] = False
 
@@ -84,58 +85,14 @@ class Rule(Settings):
         return changed
 
 
-# ── the registry ────────────────────────────────────────────────────────────────────────────────
-
-RuleClass = TypeVar("RuleClass", bound=type[Rule])
-_registered: dict[str, type[Rule]] = {}
-
-
-def register(rule_class: RuleClass) -> RuleClass:
-    """Class decorator: make a rule available under its name to this process.
-
-    Raises:
-        ConfigurationError: not a frozen dataclass derived from Rule, or the name is taken.
-    """
-    if not (isinstance(rule_class, type) and issubclass(rule_class, Rule)):
-        raise ConfigurationError(f"register takes a class derived from Rule, got {rule_class!r}")
-    field_types(rule_class)
-    other = _registered.setdefault(rule_class.__name__, rule_class)
-    if (other.__module__, other.__qualname__) != (rule_class.__module__, rule_class.__qualname__):
-        raise ConfigurationError(
-            f"rule {rule_class.__name__!r} of {rule_class.__module__} has the name of a rule "
-            f"of {other.__module__}: rename one of them"
-        )
-    _registered[rule_class.__name__] = rule_class
-    return rule_class
-
-
-def load_rules(module_name: str) -> None:
-    """Import a module of the user's rules (`--rules`); never called with a name from the network.
-
-    Raises:
-        ConfigurationError: the module cannot be imported.
-    """
-    try:
-        importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigurationError(
-            f"rules module {module_name!r} cannot be imported ({error}): "
-            "give a module name that Python finds from here, without .py"
-        ) from error
-
-
 def from_spec(spec: RuleSpec) -> Rule:
     """The rule that a spec describes, from the rules loaded in this process.
 
     Raises:
         ConfigurationError: an unknown name, or an unknown, missing, ill-typed or impossible setting.
     """
-    if spec.name not in _registered:
-        raise ConfigurationError(
-            f"no rule {spec.name!r} is loaded here, only {', '.join(_registered)}: "
-            "start every server with --rules and the module that defines it"
-        )
-    return _registered[spec.name].from_flat({name: _revived(value) for name, value in spec.settings.items()})
+    rule = Rule.registry.find(spec.name)
+    return rule.from_flat({name: _revived(value) for name, value in spec.settings.items()})
 
 
 def _revived(value: object) -> object:

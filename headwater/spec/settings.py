@@ -23,7 +23,10 @@ from headwater.messages import RuleSpec, Scalar
 
 
 class Settings:
-    """Base of frozen dataclasses with fields of float, int, bool, str, other Settings, or tuples of floats.
+    """Base of frozen dataclasses whose fields are settings.
+
+    A field is a float, int, bool, str, None, one of the strings of a `Literal`, another Settings, a union of
+    these, or a tuple of floats.
 
     Numbers of any kind (int, numpy) become plain float or int, so equality and travel are exact.
 
@@ -41,10 +44,15 @@ class Settings:
     def check(self) -> None:
         """Refuse values that have the right type but cannot be; called when the object is made."""
 
+    @classmethod
+    def registered_name(cls) -> str:
+        """What the class is called in specs, messages and texts."""
+        return cls.__name__
+
     @property
     def name(self) -> str:
-        """The class name: what stands in specs and messages."""
-        return type(self).__name__
+        """What its class is called in specs and messages."""
+        return self.registered_name()
 
     def to_spec(self) -> RuleSpec:
         """This object as a message."""
@@ -79,7 +87,7 @@ class Settings:
             if not missing:
                 values = tuple(flat[part] for part in parts)
                 arguments[field] = values[0] if parts == [field] else values
-            elif len(missing) < len(parts) or field in _required(cls):
+            elif len(missing) < len(parts) or field in required_fields(cls):
                 raise ConfigurationError(f"{cls.__name__} needs {', '.join(missing)} too")
         return cls(**arguments)
 
@@ -124,7 +132,7 @@ def _hints(cls: type) -> Mapping[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _required(cls: type) -> list[str]:
+def required_fields(cls: type) -> list[str]:
     """Names of the fields without a default."""
     none = dataclasses.MISSING
     fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls)
@@ -144,13 +152,15 @@ def _converted(owner: Settings, field: str, hint: Any, value: object) -> object:
     length = _tuple_length(hint)
     if length and isinstance(value, tuple | list) and len(value) == length:
         return tuple(_converted(owner, field, float, element) for element in value)
-    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for choice in choices:
+    for choice in _choices(hint):
         if choice is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
             if math.isfinite(value):
                 return float(value)
         elif choice is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
             return int(value)
+        elif isinstance(choice, str):
+            if value == choice and isinstance(value, str):
+                return choice
         elif isinstance(choice, type) and choice not in (float, int) and isinstance(value, choice):
             return value
     raise ConfigurationError(f"{owner.name}: {field} must be {_described(hint)}, got {value!r}")
@@ -159,6 +169,19 @@ def _converted(owner: Settings, field: str, hint: Any, value: object) -> object:
 def _described(hint: Any) -> str:
     if _tuple_length(hint):
         return f"{_tuple_length(hint)} finite numbers"
-    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     words = {float: "a finite number", int: "a whole number", bool: "True or False", str: "a string"}
-    return " or ".join(words.get(choice, f"a {choice.__name__}") for choice in choices)
+    words |= {type(None): "None"}
+    return " or ".join(
+        repr(choice) if isinstance(choice, str) else words.get(choice, f"a {choice.__name__}")
+        for choice in _choices(hint)
+    )
+
+
+def _choices(hint: Any) -> list[Any]:
+    """What a field of this type may be: types, and strings of a `Literal`."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    return [
+        choice
+        for part in parts
+        for choice in (typing.get_args(part) if typing.get_origin(part) is typing.Literal else (part,))
+    ]

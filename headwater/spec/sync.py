@@ -1,23 +1,35 @@
-"""When updates are committed and when a worker may read: the three training modes.
+"""Modes: when updates are committed, and when a worker may have its answer.
 
-Pure: no clock, no I/O. Every decision carries a reason fit to show a user. A mode is two questions:
+A mode is one open seam. The sequencer asks every mode the same three questions, and every answer that keeps
+somebody waiting, or drops something, has a reason fit to show a user:
 
-- `may_commit`: the updates held everywhere, may they be committed?
-- `may_read`: a worker that finished `clock` steps, may it have its answer?
+- `may_count`: a step has arrived whose worker missed some commits: may it still be committed?
+- `next`: these steps wait to be committed: which are committed now, as one update or as several; or what do
+  they wait for, and until when?
+- `may_read`: a worker has finished so many steps, the slowest so many: may it have its answer?
 
-`rounds` says whether a commit takes the updates of many active workers at once or of one alone; `waits`
-whether a worker's answer may wait for another worker.
+Other parts ask what a mode *means*, by its properties (`rounds`, `answers_wait`, `reduce`); nobody asks for a
+mode by its class or its text. A mode of a user's own derives from `Mode` and is registered like a rule.
+
+Pure: no clock, no I/O; a mode keeps nothing between two questions. It travels as the text that a user writes,
+`name:setting=value,…`, and means the same wherever it is read.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal, Protocol, Self, TypeAlias
 
 from headwater.errors import ConfigurationError
+from headwater.spec.registry import Registry, register
+from headwater.spec.settings import Settings, field_types, require, required_fields
 
 Reduce: TypeAlias = Literal["mean", "sum"]
+
+
+# ── what is asked, and what is answered ─────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +43,221 @@ class Decision:
         return self.allowed
 
 
-_YES = Decision(True)
+YES = Decision(True)
+
+
+class PendingStep(Protocol):
+    """A step of an active worker that every server holds, and that no commit contains yet.
+
+    Attributes:
+        rank: of its worker.
+        clock: steps that its worker had finished before.
+        missed: commits since its worker was answered last.
+        since: when every server held it, in seconds of the clock that `Mode.next` is told.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def clock(self) -> int: ...
+    @property
+    def missed(self) -> int: ...
+    @property
+    def since(self) -> float: ...
+
+
+class Pending(Protocol):
+    """All such steps, at most one a worker; iterated in rank order.
+
+    Attributes:
+        active: how many workers take steps: nobody ends, leaves, dies or waits in a barrier among them.
+    """
+
+    @property
+    def active(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[PendingStep]: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Synchronous:
+class Commits:
+    """Commit these now: each group is applied as one update, in the order of the groups."""
+
+    groups: tuple[tuple[PendingStep, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Commit nothing yet. `reason`: for a user; `due`: when to ask again though nothing has arrived."""
+
+    reason: str
+    due: float | None = None
+
+
+# ── the seam ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Mode(Settings):
+    """Base of all modes: a frozen dataclass whose fields are its settings. By itself: asynchronous.
+
+    Override what differs. A property may be overridden by a field or by a plain class attribute.
+    """
+
+    __slots__ = ()
+
+    registry: ClassVar[Registry[Mode]] = Registry("mode")
+    keyword: ClassVar[str]
+    """Its name in texts, where that is not the name of the class."""
+    form: ClassVar[str]
+    """How its text looks, in error messages, where that does not follow from its fields."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether who is in a commit must not depend on timing: a commit takes the updates of all active
+        workers, or of as many as are needed of them, together.
+
+        Then each worker reads a part of the data that is its own by default, whoever ended its batches goes
+        on only together with all others, and what a step's answer brought is current until the next step.
+        """
+        return False
+
+    @property
+    def answers_wait(self) -> bool:
+        """Whether the answer of a step may wait for other workers."""
+        return True
+
+    @property
+    def reduce(self) -> Reduce:
+        """Whether the gradients of a commit are averaged over its contributors, or added up."""
+        return "mean"
+
+    def may_count(self, missed: int) -> Decision:
+        """Decide whether a step may be committed whose worker missed so many commits; if not, it is late."""
+        return YES
+
+    def next(self, pending: Pending, now: float) -> Commits | Wait:
+        """Decide what becomes of the pending steps, of which there is at least one; `now` in seconds.
+
+        Asked whenever something has changed, when a returned `due` has come, and again after what it chose
+        was committed.
+        """
+        return Commits(tuple((step,) for step in pending))
+
+    def may_read(self, clock: int, slowest: int) -> Decision:
+        """Decide whether a worker that finished `clock` steps may have its answer; the slowest active worker
+        has finished `slowest`.
+        """
+        return YES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.reduce in ("mean", "sum"), self, "reduce", "'mean' or 'sum'")
+
+    # ── as text ─────────────────────────────────────────────────────────────────────────────────
+
+    def __str__(self) -> str:
+        """What `parse_sync` makes this mode of again: its name, and the settings that are no defaults."""
+        said = [
+            f"{_text_name(field.name)}={_text(value)}"
+            for field in fields(self)  # type: ignore[arg-type]
+            if (value := getattr(self, field.name)) != field.default
+        ]
+        return f"{self.name}:{','.join(said)}" if said else self.name
+
+    @classmethod
+    def of_text(cls, argument: str) -> Self:
+        """The mode with the settings `name=value,…`.
+
+        The value of the first field that has no default may stand first, without the name.
+
+        Raises:
+            ConfigurationError: an unknown, missing, repeated, ill-typed or impossible setting.
+        """
+        hints = {_text_name(name): (name, hint) for name, hint in field_types(cls).items()}
+        given: dict[str, object] = {}
+        for place, part in enumerate(argument.split(",") if argument else ()):
+            name, equals, text = (one.strip() for one in part.partition("="))
+            if not equals and place == 0 and (required := required_fields(cls)):
+                name, text = _text_name(required[0]), name
+            if name not in hints or hints[name][0] in given:
+                raise ConfigurationError(f"{part.strip()!r} is no setting, or a repeated one")
+            field, hint = hints[name]
+            given[field] = _of_text(text, hint)
+        return cls.from_flat(given)
+
+    @classmethod
+    def registered_name(cls) -> str:
+        keyword: str = cls.__dict__.get("keyword", cls.__name__)
+        return keyword
+
+    @classmethod
+    def expected(cls) -> str:
+        """How the text of such a mode looks, in quotes."""
+        settings = ",".join(f"{_text_name(name)}=…" for name in field_types(cls))
+        text = f"{cls.registered_name()}:{settings}" if settings else cls.registered_name()
+        form: str = cls.__dict__.get("form", repr(text))
+        return form
+
+
+def parse_sync(value: str | Mode) -> Mode:
+    """Turn what a user wrote into a mode; `str(mode)` is the inverse.
+
+    Raises:
+        ConfigurationError: not a mode, or one that this process does not know; the text lists the valid
+            forms.
+    """
+    if isinstance(value, Mode):
+        if type(value) not in Mode.registry.classes():
+            raise ConfigurationError(
+                f"sync: mode {value.name} is not registered, so servers cannot know it: decorate its class "
+                f"with @headwater.register"
+            )
+        return value
+    expected = ", ".join(mode.expected() for mode in Mode.registry.classes())
+    if not isinstance(value, str):
+        raise ConfigurationError(f"sync: got {value!r}, expected {expected} or an object of such a mode")
+    name, colon, argument = value.strip().partition(":")
+    known = {mode.registered_name(): mode for mode in Mode.registry.classes()}
+    if name not in known:
+        raise ConfigurationError(
+            f"sync: got {value!r}, expected {expected}; for a mode of your own, import the module that "
+            f"defines it, or name that module with rules=… or --rules"
+        )
+    if colon and not argument:
+        raise ConfigurationError(f"sync: got {value!r}, expected {expected}")
+    try:
+        return known[name].of_text(argument)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"sync: got {value!r}: {error}; expected {expected}") from error
+
+
+def _text_name(field: str) -> str:
+    """A field's name in text: without the unit that it ends with."""
+    return field.removesuffix("_s")
+
+
+def _text(value: object) -> str:
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def _of_text(text: str, hint: object) -> object:
+    """`text` as what a field of this type takes, or as it is, for `Settings` to refuse."""
+    choices = typing.get_args(hint) or (hint,)
+    for kind in (int, float):
+        if kind in choices:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    return {"True": True, "False": False}.get(text, text) if bool in choices else text
+
+
+# ── the modes that come with Headwater ──────────────────────────────────────────────────────────
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Synchronous(Mode):
     """One commit a round, with one update of every active worker (Valiant's bulk synchronous model).
 
     With `quorum` a round does not wait for stragglers (Chen et al. 2016): it is closed when that many
@@ -50,156 +272,83 @@ class Synchronous:
             quorum, or `reduce` neither of the two.
     """
 
+    keyword = "sync"
+    form = "'sync', 'sync:quorum=K,grace=SECONDS,reduce=sum' (any of these)"
+
     quorum: int | None = None
     grace_s: float = 0.0
     reduce: Reduce = "mean"
-    rounds: ClassVar[bool] = True
-    waits: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        quorum, grace = self.quorum, self.grace_s
-        if quorum is not None and (isinstance(quorum, bool) or not isinstance(quorum, int) or quorum < 1):
-            raise ConfigurationError(f"Synchronous: quorum must be an integer ≥ 1 or None, got {quorum!r}")
-        if isinstance(grace, bool) or not isinstance(grace, int | float) or not 0 <= grace < math.inf:
-            raise ConfigurationError(f"Synchronous: grace_s must be seconds ≥ 0, got {grace!r}")
-        if quorum is None and grace:
+    def check(self) -> None:
+        require(self.quorum is None or self.quorum >= 1, self, "quorum", "≥ 1, or None for everybody")
+        require(self.grace_s >= 0, self, "grace_s", "≥ 0 seconds")
+        if self.quorum is None and self.grace_s:
             raise ConfigurationError(
-                f"Synchronous: grace_s={grace:g} without a quorum: a round waits for everybody anyway"
+                f"sync: grace_s={self.grace_s:g} without a quorum: a round waits for everybody anyway"
             )
-        if self.reduce not in ("mean", "sum"):
-            raise ConfigurationError(f"Synchronous: reduce must be 'mean' or 'sum', got {self.reduce!r}")
+
+    @property
+    def rounds(self) -> bool:
+        return True
 
     def needed(self, active: int) -> int:
         """How many updates a round with `active` active workers needs at least."""
         return active if self.quorum is None else min(self.quorum, active)
 
-    def may_commit(self, held: int, active: int, over: bool = False) -> Decision:
-        """Decide whether a round with `held` of `active` updates is complete; `over`: its grace is."""
-        needed = self.needed(active)
+    def may_count(self, missed: int) -> Decision:
+        """With a quorum, a step counts for the round that was open when its worker was answered last."""
+        if self.quorum is None or not missed:
+            return YES
+        return Decision(False, f"its round was closed without it, {missed} commit{'s' * (missed > 1)} ago")
+
+    def next(self, pending: Pending, now: float) -> Commits | Wait:
+        """The round, once it is complete: everybody's, or the quorum's after the grace."""
+        held, needed = len(pending), self.needed(pending.active)
         if held < needed:
-            return Decision(False, f"{held} of {needed} updates of this round have arrived")
-        if held < active and not over:
-            return Decision(
-                False, f"the round stays open for the other {active - held} for {self.grace_s:g} s"
-            )
-        return _YES
-
-    def may_read(self, clock: int, slowest: int) -> Decision:
-        """Allow always: what a round commits, all its workers have committed together."""
-        return _YES
-
-    def __str__(self) -> str:
-        options = {
-            "quorum": None if self.quorum is None else str(self.quorum),
-            "grace": f"{float(self.grace_s)!r}".removesuffix(".0") if self.grace_s else None,
-            "reduce": "sum" if self.reduce == "sum" else None,
-        }
-        said = ",".join(f"{name}={value}" for name, value in options.items() if value is not None)
-        return f"sync:{said}" if said else "sync"
+            return Wait(f"{held} of {needed} updates of this round have arrived")
+        if held < pending.active and self.grace_s:
+            due = sorted(step.since for step in pending)[needed - 1] + self.grace_s
+            if now < due:
+                others = pending.active - held
+                return Wait(f"the round stays open for the other {others} for {self.grace_s:g} s", due)
+        return Commits((tuple(pending),))
 
 
+@register
 @dataclass(frozen=True, slots=True)
-class StaleSynchronous:
+class StaleSynchronous(Mode):
     """Let a worker lead the slowest active worker by at most `bound` steps (Ho et al. 2013).
 
     Raises:
         ConfigurationError: `bound` is not an integer ≥ 0.
     """
 
+    keyword = "ssp"
+    form = "'ssp:N'"
+
     bound: int
-    rounds: ClassVar[bool] = False
-    waits: ClassVar[bool] = True
-    quorum: ClassVar[None] = None
-    grace_s: ClassVar[float] = 0.0
-    reduce: ClassVar[Reduce] = "mean"
 
-    def __post_init__(self) -> None:
-        if isinstance(self.bound, bool) or not isinstance(self.bound, int) or self.bound < 0:
-            raise ConfigurationError(f"StaleSynchronous: bound must be an integer ≥ 0, got {self.bound!r}")
-
-    def needed(self, active: int) -> int:
-        """One update is a commit."""
-        return 1
-
-    def may_commit(self, held: int, active: int, over: bool = False) -> Decision:
-        """Allow always: an update is committed as soon as all servers hold it."""
-        return _YES
+    def check(self) -> None:
+        require(self.bound >= 0, self, "bound", "≥ 0 steps")
 
     def may_read(self, clock: int, slowest: int) -> Decision:
-        """Decide whether a worker that finished `clock` steps may have its answer."""
         lead = clock - slowest
         if lead > self.bound:
             return Decision(False, f"leads the slowest worker by {lead} steps, allowed {self.bound}")
-        return _YES
+        return YES
 
     def __str__(self) -> str:
-        return f"ssp:{self.bound}"
+        return f"{self.name}:{self.bound}"
 
 
+@register
 @dataclass(frozen=True, slots=True)
-class Asynchronous:
+class Asynchronous(Mode):
     """Every update is committed as soon as all servers hold it; nobody waits for another."""
 
-    rounds: ClassVar[bool] = False
-    waits: ClassVar[bool] = False
-    quorum: ClassVar[None] = None
-    grace_s: ClassVar[float] = 0.0
-    reduce: ClassVar[Reduce] = "mean"
+    keyword = "async"
+    form = "'async'"
 
-    def needed(self, active: int) -> int:
-        """One update is a commit."""
-        return 1
-
-    def may_commit(self, held: int, active: int, over: bool = False) -> Decision:
-        """Allow always."""
-        return _YES
-
-    def may_read(self, clock: int, slowest: int) -> Decision:
-        """Allow always."""
-        return _YES
-
-    def __str__(self) -> str:
-        return "async"
-
-
-Sync: TypeAlias = Synchronous | StaleSynchronous | Asynchronous
-
-_EXPECTED = (
-    "'sync', 'sync:quorum=K,grace=SECONDS,reduce=sum' (any of these), 'async', 'ssp:N' or a Synchronous, "
-    "StaleSynchronous or Asynchronous object"
-)
-
-
-def parse_sync(value: str | Sync) -> Sync:
-    """Turn what a user wrote into a mode; `str(mode)` is the inverse.
-
-    Raises:
-        ConfigurationError: not a mode; the text lists the valid forms.
-    """
-    if isinstance(value, Synchronous | StaleSynchronous | Asynchronous):
-        return value
-    if not isinstance(value, str):
-        raise ConfigurationError(f"sync: got {value!r}, expected {_EXPECTED}")
-    kind, _, argument = value.strip().partition(":")
-    if kind == "async" and not argument:
-        return Asynchronous()
-    if kind == "ssp" and argument.isdecimal():
-        return StaleSynchronous(int(argument))
-    if kind == "sync":
-        return _synchronous(value, argument)
-    raise ConfigurationError(f"sync: got {value!r}, expected {_EXPECTED}")
-
-
-def _synchronous(value: str, argument: str) -> Synchronous:
-    """The mode of `sync:argument`, whose parts are name=value, each at most once."""
-    parts = [part.partition("=") for part in argument.split(",")] if argument else []
-    given = {name.strip(): text.strip() for name, _, text in parts}
-    known = len(given) == len(parts) and given.keys() <= {"quorum", "grace", "reduce"}
-    try:
-        quorum, grace, reduce = given.get("quorum"), given.get("grace", "0"), given.get("reduce", "mean")
-        numbers = None if quorum is None else int(quorum), float(grace)
-    except ValueError:
-        raise ConfigurationError(f"sync: got {value!r}, expected {_EXPECTED}") from None
-    if not known or reduce not in ("mean", "sum"):
-        raise ConfigurationError(f"sync: got {value!r}, expected {_EXPECTED}")
-    return Synchronous(*numbers, reduce="sum" if reduce == "sum" else "mean")
+    @property
+    def answers_wait(self) -> bool:
+        return False

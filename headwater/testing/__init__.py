@@ -1,8 +1,9 @@
 """Simulated clusters: what servers run, under virtual time, with whatever can go wrong (docs/testing.md)."""
 
+from headwater.spec.sync import Mode
 from headwater.testing.faults import Crash, Cut, Fault, Faults, Partition, Stop
 from headwater.testing.invariants import Invariant, Violation
-from headwater.testing.schedule import Mode, Schedule
+from headwater.testing.schedule import Schedule
 from headwater.testing.search import Exploration, explore, shrink
 from headwater.testing.simulation import Result, run, simulate
 

@@ -5,48 +5,16 @@ from __future__ import annotations
 import dataclasses
 import random
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from headwater.errors import ConfigurationError
 from headwater.spec.rules import Adam, Rule
-from headwater.spec.sync import Decision, Reduce, parse_sync
+from headwater.spec.sync import Mode, parse_sync
 from headwater.testing.faults import Fault, Faults
 from headwater.testing.invariants import Invariant
 
 _STEP_S, _REST_S = 0.03, 0.12
 """About how long a step, and all that is not one, takes in virtual time."""
-
-
-class Mode(Protocol):
-    """When updates are committed and when a worker may read: what any mode is, built in or own.
-
-    Attributes:
-        rounds: whether a commit takes the updates of many active workers at once, or of one alone.
-        waits: whether a worker's answer may wait for another worker.
-        quorum: with rounds, the number of updates that suffice; None: those of all active workers.
-        grace_s: seconds that a round is held open for more after the quorum's last update.
-        reduce: whether the updates of a commit are averaged or added.
-    """
-
-    @property
-    def rounds(self) -> bool: ...
-    @property
-    def waits(self) -> bool: ...
-    @property
-    def quorum(self) -> int | None: ...
-    @property
-    def grace_s(self) -> float: ...
-    @property
-    def reduce(self) -> Reduce: ...
-
-    def needed(self, active: int) -> int:
-        """How many updates a commit with `active` active workers needs at least."""
-
-    def may_commit(self, held: int, active: int, over: bool = False) -> Decision:
-        """Decide whether `held` of `active` updates are committed now; `over`: the grace is."""
-
-    def may_read(self, clock: int, slowest: int) -> Decision:
-        """Decide whether a worker that finished `clock` steps may have its answer."""
 
 
 @dataclass(frozen=True)

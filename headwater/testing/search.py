@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from headwater.spec.sync import Mode
 from headwater.testing.faults import Faults
 from headwater.testing.invariants import Violation
-from headwater.testing.schedule import Mode, Schedule, random_schedule
+from headwater.testing.schedule import Schedule, random_schedule
 from headwater.testing.simulation import Result, run
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from headwater.messages import AnyEntry
+from headwater.spec.sync import Mode
 from headwater.testing.faults import Fault, Faults, Partition, Stop
 from headwater.testing.injection import inject
 from headwater.testing.invariants import explained
-from headwater.testing.schedule import Mode, Schedule, with_faults
+from headwater.testing.schedule import Schedule, with_faults
 from headwater.testing.workload import Workload
 from headwater.testing.world import World
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 from headwater import messages as m
 from headwater.errors import HeadwaterError, ProtocolError
@@ -17,7 +17,7 @@ from headwater.machines.roster import Departure, RosterBook
 from headwater.runtime.server.sequencing import Policy
 from headwater.shard.replica import MaterializedEntry
 from headwater.shard.snapshot import ShardSnapshot
-from headwater.spec.sync import Sync, parse_sync
+from headwater.spec.sync import Mode, parse_sync
 from headwater.testing.faults import Fault
 from headwater.testing.invariants import ALWAYS, COUNTED, Invariant
 from headwater.testing.invariants.accounts import Accounts
@@ -29,7 +29,6 @@ from headwater.testing.processes.member import Member
 from headwater.testing.processes.network import SPEEDS_S, Network, Process
 from headwater.testing.processes.shard import WatchedShard
 from headwater.testing.processes.times import DEADLINE_S, HEARTBEAT_S, LEASE_S, SETTLED_S, START_S
-from headwater.testing.schedule import Mode
 from headwater.testing.workload import Workload
 
 
@@ -37,7 +36,7 @@ class World:
     """`workers` declared workers and `servers` servers, with a standby each where `replicas` is 1.
 
     Args:
-        sync: a mode, as text or as an object with the methods of one.
+        sync: a mode, as text or as an object.
         shares: whether members share windows with servers, or send values as payload.
         beats: whether processes send heartbeats; needed only where they are stopped or parted.
         restarts: the program of a worker that died is run again with this, in a new process of the same rank.
@@ -77,7 +76,7 @@ class World:
     ) -> None:
         self.sync: Mode = parse_sync(sync) if isinstance(sync, str) else sync
         self.mode = str(self.sync)
-        self.policy = Policy(cast(Sync, self.sync), min_workers, replicas > 0)
+        self.policy = Policy(self.sync, min_workers, replicas > 0)
         self.workers, self.servers, self.replicas, self.shares = workers, servers, replicas, shares
         self.digest_every = digest_every
         self.seed = seed

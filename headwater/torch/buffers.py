@@ -43,7 +43,7 @@ class SharedBuffers:
         self._sign = 1.0 if mode == "rank0" else -1.0
         self.model: Model | None = None
         if self._names:
-            if mode == "mean" and worker.sync == "sync:reduce=sum":
+            if mode == "mean" and worker.mode.reduce == "sum":
                 self._sign /= worker.workers
             rule = Accumulate() if mode == "rank0" else SGD(lr=1.0)
             values = {name: self._buffer(name) for name in self._names}

@@ -382,7 +382,7 @@ def _check_periods(worker: Worker, rule: Rule | None, push_every: int, pull_ever
             raise ConfigurationError(f"{name} must be an integer ≥ 1, got {value!r}")
     if push_every == pull_every == 1:
         return False
-    if worker.sync.startswith("sync"):
+    if worker.mode.rounds:
         raise ConfigurationError(
             f"push_every={push_every}, pull_every={pull_every} need sync='async' or 'ssp:N': synchronous "
             f"workers have one version, which local steps would leave"

@@ -96,7 +96,7 @@ class Model:
             ClosedError: the worker has left.
             StalledError: no answer within the deadline.
         """
-        if not (self._fresh and self._session.sync.rounds and self._session.usable()):
+        if not (self._fresh and self._session.mode.rounds and self._session.usable()):
             have = self.read_version
             self._session.ask(lambda number: m.Pull(number, (self.id,), have), "pull")
             self.read_version = self._session.version

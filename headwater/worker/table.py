@@ -164,7 +164,7 @@ class Table:
         self._wanted = self._ahead = None
         if not len(plan.ids):
             return
-        if self._session.sync.waits:
+        if self._session.mode.answers_wait:
             self._wanted = given, plan
             return
         self._session.finish()
@@ -390,11 +390,11 @@ class Table:
         """The rows that were asked for before, once, if they are of these ids."""
         if self._wanted is not None and np.array_equal(self._wanted[0], given):
             self._wanted = None
-        if self._ahead is None and not self._session.sync.waits:
+        if self._ahead is None and not self._session.mode.answers_wait:
             self._session.finish()
         ahead = self._ahead
         if ahead is None or not np.array_equal(ahead.given, given):
             return None
         self._ahead = None
-        stale = self._session.sync.waits and ahead.version != self._session.version
+        stale = self._session.mode.answers_wait and ahead.version != self._session.version
         return None if stale else ahead

@@ -16,6 +16,7 @@ from headwater.runtime.session import Session
 from headwater.spec.initializers import Initializer, Zeros
 from headwater.spec.lifetime import AfterCount, Expiry
 from headwater.spec.rules import Rule
+from headwater.spec.sync import Mode
 from headwater.wire.security import PLAIN, Security
 from headwater.worker.batches import Batches, DataReader, Splits
 from headwater.worker.finishing import wait_for_others
@@ -88,8 +89,13 @@ class Worker:
 
     @property
     def sync(self) -> str:
-        """The cluster's mode, such as "sync" or "ssp:3"."""
-        return str(self._session.sync)
+        """The cluster's mode as text, such as "sync" or "ssp:3"."""
+        return str(self._session.mode)
+
+    @property
+    def mode(self) -> Mode:
+        """The cluster's mode as an object; what it means for a worker is in its properties."""
+        return self._session.mode
 
     # ── models and tables ───────────────────────────────────────────────────────────────────────
 
@@ -231,7 +237,7 @@ class Worker:
             StalledError: no split within the deadline; names who holds the last ones.
         """
         self._session.check_open("batches")
-        rounds = self._session.sync.rounds
+        rounds = self.mode.rounds
         plan = plan_of(dataset, batch_size, epochs, shuffle, seed, splits, rounds=rounds, drop_last=drop_last)
         return self._feed.batches(plan, dataset)
 
@@ -252,7 +258,7 @@ class Worker:
         one split an epoch. A split is done with the first step after the next one was asked for.
         """
         self._session.check_open("splits")
-        plan = plan_of(dataset, batch_size, epochs, shuffle, seed, splits, rounds=self._session.sync.rounds)
+        plan = plan_of(dataset, batch_size, epochs, shuffle, seed, splits, rounds=self.mode.rounds)
         return self._feed.splits(plan)
 
     # ── together with the others ────────────────────────────────────────────────────────────────

@@ -77,7 +77,7 @@ class Reporting:
             self._sequencing = Sequencing(
                 self._servers, self._policy, term, agree=self._course.agree, put=self._course.put
             )
-            if self._policy.sync.grace_s and not self._term:
+            if not self._term:
                 self._threads.start(self._tick, "tick")
         with self._begun:
             self._term = term
@@ -183,7 +183,7 @@ class Reporting:
             raise
 
     def _tick(self) -> None:
-        """On server 0: tell the sequencer when the grace of a round is over."""
+        """On server 0: tell the sequencer when the time has come that its mode waits for."""
         while not self._closed:
             assert self._sequencing is not None
             left = self._sequencing.tick()

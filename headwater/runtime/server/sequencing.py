@@ -16,7 +16,7 @@ from headwater import messages as m
 from headwater.errors import RefusedError
 from headwater.log.sequencer import Sequencer
 from headwater.runtime.server.link import EntryLink
-from headwater.spec.sync import Sync
+from headwater.spec.sync import Mode
 from headwater.wire.channel import Channel
 
 _TAIL = 1 << 16
@@ -27,7 +27,7 @@ _TAIL = 1 << 16
 class Policy:
     """How a sequencer decides."""
 
-    sync: Sync
+    sync: Mode
     min_workers: int = 1
     replicated: bool = False
 

@@ -1,0 +1,131 @@
+"""Commits: which ready steps become one entry, when, and when their workers may have their answers.
+
+The mode decides all three; what it decides is carried out here. The other half of the sequencer, whose theory
+of operation is in `headwater.log.sequencer`.
+
+Invariants:
+- A step is committed at most once, and only while it is READY.
+- Of gradients that are clipped the norm is that of exactly the steps which the commit has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from headwater import messages as m
+from headwater.errors import ConfigurationError
+from headwater.log.pending import PendingExchange, ReadySteps, Stage, by_rank, ids
+from headwater.log.writer import LogWriter
+from headwater.spec.sync import Commits, Mode, Wait
+
+
+class Committer:
+    """Commits for a sequencer, under one mode.
+
+    `enough` says whether there are workers enough to train; `committed` is called after each commit.
+
+    Attributes:
+        due: when the mode wants to be asked again though nothing has arrived; None: not.
+        reason: why the mode commits nothing yet; "" where it was not asked or has nothing to say.
+    """
+
+    def __init__(
+        self, writer: LogWriter, mode: Mode, *, enough: Callable[[], bool], committed: Callable[[], None]
+    ) -> None:
+        self.due: float | None = None
+        self.reason = ""
+        self._writer = writer
+        self._state, self._pending = writer.state, writer.pending
+        self._mode = mode
+        self._enough = enough
+        self._committed = committed
+        self._ready = ReadySteps(writer.pending, writer.state)
+        self._slowest = 0
+
+    # ── steps that every server holds ───────────────────────────────────────────────────────────
+
+    def admit(self, step: PendingExchange) -> None:
+        """Have an active worker's step committed in time, or tell it that it is late."""
+        if counts := self._mode.may_count(step.missed):
+            self._pending.move(step, Stage.READY)
+        else:
+            self._writer.write(m.Late(self._writer.next, step.id, counts.reason))
+            self._writer.done(step)
+
+    def recovered(self, step: PendingExchange) -> None:
+        """A step is in the log already: the sequencer that wrote it was lost before it answered."""
+        self._pending.move(step, Stage.COMMITTED)
+        self._release(step)
+
+    # ── commits ─────────────────────────────────────────────────────────────────────────────────
+
+    def commit_ready(self, now: float) -> None:
+        """Commit what the mode chooses, until it waits for something."""
+        self.due, self.reason = None, ""
+        while len(self._ready) and self._enough():
+            choice = self._mode.next(self._ready, now)
+            if isinstance(choice, Wait):
+                self.due, self.reason = choice.due, choice.reason
+                return
+            closed = [self._close(steps) for steps in self._chosen(choice)]
+            if not any(closed):
+                return  # servers are asked for norms
+
+    def _chosen(self, choice: Commits) -> list[list[PendingExchange]]:
+        """The groups that the mode chose, each in rank order.
+
+        Raises:
+            ConfigurationError: the mode chose what it was not asked about, or a step twice, or nothing.
+        """
+        groups = [
+            by_rank(step for step in group if isinstance(step, PendingExchange)) for group in choice.groups
+        ]
+        steps = {step for group in groups for step in group if step.stage is Stage.READY}
+        if not groups or not all(groups) or len(steps) != sum(map(len, choice.groups)):
+            raise ConfigurationError(
+                f"mode {self._mode}: next() chose {choice.groups!r}: choose at least one group, in each "
+                f"group at least one of the pending steps, and no step twice"
+            )
+        return groups
+
+    def _close(self, steps: list[PendingExchange]) -> bool:
+        """Commit these; where gradients are clipped, once it is known how large they are. Whether it did."""
+        if not any(step.held is not None and step.held.clipped for step in steps):
+            self._commit(steps)
+            return True
+        measures = self._writer.measures
+        if not measures.under_way(steps):
+            self._writer.write(m.Measured(self._writer.next, ids(steps)))
+            measures.begin(steps, self._state.position)
+        norms = measures.norms(steps)
+        if norms is not None:
+            self._commit(steps, norms)
+        return norms is not None
+
+    def _commit(self, steps: list[PendingExchange], norms: tuple[tuple[int, float], ...] = ()) -> None:
+        """Commit these as one update; those are answered with it whose answers the mode does not withhold."""
+        slowest = self._state.clocks.slowest_after(step.clock for step in steps)
+        answered = [step for step in steps if self._mode.may_read(step.clock + 1, slowest)]
+        version = self._state.version + 1
+        self._writer.write(m.Committed(self._writer.next, version, ids(steps), ids(answered), norms))
+        for step in steps:
+            self._writer.measures.forget(step)
+            self._pending.move(step, Stage.COMMITTED)
+        for step in answered:
+            self._writer.done(step)
+        self._committed()
+
+    # ── answers that were withheld ──────────────────────────────────────────────────────────────
+
+    def release(self) -> None:
+        """Answer those whose lead the others have caught up with."""
+        slowest = self._state.clocks.slowest
+        if slowest != self._slowest:
+            self._slowest = slowest
+            for step in self._pending.at(Stage.COMMITTED):
+                self._release(step)
+
+    def _release(self, step: PendingExchange) -> None:
+        if self._mode.may_read(step.clock, self._state.clocks.slowest):
+            self._writer.write(m.Served(self._writer.next, step.id, "step"))
+            self._writer.done(step)
