@@ -23,3 +23,7 @@ class Refused(Message, frozen=True):
 
     error: str
     reason: str
+
+
+Reply: TypeAlias = Acknowledged | Refused
+"""What anybody may answer."""

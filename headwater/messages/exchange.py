@@ -299,3 +299,10 @@ class Description(Message, frozen=True):
     version: int
     models: tuple[ModelInfo, ...]
     tables: tuple[TableSpec, ...] = ()
+
+
+ToServer: TypeAlias = Hello | Request | Scratch | Renew | Store | Describe
+"""What a member says on its connection to a server."""
+
+FromServer: TypeAlias = Answer | Waiting | Stored | Description
+"""What a server says on a member's connection."""

@@ -256,3 +256,7 @@ class LogStateRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     finished: tuple[int, ...]
     names: tuple[tuple[Kind, str], ...]
     members: tuple[MemberRecord, ...]
+
+
+LogMessage: TypeAlias = Reports | Entries
+"""What a server and the sequencer tell each other, once the server has said where it is."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import msgspec
 
 from headwater.messages.base import Message, Refused
@@ -120,3 +122,7 @@ class Unvisited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     call: int
     rank: int | None
     samples: int
+
+
+ReadingMessage: TypeAlias = Lease | Leased | Unleased | Finish
+"""What a worker and the coordinator tell each other of splits."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from headwater.messages.base import Message
 from headwater.messages.exchange import Request
 from headwater.messages.log import AnyEntry
@@ -66,3 +68,7 @@ class StartTerm(Message, frozen=True):
 
     term: int
     position: int
+
+
+ReplicationMessage: TypeAlias = EntryInputs | Chunk | AppendEntry | CommitIndex | AppendAck | StartTerm
+"""What a server and its standby tell each other, after the snapshot that the standby begins with."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -37,13 +37,13 @@ class RequestSlot(Message, frozen=True):
 
 
 class NoSlot(Message, frozen=True):
-    """An answer to Enlist: no such place is free, as `reason` says. Terms follow once one is."""
+    """Not an answer to RequestSlot yet: no such slot is free, as `reason` says. An Assignment follows."""
 
     reason: str
 
 
 class Assignment(Message, frozen=True):
-    """The answer to Enlist: what the node is to be, in which cluster. The place is kept for the Join that
+    """The answer to RequestSlot: what the node is to be, in which cluster. The slot is kept for the Join that
     follows on this connection.
 
     `restore`: path of the checkpoint that a server begins with, "" for none.
@@ -148,7 +148,7 @@ class GetServers(Message, frozen=True):
 
 
 class ServerAddresses(Message, frozen=True):
-    """The answer to Locate; `servers` by index, fewer than all while one has nobody to take over."""
+    """The answer to GetServers; `servers` by index, fewer than all while one has nobody to take over."""
 
     term: int
     servers: tuple[Member, ...]
@@ -204,3 +204,21 @@ class Finished(Message, frozen=True):
     """
 
     member: int = 0
+
+
+ToCoordinator: TypeAlias = (
+    RequestSlot
+    | Join
+    | Rejoin
+    | Heartbeat
+    | GetServers
+    | CaughtUp
+    | StandbyLost
+    | Progress
+    | Departed
+    | Finished
+)
+"""What a node says on its connection to the coordinator."""
+
+FromCoordinator: TypeAlias = NoSlot | Assignment | JoinWaits | Welcome | Roster | ServerAddresses | Finished
+"""What the coordinator says on a node's connection."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import msgspec
 
 from headwater.messages.base import Message
@@ -82,3 +84,7 @@ class Recovery(Message, frozen=True):
     agreed: int = 0
     prepared: int = 0
     sums: tuple[Sums, ...] = ()
+
+
+BeginningMessage: TypeAlias = Snapshot | Recovery
+"""What a standby begins with, and what a new sequencer begins with."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import msgspec
 
 from headwater.messages.base import Message, Role
@@ -101,3 +103,7 @@ class ClusterStatistics(Message, frozen=True):
     unreplicated: tuple[int, ...] = ()
     unvisited: tuple[Unvisited, ...] = ()
     spares: int = 0
+
+
+StatisticsMessage: TypeAlias = Ask | ServerStatistics | ClusterStatistics
+"""What is said of statistics."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import msgspec
 
 from headwater.messages.base import Message, Refused
@@ -38,3 +40,7 @@ class Compared(Message, frozen=True):
     standby: tuple[Digest, ...] | None
     reason: str = ""
     failure: Refused | None = None
+
+
+VerificationMessage: TypeAlias = Compare | Compared | Digested
+"""What is said when somebody asks whether a standby is equal."""
