@@ -24,9 +24,11 @@ from headwater.spec.rules import (
     AdamW,
     Assign,
     Ftrl,
+    Lion,
     RMSprop,
     RowwiseAdagrad,
     Rule,
+    Yogi,
 )
 from headwater.spec.schedules import Constant, Cosine, Linear, Schedule, StepDecay
 from headwater.spec.sync import Asynchronous, Mode, StaleSynchronous, Synchronous
@@ -60,6 +62,7 @@ __all__ = [
     "Group",
     "LeastRecentlyUsed",
     "Linear",
+    "Lion",
     "Mode",
     "Model",
     "Normal",
@@ -79,6 +82,7 @@ __all__ = [
     "Uniform",
     "Worker",
     "WorkerStatistics",
+    "Yogi",
     "Zeros",
     "connect",
     "errors",

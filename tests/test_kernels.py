@@ -15,7 +15,19 @@ from hypothesis import strategies as st
 from headwater.errors import ConfigurationError, EnvironmentFailure
 from headwater.kernels import add_up, cache, copy_out, dense, finite, reference, stage
 from headwater.kernels.source import float32_source
-from headwater.spec.rules import SGD, Accumulate, Adagrad, Adam, AdamW, Assign, Ftrl, RMSprop, Rule
+from headwater.spec.rules import (
+    SGD,
+    Accumulate,
+    Adagrad,
+    Adam,
+    AdamW,
+    Assign,
+    Ftrl,
+    Lion,
+    RMSprop,
+    Rule,
+    Yogi,
+)
 
 LIMIT = 4.0
 SPECIAL = np.array(
@@ -61,6 +73,8 @@ RULES = [
     Adam(),
     AdamW(amsgrad=True),
     Ftrl(lr=0.1, l1=0.5, l2=0.1),
+    Yogi(weight_decay=0.1),
+    Lion(0.1, weight_decay=0.1),
     Accumulate(),
     Assign(),
     Clipped(),

@@ -15,9 +15,17 @@ from headwater.errors import EnvironmentFailure
 from headwater.kernels import reference
 from headwater.kernels.rows import ages, combine, fill, gather, row_rule, stamp
 from headwater.kernels.slabs import Slabs
-from headwater.spec.rules import SGD, Accumulate, Adagrad, Adam, Ftrl, RowwiseAdagrad
+from headwater.spec.rules import SGD, Accumulate, Adagrad, Adam, Ftrl, Lion, RowwiseAdagrad, Yogi
 
-RULES = [Accumulate(), SGD(0.1, momentum=0.9, nesterov=True), Adagrad(0.1), Adam(), Ftrl(lr=0.1, l1=0.5)]
+RULES = [
+    Accumulate(),
+    SGD(0.1, momentum=0.9, nesterov=True),
+    Adagrad(0.1),
+    Adam(),
+    Ftrl(lr=0.1, l1=0.5),
+    Yogi(),
+    Lion(0.1),
+]
 
 
 @dataclass

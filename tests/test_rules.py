@@ -26,8 +26,10 @@ from headwater.spec.rules import (
     AdamW,
     Assign,
     Ftrl,
+    Lion,
     RMSprop,
     Rule,
+    Yogi,
     from_spec,
 )
 from headwater.spec.schedules import Constant, Cosine, Linear, StepDecay
@@ -43,6 +45,8 @@ EXAMPLES = [
     Adam(StepDecay(0.1, every=5), amsgrad=True),
     AdamW(Cosine(0.1, over=100, end=0.01, warmup=5)),
     Ftrl(l1=0.1, l2=0.2, beta=1),
+    Yogi(weight_decay=0.1, initial_accumulator=0.01),
+    Lion(betas=(0.8, 0.9), weight_decay=0.1),
     Accumulate(),
     Assign(),
 ]
@@ -115,6 +119,30 @@ def test_ftrl_follows_the_proximal_form_that_it_was_derived_from():
         zeros += value == 0
         assert ours == pytest.approx(value, rel=1e-11)
     assert 0 < zeros < 50
+
+
+def test_yogi_moves_its_average_of_squares_by_at_most_a_bounded_amount():
+    lr, eps, beta1, beta2, decay = 0.1, 0.01, 0.8, 0.9, 0.2
+    gradients = (np.random.default_rng(5).standard_normal(50) * 3).tolist()
+    rule = Yogi(lr, (beta1, beta2), eps, decay, initial_accumulator=0.3)
+    value, m, v = 0.5, 0.0, 0.3
+    for ours, gradient in zip(run(rule, gradients), gradients, strict=True):
+        g = gradient + decay * value
+        m = beta1 * m + (1 - beta1) * g
+        v = v - (1 - beta2) * np.sign(v - g * g) * g * g
+        value -= lr * m / (v**0.5 + eps)
+        assert ours == pytest.approx(value, rel=1e-11)
+
+
+def test_lion_moves_by_the_rate_in_the_direction_of_a_sign():
+    lr, beta1, beta2, decay = 0.1, 0.8, 0.95, 0.3
+    gradients = [0.0, *np.random.default_rng(5).standard_normal(50)]
+    value, m = 0.5, 0.0
+    for ours, g in zip(run(Lion(lr, (beta1, beta2), decay), gradients), gradients, strict=True):
+        value = value - lr * (np.sign(beta1 * m + (1 - beta1) * g) + decay * value)
+        m = beta2 * m + (1 - beta2) * g
+        assert ours == pytest.approx(value, rel=1e-11)
+    assert list(run(Lion(0.25), [3.0, 1e-9, 0.0], value=0.0)) == [-0.25, -0.5, -0.75]
 
 
 def test_centred_rmsprop_stays_a_number_where_the_variance_rounds_below_zero():
@@ -338,7 +366,7 @@ def test_the_rule_of_the_documentation_works(tmp_path, monkeypatch):
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "my_rules.py").write_text(example)
     load_rules("my_rules")
-    rule = from_spec(RuleSpec("Lion", {"lr": 0.5, "beta1": 0.5, "beta2": 0.25, "weight_decay": 0.5}))
+    rule = from_spec(RuleSpec("Signum", {"lr": 0.5, "beta": 0.25, "weight_decay": 0.5}))
     gradients = [np.array([2.0, -2.0, 0.0], np.float32)] * 2
     values, average = np.zeros(3, np.float32), np.zeros(3, np.float32)
     places = np.array([gradient.ctypes.data for gradient in gradients])

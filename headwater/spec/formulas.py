@@ -135,6 +135,39 @@ def adam_amsgrad(
     return value, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
+def yogi(value, gradient, exp_avg, exp_avg_sq, lr, eps, beta1, rest1, rest2, l2):
+    """value −= lr · exp_avg / (√exp_avg_sq + eps)
+
+    g += l2 · value;  exp_avg = beta1 · exp_avg + (1 − beta1) · g;
+    exp_avg_sq −= (1 − beta2) · sign(exp_avg_sq − g²) · g²;  rest = 1 − beta.
+    Zaheer et al. 2018, algorithm 2, which corrects no bias; FedYogi (Reddi et al. 2021) on changes of
+    parameters.
+    """
+    gradient += l2 * value
+    square = gradient * gradient
+    exp_avg = beta1 * exp_avg + rest1 * gradient
+    if exp_avg_sq > square:
+        exp_avg_sq -= rest2 * square
+    elif exp_avg_sq < square:
+        exp_avg_sq += rest2 * square
+    return value - lr * exp_avg / (math.sqrt(exp_avg_sq) + eps), exp_avg, exp_avg_sq
+
+
+def lion(value, gradient, exp_avg, lr, shrink, beta1, rest1, beta2, rest2):
+    """value = shrink · value − lr · sign(beta1 · exp_avg + (1 − beta1) · g)
+
+    exp_avg = beta2 · exp_avg + (1 − beta2) · g afterwards;  shrink = 1 − lr · weight_decay;  rest = 1 − beta.
+    Chen et al. 2023, algorithm 2.
+    """
+    direction = beta1 * exp_avg + rest1 * gradient
+    value = shrink * value
+    if direction > 0.0:
+        value -= lr
+    elif direction < 0.0:
+        value += lr
+    return value, beta2 * exp_avg + rest2 * gradient
+
+
 def ftrl(value, gradient, accum, linear, inverse_lr, l1, ridge):
     """value = 0 where |linear| ≤ l1, else (sign(linear) · l1 − linear) / (√accum / lr + ridge)
 

@@ -360,6 +360,97 @@ class AdamW(Adam):
 
 @register
 @dataclass(frozen=True, slots=True)
+class Yogi(_Rated):
+    """Yogi: Adam whose average of squares moves by a bounded amount (Zaheer et al. 2018); no bias correction.
+
+    Args:
+        lr: learning rate, a number or a schedule.
+        betas: decay of the averages of gradients and of squares, each of at least 0 and below 1.
+        eps: added to the root in the denominator.
+        weight_decay: times the value, added to the gradient.
+        initial_accumulator: what the average of squares begins with.
+
+    Raises:
+        ConfigurationError: a negative setting, or a beta that is not below 1.
+    """
+
+    lr: Rate = 1e-2
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-3
+    weight_decay: float = 0.0
+    initial_accumulator: float = 1e-6
+
+    def check(self) -> None:
+        """As Adam."""
+        _check_lr(self, self.lr)
+        _check_not_negative(self, "eps", "weight_decay", "initial_accumulator")
+        require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "of at least 0 and below 1")
+
+    def states(self) -> dict[str, float]:
+        """The averages of gradients and squares."""
+        return {"exp_avg": 0.0, "exp_avg_sq": self.initial_accumulator}
+
+    def function(self) -> Callable[..., Any]:
+        """`yogi`."""
+        return formulas.yogi
+
+    @property
+    def counted(self) -> bool:
+        """Never."""
+        return False
+
+    def scalars(self, updates: int, count: int) -> tuple[float, ...]:
+        """What `yogi` takes, in its order."""
+        beta1, beta2 = self.betas
+        return _at(self.lr, updates), self.eps, beta1, 1 - beta1, 1 - beta2, self.weight_decay
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Lion(_Rated):
+    """Lion: the sign of an average of gradients (Chen et al. 2023); weight decay shrinks the value.
+
+    Args:
+        lr: learning rate, a number or a schedule; each element moves by exactly this much.
+        betas: decay within the update and of the average that is kept, each of at least 0 and below 1.
+        weight_decay: lr times this much of the value is taken away.
+
+    Raises:
+        ConfigurationError: a negative setting, or a beta that is not below 1.
+    """
+
+    lr: Rate = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+
+    def check(self) -> None:
+        """As Adam."""
+        _check_lr(self, self.lr)
+        _check_not_negative(self, "weight_decay")
+        require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "of at least 0 and below 1")
+
+    def states(self) -> dict[str, float]:
+        """The average of gradients."""
+        return {"exp_avg": 0.0}
+
+    def function(self) -> Callable[..., Any]:
+        """`lion`."""
+        return formulas.lion
+
+    @property
+    def counted(self) -> bool:
+        """Never."""
+        return False
+
+    def scalars(self, updates: int, count: int) -> tuple[float, ...]:
+        """What `lion` takes, in its order."""
+        lr = _at(self.lr, updates)
+        beta1, beta2 = self.betas
+        return lr, 1 - lr * self.weight_decay, beta1, 1 - beta1, beta2, 1 - beta2
+
+
+@register
+@dataclass(frozen=True, slots=True)
 class Ftrl(_Rated):
     """Follow the regularised leader, per coordinate, as TensorFlow has it (power −½); `l1` makes zeros.
 
