@@ -99,8 +99,11 @@ class PlainTable:
                 for i in mine[: len(mine) - self.expiry.kept]:
                     del self.rows[i]
 
-    def delete(self, ids):
+    def delete(self, ids, step):
+        self.rows = self.living(step)
+        before = len(self.rows)
         for i in ids:
             self.rows.pop(i, None)
             bucket = self.pending.get(self.bucket(i), [])
             bucket[:] = [(other, n) for other, n in bucket if other != i]
+        return before - len(self.rows)

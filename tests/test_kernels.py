@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from headwater.errors import ConfigurationError, EnvironmentFailure
-from headwater.kernels import add_up, cache, copy_out, dense, finite, reference, stage
+from headwater.kernels import add_up, cache, copy_out, dense, finite, finite_sum, reference, stage
 from headwater.kernels.source import float32_source
 from headwater.spec.rules import (
     SGD,
@@ -230,7 +230,7 @@ def test_arrays_that_do_not_fit_are_refused_and_nothing_changes():
 def test_kernels_release_the_interpreter():
     kernels = [
         dense(SGD(0.1)),
-        *(getattr(moves_module(), name) for name in ("copy_out", "total", "stage", "finite")),
+        *(getattr(moves_module(), name) for name in ("copy_out", "total", "stage", "finite", "finite_sum")),
     ]
     assert all(kernel.targetoptions["nogil"] for kernel in kernels)
 
@@ -258,7 +258,9 @@ def test_copies_give_the_bits_of_the_plain_ones(n, k, special, add, seed):
     source.flags.writeable = False
     expected = destination.copy()
     all_finite = reference.stage(source, expected, add)
-    assert finite(source) is reference.finite(source) is all_finite
+    assert finite(source) is reference.finite(source)
+    assert finite(expected) is all_finite
+    assert not add or finite_sum(source, destination) is all_finite
     assert stage(source, destination, add) is all_finite
     assert same_bits(destination, expected)
     answers = [numbers(generator, n, 0.1) for _ in range(k)]
@@ -277,9 +279,21 @@ def test_one_number_that_is_not_finite_is_found_anywhere(place, bad):
     assert not stage(source, destination, True)
 
 
+@pytest.mark.parametrize("place", [0, 1, 499, 998, 999])
+def test_a_sum_that_overflows_is_found_anywhere(place):
+    source, destination = np.full(1000, 2e38, np.float32), np.zeros(1000, np.float32)
+    assert finite_sum(source, destination)
+    destination[place] = 2e38
+    assert finite(destination)
+    assert not finite_sum(source, destination)
+    assert not stage(source, destination, True)
+
+
 def test_copies_between_different_lengths_are_refused():
     with pytest.raises(ValueError, match="differ in length"):
         stage(np.ones(3, np.float32), np.ones(4, np.float32), False)
+    with pytest.raises(ValueError, match="differ in length"):
+        finite_sum(np.ones(3, np.float32), np.ones(4, np.float32))
 
 
 # ── the source of a rule ────────────────────────────────────────────────────────────────────────

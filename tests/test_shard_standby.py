@@ -6,9 +6,12 @@ from clusters import model_spec
 
 from headwater import messages as m
 from headwater.errors import ProtocolError, RefusedError
-from headwater.shard import Shard, Staging
+from headwater.shard import Shard, StagedRows, Staging
+from headwater.shard.digest import digests
 from headwater.shard.replica import ReplicationProgress, arriving
+from headwater.spec.initializers import Zeros
 from headwater.spec.layout import PAGE
+from headwater.spec.lifetime import AfterSteps
 from headwater.spec.rules import SGD
 
 SPEC = model_spec(shapes={"a": (3,), "b": (7,)}, rules=(SGD(lr=1.0),))
@@ -287,3 +290,33 @@ def test_who_is_gone_for_good_is_refused():
     with pytest.raises(RefusedError, match="member 4 has left or was retired"):
         shard.hold(4, m.Leave(1), connection_epoch=1)
     shard.hold(5, m.Leave(1))  # one that the log has not come to yet
+
+
+# ── tables ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_pull_that_only_the_primary_serves_leaves_both_with_the_same_rows():
+    rows = m.TableSpec("rows", 1, SGD(lr=1.0).to_spec(), Zeros().to_spec(), 0, None, AfterSteps(1).to_spec())
+    shard, _ = training()
+    shard.hold(1, m.RegisterTable(2, rows))
+    shard.process(m.Registered(3, m.ExchangeId(1, 2), "rows", "table"))
+    standby = with_standby(shard)
+
+    def follow(entry):
+        standby.follow(shard.prepare(entry))
+        for one in (shard, standby):
+            one.commit(entry.position)
+
+    staged = StagedRows(0, np.array([7], np.int64), np.ones((1, 1), np.float32))
+    shard.hold(1, m.Step(3, 1, 0, (), (), False, pushed=(m.Rows(0, 1, 0, 0),)), rows=[staged])
+    pushed = m.ExchangeId(1, 3)
+    follow(m.Committed(4, 1, (pushed,), (pushed,)))
+    for version in (2, 3):
+        ticket = step(shard, 2, 1.0, number=version)
+        follow(m.Committed(3 + version, version, (ticket,), (ticket,)))
+    asked = StagedRows(0, np.array([7], np.int64), np.empty((1, 1), np.float32))
+    shard.hold(1, m.PullRows(4, m.Rows(0, 1, 0, 0)), rows=[asked])
+    follow(m.Served(7, m.ExchangeId(1, 4)))
+    assert asked.rows.tolist() == [[0.0]]
+    assert [len(one.snapshot().tables[0].ids) for one in (shard, standby)] == [0, 0]
+    assert digests(shard.snapshot()) == digests(standby.snapshot())

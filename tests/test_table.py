@@ -134,7 +134,7 @@ def test_no_ids_change_nothing():
     table = make(expiry=AfterSteps(1), admission=AfterCount(2))
     push(table, [])
     assert pull(table, []).shape == (0, 2)
-    assert table.delete(np.array([], dtype=np.int64)) == 0
+    assert table.delete(np.array([], dtype=np.int64), 0) == 0
     assert len(table) == 0
 
 
@@ -145,7 +145,7 @@ def test_a_deleted_id_starts_anew_and_its_row_and_entry_are_used_again():
     push(table, POOL)
     resident = table.statistics().resident
     for _ in range(20):
-        assert table.delete(POOL) == len(POOL)
+        assert table.delete(POOL, 0) == len(POOL)
         assert len(table) == 0
         push(table, POOL)
         assert (pull(table, POOL) == fresh).all()
@@ -155,7 +155,7 @@ def test_a_deleted_id_starts_anew_and_its_row_and_entry_are_used_again():
 def test_deleting_absent_ids_does_nothing():
     table = make(slots=TWO_SLOTS)
     push(table, POOL[:50])
-    assert table.delete(POOL[25:100]) == 25
+    assert table.delete(POOL[25:100], 0) == 25
     assert (pull(table, POOL) == np.where(np.arange(len(POOL)) < 25, 1, 0)[:, None]).all()
 
 
@@ -204,7 +204,7 @@ def test_admission_remembers_a_bounded_number_of_ids_and_admits_none_early():
     assert len(table) < len(ids) / 10  # displaced before they came again
     assert table.statistics().resident - resident < 20 * len(table) + 4 * PAGE
     recent = ids[-100:]
-    table.delete(recent)
+    table.delete(recent, 0)
     push(table, recent)
     push(table, recent)
     assert (pull(table, recent) == 1).mean() > 0.9

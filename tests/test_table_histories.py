@@ -65,9 +65,9 @@ class Servers:
     def recut(self, cut):
         """Go on from snapshots, on as many servers as `cut` says."""
         self.refused += self._now_refused()
-        snapshots = [table.snapshot() for table in reversed(self.tables)]
+        snapshots = [table.snapshot(self.step) for table in reversed(self.tables)]
         for table, slots in zip(self.tables, self.cut, strict=True):
-            table.delete(POOL[np.isin(slots_of(POOL), slots)])  # snapshots share nothing with it
+            table.delete(POOL[np.isin(slots_of(POOL), slots)], self.step)  # snapshots share nothing with it
         self.cut = cut
         self.tables = [Table.from_snapshot(joined(snapshots, slots), slots) for slots in cut]
 
@@ -82,9 +82,11 @@ class Servers:
         self.commits += 1
 
     def delete(self, ids):
-        for table, slots in zip(self.tables, self.cut, strict=True):
-            table.delete(ids[np.isin(slots_of(ids), slots)])
-        self.plain.delete(ids.tolist())
+        deleted = [
+            table.delete(ids[np.isin(slots_of(ids), slots)], self.step)
+            for table, slots in zip(self.tables, self.cut, strict=True)
+        ]
+        assert sum(deleted) == self.plain.delete(ids.tolist(), self.step)
 
     def check(self, ids):
         """That rows of `ids` and how many rows there are is what the dictionary says."""
@@ -214,7 +216,7 @@ def test_ids_of_a_restored_index_are_found_and_its_memory_is_within_bounds():
     again = Table.from_snapshot(table.snapshot(), ALL_SLOTS)
     assert (pull(again, ids) == 1).all()
     assert again.statistics().resident / len(again) <= 4 + 36
-    assert again.delete(ids[::2].copy()) == 200_000
+    assert again.delete(ids[::2].copy(), 0) == 200_000
     push(again, ids)
     assert (pull(again, ids)[:, 0] == np.where(np.arange(400_000) % 2, 2, 1)).all()
 

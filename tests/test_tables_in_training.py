@@ -177,6 +177,30 @@ def test_deleted_ids_start_from_their_initial_values_again(transport):
     train(work, workers=1, servers=3, transport=transport)
 
 
+@pytest.mark.parametrize("servers", [1, 2, 7])
+def test_deleting_counts_the_rows_that_have_not_expired_whatever_was_swept(servers):
+    def work(worker):
+        model = worker.model("m", {"w": np.zeros(1, np.float32)}, hw.Accumulate())
+        table = worker.table("rows", 2, hw.Accumulate(), expiry=hw.AfterSteps(5))
+
+        def update_others(times):
+            for _ in range(times):
+                model.push({"w": np.ones(1)})
+                worker.step()
+
+        table.push(np.arange(300), np.ones((300, 2)))
+        worker.step()
+        update_others(3)
+        table.push(np.arange(100), np.ones((100, 2)))
+        worker.step()
+        update_others(2)
+        assert (len(table), table.delete(np.arange(50, 300))) == (100, 50)
+        update_others(4)
+        assert (len(table), table.delete(np.arange(300))) == (0, 0)
+
+    train(work, workers=1, servers=servers)
+
+
 def test_the_rate_of_a_table_changes_with_the_next_step_and_schedules_count_its_own_updates():
     def work(worker):
         plain = worker.table("plain", DIM, hw.SGD(lr=1.0))

@@ -110,6 +110,50 @@ def unite(lists: Sequence[Ids]) -> tuple[Ids, list[Ids]]:
     return unique[:known], inverses
 
 
+class Numbering:
+    """Numbers ids in order of first appearance, list after list; time and memory follow the different ids.
+
+    Attributes:
+        known: how many different ids there were.
+    """
+
+    def __init__(self) -> None:
+        self.known = 0
+        self._unique = np.empty(0, dtype=np.int64)
+        self._table = np.empty(0, dtype=np.int32)
+
+    @property
+    def ids(self) -> Ids:
+        """int64[known]: the ids by their number; a view."""
+        return self._unique[: self.known]
+
+    def add(self, ids: Ids) -> Ids:
+        """int64[n]: the number of each of int64[n] ids.
+
+        Raises:
+            UsageError: more than 2³¹ − 2 different ids.
+        """
+        most = self.known + len(ids)
+        if most > _MOST:
+            raise UsageError(f"{most} ids are too many for one step: step in between")
+        if 2 * most > len(self._table):
+            self._make_room(2 * most)
+        inverse = np.empty(len(ids), dtype=np.int64)
+        self.known = _loops().number(ids, self.known, self._table, self._unique, inverse)
+        return inverse
+
+    def truncate(self, known: int) -> None:
+        """Forget the ids from this number on."""
+        self.known = known
+        self._make_room(max(known, 1))
+
+    def _make_room(self, ids: int) -> None:
+        table = np.full(1 << max(4, (2 * ids - 1).bit_length()), -1, dtype=np.int32)
+        unique = np.empty(len(table), dtype=np.int64)
+        _loops().number(self.ids, 0, table, unique, np.empty(self.known, dtype=np.int64))
+        self._unique, self._table = unique, table
+
+
 def trace(lists: Sequence[tuple[Ids, int]], size: int) -> tuple[Ids, Ids, Ids]:
     """Unite lists of ids, each given with the address of its items of `size` bytes, and find them again.
 

@@ -36,7 +36,7 @@ def add_up(gradients: NDArray[np.int64], total: NDArray[np.float32]) -> None:
 
 
 def stage(source: NDArray[np.float32], destination: NDArray[np.float32], add: bool) -> bool:
-    """Copy `source` into `destination` or add it there, and return whether all of `source` was finite.
+    """Copy `source` into `destination` or add it there; whether `destination` is finite then, all of it.
 
     Both are float32[n] and contiguous and do not overlap; `source` may be read-only.
 
@@ -45,6 +45,16 @@ def stage(source: NDArray[np.float32], destination: NDArray[np.float32], add: bo
         ValueError: lengths differ; nothing was changed.
     """
     return bool(_compiled().stage(source, destination, add))
+
+
+def finite_sum(source: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
+    """Whether all of `source` + `other`, float32[n] and contiguous, is neither NaN nor infinite.
+
+    Raises:
+        TypeError: arrays of another kind.
+        ValueError: lengths differ.
+    """
+    return bool(_compiled().finite_sum(source, other))
 
 
 def finite(array: NDArray[np.float32]) -> bool:
@@ -117,12 +127,22 @@ def stage(source, destination, add):
     strange = int32(0)
     if add:
         for i in range(len(source)):
-            strange |= int32(not math.isfinite(source[i]))
             destination[i] += source[i]
+            strange |= int32(not math.isfinite(destination[i]))
     else:
         for i in range(len(source)):
             strange |= int32(not math.isfinite(source[i]))
             destination[i] = source[i]
+    return strange == 0
+
+
+@outer("boolean(Array(float32, 1, 'C', readonly=True), Array(float32, 1, 'C', readonly=True))")
+def finite_sum(source, other):
+    if len(source) != len(other):
+        raise ValueError("the arrays differ in length")
+    strange = int32(0)
+    for i in range(len(source)):
+        strange |= int32(not math.isfinite(source[i] + other[i]))
     return strange == 0
 
 

@@ -71,7 +71,7 @@ def stage(source: Array, destination: Array, add: bool) -> bool:
     """What `kernels.stage` does."""
     with np.errstate(all="ignore"):
         destination[:] = destination + source if add else source
-    return finite(source)
+    return finite(destination)
 
 
 def finite(array: Array) -> bool:

@@ -258,7 +258,9 @@ class State:
         self.version = entry.version
         if isinstance(request, m.DeleteRows):
             staged = self._inputs.deleted(entry.source)
-            return self._answer(entry.source, count=self.tables[staged.table].delete(staged.ids))
+            return self._answer(
+                entry.source, count=self.tables[staged.table].delete(staged.ids, entry.version)
+            )
         assert isinstance(request, m.Assign)
         model = request.carried.model
         vector = self.vectors[model]
@@ -304,7 +306,7 @@ class State:
             version=self.version,
             models=tuple(vector.snapshot(copy) for vector in self.vectors.values()),
             changed=tuple(vector.changed for vector in self.vectors.values()),
-            tables=self.tables.snapshot(),
+            tables=self.tables.snapshot(self.version),
             ledger=self.ledger.records(),
             standings=self.standings.record(),
             recorded=self.positions.recorded(),

@@ -189,22 +189,27 @@ class Table:
         for slab, value in enumerate(self.rule.states().values(), start=1):
             fill(self._slabs.place(slab, rows), self._width, value)
 
-    def delete(self, ids: Ids) -> int:
+    def delete(self, ids: Ids, step: int) -> int:
         """Forget int64[n] ids: rows, states, counts, and updates counted before admission.
 
-        Returns how many had a row. A later push starts from the initial value.
+        Returns how many had a row that had not expired by version `step`. A later push starts from the
+        initial value.
         """
+        if isinstance(self._expiry, AfterSteps):
+            self._end_expired(ids, self._index.find(ids)[0], step)
+        self._see(step)
         return self._index.remove(ids)
 
     # ── as plain arrays ─────────────────────────────────────────────────────────────────────────
 
-    def snapshot(self) -> TableSnapshot:
-        """The rows, and what admission counted, as copies; rows that expired by the last version seen are not
-        among them. Blocks for a pass over the table.
+    def snapshot(self, step: int | None = None) -> TableSnapshot:
+        """The rows, and what admission counted, as copies; rows that expired by version `step` are not among
+        them, by default the last version seen here. Blocks for a pass over the table.
         """
         ids, rows, counts = self._index.entries(self._all_slots)
-        if isinstance(self._expiry, AfterSteps) and self._step is not None:
-            living = self._ages(rows, self._step) <= self._expiry.steps
+        step = self._step if step is None else step
+        if isinstance(self._expiry, AfterSteps) and step is not None:
+            living = self._ages(rows, step) <= self._expiry.steps
             ids, rows, counts = ids[living], rows[living], counts[living]
         parts = [np.empty((len(rows), size // _ITEM), dtype=np.float32) for size in self._slabs.row_bytes]
         for slab, part in enumerate(parts):

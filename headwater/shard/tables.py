@@ -109,9 +109,9 @@ class Tables:
 
     # ── as plain arrays ─────────────────────────────────────────────────────────────────────────
 
-    def snapshot(self) -> tuple[TableSnapshot, ...]:
-        """A copy of every table's rows here."""
-        return tuple(table.snapshot() for table in self._tables)
+    def snapshot(self, version: int) -> tuple[TableSnapshot, ...]:
+        """A copy of every table's rows here, but for those that have expired by `version`."""
+        return tuple(table.snapshot(version) for table in self._tables)
 
     def restore(self, snapshots: Iterable[TableSnapshot]) -> None:
         """Become what the snapshots were made of; copies the arrays."""

@@ -242,9 +242,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._model.skip()
         self._tables.skip()
 
-    def _carry(self, names: Collection[str], buffers: bool = True) -> None:
+    def _carry(self, names: Collection[str], accrued: bool = False, buffers: bool = True) -> None:
         """Have the next step carry these tensors, the rows that were written, and with them the buffers."""
-        rows = self._tables.carry()
+        rows = self._tables.carry(accrued)
         for name in names:
             assert self._model is not None
             self._model.carry(name)
@@ -289,7 +289,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Take all gradients over and descend, or none where one is not finite; whether it did."""
         hosts = [bound.to_host() for bound in pushed]
         wait_for_copies(pushed)
-        bad = [b.name for b, host in zip(pushed, hosts, strict=True) if not host.isfinite().all()]
+        bad = [
+            bound.name
+            for bound, host in zip(pushed, hosts, strict=True)
+            if not bound.is_finite(host, add=bound.name in self._accrued)
+        ]
         bad_tables = self._tables.not_finite()
         if (bad or bad_tables) and self._nonfinite != "off":
             if self._nonfinite == "raise":
@@ -310,8 +314,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
                     parameter.add_(parameter.grad, alpha=-float(group["lr"]))
 
     def _push_accrued(self, read: bool) -> None:
-        self._tables.write()
-        self._carry(self._accrued, buffers=read)
+        bad_tables = self._tables.write(accrued=True)
+        if self._nonfinite != "off":
+            self._report_nonfinite([], bad_tables)
+        self._carry(self._accrued, accrued=True, buffers=read)
         self._accrued.clear()
         self.result = self._worker.step(read=self._models if read else False)
         if read:

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from headwater.errors import ConfigurationError, GradientError, UsageError
-from headwater.kernels import finite, stage
+from headwater.kernels import finite, finite_sum, stage
 
 Array = NDArray[np.float32]
 
@@ -79,7 +79,7 @@ class BoundParameter:
         if grad is None or grad is self.gradient or grad.requires_grad or not _is_plain(grad):
             return
         self._protect_held_gradient()
-        self._note(stage(grad.numpy().reshape(-1), self._gradients, False))
+        stage(grad.numpy().reshape(-1), self._gradients, False)
         self.parameter.grad = self.gradient
 
     def _protect_held_gradient(self) -> None:
@@ -91,8 +91,6 @@ class BoundParameter:
     def _renew_gradient(self) -> None:
         self.gradient = torch.from_numpy(self._gradients.reshape(self.parameter.shape))
         self._references = sys.getrefcount(self.gradient)
-        self._tested = -1
-        self._finite = True
 
     def to_host(self) -> torch.Tensor:
         """The gradient that a step must send, on the CPU; of a GPU's parameter after `wait_for_copies`.
@@ -111,25 +109,24 @@ class BoundParameter:
             grad = grad.detach()
         return grad if self._pinned is None else self._pinned.copy_(grad, non_blocking=True)
 
-    def stage(self, host: torch.Tensor, add: bool = False) -> bool:
-        """Have what `to_host` returned in the window, or add it there; whether it is finite.
+    def is_finite(self, host: torch.Tensor, add: bool) -> bool:
+        """Whether the window would be finite with what `to_host` returned in it, or added there."""
+        if host is self.gradient:
+            return finite(self._gradients)
+        source = _flat(host)
+        return finite_sum(source, self._gradients) if add else finite(source)
 
-        Where it is in the window already it is tested only if it was changed in place since its last test,
-        which `Tensor._version` tells. A gradient that looked infinite is always tested again.
+    def stage(self, host: torch.Tensor, add: bool = False) -> bool:
+        """Have what `to_host` returned in the window, or add it there; whether it is finite then.
+
+        A gradient that is in the window already is read once more: what was written to it through `.data` or
+        an array that shares its memory left no trace.
         """
         if host is self.gradient:
-            if self._tested != host._version or not self._finite:
-                self._note(finite(self._gradients))
-            return self._finite
+            return finite(self._gradients)
         if not add:
             self._protect_held_gradient()
-        source = host.to(torch.float32).contiguous()
-        self._note(stage(source.numpy().reshape(-1), self._gradients, add))
-        return self._finite
-
-    def _note(self, is_finite: bool) -> None:
-        self._tested = self.gradient._version
-        self._finite = is_finite
+        return stage(_flat(host), self._gradients, add)
 
     # ── values ──────────────────────────────────────────────────────────────────────────────────
 
@@ -211,6 +208,12 @@ def _memory_of(parameter: torch.nn.Parameter) -> tuple[torch.device, int]:
     if parameter.device.type == "cpu":
         return parameter.device, parameter.untyped_storage().data_ptr()
     return parameter.device, parameter.data_ptr()
+
+
+def _flat(host: torch.Tensor) -> Array:
+    """float32[n], contiguous."""
+    flat: Array = host.to(torch.float32).contiguous().numpy().reshape(-1)
+    return flat
 
 
 def _is_plain(grad: torch.Tensor) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
 from headwater.errors import UsageError
@@ -21,6 +20,7 @@ from headwater.torch.embedding import Array, Collected, TableModule
 from headwater.torch.groups import ParameterGroup, settings
 from headwater.worker.model_spec import NonFinite
 from headwater.worker.row_buffer import RowSlice
+from headwater.worker.row_sums import RowSums
 from headwater.worker.table import Table
 
 
@@ -33,7 +33,7 @@ class _TrainedTable:
     def __init__(self, table: Table, modules: Sequence[TableModule]) -> None:
         self.table = table
         self.collected = Collected()
-        self.accrued: list[tuple[Plan, Array]] = []
+        self.accrued = RowSums(table.dim)
         rule = from_spec(table.spec.rule)
         self.group = ParameterGroup([], rule, None, settings(rule))
         self._modules = modules
@@ -49,8 +49,19 @@ class _TrainedTable:
             )
 
     def parts(self) -> list[tuple[Plan, Array]]:
-        parts = [*self.accrued, *self.collected.parts()]
-        return [(plan, gradients) for plan, gradients in parts if len(plan.ids)]
+        """What is collected."""
+        return [(plan, gradients) for plan, gradients in self.collected.parts() if len(plan.ids)]
+
+    def held_back(self) -> list[tuple[Plan, Array]]:
+        """What is accrued."""
+        return [self.table.ordered(self.accrued)] if self.accrued else []
+
+    def sums(self) -> RowSums:
+        """What is collected, summed by id."""
+        sums = RowSums(self.table.dim)
+        for plan, gradients in self.parts():
+            sums.add(plan.ids, gradients, tested=False)
+        return sums
 
 
 class TrainedTables:
@@ -124,16 +135,14 @@ class TrainedTables:
 
     def not_finite(self) -> list[Table]:
         """The tables for which NaN or infinity is collected."""
-        return [
-            one.table
-            for one in self._tables
-            if not all(np.isfinite(gradients).all() for _, gradients in one.collected.parts())
-        ]
+        sums = [(one, one.sums()) for one in self._tables]
+        return [one.table for one, sum in sums if not one.accrued.would_be_finite(sum.ids, sum.rows)]
 
     def accrue(self) -> None:
         """Hold what is collected back for a later `write`, out of reach of `discard`."""
         for one in self._tables:
-            one.accrued += one.collected.parts()
+            sum = one.sums()
+            one.accrued.add(sum.ids, sum.rows, tested=False)
             one.collected.clear()
 
     @property
@@ -141,12 +150,15 @@ class TrainedTables:
         """Whether anything is held back."""
         return any(one.accrued for one in self._tables)
 
-    def write(self) -> list[Table]:
-        """Put all gradients there are where `carry` takes them from; those of which tables are not finite."""
+    def write(self, accrued: bool = False) -> list[Table]:
+        """Put what is collected, or what is held back, where `carry` takes it from.
+
+        Returns the tables for which that is not finite.
+        """
         bad = []
         self._written = []
         for one in self._tables:
-            parts = one.parts()
+            parts = one.held_back() if accrued else one.parts()
             if parts:
                 place, is_finite = one.table.write(parts)
                 self._written.append((one.table, place))
@@ -154,14 +166,16 @@ class TrainedTables:
                     bad.append(one.table)
         return bad
 
-    def carry(self) -> bool:
-        """The next step carries what was written, and it is collected no more; whether it is anything."""
+    def carry(self, accrued: bool = False) -> bool:
+        """The next step carries what was written, which is then forgotten; whether it is anything."""
         for table, place in self._written:
             table.carry(place)
         carried, self._written = bool(self._written), []
         for one in self._tables:
-            one.accrued.clear()
-            one.collected.clear()
+            if accrued:
+                one.accrued = RowSums(one.table.dim)
+            else:
+                one.collected.clear()
         return carried
 
     def skip(self) -> None:

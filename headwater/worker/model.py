@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.errors import GradientError, NonFiniteError, RegistrationError
-from headwater.kernels import finite, stage
+from headwater.kernels import finite_sum, stage
 from headwater.runtime.session import Session
 from headwater.spec.declaration import model_difference
 from headwater.spec.layout import Layout
@@ -111,19 +111,17 @@ class Model:
 
         Raises:
             GradientError: an unknown name, a wrong shape or dtype; lists what was expected.
-            NonFiniteError: NaN or infinity, with `nonfinite="raise"`.
+            NonFiniteError: NaN or infinity, or a sum that is, with `nonfinite="raise"`.
             ClosedError: the worker has left.
         """
         self._session.check_open("push")
-        arrays = self._checked(grads)
-        bad = [name for name in arrays if name in self._staged and not self._is_finite(arrays[name])]
-        fresh = {name: array for name, array in arrays.items() if name not in self._staged}
-        bad += [name for name, array in fresh.items() if not self._stage(name, array)]
+        arrays = {name: _flat(array) for name, array in self._checked(grads).items()}
+        bad = [name for name, array in arrays.items() if not self._stage(name, array)]
         if bad and self._nonfinite != "off":
             self.report_nonfinite(bad)
             return
-        for name in arrays.keys() - fresh.keys():
-            self.gradients[name] += arrays[name]
+        for name in arrays.keys() & self._staged:
+            stage(arrays[name], self.gradients[name].reshape(-1), True)
         self._staged.update(arrays)
 
     def assign(self, values: Mapping[str, Any]) -> None:
@@ -378,16 +376,16 @@ class Model:
             arrays[name] = array
         return arrays
 
-    def _is_finite(self, array: NDArray[Any]) -> bool:
-        return bool(np.isfinite(array).all())
+    def _stage(self, name: str, array: Array) -> bool:
+        """Copy into the window, where nothing is staged yet; whether all that would be sent is finite."""
+        target = self.gradients[name].reshape(-1)
+        return finite_sum(array, target) if name in self._staged else stage(array, target, False)
 
-    def _stage(self, name: str, array: NDArray[Any]) -> bool:
-        """Copy into the window; whether all was finite."""
-        target = self.gradients[name]
-        if array.dtype == np.float32 and array.flags.c_contiguous:
-            return bool(stage(array.reshape(-1), target.reshape(-1), False))
-        target[...] = array
-        return bool(finite(target.reshape(-1)))
+
+def _flat(array: NDArray[Any]) -> Array:
+    """float32[n], contiguous; what float32 cannot hold becomes infinite."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(array, dtype=np.float32).reshape(-1)
 
 
 def _read_only(array: Array) -> Array:

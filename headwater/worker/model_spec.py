@@ -1,4 +1,4 @@
-"""What a user passes to declare a model, checked and turned into a spec and arrays."""
+"""What a user passes to declare a model or a table, checked and turned into a spec and arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.errors import ConfigurationError, GradientError, RegistrationError, UsageError
+from headwater.shard.table import MOST_COLUMNS
+from headwater.spec.initializers import Initializer
 from headwater.spec.layout import Layout
+from headwater.spec.lifetime import AfterCount, Expiry
 from headwater.spec.rules import Rule
 
 NonFinite: TypeAlias = Literal["raise", "skip", "off"]
@@ -75,6 +78,41 @@ def specify(
     rules = tuple(one.to_spec() for one in (rule, *(group.rule for group in groups)))
     largest = None if clip_norm is None else float(clip_norm)
     return m.ModelSpec(name, Layout(specs).tensors, rules, largest), arrays
+
+
+def specify_table(
+    name: str,
+    dim: int,
+    rule: Rule,
+    initializer: Initializer,
+    seed: int,
+    admission: AfterCount | None,
+    expiry: Expiry | None,
+) -> m.TableSpec:
+    """The spec of a table.
+
+    Raises:
+        RegistrationError: what it names cannot be a table.
+    """
+    what = f"table {name!r}"
+    if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= MOST_COLUMNS:
+        raise RegistrationError(f"{what} has dim {dim!r}: pass a dim from 1 to {MOST_COLUMNS}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise RegistrationError(f"{what} has seed {seed!r}: pass an integer that fits int64")
+    if not isinstance(rule, Rule):
+        raise RegistrationError(f"{what}: rule must be a Rule such as hw.Adagrad(lr=0.1), got {rule!r}")
+    if not isinstance(initializer, Initializer):
+        raise RegistrationError(
+            f"{what}: initializer must be one such as hw.Normal(std=0.01), got {initializer!r}"
+        )
+    if admission is not None and not isinstance(admission, AfterCount):
+        raise RegistrationError(f"{what}: admission must be hw.AfterCount(n) or None, got {admission!r}")
+    if expiry is not None and not isinstance(expiry, Expiry):
+        raise RegistrationError(
+            f"{what}: expiry must be hw.AfterSteps(n), hw.LeastRecentlyUsed(n) or None, got {expiry!r}"
+        )
+    ends = (None if part is None else part.to_spec() for part in (admission, expiry))
+    return m.TableSpec(name, dim, rule.to_spec(), initializer.to_spec(), seed, *ends)
 
 
 def check_nonfinite(nonfinite: str) -> None:

@@ -15,54 +15,17 @@ from headwater.errors import GradientError, NonFiniteError, RegistrationError
 from headwater.kernels import finite, stage
 from headwater.kernels.arrange import Ids, Plan, arrange, as_ids
 from headwater.runtime.session import Session
-from headwater.shard.table import MOST_COLUMNS
 from headwater.spec.declaration import table_difference
-from headwater.spec.initializers import Initializer
-from headwater.spec.lifetime import AfterCount, Expiry
 from headwater.spec.rules import Rule
 from headwater.spec.schedules import Schedule
 from headwater.wire.channel import Outgoing
 from headwater.worker.model_spec import NonFinite, as_array, check_nonfinite
 from headwater.worker.row_buffer import RowBuffer, RowSlice
+from headwater.worker.row_sums import RowSums
 from headwater.worker.rule_settings import RuleSettings
 
 Array = NDArray[np.float32]
 Used = TypeVar("Used")
-
-
-def specify_table(
-    name: str,
-    dim: int,
-    rule: Rule,
-    initializer: Initializer,
-    seed: int,
-    admission: AfterCount | None,
-    expiry: Expiry | None,
-) -> m.TableSpec:
-    """The spec of a table.
-
-    Raises:
-        RegistrationError: what it names cannot be a table.
-    """
-    what = f"table {name!r}"
-    if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= MOST_COLUMNS:
-        raise RegistrationError(f"{what} has dim {dim!r}: pass a dim from 1 to {MOST_COLUMNS}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise RegistrationError(f"{what} has seed {seed!r}: pass an integer that fits int64")
-    if not isinstance(rule, Rule):
-        raise RegistrationError(f"{what}: rule must be a Rule such as hw.Adagrad(lr=0.1), got {rule!r}")
-    if not isinstance(initializer, Initializer):
-        raise RegistrationError(
-            f"{what}: initializer must be one such as hw.Normal(std=0.01), got {initializer!r}"
-        )
-    if admission is not None and not isinstance(admission, AfterCount):
-        raise RegistrationError(f"{what}: admission must be hw.AfterCount(n) or None, got {admission!r}")
-    if expiry is not None and not isinstance(expiry, Expiry):
-        raise RegistrationError(
-            f"{what}: expiry must be hw.AfterSteps(n), hw.LeastRecentlyUsed(n) or None, got {expiry!r}"
-        )
-    ends = (None if part is None else part.to_spec() for part in (admission, expiry))
-    return m.TableSpec(name, dim, rule.to_spec(), initializer.to_spec(), seed, *ends)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,6 +59,7 @@ class Table:
         self._nonfinite = nonfinite
         self._planned: deque[tuple[Ids, Plan]] = deque(maxlen=2)
         self._pushed: RowSlice | None = None
+        self._sums: RowSums | None = None
         self._settings = RuleSettings(f"table {spec.name!r}", [spec.rule])
         self._skip = False
         self._wanted: tuple[Ids, Plan] | None = None
@@ -128,7 +92,7 @@ class Table:
         Raises:
             UsageError: ids that are not integers, or do not fit int64.
             GradientError: another shape or dtype; says what was expected.
-            NonFiniteError: NaN or infinity, with `nonfinite="raise"`.
+            NonFiniteError: NaN or infinity, or a sum that is, with `nonfinite="raise"`.
             ClosedError: the worker has left.
         """
         self._session.check_open("push")
@@ -137,14 +101,8 @@ class Table:
         if not len(plan.ids):
             return
         self._session.finish()
-        used = self._memory.used
-        place = self._memory.take(plan, self.dim)
-        plan.combine(gradients, self._memory.rows(place))
-        if self._nonfinite != "off" and not finite(self._memory.rows(place).reshape(-1)):
-            self._memory.reset(used)
+        if not (self._push_again if self._pushed or self._sums else self._push_first)(plan, gradients):
             self.report_nonfinite(self._nonfinite)
-            return
-        self.carry(place)
 
     def prefetch(self, ids: Any) -> None:
         """Have the rows of `ids` ready for the `pull` of the same ids that follows the next `step`.
@@ -256,23 +214,35 @@ class Table:
             self._memory.reset(used)
 
     def write(self, parts: Sequence[tuple[Plan, Array]]) -> tuple[RowSlice, bool]:
-        """Put gradients where `carry` stages them from, and say whether the sum of them is finite.
+        """Put gradients where `carry` stages them from, and say whether what would be sent is finite.
 
         `parts`: plans that `read` gave, each with float32[u, dim], a gradient for each of its ids.
         """
         self._session.finish()
         if len(parts) > 1:
             place = self._united([plan.ids for plan, _ in parts], [gradients for _, gradients in parts])
-            return place, bool(finite(self._memory.rows(place).reshape(-1)))
-        [(plan, gradients)] = parts
-        place = self._memory.take(plan, self.dim)
-        return place, bool(stage(gradients.reshape(-1), self._memory.rows(place).reshape(-1), False))
+            is_finite = finite(self._memory.rows(place).reshape(-1))
+        else:
+            [(plan, gradients)] = parts
+            place = self._memory.take(plan, self.dim)
+            is_finite = stage(gradients.reshape(-1), self._memory.rows(place).reshape(-1), False)
+        if is_finite and (self._pushed or self._sums):
+            is_finite = self._summed().would_be_finite(place.plan.ids, self._memory.rows(place))
+        return place, is_finite
+
+    def ordered(self, sums: RowSums) -> tuple[Plan, Array]:
+        """Sums as a part for `write`."""
+        plan = arrange(sums.ids, len(self._session.channels))
+        rows = np.empty((len(plan.ids), self.dim), dtype=np.float32)
+        plan.combine(sums.rows, rows)
+        return plan, rows
 
     def carry(self, place: RowSlice) -> None:
         """The next step carries what `write` put there, and what was pushed before."""
-        if self._pushed is not None:
-            place = self._joined(self._pushed, place)
-        self._pushed = place
+        if self._pushed or self._sums:
+            self._summed().add(place.plan.ids, self._memory.rows(place), tested=False)
+        else:
+            self._pushed = place
 
     def skip(self) -> None:
         """Make the next step an empty turn: a gradient was not finite."""
@@ -316,10 +286,11 @@ class Table:
 
     def take_staged(self) -> tuple[RowSlice | None, RowSlice | None, m.TableSetting | None, bool]:
         """What the next step pushes and brings, its settings, and whether it must be an empty turn."""
-        pushed, skip = self._pushed, self._skip
+        pushed, skip = self._placed(), self._skip
         wanted = None if self._wanted is None else self._memory.take(self._wanted[1], self.dim)
         settings = [m.TableSetting(self.id, values) for _, values in self._settings.take()]
-        self._pushed, self._skip = None, False
+        self.discard()
+        self._skip = False
         return pushed, wanted, settings[0] if settings else None, skip
 
     def brought(self, place: RowSlice) -> None:
@@ -330,11 +301,11 @@ class Table:
 
     def is_staged(self) -> bool:
         """Whether the next step pushes rows of this table."""
-        return self._pushed is not None
+        return bool(self._pushed or self._sums)
 
     def discard(self) -> None:
         """Forget what is staged."""
-        self._pushed = None
+        self._pushed = self._sums = None
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
@@ -370,12 +341,43 @@ class Table:
                 f"table {self.name!r} takes gradients of shape {(*shape, self.dim)} for ids of shape "
                 f"{shape}, got {array.shape}"
             )
-        return np.ascontiguousarray(array, dtype=np.float32).reshape(-1, self.dim)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is found with all that is not finite
+            return np.ascontiguousarray(array, dtype=np.float32).reshape(-1, self.dim)
 
-    def _joined(self, first: RowSlice, second: RowSlice) -> RowSlice:
-        """One place with what is staged in two."""
-        rows = [self._memory.rows(first), self._memory.rows(second)]
-        return self._united([first.plan.ids, second.plan.ids], rows)
+    def _push_first(self, plan: Plan, gradients: Array) -> bool:
+        """Stage gradients, the only ones so far; False where they are not finite, and nothing is staged."""
+        used = self._memory.used
+        place = self._memory.take(plan, self.dim)
+        plan.combine(gradients, self._memory.rows(place))
+        if self._nonfinite != "off" and not finite(self._memory.rows(place).reshape(-1)):
+            self._memory.reset(used)
+            return False
+        self._pushed = place
+        return True
+
+    def _push_again(self, plan: Plan, gradients: Array) -> bool:
+        """Add to what is staged; False where a sum would not be finite, and nothing is added."""
+        by_id = np.empty((len(plan.ids), self.dim), dtype=np.float32)
+        plan.combine(gradients, by_id)
+        return self._summed().add(plan.ids, by_id, tested=self._nonfinite != "off")
+
+    def _summed(self) -> RowSums:
+        """What is staged, as sums to which more can be added."""
+        if self._sums is None:
+            self._sums = RowSums(self.dim)
+        if self._pushed is not None:
+            self._sums.add(self._pushed.plan.ids, self._memory.rows(self._pushed), tested=False)
+            self._pushed = None
+        return self._sums
+
+    def _placed(self) -> RowSlice | None:
+        """What is staged, where servers read it."""
+        if not self._sums:
+            return self._pushed
+        plan = arrange(self._sums.ids, len(self._session.channels))
+        place = self._memory.take(plan, self.dim)
+        plan.combine(self._sums.rows, self._memory.rows(place))
+        return place
 
     def _united(self, ids: Sequence[Ids], gradients: Sequence[Array]) -> RowSlice:
         """One place with the sum of several lists of gradients."""

@@ -21,11 +21,11 @@ from headwater.wire.security import PLAIN, Security
 from headwater.worker.batches import Batches, DataReader, Splits
 from headwater.worker.finishing import wait_for_others
 from headwater.worker.model import Model
-from headwater.worker.model_spec import Group, NonFinite, specify
+from headwater.worker.model_spec import Group, NonFinite, specify, specify_table
 from headwater.worker.plan import SplitKind, plan_of
 from headwater.worker.row_buffer import RowBuffer
 from headwater.worker.step import StepExchange
-from headwater.worker.table import Table, specify_table
+from headwater.worker.table import Table
 
 _log = logging.getLogger("headwater.worker")
 
