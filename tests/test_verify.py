@@ -107,7 +107,7 @@ def corrupt_counts(shard):
 
 def corrupt_rows(shard):
     ids = shard.tables[0].snapshot().ids
-    shard.tables[0].delete(ids[:1])
+    shard.tables[0].delete(ids[:1], shard.version)
 
 
 def corrupt_ledger(shard):
