@@ -136,10 +136,10 @@ class Cluster:
         self._supervisor = Supervisor(
             self._engine,
             self._start_server,
+            coordinator=lambda: self._coordinator,
             servers=servers,
             replicas=replicas,
             rewind=self._storage.rewind if checkpoints.rewinds else None,
-            end=lambda why: self._coordinator.end("EngineError", why),
         )
         self._coordinator = CoordinatorNode(
             dataclasses.replace(told, generation=self._storage.generation),
@@ -241,9 +241,10 @@ class Cluster:
     def close(self) -> None:
         """Stop all nodes; idempotent. Workers that are still joined get ConnectionLostError."""
         self._closed = True
-        self._storage.close()
+        self._storage.interrupt()
         self._supervisor.close()
-        self._coordinator.close()
+        self._coordinator.close()  # who waits to join, the checkpointer too, is told
+        self._storage.close()
         self._engine.close()
 
     def _check_open(self) -> None:

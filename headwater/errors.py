@@ -11,7 +11,8 @@ HeadwaterError
 │   ├── ProtocolError           bytes or messages that break the protocol
 │   ├── RefusedError            a node refused this one, and said why
 │   │   ├── UnreachableError    it advertises an address where nobody reaches it
-│   │   └── OtherClusterError   it belongs to another cluster than the node it speaks to
+│   │   ├── OtherClusterError   it belongs to another cluster than the node it speaks to
+│   │   └── DeclaredDeadError   it was not heard of for its lease; it may join again
 │   └── WorkerError             `train` raised, or its process ended, in a worker of `run`
 └── EnvironmentFailure          nobody's fault: the machine, the network, time
     ├── ConnectionLostError     a connection closed or could not be made    (also ConnectionError)
@@ -75,6 +76,11 @@ class UnreachableError(RefusedError):
 
 class OtherClusterError(RefusedError):
     """A node of one cluster spoke to a node of another, which a later job runs at the same address."""
+
+
+class DeclaredDeadError(RefusedError):
+    """The coordinator declared this node dead, and took it out of the roster; it may join again as a new
+    one."""
 
 
 class WorkerError(PeerError):

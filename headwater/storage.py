@@ -117,25 +117,33 @@ class Storage:
             self.close()
             raise
 
-    def rewind(self, first: int | None = None) -> None:
+    def rewind(self, first: int | None = None) -> str:
         """Have servers begin with the latest good checkpoint of this cluster, or what it resumed from; from
         nothing where there is neither: what another training left in the directory is not its own.
 
         `first`: the cluster's first generation, where another process than this one began it.
+        Returns the checkpoint's path, "" for none.
         """
         self.restore = ""
         since = 0 if self.settings.resume else self.generation if first is None else first
         if any(found.generation >= since for found in files.list_checkpoints(self.settings.directory)):
             self._use(files.latest(self.settings.directory, since=since))
         _log.warning("training begins anew from %s", self.restore or "the start: there is no checkpoint yet")
+        return self.restore
 
     def take_last(self) -> None:
         """Take a checkpoint of now, unless it is written already; for the end of a run."""
         if self._checkpointer is not None:
             self._checkpointer.take_last()
 
+    def interrupt(self) -> None:
+        """Take no more checkpoints, and give up one that is being written; does not block, idempotent."""
+        if self._checkpointer is not None:
+            self._checkpointer.interrupt()
+
     def close(self) -> None:
-        """Take no more checkpoints, and let go of the directory; idempotent."""
+        """Take no more checkpoints, and let go of the directory; blocks for one that is given up.
+        Idempotent."""
         if self._checkpointer is not None:
             self._checkpointer.close()
         if self._lock is not None:

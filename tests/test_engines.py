@@ -1,6 +1,7 @@
 """One contract for every engine, and what only processes can show."""
 
 import importlib.util
+import logging
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import textwrap
 import threading
 import types
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -15,6 +17,8 @@ import pytest
 
 import headwater as hw
 from headwater.engines import ENGINES
+from headwater.engines.engine import Failure, Trained
+from headwater.engines.packing import pack_outcome, unpack_outcome
 
 ONES = {"v": np.ones(3, np.float32)}
 
@@ -173,6 +177,84 @@ def test_a_server_that_is_killed_ends_the_run_with_its_index():
         worker.leave()
 
 
+def leave_much_behind(worker):
+    import logging
+    import multiprocessing
+
+    print("█" * 3)
+    logging.getLogger("mine").info("told")
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    forked = os.fork()
+    if not forked:
+        signal.pause()
+    return child.pid, forked, multiprocessing.parent_process() is None
+
+
+def test_processes_that_train_leaves_behind_keep_nobody_waiting(monkeypatch):
+    """They hold the pipes of the worker: its standard output, and the one its result comes through."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("a_path_as_an_object")])
+    lines = []
+    ((*left, _),) = hw.run(leave_much_behind, workers=1, output=lines.append).values
+    try:
+        assert all(psutil.pid_exists(pid) for pid in left)
+        assert lines == ["[worker 0] ███"]
+    finally:
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_worker_logs_as_its_parent_does_unless_it_is_told_otherwise(monkeypatch):
+    def train(worker):
+        import logging
+
+        log = logging.getLogger("mine")
+        log.info("as the parent")
+        logging.basicConfig(level=logging.DEBUG)
+        log.debug("as train says")
+
+    root, lines = logging.getLogger(), []
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s <%(name)s> %(message)s"))
+    monkeypatch.setattr(root, "handlers", [handler])
+    monkeypatch.setattr(root, "level", logging.INFO)
+    hw.run(train, workers=1, output=lines.append)
+    assert "[worker 0] INFO <mine> as the parent" in lines
+    assert "[worker 0] DEBUG:mine:as train says" in lines
+
+
+class OnlyThere:
+    """Its module is gone where it is read."""
+
+
+class Broken(Exception):
+    """As well."""
+
+
+def packed_by_a_process_with_a_module_of_its_own(monkeypatch, value, failure):
+    with monkeypatch.context() as there:
+        gone = types.ModuleType("only_in_the_worker")
+        gone.OnlyThere, gone.Broken = OnlyThere, Broken
+        there.setitem(sys.modules, "only_in_the_worker", gone)
+        there.setattr(OnlyThere, "__module__", "only_in_the_worker")
+        there.setattr(Broken, "__module__", "only_in_the_worker")
+        return pack_outcome(value, failure)
+
+
+def test_a_value_that_the_parent_cannot_read_is_an_error_that_names_it(monkeypatch):
+    packed = packed_by_a_process_with_a_module_of_its_own(monkeypatch, Trained(OnlyThere(), 0), None)
+    value, failure = unpack_outcome(packed)
+    assert value is None
+    assert "a only_in_the_worker.OnlyThere, cannot be read" in failure.summary
+    assert "ModuleNotFoundError" in failure.summary
+
+
+def test_an_exception_that_the_parent_cannot_read_arrives_as_its_text(monkeypatch):
+    failure = Failure("Broken: no such file", "Traceback: here", Broken("no such file"))
+    value, failure = unpack_outcome(packed_by_a_process_with_a_module_of_its_own(monkeypatch, None, failure))
+    assert (value, failure) == (None, Failure("Broken: no such file", "Traceback: here", None))
+
+
 def test_functions_that_no_interpreter_could_import_run_too(processes):
     module = types.ModuleType("not_on_any_path")
     exec("factor = 3\ndef train(worker):\n    return worker.rank * factor", module.__dict__)
@@ -210,6 +292,8 @@ def test_output_of_every_process_is_prefixed_with_its_name(processes):
 
 
 SCRIPT = """
+import os
+import signal
 import sys
 import headwater as hw
 
@@ -224,7 +308,14 @@ def train(worker):
             pass
     return worker.rank * FACTOR
 
-print(hw.run(train, workers=2, servers=2, settings={"wait": "--wait" in sys.argv}).values)
+def show(line):
+    # A process of the parent's own, that has all that the parent has open and outlives it.
+    forked = os.fork()
+    if not forked:
+        signal.pause()
+    print(forked, flush=True)
+
+print(hw.run(train, workers=2, servers=2, settings={"wait": "--wait" in sys.argv}, output=show).values)
 """
 
 
@@ -242,14 +333,20 @@ def test_a_script_needs_no_guard(script):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_children_end_with_their_parent_however_it_ends(script, how):
+    """One of them is stopped, and others that the parent has forked hold all its pipes open."""
     with subprocess.Popen(
         [sys.executable, script, "--wait"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as parent:
-        for _ in range(2):
-            parent.stdout.readline()
-        children = psutil.Process(parent.pid).children(recursive=True)
-        assert len(children) == 4
-        parent.send_signal(how)
-        parent.wait(timeout=30)
-        _, alive = psutil.wait_procs(children, timeout=30)
-        assert not alive
+        forked = [int(parent.stdout.readline()) for _ in range(2)]
+        try:
+            family = psutil.Process(parent.pid).children(recursive=True)
+            children = [child for child in family if child.pid not in forked]
+            assert len(children) == 4
+            children[-1].suspend()
+            parent.send_signal(how)
+            parent.wait(timeout=30)
+            _, alive = psutil.wait_procs(children, timeout=30)
+            assert not alive
+        finally:
+            for pid in forked:
+                os.kill(pid, signal.SIGKILL)

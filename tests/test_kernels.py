@@ -1,6 +1,8 @@
 """Dense kernels against their plain reference, the source they are made from, and their cache."""
 
+import fcntl
 import json
+import logging
 import math
 import os
 import subprocess
@@ -554,3 +556,67 @@ def test_what_cannot_be_stored_or_compiled_is_an_error_that_says_so(tmp_path, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ConfigurationError, match=r"(?s)cannot be compiled: .*no_such"):
         cache.load(UNCOMPILABLE)
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """A cache of this test's own, of a process that has loaded nothing yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cache, "_loaded", {})
+    monkeypatch.setattr(cache, "_PATIENCE_S", 0.05)
+    return tmp_path
+
+
+def held_by_another(folder):
+    """The lock of every module in the cache, as a process that compiles has it."""
+    locks = [os.open(path, os.O_RDWR) for path in folder.rglob("lock")]
+    assert locks
+    for lock in locks:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, b"4711", 0)
+    return locks
+
+
+def test_a_module_that_is_compiled_is_loaded_though_another_process_holds_the_lock(empty_cache, monkeypatch):
+    cache.load(TRIVIAL)
+    monkeypatch.setattr(cache, "_loaded", {})
+    locks = held_by_another(empty_cache)
+    assert cache.load(TRIVIAL).number == 7
+    for lock in locks:
+        os.close(lock)
+
+
+def test_who_waits_for_another_to_compile_says_so_and_does_it_alone_after_a_while(
+    empty_cache, monkeypatch, caplog
+):
+    cache.load(TRIVIAL)
+    for marker in empty_cache.rglob("compiled"):
+        marker.unlink()
+    monkeypatch.setattr(cache, "_loaded", {})
+    monkeypatch.setattr(cache, "_LIMIT_S", 0.3)
+    locks = held_by_another(empty_cache)
+    with caplog.at_level(logging.WARNING):
+        assert cache.load(TRIVIAL).number == 7
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        "waits for process 4711",
+        "process 4711 has compiled a kernel for 0 s: it is compiled here too",
+    ]
+    for lock in locks:
+        os.close(lock)
+
+
+def test_a_process_that_is_forked_while_a_kernel_is_compiled_has_nothing_of_its_lock(empty_cache):
+    cache.load(TRIVIAL)
+    (path,) = empty_cache.rglob("lock")
+    with cache._only_one_process(path):
+        (descriptor,) = cache._held
+        forked = os.fork()
+        if not forked:
+            try:
+                os.fstat(descriptor)
+            except OSError:
+                os._exit(0)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == 0
+        assert cache._held == {descriptor}

@@ -16,6 +16,7 @@ from waiting import wait_until
 
 import headwater as hw
 from headwater.checkpoint import list_checkpoints
+from headwater.engines.local import LocalEngine
 from headwater.errors import CheckpointError, ConfigurationError, HeadwaterError, RegistrationError
 from headwater.runtime.dialling import dial_member
 from headwater.runtime.server import node
@@ -177,6 +178,29 @@ def step_for_ever(folder, worker):
     return worker.version
 
 
+@pytest.fixture
+def nobody_is_killed(monkeypatch):
+    """As under a scheduler that leaves those alone that were declared dead: they wake up later."""
+    monkeypatch.setattr(LocalEngine, "end_process", lambda self, process, why: None)
+
+
+def test_a_stopped_worker_is_started_again_by_run_and_what_it_does_later_ends_nothing(tmp_path):
+    def train(worker):
+        model = worker.model("sums", {"a": np.zeros(3, np.float32)}, hw.Accumulate())
+        first = worker.rank == 1 and not (tmp_path / "stopped").exists()
+        model.push({"a": np.ones(3)})
+        worker.step()
+        if first:
+            (tmp_path / "stopped").touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return first
+
+    result = hw.run(train, workers=2, sync="async", lease=1.0, deadline=30, output=lambda line: None)
+    assert result.values == [False, False]
+    assert result.parameters["sums"]["a"].tolist() == [3.0] * 3
+
+
+@pytest.mark.usefixtures("nobody_is_killed")
 def test_a_worker_that_was_stopped_is_named_then_retired_and_refused_when_it_wakes_up(tmp_path):
     def node(rank):
         nodes = [n for n in cluster.statistics().nodes if n.role == "worker" and n.rank == rank]
@@ -214,6 +238,7 @@ def test_a_worker_that_was_stopped_is_named_then_retired_and_refused_when_it_wak
         assert len(set(parameters["sums"]["a"].tolist())) == 1
 
 
+@pytest.mark.usefixtures("nobody_is_killed")
 def test_a_server_that_was_stopped_loses_its_place_and_changes_nothing_when_it_wakes_up(tmp_path):
     options = {
         "engine": "local",
@@ -276,6 +301,7 @@ def stop_in_the_middle_of_a_pass(pid):
     wait_until(caught)
 
 
+@pytest.mark.usefixtures("nobody_is_killed")
 def test_a_server_stopped_in_the_middle_of_a_pass_writes_to_no_window_that_is_used_when_it_wakes_up(tmp_path):
     if not os.access("/proc/self/syscall", os.R_OK):
         pytest.skip("this system does not tell what a thread is doing")

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import logging
 import os
 import queue
+import select
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import cloudpickle
 
 from headwater.engines.engine import Failure
+from headwater.engines.lines import LineSplitter
 from headwater.engines.packing import pack_outcome
 from headwater.engines.roles import run_role
 
-Message: TypeAlias = tuple[str, int] | list[str] | bytes
-"""First where the process is: `machine()` and its number. Then lines it printed, last its packed outcome."""
+Message: TypeAlias = tuple[str, int, str] | list[bytes] | bytes
+"""First where the process is: `machine()`, its number and its host's name. Then lines it printed, last its
+packed outcome."""
 
 _AHEAD = 1024
 """Lines that wait here to be sent; then whoever prints waits too, as for any pipe."""
 _AT_ONCE = 256
-_DRAIN_S = 1.0
-"""How long a process that the node started may keep its output open once the node has ended, in seconds."""
+_READ = 65_536
 
 
 def machine() -> str:
@@ -42,12 +46,12 @@ class NodeActor:
 
     def run(self, start: bytes) -> Iterator[Message]:
         """Be what `start` says."""
-        yield machine(), os.getpid()
-        messages: queue.Queue[str | bytes] = queue.Queue(_AHEAD)
+        yield machine(), os.getpid(), socket.gethostname()
+        messages: queue.Queue[_Line | bytes] = queue.Queue(_AHEAD)
         threading.Thread(target=_node, args=(start, messages.put), name="headwater-node", daemon=True).start()
-        lines: list[str] = []
-        while isinstance(message := messages.get(), str):
-            lines.append(message)
+        lines: list[bytes] = []
+        while isinstance(message := messages.get(), _Line):
+            lines.append(message.text)
             if messages.empty() or len(lines) == _AT_ONCE:
                 yield lines
                 lines = []
@@ -56,13 +60,18 @@ class NodeActor:
         yield message
 
 
-def _node(start: bytes, put: Callable[[str | bytes], None]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Line:
+    text: bytes
+
+
+def _node(start: bytes, put: Callable[[_Line | bytes], None]) -> None:
     """Put an outcome last, whatever happens: the driver waits for it."""
     outcome: tuple[Any, Failure | None]
     try:
         with _captured(put):
-            logging.basicConfig(level=logging.WARNING, format="%(message)s")
-            path, role, rules, argument = cloudpickle.loads(start)
+            path, role, rules, argument, logs = cloudpickle.loads(start)
+            logs.use()
             sys.path.extend(place for place in path if place not in sys.path)
             outcome = run_role(role, rules, argument)
     except BaseException as error:  # noqa: BLE001 - it is handed to the caller of `run`
@@ -71,7 +80,7 @@ def _node(start: bytes, put: Callable[[str | bytes], None]) -> None:
 
 
 @contextlib.contextmanager
-def _captured(put: Callable[[str], None]) -> Iterator[None]:
+def _captured(put: Callable[[_Line], None]) -> Iterator[None]:
     """Hand over line by line what this process prints, and the processes that it starts.
 
     What the interpreter says while it crashes could not be handed over any more: it stays in Ray's own log.
@@ -79,9 +88,10 @@ def _captured(put: Callable[[str], None]) -> Iterator[None]:
     kept = os.dup(1), os.dup(2)
     faulthandler.enable(kept[1])
     receive, send = os.pipe()
+    ended, end = os.pipe()
     _redirect(send, send)
     os.close(send)
-    relay = threading.Thread(target=_relay, args=(receive, put), name="headwater-output", daemon=True)
+    relay = threading.Thread(target=_relay, args=(receive, ended, put), name="headwater-output", daemon=True)
     relay.start()
     try:
         yield
@@ -89,7 +99,9 @@ def _captured(put: Callable[[str], None]) -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         _redirect(*kept)
-        relay.join(_DRAIN_S)
+        os.write(end, b"\0")  # not closed: a process that the node forked holds it too
+        relay.join()
+        os.close(end)
 
 
 def _redirect(output: int, errors: int) -> None:
@@ -97,7 +109,20 @@ def _redirect(output: int, errors: int) -> None:
     os.dup2(errors, 2)
 
 
-def _relay(receive: int, put: Callable[[str], None]) -> None:
-    with os.fdopen(receive, "rb") as stream:
-        for line in stream:
-            put(line.decode(errors="replace").rstrip())
+def _relay(receive: int, ended: int, put: Callable[[_Line], None]) -> None:
+    """Hand over what can be read, until `ended` is written to: processes that the node started are not waited
+    for."""
+    lines = LineSplitter()
+    os.set_blocking(receive, False)
+    over = False
+    while not over:
+        due = lines.due
+        wait = None if due is None else max(0.0, due - time.monotonic())
+        over = ended in select.select([receive, ended], [], [], wait)[0]
+        with contextlib.suppress(BlockingIOError):
+            for text in lines.feed(os.read(receive, _READ), time.monotonic()):
+                put(_Line(text))
+        for text in lines.tick(time.monotonic()):
+            put(_Line(text))
+    for text in lines.end():
+        put(_Line(text))

@@ -22,8 +22,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 
 from headwater.engines.actor import Message, NodeActor, machine
-from headwater.engines.engine import Failure, Launch, Outcome
-from headwater.engines.packing import pack_train
+from headwater.engines.engine import Failure, Launch, Outcome, Process
+from headwater.engines.logs import Logs
+from headwater.engines.output import Output, prefixed
+from headwater.engines.packing import pack_train, unpack_outcome
 from headwater.engines.places import Places, RayConnection
 from headwater.engines.ray import RayEngine
 from headwater.engines.seating import BundleSlots, seats_of_shards
@@ -55,15 +57,15 @@ class _Group:
 class _Node:
     """One actor, and the thread that creates it, takes what it says and notices its end."""
 
-    def __init__(
-        self, role: str, index: int, group: _Group, timeout: float, output: Callable[[str], None]
-    ) -> None:
+    def __init__(self, role: str, index: int, group: _Group, timeout: float, output: Output) -> None:
         self.role, self.index = role, index
         self._group, self._timeout, self._output = group, timeout, output
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._actor: Any = None
-        self._process: int | None = None
+        self._descriptor: int | None = None
+        self.process: Process | None = None
+        self._ended_for = ""
         self._place = group.seats.take(index)
         self._thread = threading.Thread()
 
@@ -94,19 +96,21 @@ class _Node:
             for reference in messages:
                 message: Message = ray.get(reference)
                 if isinstance(message, bytes):
-                    return Outcome.of(self.role, self.index, *cloudpickle.loads(message))
+                    value, failure = unpack_outcome(message)
+                    return Outcome.of(self.role, self.index, value, failure, process=self.process)
                 if isinstance(message, tuple):
-                    self._process = _open_process(*message)
+                    where, pid, host = message
+                    self._descriptor, self.process = _open_process(where, pid), (pid, host)
                     continue
                 for line in message:
-                    self._output(f"[{self.role} {self.index}] {line}")
+                    self._output(prefixed(self.role, self.index, line))
             return self._failed("its actor ended without a result", died=True)
         except (RayTaskError, RuntimeEnvSetupError) as error:  # it would be the same again
             return self._failed(f"its actor could not run: {_words(error)}")
         except RayError as error:
             return self._failed(f"its actor ended: {_words(error)}", died=True)
         except Exception as error:  # noqa: BLE001 - it is handed to the caller of `run`
-            return Outcome(self.role, self.index, failure=Failure.of(error))
+            return Outcome(self.role, self.index, failure=Failure.of(error), process=self.process)
 
     def _create(self, place: int, start: bytes) -> Any:
         with self._lock:
@@ -126,14 +130,20 @@ class _Node:
 
     def _see_it_end(self) -> None:
         """Ray says that an actor is gone while its process still ends; on this machine that can be seen."""
-        if self._process is not None:
+        if self._descriptor is not None:
             end = select.poll()
-            end.register(self._process, select.POLLIN)
+            end.register(self._descriptor, select.POLLIN)
             end.poll(1000 * _STOP_S)
-            os.close(self._process)
+            os.close(self._descriptor)
 
     def _failed(self, summary: str, *, died: bool = False) -> Outcome:
-        return Outcome(self.role, self.index, failure=Failure(summary, "", None, died))
+        failure = Failure(self._ended_for or summary, "", None, died)
+        return Outcome(self.role, self.index, failure=failure, process=self.process)
+
+    def end(self, why: str) -> None:
+        """Kill it; its end is reported, with this reason."""
+        self._ended_for = why
+        self._kill()
 
     def _kill(self) -> None:
         with self._lock:
@@ -160,6 +170,7 @@ class ActorEngine:
 
     def __init__(self, launch: Launch, options: RayEngine) -> None:
         self._launch, self._options = launch, options
+        self._output = Output(launch.output)
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._connection: RayConnection | None = None
@@ -183,8 +194,8 @@ class ActorEngine:
 
     def _start(self, name: str, index: int, group: _Group, role: str, argument: Any) -> None:
         path = [os.path.abspath(place) for place in sys.path]
-        start = cloudpickle.dumps((path, role, self._launch.rules, argument))
-        node = _Node(name, index, group, self._options.timeout, self._launch.output)
+        start = cloudpickle.dumps((path, role, self._launch.rules, argument, Logs.here()))
+        node = _Node(name, index, group, self._options.timeout, self._output)
         with self._lock:
             self._nodes.append(node)
         node.start(start, self._outcomes.put)
@@ -220,6 +231,13 @@ class ActorEngine:
             return self._outcomes.get(timeout=timeout)
         except queue.Empty:
             return None
+
+    def end_process(self, process: Process, why: str) -> None:
+        """Kill the actor of a node that is no member any more; its end is reported."""
+        with self._lock:
+            nodes = [node for node in self._nodes if node.process == process]
+        for node in nodes:
+            node.end(why)
 
     def stop_servers(self) -> None:
         """Kill the actors of servers and standbys."""

@@ -1,9 +1,19 @@
-"""The main function of a process that the local engine started."""
+"""The main function of a process that the local engine started.
+
+It ends with its parent: by the end of its standard input where it is told to end, and where the parent is
+killed by the kernel's signal too, which also ends a process that is stopped, or whose pipe another process of
+the parent's holds open.
+"""
 
 from __future__ import annotations
 
-import logging
+import atexit
+import contextlib
+import ctypes
+import faulthandler
+import io
 import os
+import signal
 import sys
 import threading
 from typing import Any
@@ -13,24 +23,66 @@ import cloudpickle
 from headwater.engines.packing import pack_outcome
 from headwater.engines.roles import run_role
 
+_PR_SET_PDEATHSIG = 1
+_AT_EXIT_S = 5.0
+"""How long functions that were registered with `atexit` may take, in seconds."""
 
-def main(result: int) -> None:
+_ending = threading.Lock()
+"""Taken by the thread that ends the process, and never given back."""
+
+
+def main(result: int, parent: int) -> None:
     """Run what the parent sends over standard input; write how it ended to descriptor `result`."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    parent = os.fdopen(os.dup(0), "rb")
+    _end_with(parent)
+    faulthandler.enable()
+    for stream in (sys.stdout, sys.stderr):  # both are our own pipe, whatever the user's locale is
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    orders = os.fdopen(os.dup(0), "rb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.set_inheritable(result, False)
-    role, rules, start = cloudpickle.load(parent)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    outcome = run_role(role, rules, start)
-    with os.fdopen(result, "wb") as pipe:
-        pipe.write(pack_outcome(*outcome))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    try:
+        role, rules, start, logs = cloudpickle.load(orders)
+    except EOFError:
+        os._exit(0)  # it was told to end before it was told what to be
+    logs.use()
+    threading.Thread(target=_obey, args=(orders,), name="headwater-orders", daemon=True).start()
+    outcome = pack_outcome(*run_role(role, rules, start))
+    late = f"functions registered with atexit have not returned for {_AT_EXIT_S:g} s: the process ends"
+    timer = threading.Timer(_AT_EXIT_S, _end, (result, outcome, late))
+    timer.daemon = True
+    timer.start()
+    atexit._run_exitfuncs()
+    _end(result, outcome)
 
 
-def _end_with(parent: Any) -> None:
+def _end_with(parent: int) -> None:
+    """Be killed when the thread that started this process ends, which lives as long as the parent does."""
+    before = os.getppid()
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        os.kill(parent, 0)
+    except ProcessLookupError:
+        os._exit(0)
+    if os.getppid() != before:  # it ended before the kernel was asked
+        os._exit(0)
+
+
+def _obey(orders: Any) -> None:
     """End this process when the parent closes the pipe or dies."""
-    parent.read()
+    orders.read()
     os._exit(0)
+
+
+def _end(result: int, outcome: bytes, why: str = "") -> None:
+    """Tell the outcome, after everything that was printed, and end whatever else still runs."""
+    with _ending:
+        with contextlib.suppress(Exception):  # the user may have replaced or closed them
+            if why:
+                print(why, file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        with os.fdopen(result, "wb") as pipe:
+            pipe.write(len(outcome).to_bytes(8) + outcome)
+        os._exit(0)

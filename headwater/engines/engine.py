@@ -7,12 +7,15 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
-from headwater.errors import RewoundError, WorkerError
+from headwater.errors import DeclaredDeadError, RewoundError, WorkerError
 from headwater.runtime.server import ServerSettings
 from headwater.wire.security import PLAIN, Security
 from headwater.worker import Worker
+
+Process: TypeAlias = tuple[int, str]
+"""Pid and host name, as the coordinator has them of a member."""
 
 _OWN = ("headwater.engines.", "headwater.standalone.")
 
@@ -37,7 +40,11 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What ended a node, in a form that crosses processes; `died`: its process, without an exception."""
+    """What ended a node, in a form that crosses processes.
+
+    `died`: its process, without an exception; or its membership, for its silence. Its program did nothing
+    wrong.
+    """
 
     summary: str
     trace: str
@@ -51,7 +58,8 @@ class Failure:
         while frames is not None and _module(frames).startswith(_OWN):
             frames = frames.tb_next
         trace = "".join(traceback.format_exception(type(error), error, frames or error.__traceback__))
-        return Failure(f"{type(error).__name__}: {error}", trace, error)
+        died = isinstance(error, DeclaredDeadError)
+        return Failure(f"{type(error).__name__}: {error}", trace, error, died)
 
 
 def _module(frames: TracebackType) -> str:
@@ -72,6 +80,7 @@ class Outcome:
     """How a node ended: a worker with the value `train` returned, or anything with a failure.
 
     `role`: "worker", "server" or "standby", as it was started. `generation`: in which `train` returned.
+    `process`: its process; None where it had none of its own, or never began.
     """
 
     role: str
@@ -79,13 +88,21 @@ class Outcome:
     value: Any = None
     failure: Failure | None = None
     generation: int = 0
+    process: Process | None = None
 
     @staticmethod
-    def of(role: str, index: int, trained: Trained | None, failure: Failure | None = None) -> Outcome:
+    def of(
+        role: str,
+        index: int,
+        trained: Trained | None,
+        failure: Failure | None = None,
+        *,
+        process: Process | None = None,
+    ) -> Outcome:
         """Of a node that ended with either."""
         if trained is None:
-            return Outcome(role, index, failure=failure)
-        return Outcome(role, index, trained.value, failure, trained.generation)
+            return Outcome(role, index, failure=failure, process=process)
+        return Outcome(role, index, trained.value, failure, trained.generation, process)
 
     def as_error(self) -> WorkerError:
         """The failure of a worker, to raise in the caller; the original is its cause."""
@@ -109,6 +126,11 @@ class Engine(Protocol):
 
     def start_worker(self, address: str, rank: int, train: Callable[[Worker], Any]) -> None:
         """Start a worker that joins the coordinator at `address` and runs `train`."""
+
+    def end_process(self, process: Process, why: str) -> None:
+        """Kill the process of a node that is no member any more, where this engine started it: it may be
+        stopped, or busy, and would keep its place and its memory. Its end is reported, with the reason
+        `why`."""
 
     def stop_servers(self) -> None:
         """Stop all servers and standbys within two seconds; nothing is reported of them."""

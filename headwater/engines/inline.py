@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from headwater.engines.engine import Failure, Launch, Outcome, run_worker
+from headwater.engines.engine import Failure, Launch, Outcome, Process, run_worker
 from headwater.runtime.server import ServerNode, ServerSettings
 from headwater.worker import Worker
 
@@ -50,6 +50,9 @@ class InlineEngine:
         thread = threading.Thread(target=body, name=f"headwater-{role}-{index}", daemon=True)
         self._threads.append(thread)
         thread.start()
+
+    def end_process(self, process: Process, why: str) -> None:
+        """Do nothing: threads cannot be ended, and this one's next call is refused."""
 
     def next_outcome(self, timeout: float) -> Outcome | None:
         """How the next node ended."""

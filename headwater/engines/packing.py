@@ -1,18 +1,22 @@
 """What crosses between an engine and the processes it starts, pickled: `train` one way, outcomes the other.
 
 It goes over what the engine has for its processes alone (a pipe; Ray's own calls), never over the wire.
+
+Invariant: an outcome always arrives. What of it cannot be pickled, or cannot be unpickled here because a
+module is missing, becomes an error that says so; the text and the traceback of an exception travel as text.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import cloudpickle
 
-from headwater.engines.engine import Failure
+from headwater.engines.engine import Failure, Trained
 from headwater.errors import EngineError
 
 
@@ -36,16 +40,61 @@ def pack_train(train: Callable[..., Any]) -> bytes:
     return pickled
 
 
-def pack_outcome(value: Any, failure: Failure | None) -> bytes:
-    """Pickle how a node ended; an exception or a value that cannot be pickled becomes its text."""
+def pack_outcome(trained: Trained | None, failure: Failure | None) -> bytes:
+    """How a node ended, in parts of which each can be lost without the others."""
+    value, error = b"", b""
+    if trained is not None:
+        try:
+            value = cloudpickle.dumps(trained.value)
+        except Exception as raised:  # noqa: BLE001 - whatever a user's object raises while it is pickled
+            failure = Failure(
+                f"the value that train returned cannot be pickled ({_kind(trained.value)}: {_words(raised)})",
+                "",
+                None,
+            )
+    if failure is not None and failure.error is not None:
+        try:
+            error = cloudpickle.dumps(failure.error)
+            cloudpickle.loads(error)  # some exceptions can be written and not be read: their text is enough
+        except Exception:  # noqa: BLE001 - as above
+            error = b""
+    told = ("", 0) if trained is None else (_kind(trained.value), trained.generation)
+    words = None if failure is None else (failure.summary, failure.trace, failure.died)
+    return pickle.dumps((value, told, words, error))
+
+
+def unpack_outcome(packed: bytes) -> tuple[Trained | None, Failure | None]:
+    """What `pack_outcome` packed in another process."""
+    value, (kind, generation), words, error = pickle.loads(packed)
+    if words is not None:
+        return None, Failure(words[0], words[1], _exception(error), words[2])
     try:
-        packed: bytes = cloudpickle.dumps((value, failure))
-        cloudpickle.loads(packed)
-    except Exception as error:  # noqa: BLE001 - whatever a user's object raises while it is pickled
-        if failure is None:
-            failure = Failure(f"the value that train returned cannot be pickled: {error}", "", None)
-        packed = cloudpickle.dumps((None, Failure(failure.summary, failure.trace, None)))
-    return packed
+        return Trained(cloudpickle.loads(value), generation), None
+    except Exception as raised:  # noqa: BLE001 - whatever a user's object raises while it is unpickled
+        return None, Failure(
+            f"the value that train returned, a {kind}, cannot be read in the process that called run "
+            f"({_words(raised)}): "
+            "return plain data or arrays, or objects of modules that both can import",
+            "",
+            None,
+        )
+
+
+def _exception(packed: bytes) -> BaseException | None:
+    """An exception as an object, where this process can have it: its text and traceback are there anyway."""
+    try:
+        found = cloudpickle.loads(packed) if packed else None
+    except Exception:  # noqa: BLE001 - as above
+        return None
+    return found if isinstance(found, BaseException) else None
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _importable(name: str) -> bool:

@@ -5,7 +5,10 @@ Invariants:
   rule, template or library never meets old code. (numba's own cache keeps a caller's old machine code
   when a function it calls was edited.)
 - Code is imported from the directory, so it is private to the user: anything else is refused.
-- Of several processes that need the same new module, one compiles and the others wait, then load.
+- A module that was compiled once is loaded without a lock: no process can hold up another one. Of several
+  processes that need the same new module, one compiles and the others wait, for a limited time: a process
+  that is stopped while it compiles holds up nobody for longer. Two that compile the same do no harm.
+- A forked process has nothing of a lock that another thread of its parent held.
 """
 
 from __future__ import annotations
@@ -15,10 +18,13 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import stat
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,14 +32,23 @@ from types import ModuleType
 
 from headwater.errors import ConfigurationError, EnvironmentFailure
 
+_log = logging.getLogger("headwater.kernels")
+
+_PATIENCE_S, _LIMIT_S = 5.0, 60.0
+"""After how many seconds a wait for another process that compiles is told, and given up."""
+_AGAIN_S = 0.05
+
 _loaded: dict[str, ModuleType] = {}
-"""By name. The lock of `_only_one_process` keeps threads apart too, as each opens the file anew."""
+_threads: dict[str, threading.Lock] = {}
+"""By name of the module: one thread loads it."""
+_held: set[int] = set()
+"""Descriptors of the lock files that this process has open."""
 
 
 def load(text: str) -> ModuleType:
     """Import the module with this source text; its functions are compiled where no process has done so.
 
-    Blocks while another process compiles the same module.
+    Blocks while it is compiled, here or, for at most a minute, in another process.
 
     Raises:
         ConfigurationError: the cache directory is not this user's alone, or the text cannot be compiled.
@@ -46,15 +61,26 @@ def load(text: str) -> ModuleType:
     try:
         folder = _cache_directory() / digest
         folder.mkdir(mode=0o700, exist_ok=True)
-        path = folder / f"{name}.py"
-        with _only_one_process(folder / "lock"):
-            if not path.exists() or path.read_text() != text:
-                _write(path, text)
-            return _loaded.setdefault(name, _loaded.get(name) or _imported(name, path))
+        with _threads.setdefault(name, threading.Lock()):
+            if name not in _loaded:
+                _loaded[name] = _loaded_from(folder, name, text)
+            return _loaded[name]
     except OSError as error:
         raise EnvironmentFailure(
             f"compiled kernels cannot be stored ({error}): set XDG_CACHE_HOME"
         ) from error
+
+
+def _loaded_from(folder: Path, name: str, text: str) -> ModuleType:
+    path, compiled = folder / f"{name}.py", folder / "compiled"
+    if compiled.exists() and path.exists() and path.read_text() == text:
+        return _imported(name, path)
+    with _only_one_process(folder / "lock"):
+        if not path.exists() or path.read_text() != text:
+            _write(path, text)
+        module = _imported(name, path)
+        compiled.touch()
+        return module
 
 
 def _digest(text: str) -> str:
@@ -101,12 +127,51 @@ def _private(folder: Path) -> Path:
 
 @contextmanager
 def _only_one_process(lock: Path) -> Iterator[None]:
+    """Compile alone, or after a limited wait beside another process."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    _held.add(descriptor)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _locked(descriptor):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield
     finally:
+        _held.discard(descriptor)
         os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Wait for the lock; False where it cannot be had in time, or at all on this file system."""
+    began, told = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            waited = time.monotonic() - began
+        except OSError:
+            return False
+        holder = os.pread(descriptor, 32, 0).decode(errors="replace") or "unknown"
+        if waited > _LIMIT_S:
+            _log.warning(
+                "process %s has compiled a kernel for %.0f s: it is compiled here too", holder, waited
+            )
+            return False
+        if waited > _PATIENCE_S and not told:
+            told = True
+            _log.warning("waits for process %s, which compiles a kernel that is needed here", holder)
+        time.sleep(_AGAIN_S)
+
+
+def _forget_locks() -> None:
+    """In a forked process: the threads that held them are not there, and their parent's locks stay its
+    own."""
+    _threads.clear()
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _write(path: Path, text: str) -> None:

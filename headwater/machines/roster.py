@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from headwater.errors import RefusedError, RewoundError
+from headwater.errors import DeclaredDeadError, RefusedError, RewoundError
 from headwater.messages import Join, Member, Role, Roster
 
 
@@ -181,7 +181,8 @@ class RosterBook:
                 f"member {id} is of generation {generation}: join again"
             )
         if id not in self._members:
-            raise RefusedError(
+            kind = DeclaredDeadError if id in self._gone else RefusedError
+            raise kind(
                 f"member {id} is none any more: {self._gone.get(id, 'it has left')}; join again as a new one"
             )
         self._heard[id] = now

@@ -88,12 +88,16 @@ class Checkpointer:
         """Take checkpoints from now on, in a thread of its own."""
         self._thread.start()
 
-    def close(self) -> None:
-        """Take no more, and give up one that is being written; blocks for that. Idempotent."""
+    def interrupt(self) -> None:
+        """Take no more, and give up one that is being written; does not block. Idempotent."""
         self._closing.set()
         session = self._session
         if session is not None:
             session.interrupt()
+
+    def close(self) -> None:
+        """As `interrupt`, but blocks until none is being written, or waits to join. Idempotent."""
+        self.interrupt()
         if self._thread.is_alive():
             self._thread.join()
 

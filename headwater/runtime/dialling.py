@@ -25,6 +25,9 @@ _BACK_S = 5.0
 """How long a newcomer may take to be reached at all its addresses, in seconds."""
 
 
+_AGAIN_S = 0.1
+
+
 @cache
 def machine() -> str:
     """What this process's Unix sockets can reach, as text: equal for two processes that reach each other."""
@@ -86,12 +89,25 @@ def check_reachable(join: Join, security: Security) -> None:
         )
     for address in addresses:
         try:
-            dial(address, timeout=max(until - time.monotonic(), 0.1), security=security).close()
+            _dial_again(address, until, security)
         except HeadwaterError as error:
             raise UnreachableError(
                 f"{_named(join)} says that others reach it at {address}, but {socket.gethostname()} does "
                 f"not: {error}; name an address of it that leads there, with --advertise"
             ) from error
+
+
+def _dial_again(address: str, until: float, security: Security) -> None:
+    """Connect and hang up; a connection that is lost, though somebody listens, is made again until then."""
+    while True:
+        left = max(until - time.monotonic(), 0.1)
+        try:
+            dial(address, timeout=left, security=security).close()
+            return
+        except ConnectionLostError as error:
+            if isinstance(error.__cause__, NOBODY) or time.monotonic() + _AGAIN_S > until:
+                raise
+        time.sleep(_AGAIN_S)
 
 
 def reachable(member: Member | Join) -> list[str]:

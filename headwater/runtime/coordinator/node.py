@@ -157,6 +157,10 @@ class CoordinatorNode:
         """Whether there is a server of every index now."""
         return self._company.complete()
 
+    def has_met(self, process: tuple[int, str]) -> bool:
+        """Whether a process (pid and host name) was ever a member: then its end is told as a departure."""
+        return self._company.has_met(process)
+
     def close(self) -> None:
         """End the cluster: every connection and thread; idempotent. Members are told that it is closed."""
         try:
@@ -285,7 +289,7 @@ class CoordinatorNode:
         """Enter a node into the roster; blocks until all servers are there."""
         if join.role in ("server", "standby"):
             check_reachable(join, self._security)
-        member = self._company.enter(join, channel, entered=entered, forgiving=self._serving is not None)
+        member = self._company.enter(join, channel, entered=entered)
         if join.role in ("worker", "observer"):
             self._publish()
         if join.role != "observer":
@@ -353,7 +357,7 @@ class CoordinatorNode:
             return
         departure, channel = removed
         if channel is not None and not departed:
-            _say_goodbye(channel, m.Refused("RefusedError", verdict))
+            _say_goodbye(channel, m.Refused("DeclaredDeadError", verdict))
         if not departed and member.role != "observer":
             heir = f"; its standby (pid {departure.heir.pid}) takes over" if departure.heir else ""
             _log.warning("%s is gone without leaving: %s%s", _named(member), why, heir)

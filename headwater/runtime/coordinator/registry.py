@@ -35,15 +35,14 @@ class MemberRegistry:
         self._book = book
         self._channels: dict[int, Channel] = {}
         self._waiting: set[Channel] = set()
+        self._met: set[tuple[int, str]] = set()
 
     # ── coming ──────────────────────────────────────────────────────────────────────────────────
 
-    def enter(
-        self, join: m.Join, channel: Channel, *, entered: Callable[[], None], forgiving: bool
-    ) -> m.Member:
+    def enter(self, join: m.Join, channel: Channel, *, entered: Callable[[], None]) -> m.Member:
         """Enter a node into the roster; blocks until all servers are there. `entered` is called before that.
 
-        `forgiving`: a server that ends meanwhile has lost nothing, so that its place is free again.
+        A server that ends meanwhile has lost nothing: its place is free again.
 
         Raises:
             RefusedError: as `RosterBook.join`.
@@ -56,14 +55,16 @@ class MemberRegistry:
             # It sends heartbeats only once it is welcomed, so its lease begins then.
             member = self._book.join(join, math.inf)
             self._channels[member.id] = channel
+            self._met.add((member.pid, member.host))
             entered()
             self.changed.notify_all()
             if join.role == "server":
                 try:
                     self.wait_for_servers(channel)
                 except ConnectionLostError:
-                    if forgiving and self._channels.pop(member.id, None) is not None:
+                    if self._channels.pop(member.id, None) is not None:
                         self._book.remove(member.id)
+                        self._met.discard((member.pid, member.host))
                     raise
             return member
 
@@ -180,6 +181,11 @@ class MemberRegistry:
         """The members of one role, by index."""
         with self.changed:
             return self._book.of(role)
+
+    def has_met(self, process: tuple[int, str]) -> bool:
+        """Whether that process is or was a member; not one that ended before all servers were there."""
+        with self.changed:
+            return process in self._met
 
     def complete(self) -> bool:
         """Whether there is a server of every index."""
