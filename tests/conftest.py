@@ -13,7 +13,7 @@ from hypothesis import settings
 from promises import PromisedTests
 from rays import is_rays_own, ray_engine, ray_nodes, rays_descriptors, wait_for_actors
 
-from headwater.engines import local
+from headwater.engines import process
 
 __all__ = ["ray_engine", "ray_nodes"]
 
@@ -97,7 +97,7 @@ def seed_base(request):
 def nodes_are_forked(request, monkeypatch):
     """Processes of nodes are forked from a warm interpreter; with `--long` they are fresh, as for a user."""
     if not request.config.getoption("--long") and request.node.get_closest_marker("fresh") is None:
-        monkeypatch.setattr(local, "subprocess", forking.Subprocess())
+        monkeypatch.setattr(process, "subprocess", forking.Subprocess())
         monkeypatch.setattr(forking, "spawn", forking.Popen)
 
 

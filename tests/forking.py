@@ -60,7 +60,7 @@ class Popen:
                 there = os.open(os.devnull, os.O_RDWR)
                 theirs.append(there)
             else:
-                there = number
+                there = number if wanted is None else wanted
             given[number] = there
         given |= {number: number for number in pass_fds}
         self._status, status = os.pipe()

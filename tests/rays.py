@@ -6,6 +6,7 @@ import secrets
 import shutil
 import tempfile
 
+import forking
 import psutil
 import pytest
 
@@ -53,7 +54,7 @@ def rays_descriptors():
 
 def note_rays_processes():
     """What this process has started besides its nodes is Ray's; called when Ray has started something."""
-    _started.update(child.pid for child in psutil.Process().children())
+    _started.update({child.pid for child in psutil.Process().children()} - {*forking.warm()[:1]})
 
 
 @contextlib.contextmanager
