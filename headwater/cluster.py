@@ -16,9 +16,9 @@ from headwater.errors import ClosedError, ConfigurationError
 from headwater.messages import ClusterStatistics, Role, Scalar
 from headwater.runtime.checkpointer import Every
 from headwater.runtime.coordinator import CoordinatorNode
-from headwater.runtime.coordinator.settings import ClusterSettings
 from headwater.runtime.server import ServerSettings
 from headwater.runtime.verifier import Verification, verify
+from headwater.spec.cluster import ClusterSettings
 from headwater.spec.registry import load_rules
 from headwater.spec.sync import Mode, parse_sync
 from headwater.storage import OnServerLoss, Storage, checkpoints_of
@@ -160,6 +160,7 @@ class Cluster:
         self._closed = False
         try:
             self._supervisor.begin()
+            self._storage.sign(self._coordinator.cluster)
             self._storage.begin(self._coordinator.addresses[0], security=security)
         except BaseException:
             self.close()
@@ -194,6 +195,10 @@ class Cluster:
         """Join as the next worker, from any thread of this process; blocks until the servers are up."""
         self._check_open()
         return Worker(self._coordinator.addresses[0], security=self._security)
+
+    def reserve_ranks(self) -> None:
+        """Keep the declared workers' ranks for `start_worker`: whoever joins otherwise gets a later one."""
+        self._coordinator.reserve(range(self._coordinator.settings.workers))
 
     def start_worker(self, rank: int, train: Callable[[Worker], Any]) -> None:
         """Have the engine start a worker that runs `train`; its end arrives at `next_outcome`."""

@@ -100,6 +100,7 @@ def run(
         **options,
     )
     with cluster:
+        cluster.reserve_ranks()
         if started is not None:
             started(cluster.address)
         began = time.monotonic()

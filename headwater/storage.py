@@ -94,6 +94,11 @@ class Storage:
         written = self._checkpointer.last if self._checkpointer is not None else ""
         return written or self.restore or None
 
+    def sign(self, cluster: str) -> None:
+        """Say in the directory's lock whose it is."""
+        if self._lock is not None:
+            self._lock.sign(cluster)
+
     def begin(self, address: str, *, security: Security = PLAIN) -> None:
         """Take checkpoints of the cluster at this address from now on."""
         settings = self.settings

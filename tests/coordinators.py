@@ -22,7 +22,7 @@ from headwater.wire.listener import dial
 
 ALONE = """
 import json, sys
-from headwater.runtime.coordinator.settings import ClusterSettings
+from headwater.spec.cluster import ClusterSettings
 from headwater.runtime.coordinator import CoordinatorNode
 from headwater.wire.endpoint import Endpoint
 

@@ -12,8 +12,8 @@ import headwater as hw
 from headwater.engines import Launch
 from headwater.engines.local import LocalEngine
 from headwater.runtime.coordinator import CoordinatorNode
-from headwater.runtime.coordinator.settings import ClusterSettings
 from headwater.runtime.server import ServerSettings
+from headwater.spec.cluster import ClusterSettings
 from headwater.wire.endpoint import LOCAL, Endpoint
 
 WAIT_S = 60.0

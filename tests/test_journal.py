@@ -1,9 +1,11 @@
 """The coordinator's journal, and coordinators of this process that end and go on where it ends."""
 
 import contextlib
+import hashlib
+import json
+import os
 import secrets
 import socket
-import sqlite3
 import stat
 import subprocess
 import threading
@@ -20,19 +22,21 @@ from headwater.errors import (
     JournalError,
     StalledError,
 )
+from headwater.machines.coordinator import CoordinatorRecord
 from headwater.machines.roster import RosterBook, RosterRecord
-from headwater.messages import Join, Member, Refused, Rejoin, Welcome
+from headwater.messages import Join, Member, Rejoin, Welcome
 from headwater.runtime.coordinator import CoordinatorNode
-from headwater.runtime.coordinator.journal import Journal
-from headwater.runtime.coordinator.settings import ClusterSettings
 from headwater.runtime.join import join, rejoin
+from headwater.runtime.journal import Journal
 from headwater.runtime.server import ServerNode, ServerSettings
+from headwater.spec.cluster import ClusterSettings
 from headwater.wire.endpoint import Endpoint
 from headwater.wire.listener import Listener
 
 SETTINGS = {"workers": 2, "sync": "sync", "settings": {"lr": 0.5}}
 MEMBERS = (Member(3, "server", 0, 17, "here", ("unix:@a",)), Member(12, "standby", 0, 18, "there"))
-RECORD = RosterRecord(7, 5, 1, 13, MEMBERS, (12,), {4: "worker 0 was declared dead"})
+BOOK = RosterRecord(7, 5, 1, 13, MEMBERS, (12,), {4: "worker 0 was declared dead"})
+RECORD = CoordinatorRecord(BOOK)
 
 
 def found(path, settings=SETTINGS):
@@ -60,8 +64,8 @@ def test_what_was_written_last_is_found(tmp_path):
         records.append(book.record())
     book.remove(2, "it was stopped")
     book.begin_anew()
-    for record in [*records, book.record(), RECORD]:
-        assert found(written(path, record)) == record
+    for record in [*records, book.record(), BOOK]:
+        assert found(written(path, CoordinatorRecord(record))) == CoordinatorRecord(record)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600, "it holds a secret"
 
 
@@ -71,21 +75,19 @@ def test_in_memory_it_takes_everything_and_leaves_nothing():
     assert found("") is None
 
 
-def test_keys_are_each_members_own_and_the_same_after_a_restart(tmp_path):
-    keys = []
-    for _ in range(2):
-        with contextlib.closing(Journal(tmp_path / "journal", SETTINGS)) as journal:
-            keys.append(journal.key_of(1))
-            assert journal.is_key(keys[0], 1)
-            assert not journal.is_key(keys[0], 2)
-            assert not journal.is_key("kéy", 1)
-    with contextlib.closing(Journal(tmp_path / "other", SETTINGS)) as journal:
-        assert not journal.is_key(keys[0], 1)
+def test_a_cluster_is_the_same_after_a_restart_and_no_other_is(tmp_path):
+    told = []
+    for name in ("journal", "journal", "other", ""):
+        with contextlib.closing(Journal(tmp_path / name if name else "", SETTINGS)) as journal:
+            told.append((journal.cluster, journal.secret))
+    assert told[0] == told[1]
+    assert len({cluster for cluster, _ in told}) == len({secret for _, secret in told}) == 3
+    assert len(told[0][1]) == 32
 
 
 HOLDS = """
 import sys
-from headwater.runtime.coordinator.journal import Journal
+from headwater.runtime.journal import Journal
 journal = Journal(sys.argv[1], {"workers": 2, "sync": "sync", "settings": {"lr": 0.5}})
 print("held", flush=True)
 sys.stdin.read()
@@ -99,7 +101,7 @@ def test_two_coordinators_cannot_have_one_journal_until_the_first_is_gone(tmp_pa
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(ConfigurationError, match=rf"{path} is in use by another coordinator") as caught:
             Journal(path, SETTINGS)
-        assert f"(process {holder.pid})" in str(caught.value)
+        assert f"(process {holder.pid} on " in str(caught.value)
     finally:
         holder.kill()
         holder.communicate(timeout=20)
@@ -121,75 +123,127 @@ def test_a_journal_of_a_cluster_with_other_settings_is_refused_with_what_differs
 
 def test_a_journal_of_a_cluster_that_has_ended_serves_no_other(tmp_path):
     with contextlib.closing(Journal(tmp_path / "journal", SETTINGS)) as journal:
-        journal.end(Refused("ConnectionLostError", "server 1 is gone, and nobody else has its shard"))
+        journal.write(CoordinatorRecord(BOOK, "server 1 is gone, and nobody else has its shard"))
     with pytest.raises(
         ConfigurationError, match=r"has ended \(server 1 is gone.*\): remove it, or name another"
     ):
         Journal(tmp_path / "journal", SETTINGS)
 
 
-# ── damage ──────────────────────────────────────────────────────────────────────────────────────
+# ── order and damage ────────────────────────────────────────────────────────────────────────────
 
 
-def changed(path, *statements):
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
-        for statement in statements:
-            database.execute(statement)
+def test_a_change_is_on_disk_before_write_returns_and_the_old_file_is_whole_until_then(tmp_path, monkeypatch):
+    """Written beside, on disk, renamed, and the directory on disk: in this order."""
+    done = []
+
+    def noted(name, call):
+        def passes_on(*arguments, **options):
+            done.append(name)
+            return call(*arguments, **options)
+
+        monkeypatch.setattr(os, name, passes_on)
+
+    path = tmp_path / "journal"
+    with contextlib.closing(Journal(path, SETTINGS)) as journal:
+        before = path.read_bytes()
+        for name, call in (("write", os.write), ("fsync", os.fsync), ("replace", os.replace)):
+            noted(name, call)
+        replace = os.replace
+
+        def looks(source, target):
+            assert path.read_bytes() == before
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", looks)
+        journal.write(RECORD)
+        assert done == ["write", "fsync", "replace", "fsync"]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["journal", "journal.lock"]
+
+
+@pytest.mark.parametrize("left", [0, 1, 50, -1])
+def test_what_a_killed_coordinator_had_written_only_a_part_of_is_not_read(left, tmp_path):
+    path = written(tmp_path / "journal", RECORD)
+    (tmp_path / "journal.new").write_bytes(path.read_bytes()[:left])
+    assert found(path) == RECORD
+
+
+def edited(path, **changes):
+    """The same journal with other content, and the checksum of that."""
+    _, _, content = path.read_bytes().partition(b"\n")
+    content = json.dumps({**json.loads(content), **changes}).encode()
+    checksum = hashlib.blake2b(content, digest_size=16).hexdigest()
+    head = json.dumps({"journal": "headwater", "format": 2, "checksum": checksum}).encode()
+    path.write_bytes(head + b"\n" + content)
     return path
 
 
 @pytest.mark.parametrize(
-    ("statement", "text"),
+    ("changes", "text"),
     [
-        ("UPDATE journal SET value = CAST('{}' AS BLOB) WHERE name = 'member/3'", "checksum of member/3"),
-        ("UPDATE journal SET name = 'member/4' WHERE name = 'member/3'", "checksum of member/4"),
-        ("UPDATE journal SET value = NULL WHERE name = 'roster/terms'", "checksum of roster/terms"),
-        ("DELETE FROM journal WHERE name = 'member/3'", "2 members are expected, 1 are there"),
-        ("DELETE FROM journal WHERE name = 'cluster/secret'", "cluster/secret is missing"),
-        ("DELETE FROM journal WHERE name = 'cluster/settings'", "cluster/settings is missing"),
-        ("DROP TABLE journal", "no such table"),
-        ("PRAGMA user_version = 2", "has format 2, this version of headwater reads 1"),
-        ("PRAGMA application_id = 1", "another program's SQLite file"),
+        ({"secret": None}, "is damaged: Expected `str`, got `null`"),
+        ({"record": {"ended": ""}}, "is damaged: .*missing required field `roster`"),
+        ({"more": 1}, "is damaged: .*unknown field `more`"),
     ],
 )
-def test_a_changed_journal_is_named_with_what_is_wrong(statement, text, tmp_path):
-    path = changed(written(tmp_path / "journal", RECORD), statement)
+def test_a_journal_with_impossible_content_is_named_with_what_is_wrong(changes, text, tmp_path):
+    path = edited(written(tmp_path / "journal", RECORD), **changes)
     with pytest.raises(JournalError, match=text) as caught:
         Journal(path, SETTINGS)
-    assert str(path) in str(caught.value)
+    assert f"the journal {path}" in str(caught.value)
+    assert "put a copy in its place, or remove it" in str(caught.value)
 
 
-def test_every_flipped_byte_is_found_or_changes_nothing(tmp_path):
+def test_a_journal_of_another_format_is_named_with_the_version_that_reads_it(tmp_path):
+    path = written(tmp_path / "journal", RECORD)
+    path.write_bytes(path.read_bytes().replace(b'"format":2', b'"format":3', 1))
+    with pytest.raises(
+        JournalError, match="has format 3, this version of headwater reads 2: use the version"
+    ):
+        Journal(path, SETTINGS)
+
+
+def test_every_flipped_byte_and_every_missing_end_is_found(tmp_path):
     whole = written(tmp_path / "journal", RECORD).read_bytes()
-    harmless = 0
-    for place in np.random.default_rng(0).choice(len(whole), 300, replace=False):
-        flipped = bytearray(whole)
-        flipped[place] ^= 0xFF
-        path = tmp_path / "flipped"
-        path.write_bytes(flipped)
-        try:
-            assert found(path) == RECORD
-            harmless += 1
-        except (JournalError, ConfigurationError):
-            pass
-        for left in tmp_path.glob("flipped*"):
-            left.unlink()
-    assert harmless < 300
+    path = tmp_path / "damaged"
+    flipped = [
+        whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :] for place in range(len(whole))
+    ]
+    for damaged in [*flipped, *(whole[:length] for length in range(len(whole)))]:
+        path.write_bytes(damaged)
+        with pytest.raises(JournalError, match=r"damaged|format"):
+            Journal(path, SETTINGS)
+        assert path.read_bytes() == damaged
 
 
-@pytest.mark.parametrize("content", [b"this is no database" * 100, b"SQLite format 3\0" + bytes(500)])
-def test_what_is_no_journal_is_refused(content, tmp_path):
+@pytest.mark.parametrize(
+    "content", [b"this is no journal" * 100, b"SQLite format 3\0" + bytes(500), b"{}\n{}"]
+)
+def test_what_is_no_journal_is_refused_and_left_alone(content, tmp_path):
     (tmp_path / "journal").write_bytes(content)
-    with pytest.raises(JournalError, match=r"not a database|malformed"):
+    with pytest.raises(JournalError, match="is no journal of this version of headwater, or its beginning is"):
         Journal(tmp_path / "journal", SETTINGS)
     assert (tmp_path / "journal").read_bytes() == content
 
 
 def test_a_place_where_no_file_can_be_is_refused(tmp_path):
-    with pytest.raises(JournalError, match=r"cannot use the journal .*nowhere/journal: unable to open"):
+    with pytest.raises(JournalError, match=r"cannot use the journal .*nowhere/journal: No such file or dir"):
         Journal(tmp_path / "nowhere" / "journal", SETTINGS)
-    with pytest.raises(JournalError, match="cannot use the journal"):
-        Journal(tmp_path, SETTINGS)
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(
+        JournalError, match=r"cannot use the journal .*: Is a directory: name a file on a disk"
+    ):
+        Journal(tmp_path / "directory", SETTINGS)
+
+
+def test_a_record_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    path = written(tmp_path / "journal", RECORD)
+    with contextlib.closing(Journal(path, SETTINGS)) as journal:
+        (tmp_path / "journal.new").mkdir()
+        with pytest.raises(JournalError, match=r"cannot use the journal .*: Is a directory"):
+            journal.write(CoordinatorRecord(BOOK, "over"))
+    (tmp_path / "journal.new").rmdir()
+    assert found(path) == RECORD
 
 
 # ── coordinators of this process ────────────────────────────────────────────────────────────────
@@ -278,7 +332,7 @@ def test_who_does_not_come_back_within_its_lease_is_refused_with_the_reason(smal
     cluster.start()
     wait_until(lambda: cluster.ranks() == [])
     answer = cluster.rejoin(welcome.member.id, welcome.key)
-    assert answer.error == "RefusedError"
+    assert answer.error == "DeclaredDeadError"
     assert "was declared dead: nothing was heard of it for 1 s" in answer.reason
     cluster.node.halt()
     cluster.start()
@@ -345,23 +399,17 @@ def test_a_lost_shard_ends_the_cluster_after_a_restart_too(small):
         cluster.start()
 
 
-def join_until_it_fails(address):
-    while True:
-        join(address, "observer", None)[0].close()
-
-
-def test_a_coordinator_that_cannot_keep_its_journal_ends_and_nobody_else(small):
+def test_a_coordinator_that_cannot_keep_its_journal_ends_and_nobody_else(small, tmp_path):
     cluster = small()
     with hw.connect(cluster.address) as worker:
         model = worker.model("sums", {"a": np.zeros(3, np.float32)}, hw.Accumulate())
-        database = cluster.node._journal._database
-        (pages,) = database.execute("PRAGMA page_count").fetchone()
-        database.execute(f"PRAGMA max_page_count = {pages}")
+        (tmp_path / "journal.new").mkdir()
         with pytest.raises(hw.errors.ConnectionLostError):
-            join_until_it_fails(cluster.address)
-        with pytest.raises(JournalError, match="database or disk is full: name a file on a disk with room"):
+            join(cluster.address, "observer", None)
+        with pytest.raises(JournalError, match="Is a directory: name a file on a disk with room"):
             cluster.node.wait()
         cluster.node.halt()
+        (tmp_path / "journal.new").rmdir()
         assert counted(worker, model) == (1, 1.0)
         cluster.start()
         wait_until(lambda: cluster.ranks() == [0] and not cluster.node.statistics().nodes[-1].waits_for)

@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 import headwater as hw
 from headwater.runtime.coordinator import CoordinatorNode
-from headwater.runtime.coordinator.settings import ClusterSettings
+from headwater.spec.cluster import ClusterSettings
 from headwater.runtime.server import ServerNode, ServerSettings
 from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import TLS, Security

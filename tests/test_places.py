@@ -4,14 +4,14 @@ import pytest
 
 from headwater.errors import ConfigurationError
 from headwater.machines.roster import RosterBook
+from headwater.machines.slots import SlotAllocator
 from headwater.messages import Join, RequestSlot
-from headwater.runtime.coordinator.places import SlotAllocator
 
 ANY = RequestSlot(None, None)
 
 
-def place(promise):
-    return None if promise is None else (promise.role, promise.index)
+def place(slot):
+    return None if slot is None else (slot.role, slot.index)
 
 
 def members(*roles):
@@ -21,46 +21,46 @@ def members(*roles):
 
 def test_servers_come_first_then_standbys_then_spares():
     places = SlotAllocator(servers=2, replicas=1)
-    given = [place(places.promise(ANY, [], forming=True)) for _ in range(5)]
+    given = [place(places.reserve(ANY, [], forming=True)) for _ in range(5)]
     assert given == [("server", 0), ("server", 1), ("standby", 0), ("standby", 1), None]
 
 
 def test_without_replicas_there_are_no_standbys():
     places = SlotAllocator(servers=1, replicas=0)
-    assert [place(places.promise(ANY, [], forming=True)) for _ in range(2)] == [("server", 0), None]
+    assert [place(places.reserve(ANY, [], forming=True)) for _ in range(2)] == [("server", 0), None]
 
 
 def test_what_a_member_has_is_not_given():
     places = SlotAllocator(servers=3, replicas=1)
     there = members(("server", 0), ("server", 2), ("standby", 2))
-    assert place(places.promise(ANY, there, forming=True)) == ("server", 1)
-    assert place(places.promise(RequestSlot(None, 2), there, forming=True)) is None
-    assert place(places.promise(RequestSlot("standby", None), there, forming=True)) == ("standby", 0)
+    assert place(places.reserve(ANY, there, forming=True)) == ("server", 1)
+    assert place(places.reserve(RequestSlot(None, 2), there, forming=True)) is None
+    assert place(places.reserve(RequestSlot("standby", None), there, forming=True)) == ("standby", 0)
 
 
 def test_a_server_that_is_lost_is_nobodys_until_a_new_generation_forms():
     places = SlotAllocator(servers=2, replicas=1)
     there = members(("server", 0))
-    assert place(places.promise(RequestSlot("server", None), there, forming=False)) is None
-    assert place(places.promise(ANY, there, forming=False)) == ("standby", 0)
+    assert place(places.reserve(RequestSlot("server", None), there, forming=False)) is None
+    assert place(places.reserve(ANY, there, forming=False)) == ("standby", 0)
 
 
 def test_a_wish_is_granted_or_waits():
     places = SlotAllocator(servers=2, replicas=1)
-    assert place(places.promise(RequestSlot("server", 1), [], forming=True)) == ("server", 1)
-    assert place(places.promise(RequestSlot("server", 1), [], forming=True)) is None
-    assert place(places.promise(RequestSlot("standby", 0), [], forming=True)) is None, "servers first"
-    assert place(places.promise(RequestSlot(None, 0), [], forming=True)) == ("server", 0)
-    assert place(places.promise(RequestSlot("standby", 0), [], forming=True)) == ("standby", 0)
+    assert place(places.reserve(RequestSlot("server", 1), [], forming=True)) == ("server", 1)
+    assert place(places.reserve(RequestSlot("server", 1), [], forming=True)) is None
+    assert place(places.reserve(RequestSlot("standby", 0), [], forming=True)) is None, "servers first"
+    assert place(places.reserve(RequestSlot(None, 0), [], forming=True)) == ("server", 0)
+    assert place(places.reserve(RequestSlot("standby", 0), [], forming=True)) == ("standby", 0)
 
 
 def test_a_promise_that_is_released_twice_frees_only_itself():
     places = SlotAllocator(servers=1, replicas=0)
-    first = places.promise(ANY, [], forming=True)
+    first = places.reserve(ANY, [], forming=True)
     places.release(first)
-    assert place(places.promise(ANY, [], forming=True)) == ("server", 0)
+    assert place(places.reserve(ANY, [], forming=True)) == ("server", 0)
     places.release(first)
-    assert places.promise(ANY, [], forming=True) is None
+    assert places.reserve(ANY, [], forming=True) is None
 
 
 @pytest.mark.parametrize(

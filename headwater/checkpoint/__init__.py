@@ -15,7 +15,7 @@ from headwater.checkpoint.find import (
     resolve,
     verify_all,
 )
-from headwater.checkpoint.lock import DirectoryLock
+from headwater.checkpoint.lock import DirectoryLock, FileLock, LockedError
 from headwater.checkpoint.manifest import FORMAT, MANIFEST, Manifest, folder_name
 from headwater.checkpoint.read import Checkpoint, open_checkpoint, read_part
 from headwater.checkpoint.verify import Verification, verify
@@ -26,8 +26,10 @@ __all__ = [
     "MANIFEST",
     "Checkpoint",
     "DirectoryLock",
+    "FileLock",
     "Latest",
     "Listed",
+    "LockedError",
     "Manifest",
     "Verification",
     "abandon",

@@ -36,7 +36,7 @@ from headwater.cli.options import (
     Sync,
 )
 from headwater.cli.serving import load_all, node_reported, serve_coordinator, serve_server, serve_worker
-from headwater.runtime.coordinator import ClusterSettings
+from headwater.spec.cluster import ClusterSettings
 from headwater.spec.sync import parse_sync
 from headwater.storage import checkpoints_of
 

@@ -15,7 +15,7 @@ from headwater.cli.faults import complain, faults_reported
 from headwater.cli.script import load_function
 from headwater.cli.signals import signals_to
 from headwater.errors import ConfigurationError, ConnectionLostError, RefusedError, UnreachableError
-from headwater.runtime.coordinator import ClusterSettings
+from headwater.spec.cluster import ClusterSettings
 from headwater.spec.registry import load_rules
 from headwater.standalone import StandaloneCluster, StandaloneServer, StandaloneWorker
 from headwater.storage import Checkpoints

@@ -53,10 +53,13 @@ class RosterBook:
     Args:
         lease_s: how long a member that is not heard of stays one.
         record: of a book to go on with, its generation too; everybody in it has a full lease from `now` on.
+        cluster: its identity, which every roster carries.
 
     Attributes:
         term: number of the last change; since: that of the last change among servers.
         generation: counts the times that everything began anew from a checkpoint; first: where that began.
+        changes: counts all changes of what `record` returns, those without a term too.
+        reserved: ranks that only a worker gets which asks for them by number.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class RosterBook:
         generation: int = 0,
         record: RosterRecord | None = None,
         now: float = 0.0,
+        cluster: str = "",
     ) -> None:
         record = record or RosterRecord(0, 0, generation, 1, (), (), {}, first=generation)
         self.term, self.since = record.term, record.since
@@ -81,6 +85,9 @@ class RosterBook:
         self._heard = dict.fromkeys(self._members, now)
         self._gone = dict(record.gone)
         self._finished = set(record.finished)
+        self.changes = 0
+        self.reserved: frozenset[int] = frozenset()
+        self._cluster = cluster
 
     # ── changes ─────────────────────────────────────────────────────────────────────────────────
 
@@ -136,8 +143,9 @@ class RosterBook:
     def finish(self, id: int) -> None:
         """Note that a worker has done all that it was to do, whether it stays a member or not."""
         member = self._members.get(id)
-        if member is not None and member.role == "worker":
+        if member is not None and member.role == "worker" and member.index not in self._finished:
             self._finished.add(member.index)
+            self.changes += 1
 
     def begin_anew(self) -> list[Member]:
         """Strike everybody off and begin the next generation; returns who there was."""
@@ -149,6 +157,7 @@ class RosterBook:
         return gone
 
     def _change(self, *, servers: bool = False) -> None:
+        self.changes += 1
         self.term += 1
         if servers:
             self.since = self.term
@@ -200,7 +209,11 @@ class RosterBook:
 
     def complete(self) -> bool:
         """Whether there is a server of every index."""
-        return len(self.of("server")) == self._servers
+        return not self.missing()
+
+    def missing(self) -> list[int]:
+        """Indices of which there is no server."""
+        return sorted(set(range(self._servers)) - {server.index for server in self.of("server")})
 
     def all_finished(self) -> bool:
         """Whether every declared worker has done its work, and nobody else is at work."""
@@ -228,7 +241,9 @@ class RosterBook:
     def view(self) -> Roster:
         """What every server is told."""
         members, caught_up = tuple(self._members.values()), tuple(sorted(self._caught_up))
-        return Roster(self.term, self._workers, members, self.since, caught_up, self.generation)
+        return Roster(
+            self.term, self._workers, members, self.since, caught_up, self.generation, self._cluster
+        )
 
     def _index_for(self, join: Join) -> int:
         if join.role == "observer":
@@ -236,7 +251,8 @@ class RosterBook:
         taken = {member.index for member in self.of(join.role)}
         index = join.index
         if index is None:
-            index = next(i for i in range(len(taken) + 1) if i not in taken)
+            kept = taken | self.reserved if join.role == "worker" else taken
+            index = next(i for i in range(len(kept) + 1) if i not in kept)
         noun = "rank" if join.role == "worker" else "index"
         if index in taken:
             raise RefusedError(

@@ -88,7 +88,7 @@ class ClusterStatistics(Message, frozen=True):
 
     `tables` in all, over the servers; `unvisited`: samples that a worker left, and nobody took over;
     `unreplicated`: indices of servers that should have a caught-up standby and have none; `spares`: how many
-    nodes wait to become a server or standby.
+    nodes wait to become a server or standby; `joining`: each node that waits to join, and whom it waits for.
     """
 
     term: int
@@ -103,6 +103,7 @@ class ClusterStatistics(Message, frozen=True):
     unreplicated: tuple[int, ...] = ()
     unvisited: tuple[Unvisited, ...] = ()
     spares: int = 0
+    joining: tuple[str, ...] = ()
 
 
 StatisticsMessage: TypeAlias = Ask | ServerStatistics | ClusterStatistics

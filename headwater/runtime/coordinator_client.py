@@ -227,6 +227,8 @@ class CoordinatorClient:
             while (received := self._channel.receive()) is not None:
                 if isinstance(received.message, m.Refused):
                     return received.message
+                if isinstance(received.message, m.Finished):
+                    return m.Refused("FinishedError", "training has finished")
                 self._take(received.message)
         except HeadwaterError as error:
             _log.info("lost the coordinator: %s", error)
@@ -255,7 +257,7 @@ class CoordinatorClient:
         with self._changed:
             self._away_since = time.monotonic()
             self._changed.notify_all()
-        request = m.Rejoin(member.id, self.welcome.key, self.welcome.generation)
+        request = m.Rejoin(member.id, self.welcome.key, self.welcome.generation, self.welcome.cluster)
         pause = _FIRST_PAUSE_S
         while not self._closed.wait(pause * random.uniform(0.5, 1.0)):
             try:

@@ -5,15 +5,18 @@ The connection over which it is answered stays open.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable
 
-from headwater.errors import ConnectionLostError, ProtocolError, RefusedError, named
+from headwater.errors import ConnectionLostError, FinishedError, ProtocolError, RefusedError, named
 from headwater.messages import (
     AnyMessage,
     Assignment,
+    Finished,
     Join,
+    JoinWaits,
     NoSlot,
     Refused,
     Rejoin,
@@ -25,6 +28,8 @@ from headwater.runtime.dialling import machine
 from headwater.wire.channel import Channel
 from headwater.wire.listener import dial
 from headwater.wire.security import PLAIN, Security
+
+_log = logging.getLogger("headwater")
 
 _DIAL_S = 10.0
 _CALL_S = 2.0
@@ -87,6 +92,8 @@ def enlist(
                 return channel, answer
             if isinstance(answer, Refused):
                 raise named(answer.error, answer.reason, default=RefusedError)
+            if isinstance(answer, Finished):
+                raise FinishedError("training has finished")
             if not isinstance(answer, NoSlot):
                 raise ProtocolError(f"the coordinator answered {type(answer).__name__}")
             spare(answer.reason)
@@ -120,12 +127,16 @@ def _answer(
 ) -> Welcome | Refused:
     try:
         channel.send(request, timeout=_DIAL_S)
-        received = channel.receive(timeout=timeout)
-        if received is None:
-            raise ConnectionLostError(f"the coordinator at {coordinator} closed the connection")
-        if not isinstance(received.message, Welcome | Refused):
-            raise ProtocolError(f"the coordinator answered {type(received.message).__name__}")
-        return received.message
+        while (received := channel.receive(timeout=timeout)) is not None:
+            answer = received.message
+            if isinstance(answer, Welcome | Refused):
+                return answer
+            if isinstance(answer, Finished):
+                raise FinishedError("training has finished")
+            if not isinstance(answer, JoinWaits):
+                raise ProtocolError(f"the coordinator answered {type(answer).__name__}")
+            _log.info("joining: %s", answer.reason)
+        raise ConnectionLostError(f"the coordinator at {coordinator} closed the connection")
     except BaseException:
         channel.close()
         raise

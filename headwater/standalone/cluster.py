@@ -9,8 +9,9 @@ import queue
 import signal
 
 from headwater.errors import ConfigurationError, HeadwaterError, RewoundError
-from headwater.runtime.coordinator import ClusterSettings, CoordinatorNode
-from headwater.runtime.coordinator.node import Serving
+from headwater.messages import Refused
+from headwater.runtime.coordinator import CoordinatorNode, Serving
+from headwater.spec.cluster import ClusterSettings
 from headwater.storage import Checkpoints, Storage
 from headwater.wire.endpoint import LOCAL, Endpoint
 
@@ -115,8 +116,7 @@ class StandaloneCluster:
         except HeadwaterError as error:
             self._node.end(type(error).__name__, f"no last checkpoint could be written: {error}")
             raise
-        self._node.wait_for_absent()  # whoever calls back later would find nobody
-        self._node.end("ClosedError", "training has finished")
+        self._node.finish()
         return True
 
     def _interrupted(self, number: int) -> None:
@@ -129,9 +129,10 @@ class StandaloneCluster:
             _log.warning("the coordinator ends alone: start it again on its journal, %s", self._journal)
             self._node.halt()
         else:
-            self._node.wait_for_absent()
+            self._node.finish(Refused("ClusterEndedError", "the cluster is closed"))
 
     def _keep_checkpoints(self) -> None:
+        self._storage.sign(self._node.cluster)
         self._storage.begin(self._node.addresses[0], security=self._security)
 
     def _restore(self, begun: bool, first: int) -> str:

@@ -6,7 +6,13 @@ import logging
 from typing import Literal
 
 from headwater.engines.roles import prepare_server
-from headwater.errors import ClosedError, HeadwaterError, RefusedError, RewoundError
+from headwater.errors import (
+    FinishedError,
+    HeadwaterError,
+    OtherClusterError,
+    RefusedError,
+    RewoundError,
+)
 from headwater.messages import Assignment, RequestSlot
 from headwater.runtime.join import enlist
 from headwater.runtime.server import ServerNode, ServerSettings
@@ -55,12 +61,12 @@ class StandaloneServer:
         while True:
             try:
                 parting = patiently(self._serve, self._wait)
-            except (ClosedError, RewoundError) as error:
+            except (FinishedError, RewoundError) as error:
                 parting = error
             _log.warning("%s", parting)
-            if isinstance(parting, ClosedError):
+            if isinstance(parting, FinishedError):
                 return
-            if not isinstance(parting, RewoundError | RefusedError):
+            if not isinstance(parting, RewoundError | RefusedError) or isinstance(parting, OtherClusterError):
                 raise parting
 
     def _serve(self) -> HeadwaterError:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from headwater.engines.engine import Failure
-from headwater.errors import ClosedError, ConnectionLostError, RefusedError, RewoundError, WorkerError
+from headwater.errors import ConnectionLostError, FinishedError, RefusedError, RewoundError, WorkerError
 from headwater.standalone.patience import patiently
 from headwater.wire.security import PLAIN, Security
 from headwater.worker import Worker
@@ -61,7 +61,7 @@ class StandaloneWorker:
         while True:
             try:
                 worker = patiently(self._join, self._wait)
-            except ClosedError as error:
+            except FinishedError as error:
                 _log.warning("nothing is left to do: %s", error)
                 return
             except RewoundError as error:

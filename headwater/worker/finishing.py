@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from headwater import messages as m
-from headwater.errors import ClosedError, ConnectionLostError
+from headwater.errors import ConnectionLostError, FinishedError
 from headwater.runtime.session import Session
 
 _log = logging.getLogger("headwater.worker")
@@ -28,7 +28,7 @@ def wait_for_others(session: Session) -> None:
     while True:
         try:
             message = membership.next_message(_LOOK_S)
-        except ClosedError as error:
+        except FinishedError as error:
             _log.info("worker %d: %s", own.index, error)
             return
         except TimeoutError:

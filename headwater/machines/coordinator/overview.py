@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence, Set
 
 import msgspec
@@ -14,6 +13,7 @@ from headwater.machines.splits import unvisited_parts
 def overview(
     *,
     roster: m.Roster,
+    pid: int,
     address: str,
     sync: str,
     reports: Sequence[m.ServerStatistics],
@@ -23,9 +23,14 @@ def overview(
     unreplicated: Sequence[int],
     unvisited: Sequence[m.Unvisited],
     spares: int,
+    joining: Sequence[str],
 ) -> m.ClusterStatistics:
-    """The answer to Ask. `progress`: by rank; `silence`: by member, seconds since it was heard of; `absent`:
-    members that have not come back since the coordinator started again."""
+    """The answer to Ask.
+
+    `pid`, `address`: of the coordinator. `progress`: by rank. `silence`: by member, seconds since it was
+    heard of. `absent`: members that have not come back since the coordinator started again. `joining`: who
+    waits to join, and for whom.
+    """
     of_server = {report.member: report for report in reports}
     first = next((report for report in reports if report.index == 0 and report.role == "server"), None)
     version = max((report.version for report in reports), default=0)
@@ -47,7 +52,7 @@ def overview(
         reason = waits.get(member.id) or away(member)
         return m.NodeStatistics(member.role, member.pid, place, roster.term, seen, reason, rank=member.index)
 
-    coordinator = m.NodeStatistics("coordinator", os.getpid(), address, roster.term, version, None, index=0)
+    coordinator = m.NodeStatistics("coordinator", pid, address, roster.term, version, None, index=0)
     ordered = sorted(roster.members, key=lambda member: (member.role, member.index))
     return m.ClusterStatistics(
         term=roster.term,
@@ -62,6 +67,7 @@ def overview(
         unreplicated=tuple(unreplicated),
         unvisited=(*unvisited, *_unvisited_parts(first, roster)),
         spares=spares,
+        joining=tuple(joining),
     )
 
 

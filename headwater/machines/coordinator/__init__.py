@@ -1,0 +1,17 @@
+"""The coordinator as a machine: every decision of the master node, and how they couple (`machine`)."""
+
+from headwater.machines.coordinator.identity import Identity
+from headwater.machines.coordinator.machine import AllFinished, CoordinatorMachine
+from headwater.machines.coordinator.members import Ended
+from headwater.machines.coordinator.newcomers import CheckAddresses, ChooseCheckpoint
+from headwater.machines.coordinator.state import CoordinatorRecord
+
+__all__ = [
+    "AllFinished",
+    "CheckAddresses",
+    "ChooseCheckpoint",
+    "CoordinatorMachine",
+    "CoordinatorRecord",
+    "Ended",
+    "Identity",
+]

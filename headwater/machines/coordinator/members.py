@@ -1,0 +1,235 @@
+"""Members: what they may say, how a membership ends, and what follows from that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from headwater import messages as m
+from headwater.machines.actions import Conn, Tell
+from headwater.machines.coordinator.hosts import Hosts
+from headwater.machines.coordinator.phases import Entered, Present, Stranger, Survey, named
+from headwater.machines.coordinator.reading import Reading
+from headwater.machines.coordinator.state import State
+from headwater.machines.splits import Replies
+
+AGAIN_S = 0.05
+"""How long after no answer server 0 is asked again, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """An event: the cluster is over. `refusal`: what everybody is told; None: training has finished."""
+
+    refusal: m.Refused | None
+
+
+class Members:
+    """Of a cluster.
+
+    Attributes:
+        progress: the last statistics that each rank sent, kept after it left.
+        reading: splits and positions.
+    """
+
+    def __init__(self, state: State, hosts: Hosts) -> None:
+        self.progress: dict[int, m.Progress] = {}
+        self.reading = Reading(state.settings.workers)
+        self._state = state
+        self._hosts = hosts
+        self._ask_again = 0.0
+
+    def publish(self) -> None:
+        """Tell every server and standby the roster."""
+        self._hosts.tell(self._state.book.view(), self._state.now)
+
+    def welcome(self, conn: Conn, member: m.Member, position: m.Position | None = None) -> None:
+        """It is a member from now on, over this connection, and its lease begins."""
+        state, settings = self._state, self._state.settings
+        state.book.heard(member.id, state.now)
+        state.phases[conn], state.conns[member.id] = Present(member), conn
+        welcome = m.Welcome(
+            member=member,
+            term=state.book.term,
+            servers=state.book.of("server"),
+            workers=settings.workers,
+            sync=settings.sync,
+            settings=settings.settings,
+            patience=settings.patience,
+            deadline=settings.deadline,
+            heartbeat=settings.lease / 3,
+            generation=state.book.generation,
+            position=position,
+            key=state.identity.key_of(member.id),
+            returns=state.identity.returns,
+            cluster=state.identity.cluster,
+        )
+        state.send(conn, welcome)
+
+    # ── what members say ────────────────────────────────────────────────────────────────────────
+
+    def received(self, conn: Conn, phase: Present, message: m.AnyMessage) -> None:
+        """Whatever a member says shows that it lives."""
+        self._state.book.heard(phase.member.id, self._state.now)
+        FROM_MEMBERS[type(message)](self, conn, phase.member, message)
+
+    def _on_heartbeat(self, conn: Conn, member: m.Member, message: m.Heartbeat) -> None:
+        pass
+
+    def _on_progress(self, conn: Conn, member: m.Member, progress: m.Progress) -> None:
+        self.progress[member.index] = progress
+
+    def _on_reading(self, conn: Conn, member: m.Member, message: m.Lease | m.Finish) -> None:
+        self._reply(self.reading.serve(member, message))
+
+    def _on_get_servers(self, conn: Conn, member: m.Member, message: m.GetServers) -> None:
+        book = self._state.book
+        self._state.send(conn, m.ServerAddresses(book.term, book.of("server")))
+
+    def _on_caught_up(self, conn: Conn, member: m.Member, news: m.CaughtUp) -> None:
+        if self._state.book.caught_up(news.standby):
+            self.publish()
+
+    def _on_standby_lost(self, conn: Conn, member: m.Member, news: m.StandbyLost) -> None:
+        """A standby that has lost its server no longer has all that the server has."""
+        standby = self._state.book.member(news.standby)
+        if standby is not None and standby.role == "standby":
+            self.strike_off(standby, "its server lost the connection to it")
+
+    def _on_finished(self, conn: Conn, member: m.Member, message: m.Finished) -> None:
+        self._state.book.finish(member.id)
+
+    def _on_departed(self, conn: Conn, member: m.Member, message: m.Departed) -> None:
+        if message.finished:
+            self._state.book.finish(member.id)
+        self.strike_off(member, "")
+
+    def _reply(self, replies: Replies) -> None:
+        for member, reply in replies:
+            conn = self._state.conns.get(member)
+            if conn is not None:
+                self._state.send(conn, reply)
+
+    # ── the end of a membership ─────────────────────────────────────────────────────────────────
+
+    def strike_off(self, member: m.Member, why: str) -> None:
+        """It is no member any more: `why` it was declared dead, "" where it left."""
+        state = self._state
+        if state.stage == "ended":
+            return
+        verdict = f"{named(member)} was declared dead: {why}"
+        departure = state.book.remove(member.id, verdict if why else "")
+        if departure is None:
+            return
+        conn = state.conns.pop(member.id, None)
+        if conn is not None and conn in state.phases:
+            if why:
+                state.send(conn, m.Refused("DeclaredDeadError", verdict))
+            state.hang_up(conn)
+        dies = bool(why) and member.role != "observer"
+        if dies:
+            heir = f"; its standby (pid {departure.heir.pid}) takes over" if departure.heir else ""
+            state.warn(f"{named(member)} is gone without leaving: {why}{heir}")
+        if state.stage == "forming":
+            state.met.discard((member.pid, member.host))
+            return  # it had nothing yet, and its slot is free
+        if departure.loses_shard:
+            self.lose(f"{named(member)} is gone, and nobody else has its shard: {why or 'it has left'}")
+        else:
+            self.publish()
+        if dies:
+            state.emit(Tell(departure))
+        if member.role == "worker":
+            self.reading.gone(member, died=dies)
+
+    def expire(self) -> None:
+        """Strike off those whose lease has ended."""
+        state = self._state
+        for member in state.book.expired(state.now):
+            self.strike_off(member, f"nothing was heard of it for {state.settings.lease:g} s")
+
+    def lose(self, reason: str) -> None:
+        """A shard is lost with all its copies: begin the next generation, or end."""
+        state = self._state
+        if state.stage == "finishing":
+            return  # what was to be done is done
+        if not state.settings.rewinds:
+            self.end(m.Refused("ClusterEndedError", reason))
+            return
+        refusal = m.Refused("RewoundError", f"{reason}; training begins anew from the last checkpoint")
+        state.book.begin_anew()
+        state.keep()
+        state.stage = "forming"
+        state.warn(refusal.reason)
+        for conn in state.conns.values():
+            state.send(conn, refusal)
+            state.hang_up(conn)
+        state.conns.clear()
+        self._hosts.close()
+        self.reading = Reading(state.settings.workers)
+
+    def end(self, last_word: m.Refused | m.Finished) -> None:
+        """Nothing follows. Everybody who waits for something is told."""
+        state = self._state
+        if state.stage == "ended":
+            return
+        state.keep()
+        state.stage, state.last_word = "ended", last_word
+        refusal = last_word if isinstance(last_word, m.Refused) else None
+        state.keep_end(refusal.reason if refusal is not None else "training has finished")
+        for conn, phase in list(state.phases.items()):
+            if not isinstance(phase, Stranger | Survey):
+                state.say_last(conn)
+        state.conns.clear()
+        self._hosts.close()
+        state.emit(Tell(Ended(refusal)))
+
+    # ── what the log has recorded of everybody's reading ────────────────────────────────────────
+
+    def ask_recorded(self) -> None:
+        """Ask server 0, where something waits for what it says."""
+        state = self._state
+        servers = state.book.of("server")
+        if self.reading.wanted and state.now >= self._ask_again and servers and servers[0].index == 0:
+            self.reading.asked()
+            self._hosts.ask(servers[0], f"recorded {state.book.generation}", state.now)
+
+    def take_recorded(self, generation: int, answer: m.ServerStatistics | None) -> None:
+        """Server 0 has answered, or has not in time."""
+        state = self._state
+        if generation != state.book.generation:
+            return
+        if answer is None:
+            self.reading.unanswered()
+            self._ask_again = state.now + AGAIN_S
+            return
+        ranks = {worker.index for worker in state.book.of("worker")}
+        follows = self.reading.answered(answer.recorded, ranks)
+        self._reply(follows.replies)
+        for id, position in follows.positions.items():
+            phase = state.phase_of(id)
+            if isinstance(phase, Entered):
+                phase.placed, phase.position = True, position
+        for rank, samples in follows.unread.items():
+            state.warn(f"{samples} samples of worker {rank}'s part wait for the next worker with that rank")
+
+    def due(self) -> float | None:
+        """When server 0 is to be asked again."""
+        return self._ask_again if self.reading.wanted and self._ask_again > self._state.now else None
+
+
+FromMember: TypeAlias = Callable[[Members, Conn, m.Member, Any], None]
+
+FROM_MEMBERS: dict[type, FromMember] = {
+    m.Heartbeat: Members._on_heartbeat,
+    m.Progress: Members._on_progress,
+    m.Lease: Members._on_reading,
+    m.Finish: Members._on_reading,
+    m.GetServers: Members._on_get_servers,
+    m.CaughtUp: Members._on_caught_up,
+    m.StandbyLost: Members._on_standby_lost,
+    m.Finished: Members._on_finished,
+    m.Departed: Members._on_departed,
+}
+"""What a member may say, and what follows."""

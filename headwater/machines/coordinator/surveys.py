@@ -1,0 +1,64 @@
+"""Questions of people: how the cluster is, once those that were asked have said how they are."""
+
+from __future__ import annotations
+
+from headwater import messages as m
+from headwater.machines.actions import Conn
+from headwater.machines.coordinator.hosts import Hosts
+from headwater.machines.coordinator.members import Members
+from headwater.machines.coordinator.newcomers import Newcomers
+from headwater.machines.coordinator.overview import overview
+from headwater.machines.coordinator.phases import Spare, Stranger, Survey
+from headwater.machines.coordinator.state import State
+
+
+class Surveys:
+    """Of a cluster. `address`: where its coordinator is reached."""
+
+    def __init__(self, state: State, hosts: Hosts, members: Members, newcomers: Newcomers) -> None:
+        self.address = ""
+        self._state = state
+        self._hosts = hosts
+        self._members = members
+        self._newcomers = newcomers
+
+    def on_ask(self, conn: Conn, phase: Stranger, ask: m.Ask) -> None:
+        """Ask every server and standby, where the cluster has all servers."""
+        state = self._state
+        running = state.stage in ("running", "finishing") and state.book.complete()
+        hosts = [*state.book.of("server"), *state.book.of("standby")] if running else []
+        state.phases[conn] = Survey(len(hosts))
+        for host in hosts:
+            self._hosts.ask(host, f"survey {conn}", state.now)
+
+    def take(self, conn: Conn, answer: m.ServerStatistics | None) -> None:
+        """One that was asked has answered, or has not in time."""
+        survey = self._state.phases.get(conn)
+        if isinstance(survey, Survey):
+            survey.unanswered -= 1
+            survey.reports += [answer] if answer is not None else []
+
+    def answer(self) -> None:
+        """Answer whoever asked, and need not wait any more."""
+        for conn, phase in list(self._state.phases.items()):
+            if isinstance(phase, Survey) and not phase.unanswered:
+                self._state.send(conn, self._overview(phase.reports))
+                self._state.hang_up(conn)
+
+    def _overview(self, reports: list[m.ServerStatistics]) -> m.ClusterStatistics:
+        state = self._state
+        roster, settings = state.book.view(), state.settings
+        return overview(
+            roster=roster,
+            pid=state.identity.pid,
+            address=self.address,
+            sync=settings.sync,
+            reports=reports,
+            progress=self._members.progress,
+            silence={one.id: state.book.silence(one.id, state.now) for one in roster.members},
+            absent={one.id for one in roster.members} - state.conns.keys(),
+            unreplicated=state.book.unreplicated() if settings.replicas else [],
+            unvisited=self._members.reading.unvisited(),
+            spares=sum(isinstance(one, Spare) for one in state.phases.values()),
+            joining=self._newcomers.waiting(),
+        )
