@@ -24,7 +24,7 @@ from headwater.spec.layout import DTYPES
 from headwater.spec.rules import Rule
 from headwater.worker import Worker
 from headwater.worker.model import Model
-from headwater.worker.model_spec import Group, NonFinite
+from headwater.worker.model_spec import Group, NonFinite, check_weight
 
 __all__ = ["DistributedOptimizer"]
 
@@ -97,15 +97,17 @@ class DistributedOptimizer(Generic[Tree]):
         self.model.adapter = self
         self.params: Tree = self._read()
 
-    def step(self, grads: Any) -> Tree:
+    def step(self, grads: Any, *, weight: float = 1.0) -> Tree:
         """End the turn: send the gradients, return the new parameters; blocks as the mode says.
 
         Args:
+            weight: what they count in the mean over all workers, as in `Worker.step`; 0 drops them.
             grads: a tree as the parameters, with arrays of the same shapes. Where it has None, or nothing,
                 instead of an array or a subtree, those tensors are not touched, as if they were in no
                 worker's loss. None alone is an empty turn. Its arrays are read before `step` returns.
 
         Raises:
+            ConfigurationError: `weight` is negative, not finite or no number.
             GradientError: a leaf the parameters do not have, or of another shape or dtype; names it.
             NonFiniteError: a gradient holds NaN or infinity, with `nonfinite="raise"`.
             UsageError: called in a function that JAX traces.
@@ -113,9 +115,11 @@ class DistributedOptimizer(Generic[Tree]):
             StalledError: no answer within the deadline.
         """
         self._check_owner()
-        with jax.transfer_guard("allow"):  # the guard is for transfers nobody asked for
-            self.model.push(self._by_name(grads))
-        self.result = self._worker.step(read=[self.model])
+        weight = check_weight(weight)
+        if weight:
+            with jax.transfer_guard("allow"):  # the guard is for transfers nobody asked for
+                self.model.push(self._by_name(grads))
+        self.result = self._worker.step(read=[self.model], weight=weight)
         self.params = self._read()
         return self.params
 

@@ -11,6 +11,7 @@ from headwater.errors import ConfigurationError, ProtocolError, RefusedError, Re
 from headwater.shard import Shard, Staging, Vector
 from headwater.shard.copies import Copies, found
 from headwater.shard.ledger import Ledger
+from headwater.shard.merges import Merge
 from headwater.shard.vector import Update
 from headwater.spec.layout import PAGE, Layout
 from headwater.spec.rules import SGD, Accumulate, Adam, Assign
@@ -121,7 +122,7 @@ def test_apply_touches_what_is_carried_alone_and_answers_with_all(
         stagings = [staged(private, vector, one) for one in gradients]
         reader = staged(private, vector, initial)
         updates = [Update(staging, mask) for staging, mask in zip(stagings, carried, strict=True)]
-        vector.apply(updates, divisor, [*stagings, reader], 7)
+        vector.apply(updates, Merge(divisor), [*stagings, reader], 7)
         for array in [vector.values, reader.parameters, *(staging.parameters for staging in stagings)]:
             assert np.array_equal(array, expected[vector.start : vector.stop])
         assert (vector.updates, vector.changed) == (1, 7)
@@ -132,7 +133,7 @@ def test_accumulate_always_sums_and_assign_takes_the_mean(rule, value):
     spec = model_spec(shapes={"x": (5,)}, rule=rule)
     (vector,) = vectors(spec, 1, np.ones(PAGE, np.float32))
     members = [staged(True, vector, np.full(PAGE, gradient, np.float32)) for gradient in (4, 8)]
-    vector.apply([Update(member, np.array([True])) for member in members], 2, [], 1)
+    vector.apply([Update(member, np.array([True])) for member in members], Merge(2), [], 1)
     assert (vector.values[:5] == value).all()
 
 
@@ -145,7 +146,7 @@ def test_gaps_stay_zero_under_a_rule_with_state():
     (vector,) = vectors(spec, 1, initial)
     for version in range(1, 4):
         update = Update(staged(False, vector, gradients), np.array([True, version > 1, False]))
-        vector.apply([update], 1, [], version)
+        vector.apply([update], Merge(1), [], version)
     assert np.count_nonzero(vector.values) == 708
     assert all(np.count_nonzero(state) == 3 + 5 for state in vector.states.values())
     assert vector.counts.tolist() == [3, 2, 0]

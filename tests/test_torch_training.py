@@ -297,3 +297,41 @@ def test_state_dict_has_the_rules_state_by_name_as_torch_has_it_by_position():
         assert got["state"][name]["step"] == int(expected["state"][index]["step"])
         for key in ("exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(got["state"][name][key], expected["state"][index][key])
+
+
+def test_uneven_batches_weighted_by_samples_train_as_one_large_batch_does():
+    """Per round 8, 5 and 3 samples; a rank without any takes its turn with weight 0, whatever its loss is."""
+    parts = [slice(0, 8), slice(8, 13), slice(13, 16), slice(0, 0)]
+
+    def work(worker):
+        net = network()
+        opt = optimizer(worker, net, hw.Adam(lr=0.01))
+        for step in range(STEPS):
+            x, y = (
+                torch.cat(two)[parts[worker.rank]] for two in zip(batch(step, 0), batch(step, 1), strict=True)
+            )
+            opt.zero_grad()
+            functional.cross_entropy(net(x), y).backward()  # NaN where there is no sample
+            opt.step(weight=len(x))
+        assert worker.statistics().skipped == 0
+        return [parameter.detach().clone() for parameter in net.parameters()]
+
+    net = network()
+    opt = torch.optim.Adam(net.parameters(), lr=0.01)
+    for step in range(STEPS):
+        x, y = (torch.cat(two) for two in zip(batch(step, 0), batch(step, 1), strict=True))
+        opt.zero_grad()
+        functional.cross_entropy(net(x), y).backward()
+        opt.step()
+    for got in train(work, workers=4, servers=2).values:
+        for ours, theirs in zip(got, net.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+
+
+def test_an_impossible_weight_is_refused_before_the_closure_is_called():
+    def work(worker):
+        opt = optimizer(worker, network(), hw.SGD(lr=0.1))
+        with pytest.raises(hw.errors.ConfigurationError, match="weight must be"):
+            opt.step(lambda: pytest.fail("it was called"), weight=-1)
+
+    train(work)

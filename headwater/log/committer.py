@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from headwater import messages as m
 from headwater.errors import ConfigurationError
-from headwater.log.pending import PendingExchange, ReadySteps, Stage, by_rank, ids
+from headwater.log.pending import PendingExchange, ReadySteps, Stage, by_rank, ids, weights_of
 from headwater.log.writer import LogWriter
 from headwater.spec.sync import Commits, Mode, Wait
 
@@ -95,7 +95,7 @@ class Committer:
             return True
         measures = self._writer.measures
         if not measures.under_way(steps):
-            self._writer.write(m.Measured(self._writer.next, ids(steps)))
+            self._writer.write(m.Measured(self._writer.next, ids(steps), weights_of(steps)))
             measures.begin(steps, self._state.position)
         norms = measures.norms(steps)
         if norms is not None:
@@ -107,7 +107,8 @@ class Committer:
         slowest = self._state.clocks.slowest_after(step.clock for step in steps)
         answered = [step for step in steps if self._mode.may_read(step.clock + 1, slowest)]
         version = self._state.version + 1
-        self._writer.write(m.Committed(self._writer.next, version, ids(steps), ids(answered), norms))
+        weights = weights_of(steps)
+        self._writer.write(m.Committed(self._writer.next, version, ids(steps), ids(answered), norms, weights))
         for step in steps:
             self._writer.measures.forget(step)
             self._pending.move(step, Stage.COMMITTED)

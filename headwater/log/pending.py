@@ -262,3 +262,9 @@ def by_rank(exchanges: Iterable[PendingExchange]) -> list[PendingExchange]:
 def ids(exchanges: Iterable[PendingExchange]) -> tuple[ExchangeId, ...]:
     """Of these outstanding exchanges."""
     return tuple(exchange.id for exchange in exchanges)
+
+
+def weights_of(steps: Iterable[PendingExchange]) -> tuple[float, ...]:
+    """What each of these counts in a mean; empty where each counts 1."""
+    weights = tuple(step.held.weight for step in steps if step.held is not None)
+    return () if all(weight == 1.0 for weight in weights) else weights

@@ -94,7 +94,8 @@ class Step(Message, frozen=True):
     `read` asks for values: of all the member's models, of none, or of these. `pushed` are gradients of rows,
     `pulled` rows that the answer brings. The payload has runs first, then ids and gradients of each of
     `pushed`, then ids of each of `pulled`; that of the answer has values first, then rows. `position`: where
-    the worker is in its data once this is committed; None where it reads none.
+    the worker is in its data once this is committed; None where it reads none. `weight`: what its gradients
+    count in a mean over the contributors, > 0.
     """
 
     number: int
@@ -108,6 +109,7 @@ class Step(Message, frozen=True):
     pulled: tuple[Rows, ...] = ()
     table_settings: tuple[TableSetting, ...] = ()
     position: Position | None = None
+    weight: float = 1.0
 
 
 class Pull(Message, frozen=True):

@@ -33,7 +33,8 @@ Phase: TypeAlias = Literal["new", "active", "ended", "meeting", "observer"]
 class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A server holds exchange `number` of `member` completely, as it came with `connection_epoch`.
 
-    `clipped`: it is a step whose gradients cannot be applied before their norm is known.
+    `clipped`: it is a step whose gradients cannot be applied before their norm is known. `weight`: of a step,
+    what its gradients count in a mean.
     """
 
     member: int
@@ -42,6 +43,7 @@ class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str = ""
     connection_epoch: int = 0
     clipped: bool = False
+    weight: float = 1.0
 
 
 class Sum(msgspec.Struct, frozen=True, array_like=True):
@@ -110,21 +112,27 @@ class Registered(Entry, frozen=True):
 
 
 class Measured(Entry, frozen=True):
-    """Every server reports squares of what these updates, in rank order, come to; nothing is applied."""
+    """Every server reports squares of what these updates, in rank order, come to; nothing is applied.
+
+    `weights`: as in Committed.
+    """
 
     updates: tuple[ExchangeId, ...]
+    weights: tuple[float, ...] = ()
 
 
 class Committed(Entry, frozen=True):
     """Updates, in rank order, applied as one; those in `answered` get their answer here.
 
-    `norms`: (model, norm of the gradient) for each model that is clipped and that they carry.
+    `norms`: (model, norm of the gradient) for each model that is clipped and that they carry. `weights`: what
+    each update counts in a mean; empty where all count the same, 1.
     """
 
     version: int
     updates: tuple[ExchangeId, ...]
     answered: tuple[ExchangeId, ...]
     norms: tuple[tuple[int, float], ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 class Served(Entry, frozen=True):

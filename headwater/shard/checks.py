@@ -91,6 +91,8 @@ class Checks:
             raise ProtocolError(f"there is no model {model}, known are {sorted(self._vectors)}")
 
     def _check_step(self, member: int, step: m.Step, rows: Sequence[StagedRows]) -> None:
+        if not 0 < step.weight < math.inf:
+            raise ProtocolError(f"member {member} sent a step of weight {step.weight}, expected a number > 0")
         self._tables.check(rows[: len(step.pushed)])
         self._tables.check(rows[len(step.pushed) :])
         self._tables.check_settings(step.table_settings)

@@ -1,27 +1,18 @@
-"""What a server has of gradients whose norm a commit needs, and how many a commit's sum is divided by.
+"""What a server has of gradients whose norm a commit needs.
 
 Invariant: sums stay until their exchanges are over, for they may have to be reported again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from headwater import messages as m
+from headwater.shard.merges import Shares
 from headwater.shard.outstanding import Members
 from headwater.shard.replica import LiveInputs
 from headwater.shard.vector import Vector
 from headwater.spec.sync import Reduce
-
-
-def contributors(steps: Iterable[m.Step]) -> int:
-    """How many carry a gradient, on any server."""
-    return sum(bool(step.pushed) or any(any(one.tensors) for one in step.carried) for step in steps)
-
-
-def divisor_of(count: int, reduce: Reduce) -> int:
-    """What the sum of gradients of `count` contributors is divided by."""
-    return count if reduce == "mean" else 1
 
 
 class Measures:
@@ -46,12 +37,12 @@ class Measures:
     def measure(self, entry: m.Measured) -> None:
         """Sum up the squares that an entry asks for; blocks for a pass over those gradients."""
         steps = [(ticket, self._live.step(ticket)) for ticket in entry.updates]
-        divisor = divisor_of(contributors(step for _, step in steps), self._reduce)
+        merge = Shares.of([step for _, step in steps], entry.weights).merge(self._reduce)
         parts: list[m.Sum] = []
         for model, vector in self._vectors.items():
             updates = self._live.updates(model, vector, steps) if vector.clip_norm is not None else []
             if updates:
-                parts += [m.Sum(model, *node) for node in vector.squares(updates, divisor)]
+                parts += [m.Sum(model, *node) for node in vector.squares(updates, merge)]
         self._forget_answered()
         sums = self._kept[entry] = m.Sums(entry.position, tuple(parts))
         self._new.append(sums)

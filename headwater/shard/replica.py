@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.log.state import tickets_of
+from headwater.shard.merges import Merge, Shares
 from headwater.shard.outstanding import Members
-from headwater.shard.tables import StagedRows, Tables
+from headwater.shard.tables import Pushed, StagedRows, Tables
 from headwater.shard.vector import Array, Staging, Update, Vector
+from headwater.spec.sync import Reduce
 
 Room: TypeAlias = Callable[[int], NDArray[np.uint8]]
 """Gives so many bytes, contiguous, at a multiple of 8: for an array that stays until its entry is applied."""
@@ -39,7 +41,14 @@ def own_memory(size: int) -> NDArray[np.uint8]:
 
 
 class EntryInputs(Protocol):
-    """Where an entry's processing finds what the log does not say; the methods fit the kinds of entries."""
+    """Where an entry's processing finds what the log does not say; the methods fit the kinds of entries.
+
+    Attributes:
+        summed: gradients are merged already, but for the divisor.
+    """
+
+    @property
+    def summed(self) -> bool: ...
 
     def request(self, ticket: m.ExchangeId) -> m.Request:
         """The request that an entry names."""
@@ -47,7 +56,7 @@ class EntryInputs(Protocol):
     def updates(self, model: int, vector: Vector, steps: Steps) -> list[Update]:
         """Gradients of a model, to be added up in this order."""
 
-    def pushed(self, steps: Steps) -> Sequence[Sequence[StagedRows]]:
+    def pushed(self, steps: Steps) -> Pushed:
         """Gradients of rows, to be added up in this order."""
 
     def initial(self, ticket: m.ExchangeId) -> Array:
@@ -62,6 +71,8 @@ class EntryInputs(Protocol):
 
 class LiveInputs:
     """Inputs as members have them now."""
+
+    summed = False
 
     def __init__(self, members: Members) -> None:
         self._members = members
@@ -79,15 +90,19 @@ class LiveInputs:
     def updates(self, model: int, vector: Vector, steps: Steps) -> list[Update]:
         """Each member's, from its window."""
         return [
-            Update(self._members.staging(ticket.member, model), vector.layout.unmask(carried.tensors))
-            for ticket, step in steps
+            Update(self._members.staging(ticket.member, model), vector.layout.unmask(carried.tensors), place)
+            for place, (ticket, step) in enumerate(steps)
             for carried in step.carried
             if carried.model == model and any(carried.tensors)
         ]
 
-    def pushed(self, steps: Steps) -> Sequence[Sequence[StagedRows]]:
+    def pushed(self, steps: Steps) -> Pushed:
         """Each member's."""
-        return [self._members.of(ticket).pushed() for ticket, step in steps if step.pushed]
+        return [
+            (place, self._members.of(ticket).pushed())
+            for place, (ticket, step) in enumerate(steps)
+            if step.pushed
+        ]
 
     def initial(self, ticket: m.ExchangeId) -> Array:
         """From the member's parameters."""
@@ -116,6 +131,7 @@ class MaterializedEntry:
     inputs: m.EntryInputs
     models: tuple[Array, ...] = ()
     tables: tuple[StagedRows, ...] = ()
+    summed: ClassVar[bool] = True
 
     def payload(self) -> list[NDArray[Any]]:
         """The arrays in the order in which they travel."""
@@ -138,9 +154,9 @@ class MaterializedEntry:
         ]
         return [Update(self._staging(model), np.logical_or.reduce(masks, axis=0))]
 
-    def pushed(self, steps: Steps) -> Sequence[Sequence[StagedRows]]:
+    def pushed(self, steps: Steps) -> Pushed:
         """One, the sum of all."""
-        return [self.tables]
+        return [(0, self.tables)]
 
     def initial(self, ticket: m.ExchangeId) -> Array:
         """As they were."""
@@ -235,10 +251,13 @@ class ReplicationProgress:
 class InputCollector:
     """Collects the inputs of entries on a server with a standby; reads members' memory, changes nothing."""
 
-    def __init__(self, vectors: Mapping[int, Vector], tables: Tables, live: LiveInputs) -> None:
+    def __init__(
+        self, vectors: Mapping[int, Vector], tables: Tables, live: LiveInputs, reduce: Reduce
+    ) -> None:
         self._vectors = vectors
         self._tables = tables
         self._live = live
+        self._reduce = reduce
 
     def collect(self, entry: m.AnyEntry, term: int, written: int, room: Room) -> MaterializedEntry:
         """The entry with copies of all it needs, as it is sent in `term` and was written in `written`.
@@ -250,8 +269,9 @@ class InputCollector:
         requests = tuple((ticket.member, self._live.request(ticket)) for ticket in tickets_of(entry))
         if isinstance(entry, m.Committed):
             steps = [(ticket, self._live.step(ticket)) for ticket in entry.updates]
-            models = self._reduced(steps, room)
-            tables = [_copy(staged, room) for staged in self._tables.reduce(self._live.pushed(steps))]
+            merge = Shares.of([step for _, step in steps], entry.weights).merge(self._reduce)
+            models = self._reduced(steps, merge, room)
+            tables = [_copy(staged, room) for staged in self._tables.reduce(self._live.pushed(steps), merge)]
         elif isinstance(entry, m.Registered) and isinstance(requests[0][1], m.Register):
             models[INITIAL] = _fill(room, self._live.initial(entry.source))
         elif isinstance(entry, m.Assigned) and isinstance(requests[0][1], m.Assign):
@@ -270,13 +290,13 @@ class InputCollector:
         )
         return MaterializedEntry(inputs, tuple(models.values()), tuple(tables))
 
-    def _reduced(self, steps: Steps, room: Room) -> dict[int, Array]:
+    def _reduced(self, steps: Steps, merge: Merge, room: Room) -> dict[int, Array]:
         reduced: dict[int, Array] = {}
         for model, vector in self._vectors.items():
             updates = self._live.updates(model, vector, steps)
             if updates:
                 reduced[model] = _floats(room, vector.stop - vector.start)
-                vector.reduce(updates, reduced[model])
+                vector.reduce(updates, merge, reduced[model])
         return reduced
 
 

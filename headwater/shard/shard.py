@@ -65,7 +65,7 @@ class Shard:
         self.vectors, self.tables = self._state.vectors, self._state.tables
         self._checks = Checks(self.vectors, self.tables, self._members)
         self._live = LiveInputs(self._members)
-        self._collector = InputCollector(self.vectors, self.tables, self._live)
+        self._collector = InputCollector(self.vectors, self.tables, self._live, reduce)
         self._measures = Measures(self.vectors, self._members, self._live, reduce)
         self._closed: deque[Uncommitted] = deque()
         self._shipped: ReplicationProgress | None = None
@@ -158,7 +158,8 @@ class Shard:
         self._checks.check(member, request, rows)
         kind = self._kind(member, request)
         clipped = isinstance(request, m.Step) and kind == "step" and self._measures.needed(request)
-        held = m.Held(member, request.number, kind, name_of(request), connection_epoch, clipped)
+        weight = request.weight if isinstance(request, m.Step) else 1.0
+        held = m.Held(member, request.number, kind, name_of(request), connection_epoch, clipped, weight)
         self._members.hold(Outstanding(held, request, staging, rows))
         self.exchanges += 1
         return held

@@ -22,7 +22,7 @@ from headwater.log.positions import Positions
 from headwater.log.state import LogState
 from headwater.shard.copies import Copies, found
 from headwater.shard.ledger import Ledger
-from headwater.shard.measures import contributors, divisor_of
+from headwater.shard.merges import Shares
 from headwater.shard.outstanding import Members, Outstanding
 from headwater.shard.replica import EntryInputs
 from headwater.shard.snapshot import ShardSnapshot
@@ -117,19 +117,19 @@ class State:
     def _committed(self, entry: m.Committed) -> Answers:
         self.version = entry.version
         steps = [(ticket, self._step_of(ticket)) for ticket in entry.updates]
-        count = contributors(step for _, step in steps)
+        shares = Shares.of([step for _, step in steps], entry.weights)
         self._change_settings(step for _, step in reversed(steps))
         asked = {ticket.member: self._read_by(ticket.member, step) for ticket, step in steps}
         readers = [self._members.reader(ticket) for ticket in entry.answered]
         present = [reader for reader in readers if reader is not None]
         norms = dict(entry.norms)
-        self._apply(steps, count, [asked[reader.held.member] for reader in present], norms)
+        self._apply(steps, shares, [asked[reader.held.member] for reader in present], norms)
         for reader in present:
             self.tables.pull(reader.pulled(), self.version)
         named = {self.vectors[model].spec.name: norm for model, norm in norms.items()}
         for ticket, step in steps:
             staleness = entry.version - 1 - step.seen
-            result = m.StepResult(entry.version, True, count, staleness, named)
+            result = m.StepResult(entry.version, True, shares.contributors, staleness, named)
             self.ledger.record(ticket.member, step.step, result)
             if step.position is not None:
                 self.positions.record(step.position)
@@ -168,19 +168,21 @@ class State:
     def _apply(
         self,
         steps: Sequence[tuple[m.ExchangeId, m.Step]],
-        count: int,
+        shares: Shares,
         readers: Sequence[dict[int, Staging]],
         norms: dict[int, float],
     ) -> None:
-        divisor = divisor_of(count, self._reduce)
+        merge = shares.merge(self._reduce)
+        if self._inputs.summed:
+            merge = merge.summed()
         for model, vector in self.vectors.items():
             updates = self._inputs.updates(model, vector, steps)
             answers = [stagings[model] for stagings in readers if model in stagings]
             if updates:
-                vector.apply(updates, divisor, answers, self.version, norms.get(model))
+                vector.apply(updates, merge, answers, self.version, norms.get(model))
             elif answers:
                 vector.write(answers)
-        self.tables.apply(self._inputs.pushed(steps), divisor, self.version)
+        self.tables.apply(self._inputs.pushed(steps), merge, self.version)
 
     def _served(self, entry: m.Served) -> Answers:
         ticket = entry.ticket

@@ -32,6 +32,8 @@ from headwater.spec.lifetime import AfterSteps, LeastRecentlyUsed, admission_fro
 Ids: TypeAlias = NDArray[np.int64]
 Array: TypeAlias = NDArray[np.float32]
 Rows: TypeAlias = NDArray[np.int32]
+Gradients: TypeAlias = tuple[Ids, Array]
+"""Ids, int64[n], each once, and their gradients, float32[n, dim]."""
 
 MOST_COLUMNS = 1 << 16
 _ITEM = 4
@@ -118,7 +120,12 @@ class Table:
     # ── writing ─────────────────────────────────────────────────────────────────────────────────
 
     def apply(
-        self, updates: Sequence[tuple[Ids, Array]], divisor: float, step: int, updates_of_schedule: int
+        self,
+        updates: Sequence[Gradients],
+        divisor: float,
+        step: int,
+        updates_of_schedule: int,
+        weights: Array | None = None,
     ) -> None:
         """Apply one commit: for each id the sum of its gradients, divided, through the rule once.
 
@@ -128,10 +135,13 @@ class Table:
             divisor: what sums are divided by; rules that always add ignore it.
             step: version of this commit, never less than that of an earlier call.
             updates_of_schedule: commits before this one, which schedules are evaluated at.
+            weights: float32[workers], what each gradient is multiplied by before they are added up; None: 1.
+                Rules that always add ignore them.
 
         Raises:
             EnvironmentFailure: no more rows can be held; nothing changed.
         """
+        updates = self._weighted(updates, weights)
         ids, sources, bounds = self._traced(updates)
         if isinstance(self._expiry, AfterSteps):
             self._end_expired(ids, self._index.find(ids)[0], step)
@@ -148,8 +158,9 @@ class Table:
         self._refused += refused
         self._end_rows(rows, step)
 
-    def reduce(self, updates: Sequence[tuple[Ids, Array]]) -> tuple[Ids, Array]:
+    def reduce(self, updates: Sequence[Gradients], weights: Array | None = None) -> Gradients:
         """Ids once each, and their gradients summed in rank order: what `apply` adds up, for a standby."""
+        updates = self._weighted(updates, weights)
         if len(updates) == 1:
             return updates[0]
         ids, inverses = unite([part for part, _ in updates])
@@ -172,7 +183,12 @@ class Table:
             self._slabs.populate(self._index.high_water, rows)
             self._index.prepare()
 
-    def _traced(self, updates: Sequence[tuple[Ids, Array]]) -> tuple[Ids, Ids, Ids]:
+    def _weighted(self, updates: Sequence[Gradients], weights: Array | None) -> Sequence[Gradients]:
+        if weights is None or self.rule.always_sum:
+            return updates
+        return [(ids, rows * weight) for (ids, rows), weight in zip(updates, weights, strict=True)]
+
+    def _traced(self, updates: Sequence[Gradients]) -> tuple[Ids, Ids, Ids]:
         """Ids once each, and where their gradients are, in rank order, as a rule's row pass takes them."""
         lists = [(ids, gradients.ctypes.data) for ids, gradients in updates]
         if len(lists) == 1:

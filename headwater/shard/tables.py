@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headwater.errors import ProtocolError, RegistrationError
 from headwater.messages import TableSetting, TableSpec
+from headwater.shard.merges import Merge
 from headwater.shard.snapshot import TableSnapshot
-from headwater.shard.table import Table
+from headwater.shard.table import Gradients, Table
 from headwater.spec.declaration import table_difference
 from headwater.spec.placement import slots_of_server
 
@@ -31,6 +33,10 @@ class StagedRows:
     table: int
     ids: NDArray[np.int64]
     rows: NDArray[np.float32]
+
+
+Pushed: TypeAlias = Sequence[tuple[int, Sequence[StagedRows]]]
+"""Gradients of rows that steps push, each with the place of its step among those of the commit."""
 
 
 class Tables:
@@ -121,17 +127,20 @@ class Tables:
 
     # ── entries ─────────────────────────────────────────────────────────────────────────────────
 
-    def apply(self, pushed: Iterable[Sequence[StagedRows]], divisor: float, version: int) -> None:
+    def apply(self, pushed: Pushed, merge: Merge, version: int) -> None:
         """Apply one commit: `pushed` has each worker's gradients, in rank order."""
-        for id, parts in _by_table(pushed).items():
+        for id, (places, parts) in _by_table(pushed).items():
             table = self._tables[id]
-            table.apply([(one.ids, one.rows) for one in parts], divisor, version, table.updates)
+            table.apply(parts, merge.divisor, version, table.updates, merge.weights_of(places))
 
-    def reduce(self, pushed: Iterable[Sequence[StagedRows]]) -> list[StagedRows]:
-        """Each table's gradients as one: applying them instead gives the same bits. Changes nothing."""
+    def reduce(self, pushed: Pushed, merge: Merge) -> list[StagedRows]:
+        """Each table's gradients as one: applying them instead, by `merge.summed()`, gives the same bits.
+
+        Changes nothing.
+        """
         return [
-            StagedRows(id, *self._tables[id].reduce([(one.ids, one.rows) for one in parts]))
-            for id, parts in _by_table(pushed).items()
+            StagedRows(id, *self._tables[id].reduce(parts, merge.weights_of(places)))
+            for id, (places, parts) in _by_table(pushed).items()
         ]
 
     def set(self, settings: Iterable[TableSetting]) -> None:
@@ -145,9 +154,12 @@ class Tables:
             self._tables[one.table].pull(one.ids, one.rows, version)
 
 
-def _by_table(pushed: Iterable[Sequence[StagedRows]]) -> dict[int, list[StagedRows]]:
-    by_table: dict[int, list[StagedRows]] = defaultdict(list)
-    for staged in pushed:
+def _by_table(pushed: Pushed) -> dict[int, tuple[list[int], list[Gradients]]]:
+    """For each table: the places of the steps that push to it, and what they push."""
+    by_table: dict[int, tuple[list[int], list[Gradients]]] = defaultdict(lambda: ([], []))
+    for place, staged in pushed:
         for one in staged:
-            by_table[one.table].append(one)
+            places, parts = by_table[one.table]
+            places.append(place)
+            parts.append((one.ids, one.rows))
     return by_table

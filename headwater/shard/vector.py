@@ -16,9 +16,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.kernels import add_up, copy_out, dense, square_up
+from headwater.kernels import add_up, copy_out, dense, square_up, weigh
 from headwater.log.norms import Node, scale, subtrees
 from headwater.messages import ModelSpec, ModelStatistics, SettingValue
+from headwater.shard.merges import PLAIN, Merge
 from headwater.shard.snapshot import ModelSnapshot
 from headwater.spec.layout import LINE, PAGE, Layout
 from headwater.spec.rules import Rule, from_spec
@@ -26,6 +27,8 @@ from headwater.spec.rules import Rule, from_spec
 Array = NDArray[np.float32]
 
 _ITEM = 4
+_CHUNK = 1 << 15
+"""Elements merged before the rule gets them, where that is no plain sum: few enough to stay in cache."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,10 +52,14 @@ class Staging:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Update:
-    """One member's gradients for a model: where they are and which tensors they cover (bool[tensors])."""
+    """One member's gradients for a model: where they are and which tensors they cover (bool[tensors]).
+
+    `place`: of its step among those of the commit.
+    """
 
     staging: Staging
     carried: NDArray[np.bool_]
+    place: int = 0
 
 
 class Vector:
@@ -114,20 +121,22 @@ class Vector:
     def apply(
         self,
         updates: Sequence[Update],
-        divisor: int,
+        merge: Merge,
         answers: Sequence[Staging],
         version: int,
         norm: float | None = None,
     ) -> None:
-        """Apply the sum of `updates`, in the given order, over `divisor`; write all values to `answers`.
+        """Apply what `merge` makes of `updates`, in the given order; write all values to `answers`.
 
-        `norm`: of that quotient over all servers, where it is to be clipped. Every piece of memory is read
+        `norm`: of that gradient over all servers, where it is to be clipped. Every piece of memory is read
         and written once; blocks for one pass over the range.
         """
+        merge = self._own(merge)
         carried = np.stack([update.carried for update in updates])
         touched: NDArray[np.bool_] = np.logical_or.reduce(carried, axis=0)
         self.counts[touched] += 1
-        over = self._clipped(self._divisor(divisor), norm)
+        over = self._clipped(merge.divisor, norm)
+        room = _room(merge)
         for low, high, tensor in self._segments(carried):
             here = slice(low - self.start, high - self.start)
             places = _addresses([staging.parameters_at for staging in answers], here.start)
@@ -135,21 +144,45 @@ class Vector:
                 copy_out(self.values[here], places)
                 continue
             rule = self.rules[self.layout.groups[tensor]]
-            by = [update.staging.gradients_at for update in updates if update.carried[tensor]]
-            dense(rule)(
-                _addresses(by, here.start),
-                over,
-                self.values[here],
-                tuple(self.states[name][here] for name in rule.states()),
-                rule.scalars(self.updates, int(self.counts[tensor])),
-                places,
-            )
+            scalars = rule.scalars(self.updates, int(self.counts[tensor]))
+            for here, gradients in self._merged(updates, merge, tensor, low, high, room):
+                dense(rule)(
+                    gradients,
+                    over,
+                    self.values[here],
+                    tuple(self.states[name][here] for name in rule.states()),
+                    scalars,
+                    _addresses([staging.parameters_at for staging in answers], here.start),
+                )
         self.updates += 1
         self.changed = version
 
-    def _divisor(self, contributors: int) -> float:
-        """All groups have one kind of rule."""
-        return 1.0 if self.rules[0].always_sum else float(contributors)
+    def _own(self, merge: Merge) -> Merge:
+        """As this model merges: all groups have one kind of rule, which may take every gradient as it is."""
+        return PLAIN if self.rules[0].always_sum else merge
+
+    def _merged(
+        self, updates: Sequence[Update], merge: Merge, tensor: int, low: int, high: int, room: Array
+    ) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+        """Addresses of gradients whose plain sum is the merged one, for each piece [low, high) is cut into.
+
+        Yields the piece within this range, and the addresses, which may point into `room`. Empty where no
+        update carries the tensor.
+        """
+        by = [update for update in updates if update.carried[tensor]]
+        starts = [update.staging.gradients_at for update in by]
+        weights = merge.weights_of([update.place for update in by])
+        if not by:
+            return
+        if weights is None:
+            here = slice(low - self.start, high - self.start)
+            yield here, _addresses(starts, here.start)
+            return
+        for begin in range(low, high, _CHUNK):
+            here = slice(begin - self.start, min(begin + _CHUNK, high) - self.start)
+            total = room[: here.stop - here.start]
+            weigh(_addresses(starts, here.start), weights, total)
+            yield here, _addresses([total.ctypes.data], 0)
 
     def _clipped(self, divisor: float, norm: float | None) -> float:
         """What the sum is divided by to be clipped too: with no norm too large, the same to the bit."""
@@ -158,35 +191,36 @@ class Vector:
         factor = scale(self.clip_norm, norm)
         return divisor / factor if factor else math.inf
 
-    def squares(self, updates: Sequence[Update], divisor: int) -> list[Node]:
+    def squares(self, updates: Sequence[Update], merge: Merge) -> list[Node]:
         """Sums of the squares of what `apply` would apply of this range, unclipped.
 
         Blocks for one pass over the range.
         """
+        merge = self._own(merge)
         carried = np.stack([update.carried for update in updates])
         lanes = np.zeros(((self.stop - self.start) // PAGE, LINE))
+        room = _room(merge)
         for low, high, tensor in self._segments(carried):
-            by = [update.staging.gradients_at for update in updates if update.carried[tensor]]
-            if by:
-                here = low - self.start
-                square_up(_addresses(by, here), self._divisor(divisor), here, high - low, lanes)
+            for here, gradients in self._merged(updates, merge, tensor, low, high, room):
+                square_up(gradients, merge.divisor, here.start, here.stop - here.start, lanes)
         with np.errstate(all="ignore"):
             while lanes.shape[1] > 1:
                 lanes = lanes[:, 0::2] + lanes[:, 1::2]
         return subtrees(lanes[:, 0], self.start // PAGE)
 
-    def reduce(self, updates: Sequence[Update], out: Array) -> None:
-        """Write the sum of `updates`, in the given order, to `out`, float32[stop - start].
+    def reduce(self, updates: Sequence[Update], merge: Merge, out: Array) -> None:
+        """Write what `merge` makes of `updates`, but for its divisor, to `out`, float32[stop - start].
 
-        Applying `out` alone, as an update that carries what any of them did, gives the same bits as
-        applying them all. What nobody carries is left as it is. Blocks for one pass over the range.
+        Applying `out` alone by `merge.summed()`, as an update that carries what any of them did, gives the
+        same bits as applying them all. What nobody carries is left as it is. Blocks for one pass over the
+        range.
         """
+        merge = self._own(merge)
         carried = np.stack([update.carried for update in updates])
+        room = _room(merge)
         for low, high, tensor in self._segments(carried):
-            here = slice(low - self.start, high - self.start)
-            by = [update.staging.gradients_at for update in updates if update.carried[tensor]]
-            if by:
-                add_up(_addresses(by, here.start), out[here])
+            for here, gradients in self._merged(updates, merge, tensor, low, high, room):
+                add_up(gradients, out[here])
 
     def _segments(self, carried: NDArray[np.bool_]) -> Iterator[tuple[int, int, int]]:
         """Cut the range where who carries, the parameter group or the count changes.
@@ -256,6 +290,11 @@ class Vector:
             updates=self.updates,
             resident=self.values.nbytes * (1 + len(self.states)),
         )
+
+
+def _room(merge: Merge) -> Array:
+    """Memory for a piece of a merged gradient, before anything has changed."""
+    return np.empty(0 if merge.weights is None else _CHUNK, dtype=np.float32)
 
 
 def _addresses(starts: Sequence[int], offset: int) -> NDArray[np.int64]:

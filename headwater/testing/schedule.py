@@ -32,6 +32,7 @@ class Schedule:
         meets, checkpoints: after this many steps there is a barrier, a checkpoint; 0: none.
         rule: a second model is trained with it, and compared, bit by bit, with one process.
         clip_norm: the largest norm of a gradient of that model.
+        weighted: steps have weights in the mean.
         invariants: what must hold besides what always must.
     """
 
@@ -50,6 +51,7 @@ class Schedule:
     min_workers: int = 1
     rule: Rule | None = None
     clip_norm: float | None = None
+    weighted: bool = False
     invariants: tuple[type[Invariant], ...] = ()
 
     def __post_init__(self) -> None:
@@ -103,6 +105,7 @@ def random_schedule(sync: str | Mode, seed: int, faults: Faults, **fixed: Any) -
         "checkpoints": chance.choice((0, chance.randint(1, steps))),
         "rule": chance.choice((None, None, Adam(lr=0.1))),
         "clip_norm": chance.choice((None, 1.0)),
+        "weighted": random.Random(f"{seed} weights").random() < 0.5,
         **fixed,
     }
     if Schedule(sync).mode.rounds and "splits" not in fixed:

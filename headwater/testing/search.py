@@ -117,6 +117,7 @@ _LEAST: dict[str, Any] = {
     "meets": 0,
     "checkpoints": 0,
     "clip_norm": None,
+    "weighted": False,
     "rule": None,
 }
 """Fields of which a schedule may need less."""

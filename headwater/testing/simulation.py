@@ -53,6 +53,7 @@ def run(schedule: Schedule, *, trace: bool = False) -> Result:
         schedule.splits,
         schedule.meets,
         schedule.checkpoints,
+        schedule.weighted,
     )
     world = _world(schedule, workload, trace)
     inject(world, schedule.faults)

@@ -36,6 +36,7 @@ class Workload:
         splits: the steps are samples that all workers read together, as the coordinator leases them.
         meets: after this many steps a worker waits in a barrier, once; 0: never.
         checkpoints: after this many steps the first worker has a checkpoint taken; 0: never.
+        weighted: steps have weights, which follow from (rank, step) and differ within a round.
     """
 
     ranks: int
@@ -47,6 +48,7 @@ class Workload:
     splits: bool = False
     meets: int = 0
     checkpoints: int = 0
+    weighted: bool = False
 
     # ── what is trained ─────────────────────────────────────────────────────────────────────────
 
@@ -74,6 +76,10 @@ class Workload:
     def carried(self, rank: int, step: int) -> list[str]:
         """The tensors of the trained model that a step carries."""
         return [["a", "b"], ["b"], ["a"], []][(rank + step) % 4]
+
+    def weight(self, rank: int, step: int) -> float:
+        """What a step of the worker counts in a mean; some of a round are equal, some not."""
+        return float(1 + (3 * rank + step * step) % 5) if self.weighted else 1.0
 
     # ── what a worker does ──────────────────────────────────────────────────────────────────────
 
@@ -138,6 +144,6 @@ class Workload:
                 grads = me.windows[TRAINED].grads[name]
                 grads[...] = self.gradient(me.rank, step, name, grads.size)
                 me.carry(name, TRAINED)
-        answer = yield me.step(position=position)
+        answer = yield me.step(position=position, weight=self.weight(me.rank, step))
         if answer.version % 5 == me.rank % 5:
             yield me.pull(have=me.version if answer.version % 2 else -1)

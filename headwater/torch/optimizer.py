@@ -25,7 +25,7 @@ from headwater.torch.parameters import BoundParameter, find_parameters, wait_for
 from headwater.torch.tables import TrainedTables, report_nonfinite
 from headwater.worker import Worker
 from headwater.worker.model import Model
-from headwater.worker.model_spec import Group, NonFinite, check_clip_norm, check_nonfinite
+from headwater.worker.model_spec import Group, NonFinite, check_clip_norm, check_nonfinite, check_weight
 from headwater.worker.table import Table
 
 
@@ -187,18 +187,24 @@ class DistributedOptimizer(torch.optim.Optimizer):
     # ── the step ────────────────────────────────────────────────────────────────────────────────
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, weight: float = 1.0) -> Any:
         """End the turn: send the gradients there are, get the new values; blocks as the mode says.
 
         Returns what `closure` returns, which is called first, or None. Without any gradient it is this
         worker's turn all the same.
 
+        `weight`: what the gradients count in the mean over all workers, as in `Worker.step`. The mean loss
+        of a batch of n samples with `weight=n` makes uneven batches count like one large batch. With 0
+        the gradients are dropped, finite or not.
+
         Raises:
+            ConfigurationError: `weight` is negative, not finite or no number.
             NonFiniteError: a gradient holds NaN or infinity, with `nonfinite="raise"`.
             UsageError: a parameter was moved or replaced, or a gradient is sparse; names it.
             ClosedError: the worker has left.
             StalledError: no answer within the deadline.
         """
+        weight = check_weight(weight)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -208,17 +214,19 @@ class DistributedOptimizer(torch.optim.Optimizer):
         pushed = [bound for bound in self._bounds.values() if bound.parameter.grad is not None]
         overflowed = self._unscale(pushed)
         if self._accumulates:
-            self._step_locally(pushed, overflowed)
+            self._step_locally(pushed, overflowed or not weight)  # each commit is of one worker alone
         else:
-            self._step_together(pushed, overflowed)
+            self._step_together(pushed, overflowed, weight)
         return loss
 
-    def _step_together(self, pushed: Sequence[BoundParameter], overflowed: bool) -> None:
-        if overflowed:
+    def _step_together(self, pushed: Sequence[BoundParameter], overflowed: bool, weight: float) -> None:
+        if not weight:
+            self._tables.discard()
+        elif overflowed:
             self._skip()
         else:
             self._stage(pushed)
-        self.result = self._worker.step(read=self._models)
+        self.result = self._worker.step(read=self._models, weight=weight)
         self._values_arrived()
 
     def _stage(self, pushed: Sequence[BoundParameter]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -126,6 +127,20 @@ def check_clip_norm(clip_norm: Any) -> None:
     number = isinstance(clip_norm, int | float) and not isinstance(clip_norm, bool)
     if clip_norm is not None and not (number and 0 < clip_norm < math.inf):
         raise ConfigurationError(f"clip_norm must be a finite number > 0 or None, got {clip_norm!r}")
+
+
+def check_weight(weight: Any) -> float:
+    """`weight` as a float.
+
+    Raises:
+        ConfigurationError: no number from 0 up that is finite.
+    """
+    number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+    if not (number and 0 <= weight < math.inf):
+        raise ConfigurationError(
+            f"weight must be a finite number ≥ 0, such as how many samples the gradient is of, got {weight!r}"
+        )
+    return float(weight)
 
 
 def as_array(what: str, value: Any, error: type[UsageError] = GradientError) -> NDArray[Any]:

@@ -16,12 +16,19 @@ from headwater.worker.table import Table
 class StepExchange:
     """Takes what is staged; nothing may be under way in the session.
 
+    `weight`: what its gradients count in a mean; with 0 they are dropped, and it is an empty turn.
+
     Attributes:
         skip: whether it is an empty turn because a gradient was not finite.
     """
 
     def __init__(
-        self, session: Session, memory: RowBuffer, models: Iterable[Model], tables: Iterable[Table]
+        self,
+        session: Session,
+        memory: RowBuffer,
+        models: Iterable[Model],
+        tables: Iterable[Table],
+        weight: float = 1.0,
     ) -> None:
         self._session = session
         self._memory = memory
@@ -31,7 +38,8 @@ class StepExchange:
         self.skip = any(skip for _, _, skip in staged.values()) or any(skip for *_, skip in rows.values())
         self._carried: dict[Model, m.Carried] = {}
         self._pushed: dict[Table, RowSlice] = {}
-        if not self.skip:
+        self._weight = weight or 1.0
+        if weight and not self.skip:
             self._carried = {
                 model: carried for model, (carried, _, _) in staged.items() if carried is not None
             }
@@ -80,6 +88,7 @@ class StepExchange:
             self._parts(self._pulled, server),
             self._table_settings,
             self._position,
+            self._weight,
         )
         arrays: list[Any] = [array for _, arrays in payload for array in arrays]
         for place in self._pushed.values():

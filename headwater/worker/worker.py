@@ -21,7 +21,7 @@ from headwater.wire.security import PLAIN, Security
 from headwater.worker.batches import Batches, DataReader, Splits
 from headwater.worker.finishing import wait_for_others
 from headwater.worker.model import Model
-from headwater.worker.model_spec import Group, NonFinite, specify, specify_table
+from headwater.worker.model_spec import Group, NonFinite, check_weight, specify, specify_table
 from headwater.worker.plan import SplitKind, plan_of
 from headwater.worker.row_buffer import RowBuffer
 from headwater.worker.step import StepExchange
@@ -178,19 +178,27 @@ class Worker:
 
     # ── the turn ────────────────────────────────────────────────────────────────────────────────
 
-    def step(self, *, read: bool | Sequence[Model] = True) -> m.StepResult:
+    def step(self, *, read: bool | Sequence[Model] = True, weight: float = 1.0) -> m.StepResult:
         """End the turn: what was pushed leaves as one update; blocks as the mode says.
 
         With `read` the values of all this worker's models, or of the given ones, are those of the answer
         afterwards. With nothing pushed it is this worker's turn all the same.
 
+        `weight`: what this update counts in a mean over several workers, such as the samples or tokens that
+        it was computed from: Σ weight · gradient / Σ weight, of models and of tables alike; the entry of the
+        log records it. Only the ratio of weights counts. With `reduce="sum"` gradients are multiplied by it;
+        rules that always add up (`Accumulate`) ignore it. A weight of 0 drops what was pushed: an empty turn,
+        which is not divided by.
+
         Raises:
+            ConfigurationError: `weight` is negative, not finite or no number; nothing was sent.
             StalledError: no answer within the deadline; names whom it waited for; final for this worker.
             ClosedError: the worker has left.
         """
+        weight = check_weight(weight)
         self._session.check_open("step")
         self._session.finish()
-        turn = StepExchange(self._session, self._rows, self._models.values(), self._tables.values())
+        turn = StepExchange(self._session, self._rows, self._models.values(), self._tables.values(), weight)
         position = self._feed.position()
         result, stopped = turn.take(self._step + 1, read, position)
         self._step += 1

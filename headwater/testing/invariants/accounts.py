@@ -13,6 +13,7 @@ import numpy as np
 
 from headwater import messages as m
 from headwater.log.norms import norm
+from headwater.shard.merges import Merge
 from headwater.shard.vector import Staging, Update, Vector
 from headwater.testing.processes.client import Floats
 from headwater.testing.workload import Workload
@@ -122,14 +123,25 @@ class Accounts:
         vector = self._vector
         if vector is None:
             return
-        updates = [update for ticket in entry.updates if (update := self._update(vector, ticket)) is not None]
+        updates = [
+            update
+            for place, ticket in enumerate(entry.updates)
+            if (update := self._update(vector, ticket, place)) is not None
+        ]
         if updates:
-            divisor = len(entry.updates) if self.world.sync.reduce == "mean" else 1
+            merge = self._merge([self.step_of(ticket) for ticket in entry.updates])
             clipped = self.workload.clip_norm is not None
-            whole = norm(vector.squares(updates, divisor)) if clipped else None
-            vector.apply(updates, divisor, [], entry.version, whole)
+            whole = norm(vector.squares(updates, merge)) if clipped else None
+            vector.apply(updates, merge, [], entry.version, whole)
 
-    def _update(self, vector: Vector, ticket: m.ExchangeId) -> Update | None:
+    def _merge(self, steps: list[tuple[int, int]]) -> Merge:
+        """How gradients of these steps are combined, by the weights that their members gave."""
+        weights = tuple(self.workload.weight(self.rank_of(member), step) for member, step in steps)
+        if self.world.sync.reduce == "sum":
+            return Merge(1.0, weights)
+        return Merge(float(len(steps))) if len(set(weights)) == 1 else Merge(sum(weights), weights)
+
+    def _update(self, vector: Vector, ticket: m.ExchangeId, place: int) -> Update | None:
         member, step = self.step_of(ticket)
         rank = self.rank_of(member)
         names = self.workload.carried(rank, step)
@@ -139,7 +151,7 @@ class Accounts:
         for name, view in vector.layout.views(gradients).items():
             if name in names:
                 view[...] = self.workload.gradient(rank, step, name, view.size)
-        return Update(Staging(gradients, gradients), vector.layout.unmask(vector.layout.mask(names)))
+        return Update(Staging(gradients, gradients), vector.layout.unmask(vector.layout.mask(names)), place)
 
     # ── what values must be ─────────────────────────────────────────────────────────────────────
 

@@ -123,6 +123,7 @@ class Client:
         step: int | None = None,
         pulled: Mapping[int, NDArray[np.int64]] | None = None,
         position: m.Position | None = None,
+        weight: float = 1.0,
     ) -> Call:
         """What was pushed leaves; `step` other than the next one is a repeat, or an error.
 
@@ -140,6 +141,7 @@ class Client:
             tuple(settings),
             read,
             position=position,
+            weight=weight,
         )
         pushed, self._staged_rows = self._staged_rows, {}
         return Call(request, None, tuple(carried), pushed, dict(pulled or {}))
