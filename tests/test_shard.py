@@ -282,7 +282,8 @@ def test_states_are_copied_as_of_the_answer_and_taken_once():
     shard.process(m.Registered(1, m.ExchangeId(1, 1)))
     shard.hold(1, m.ReadState(2, 0))
     ((_, answer),) = shard.process(m.Served(2, m.ExchangeId(1, 2)))
-    assert answer == m.Answer(2, 0, states=("exp_avg", "exp_avg_sq"), counts=(0, 0))
+    assert (answer.states, answer.counts) == (("exp_avg", "exp_avg_sq"), (0, 0))
+    assert answer.rules == (m.RulesInForce(model=0, rules=(Adam().to_spec(),)),)
     shard.staging(1, 0).gradients[:3] = 1
     shard.hold(1, m.Step(3, 1, 0, (m.Carried(0, b"\1"),), (), True))
     shard.process(m.Committed(3, 1, (m.ExchangeId(1, 3),), (m.ExchangeId(1, 3),)))

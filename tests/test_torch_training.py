@@ -104,16 +104,18 @@ def test_torch_schedulers_reach_the_servers(kind):
     assert result.values == [[group["lr"] for group in schedulers[0].param_groups]] * 2
 
 
-def test_headwater_schedules_run_on_the_servers_and_param_groups_show_their_first_rate():
+def test_headwater_schedules_run_on_the_servers_and_param_groups_show_the_rate_of_the_last_update():
     def work(worker):
         net = network()
         opt = optimizer(worker, net, hw.SGD(lr=hw.Linear(0.5, over=4)))
         assert opt.param_groups[0]["lr"] == 0.5
+        rates = []
         for step in range(STEPS):
             opt.zero_grad()
             loss_of(net, step, 0).backward()
             opt.step()
-        assert opt.param_groups[0]["lr"] == 0.5
+            rates.append(opt.param_groups[0]["lr"])
+        assert rates == [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]
 
     def make(net):
         opt = torch.optim.SGD(net.parameters(), lr=0.5)

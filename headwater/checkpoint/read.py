@@ -119,6 +119,7 @@ def _read_model(folder: Folder, model: ModelRecord, start: int, stop: int) -> Mo
         states=dict(zip(model.states, states, strict=True)),
         counts=np.array(model.counts, dtype=np.int64),
         updates=model.updates,
+        program=model.program,
     )
 
 
@@ -178,6 +179,7 @@ def _read_table(folder: Folder, table: TableRecord, slots: range) -> TableSnapsh
             pending_ids=_joined(cuts, "pending_ids", np.int64),
             pending_counts=_joined(cuts, "pending_counts", np.int32),
             updates=table.updates,
+            program=table.program,
         )
 
 

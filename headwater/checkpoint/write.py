@@ -156,6 +156,7 @@ def _write_model(folder: Folder, i: int, server: int, servers: int, model: Model
         counts=tuple(model.counts.tolist()),
         updates=model.updates,
         states=tuple(model.states),
+        program=model.program,
         files=(
             _write(folder, _file_name("model", i, model.spec.name, server), tensors, model.start, model.stop),
         ),
@@ -181,6 +182,7 @@ def _write_table(folder: Folder, i: int, server: int, servers: int, table: Table
         rule=table.rule,
         updates=table.updates,
         states={name: array.shape[1] for name, array in table.states.items()},
+        program=table.program,
         rows=len(table.ids),
         pending=len(table.pending_ids),
         files=(

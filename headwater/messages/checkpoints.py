@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from headwater.messages.models import ModelSpec, RuleSpec, TableSpec
+from headwater.messages.models import ModelSpec, ProgramRecord, RuleSpec, TableSpec
 
 
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,6 +26,7 @@ class ModelRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     updates: int
     states: tuple[str, ...]
     files: tuple[FileRecord, ...]
+    program: ProgramRecord = ProgramRecord()
 
 
 class TableRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,6 +39,7 @@ class TableRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rows: int
     pending: int
     files: tuple[FileRecord, ...]
+    program: ProgramRecord = ProgramRecord()
 
 
 class PartRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

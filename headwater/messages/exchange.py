@@ -74,18 +74,24 @@ SettingValue: TypeAlias = Scalar | RuleSpec
 
 
 class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """New settings for the rule of one parameter group of a model (-1: all groups)."""
+    """New settings for the rule of one parameter group of a model (-1: all groups).
+
+    `governs`: they are those of a program that says at each step what the settings are, changed or not. Of
+    such programs that of the lowest active rank counts.
+    """
 
     model: int
     group: int
     values: dict[str, SettingValue]
+    governs: bool = False
 
 
 class TableSetting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """New settings for the rule of a table."""
+    """New settings for the rule of a table; `governs` as of `Setting`."""
 
     table: int
     values: dict[str, SettingValue]
+    governs: bool = False
 
 
 class Step(Message, frozen=True):
@@ -95,7 +101,8 @@ class Step(Message, frozen=True):
     `pulled` rows that the answer brings. The payload has runs first, then ids and gradients of each of
     `pushed`, then ids of each of `pulled`; that of the answer has values first, then rows. `position`: where
     the worker is in its data once this is committed; None where it reads none. `weight`: what its gradients
-    count in a mean over the contributors, > 0.
+    count in a mean over the contributors, > 0. `known`, `known_tables`: the fingerprint of the rules that the
+    member knows to be in force, by model and table; the answer has those that are others.
     """
 
     number: int
@@ -110,6 +117,8 @@ class Step(Message, frozen=True):
     table_settings: tuple[TableSetting, ...] = ()
     position: Position | None = None
     weight: float = 1.0
+    known: tuple[tuple[int, int], ...] = ()
+    known_tables: tuple[tuple[int, int], ...] = ()
 
 
 class Pull(Message, frozen=True):
@@ -247,13 +256,26 @@ class StepResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str = ""
 
 
+class RulesInForce(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The rules of a model, by group, or of a table, and how many updates it has had.
+
+    `first`: its rules at its first update, in the answer to a registration; () where it has had none.
+    """
+
+    model: int = -1
+    table: int = -1
+    rules: tuple[RuleSpec, ...] = ()
+    updates: int = 0
+    first: tuple[RuleSpec, ...] = ()
+
+
 class Answer(Message, frozen=True):
     """The end of an exchange. `version` is that of the values now in the window or the payload.
 
     `values`: the models whose values were written (or follow, in this order, each this server's
     whole range); `result`: of a step; `model`, `table`: the id given to what was registered. `states`: names
     of the rule's state vectors whose range follows, in this order; `counts`: updates of each tensor.
-    `notice`: what a person should know of it.
+    `notice`: what a person should know of it. `rules`: in force, where the member may not know them.
     """
 
     number: int
@@ -268,6 +290,7 @@ class Answer(Message, frozen=True):
     stopped: bool = False
     failure: Refused | None = None
     notice: str = ""
+    rules: tuple[RulesInForce, ...] = ()
 
 
 class Stored(Message, frozen=True):

@@ -76,3 +76,15 @@ class Rows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     count: int
     ids: int
     rows: int
+
+
+class ProgramRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What workers' programs have said of a model or table besides its spec.
+
+    `first`: its rules at its first update, by group; () before. `governor`: the member whose program says
+    what the settings are; -1 for nobody. `resumed`: it is from a checkpoint, not declared since.
+    """
+
+    first: tuple[RuleSpec, ...] = ()
+    governor: int = -1
+    resumed: bool = False

@@ -9,7 +9,7 @@ import msgspec
 from headwater.messages.base import Message
 from headwater.messages.exchange import Answer, StepResult
 from headwater.messages.log import AnyEntry, Held, LogStateRecord, Sums
-from headwater.messages.models import ModelSpec, RuleSpec, TableSpec
+from headwater.messages.models import ModelSpec, ProgramRecord, RuleSpec, TableSpec
 from headwater.messages.reading import DataProgress
 
 
@@ -36,7 +36,7 @@ class ModelPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     states: tuple[str, ...]
     counts: int
     updates: int
-    resumed: bool = False
+    program: ProgramRecord
 
 
 class TablePart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,6 +49,7 @@ class TablePart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     states: tuple[tuple[str, int], ...]
     pending: int
     updates: int
+    program: ProgramRecord
 
 
 class Snapshot(Message, frozen=True):

@@ -103,6 +103,10 @@ class Checks:
             self._check_carried(member, carried)
         for model in step.read if isinstance(step.read, tuple) else ():
             self._members.staging(member, model)
+        for model, _ in step.known:
+            self._members.staging(member, model)
+        for table, _ in step.known_tables:
+            self._tables[table]
         for setting in step.settings:
             self._members.staging(member, setting.model)
             rules = self._vectors[setting.model].rules

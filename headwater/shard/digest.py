@@ -37,7 +37,7 @@ def _parts(snapshot: ShardSnapshot) -> Iterator[Digest]:
 
 def _of_model(model: ModelSnapshot, changed: int) -> Iterator[Digest]:
     name = f"model {model.spec.name!r}"
-    declared = model.spec, model.rules, model.start, model.stop, model.updates, model.resumed, changed
+    declared = model.spec, model.rules, model.start, model.stop, model.updates, model.program, changed
     yield _digest(f"{name}: parameters", arrays=[model.values])
     for state, values in model.states.items():
         yield _digest(f"{name}: state {state!r}", arrays=[values])
@@ -55,7 +55,7 @@ def _of_table(table: TableSnapshot) -> Iterator[Digest]:
     yield _digest(f"{name}: last steps and counts", arrays=[table.counts[order], last])
     yield _digest(
         f"{name}: admission and settings",
-        *(table.spec, table.rule, table.updates),
+        *(table.spec, table.rule, table.updates, table.program),
         arrays=[table.pending_ids[pending], table.pending_counts[pending]],
     )
 

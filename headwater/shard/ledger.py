@@ -105,6 +105,6 @@ class Ledger:
 
 
 def _without_values(answer: Answer) -> Answer:
-    if not (answer.values or answer.states or answer.counts):
+    if not (answer.values or answer.states or answer.counts or answer.rules):
         return answer
-    return msgspec.structs.replace(answer, values=(), states=(), counts=())
+    return msgspec.structs.replace(answer, values=(), states=(), counts=(), rules=())

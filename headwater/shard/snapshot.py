@@ -13,9 +13,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.messages import AccountRecord, DataProgress, LogStateRecord, ModelSpec, RuleSpec, TableSpec
+from headwater.messages import (
+    AccountRecord,
+    DataProgress,
+    LogStateRecord,
+    ModelSpec,
+    ProgramRecord,
+    RuleSpec,
+    TableSpec,
+)
 
 Array = NDArray[np.float32]
+
+NOTHING_SAID = ProgramRecord()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,7 +38,7 @@ class ModelSnapshot:
         states: state name → float32[stop − start].
         counts: int64[tensors], updates of each tensor, in the order of the layout.
         updates: commits that touched the model.
-        resumed: it is from a checkpoint, and nobody has declared it since.
+        program: what workers' programs have said of it besides.
     """
 
     spec: ModelSpec
@@ -39,7 +49,7 @@ class ModelSnapshot:
     states: dict[str, Array]
     counts: NDArray[np.int64]
     updates: int
-    resumed: bool = False
+    program: ProgramRecord = NOTHING_SAID
 
     def arrays(self) -> list[Array]:
         """All that are as long as the range."""
@@ -60,6 +70,7 @@ class TableSnapshot:
         pending_ids, pending_counts: int64[m], int32[m]: what admission has counted, in the order of slots
             and buckets, and in a bucket from the last pushed on.
         updates: commits that touched the table.
+        program: what workers' programs have said of it besides.
     """
 
     spec: TableSpec
@@ -72,6 +83,7 @@ class TableSnapshot:
     pending_ids: NDArray[np.int64]
     pending_counts: NDArray[np.int32]
     updates: int
+    program: ProgramRecord = NOTHING_SAID
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,6 +21,7 @@ from headwater.errors import HeadwaterError, RegistrationError
 from headwater.log.positions import Positions
 from headwater.log.state import LogState
 from headwater.shard.copies import Copies, found
+from headwater.shard.governed import GovernedRules
 from headwater.shard.ledger import Ledger
 from headwater.shard.merges import Shares
 from headwater.shard.outstanding import Members, Outstanding
@@ -118,7 +119,7 @@ class State:
         self.version = entry.version
         steps = [(ticket, self._step_of(ticket)) for ticket in entry.updates]
         shares = Shares.of([step for _, step in steps], entry.weights)
-        self._change_settings(step for _, step in reversed(steps))
+        self._change_settings(steps)
         asked = {ticket.member: self._read_by(ticket.member, step) for ticket, step in steps}
         readers = [self._members.reader(ticket) for ticket in entry.answered]
         present = [reader for reader in readers if reader is not None]
@@ -141,7 +142,7 @@ class State:
     def _late(self, entry: m.Late) -> Answers:
         """Settings take effect all the same: they are orders to the rule, not part of the gradient."""
         step = self._step_of(entry.ticket)
-        self._change_settings([step])
+        self._change_settings([(entry.ticket, step)])
         result = m.StepResult(self.version, False, 0, self.version - step.seen, reason=entry.reason)
         self.ledger.record(entry.ticket.member, step.step, result)
         return self._answer_step(entry.ticket, **self._bring(entry.ticket, step))
@@ -158,12 +159,38 @@ class State:
         assert isinstance(request, m.Step)
         return request
 
-    def _change_settings(self, steps: Iterable[m.Step]) -> None:
-        """The last ones win, so the lowest rank's must come last."""
-        for step in steps:
+    def _change_settings(self, steps: Sequence[tuple[m.ExchangeId, m.Step]]) -> None:
+        """Of orders for one setting the last one wins, so the lowest rank's comes last."""
+        for ticket, step in steps:
+            said: Sequence[m.Setting | m.TableSetting] = (*step.settings, *step.table_settings)
+            for one in said:
+                if one.governs:
+                    self._governed(one).claim(ticket.member, self.standings)
+        for ticket, step in reversed(steps):
             for setting in step.settings:
-                self.vectors[setting.model].set(setting.group, setting.values)
-            self.tables.set(step.table_settings)
+                if self._governed(setting).obeys(ticket.member, setting.governs):
+                    self.vectors[setting.model].governed.set(setting.group, setting.values)
+            for row in step.table_settings:
+                if self._governed(row).obeys(ticket.member, row.governs):
+                    self.tables[row.table].set(row.values)
+
+    def _governed(self, setting: m.Setting | m.TableSetting) -> GovernedRules:
+        if isinstance(setting, m.Setting):
+            return self.vectors[setting.model].governed
+        return self.tables[setting.table].governed
+
+    def _news(self, step: m.Step) -> tuple[m.RulesInForce, ...]:
+        """The rules in force that the member does not know, as its step says."""
+        news = []
+        for model, known in step.known:
+            vector = self.vectors[model]
+            if vector.governed.differ(known):
+                news.append(vector.governed.in_force(vector.updates, model=model))
+        for id, known in step.known_tables:
+            table = self.tables[id]
+            if table.governed.differ(known):
+                news.append(table.governed.in_force(table.updates, table=id))
+        return tuple(news)
 
     def _apply(
         self,
@@ -201,6 +228,9 @@ class State:
         """The answer was lost on its way: the same result, with the values of now."""
         answer = self.ledger.answer(ticket.member)
         brought = {} if answer.failure is not None else self._bring(ticket, request, again=True)
+        if isinstance(request, m.Step):
+            brought["rules"] = self._news(request)
+        brought.pop("notice", None)
         answer = msgspec.structs.replace(answer, version=self.version, **brought)
         return self._emit(ticket, answer, self.ledger.count(ticket.member))
 
@@ -217,16 +247,20 @@ class State:
         if isinstance(request, m.Register):
             model = self._ids[request.spec.name]
             vector = self.vectors[model]
-            if unlike := model_difference(vector.spec, request.spec, vector.resumed):
+            if unlike := model_difference(vector.spec, request.spec, vector.governed.resumed):
                 raise RegistrationError(unlike)
             notice = vector.declared(request.spec)
-            return self._join(ticket, reader, model) | ({"notice": notice} if notice else {})
+            rules = vector.governed.in_force(vector.updates, model=model, joins=True)
+            return self._join(ticket, reader, model) | {"notice": notice, "rules": (rules,)}
         if isinstance(request, m.Attach):
             return self._join(ticket, reader, request.model)
         if isinstance(request, m.RegisterTable):
-            return {"table": self.tables.resolve(request.spec)}
+            id, notice = self.tables.resolve(request.spec)
+            table = self.tables[id]
+            rules = table.governed.in_force(table.updates, table=id, joins=True)
+            return {"table": id, "notice": notice, "rules": (rules,)}
         if isinstance(request, m.ReadState):
-            return self._read_state(ticket, reader, self.vectors[request.model])
+            return self._read_state(ticket, reader, request.model)
         if isinstance(request, m.CountRows) and reader is not None:
             self._keep_count(ticket, self.tables[request.table].count(self.version))
         return {}
@@ -239,11 +273,13 @@ class State:
             self.vectors[model].write([reader.staging])
         return {"values": (model,), "model": model}
 
-    def _read_state(self, ticket: m.ExchangeId, reader: Outstanding | None, vector: Vector) -> dict[str, Any]:
+    def _read_state(self, ticket: m.ExchangeId, reader: Outstanding | None, model: int) -> dict[str, Any]:
+        vector = self.vectors[model]
         if reader is not None:
             copies: list[NDArray[Any]] = [state.copy() for state in vector.states.values()]
             self._members.keep_copies(ticket.member, copies)
-        return {"states": tuple(vector.states), "counts": tuple(vector.counts.tolist())}
+        rules = vector.governed.in_force(vector.updates, model=model)
+        return {"states": tuple(vector.states), "counts": tuple(vector.counts.tolist()), "rules": (rules,)}
 
     def _write(
         self, ticket: m.ExchangeId, reader: Outstanding | None, models: Iterable[int], have: int = -1
@@ -334,7 +370,9 @@ class State:
 
     def _answer_step(self, ticket: m.ExchangeId, values: tuple[int, ...], may_stop: bool = True) -> Answers:
         stopped = may_stop and self.standings.standing(ticket.member).stopping
-        return self._answer(ticket, values=values, result=self.ledger.result(ticket.member), stopped=stopped)
+        rules = self._news(self._step_of(ticket))
+        result = self.ledger.result(ticket.member)
+        return self._answer(ticket, values=values, result=result, stopped=stopped, rules=rules)
 
     def _answer(self, ticket: m.ExchangeId, count: int | None = None, **fields: Any) -> Answers:
         return self._emit(ticket, m.Answer(ticket.number, self.version, **fields), count)

@@ -24,10 +24,12 @@ from headwater.kernels.index import Index
 from headwater.kernels.rows import ages, begin, combine, fill, gather, oldest, row_rule, scatter, stamp
 from headwater.kernels.slabs import Slabs
 from headwater.messages import SettingValue, TableSpec, TableStatistics
+from headwater.shard.governed import GovernedRules
 from headwater.shard.scalars import Scalars
 from headwater.shard.snapshot import TableSnapshot
-from headwater.spec import initializers, rules
+from headwater.spec import initializers
 from headwater.spec.lifetime import AfterSteps, LeastRecentlyUsed, admission_from_spec, expiry_from_spec
+from headwater.spec.rules import Rule
 
 Ids: TypeAlias = NDArray[np.int64]
 Array: TypeAlias = NDArray[np.float32]
@@ -59,7 +61,7 @@ class Table:
                 f"table {spec.name!r} has dim {spec.dim}: pass a dim from 1 to {MOST_COLUMNS}"
             )
         self.spec = spec
-        self.rule = rules.from_spec(spec.rule)
+        self.governed = GovernedRules([spec.rule])
         self._initializer = initializers.from_spec(spec.initializer)
         self._expiry = None if spec.expiry is None else expiry_from_spec(spec.expiry)
         admission = None if spec.admission is None else admission_from_spec(spec.admission)
@@ -77,10 +79,25 @@ class Table:
         self._swept = self._fresh = 0
         self._updates = self._refused = self._expired = self._pulled = self._hits = 0
 
+    @property
+    def rule(self) -> Rule:
+        """With the settings in force."""
+        return self.governed.rules[0]
+
     def set(self, values: dict[str, SettingValue]) -> None:
         """Change settings of the rule, as `Rule.with_settings`."""
-        self.rule = self.rule.with_settings(**values)
+        self.governed.set(0, values)
         self._scalars = Scalars(self.rule)
+
+    def declared(self, spec: TableSpec) -> str:
+        """A member declares this table, which is no other one; what a person should know of it, or "".
+
+        Raises:
+            RegistrationError: a new setting needs other states. Nothing changed.
+        """
+        told = self.governed.declare(f"table {spec.name!r}", [spec.rule])
+        self._scalars = Scalars(self.rule)
+        return told
 
     @property
     def updates(self) -> int:
@@ -141,6 +158,7 @@ class Table:
         Raises:
             EnvironmentFailure: no more rows can be held; nothing changed.
         """
+        self.governed.begin()
         updates = self._weighted(updates, weights)
         ids, sources, bounds = self._traced(updates)
         if isinstance(self._expiry, AfterSteps):
@@ -234,7 +252,7 @@ class Table:
         last = parts[self._last].reshape(-1).view(np.int32) if self._expiry else _NO_LAST
         return TableSnapshot(
             spec=self.spec,
-            rule=self.rule.to_spec(),
+            rule=self.governed.specs[0],
             ids=ids,
             counts=counts,
             last=last,
@@ -243,6 +261,7 @@ class Table:
             pending_ids=pending_ids,
             pending_counts=pending_counts,
             updates=self._updates,
+            program=self.governed.record(),
         )
 
     @classmethod
@@ -259,7 +278,7 @@ class Table:
             RegistrationError, ConfigurationError: as of `Table`.
         """
         table = cls(snapshot.spec, server_slots)
-        table.rule = rules.from_spec(snapshot.rule)
+        table.governed.restore([snapshot.rule], snapshot.program)
         table._scalars = Scalars(table.rule)
         table._updates = snapshot.updates
         table._fill(snapshot)

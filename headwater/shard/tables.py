@@ -102,8 +102,8 @@ class Tables:
         self._ids[spec.name] = len(self._tables)
         self._tables.append(Table(spec, self._slots))
 
-    def resolve(self, spec: TableSpec) -> int:
-        """The id of the table that `spec` declares.
+    def resolve(self, spec: TableSpec) -> tuple[int, str]:
+        """The id of the table that `spec` declares, and what a person should know of that, or "".
 
         Raises:
             RegistrationError: the one of this name was declared differently; names both.
@@ -111,7 +111,7 @@ class Tables:
         id = self._ids[spec.name]
         if unlike := table_difference(self._tables[id].spec, spec):
             raise RegistrationError(unlike)
-        return id
+        return id, self._tables[id].declared(spec)
 
     # ── as plain arrays ─────────────────────────────────────────────────────────────────────────
 
@@ -142,11 +142,6 @@ class Tables:
             StagedRows(id, *self._tables[id].reduce(parts, merge.weights_of(places)))
             for id, (places, parts) in _by_table(pushed).items()
         ]
-
-    def set(self, settings: Iterable[TableSetting]) -> None:
-        """Change scalars of rules."""
-        for setting in settings:
-            self._tables[setting.table].set(setting.values)
 
     def pull(self, staged: Iterable[StagedRows], version: int) -> None:
         """Write the rows that were asked for."""

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from headwater.kernels import add_up, copy_out, dense, square_up, weigh
 from headwater.log.norms import Node, scale, subtrees
-from headwater.messages import ModelSpec, ModelStatistics, SettingValue
+from headwater.messages import ModelSpec, ModelStatistics
+from headwater.shard.governed import GovernedRules
 from headwater.shard.merges import PLAIN, Merge
 from headwater.shard.snapshot import ModelSnapshot
 from headwater.spec.layout import LINE, PAGE, Layout
-from headwater.spec.rules import Rule, from_spec
+from headwater.spec.rules import Rule
 
 Array = NDArray[np.float32]
 
@@ -71,7 +72,7 @@ class Vector:
         updates: commits that touched this model, which schedules are evaluated at.
         changed: version of the last change.
         clip_norm: the largest norm that the gradient of a commit may have; None: any.
-        resumed: it is from a checkpoint, and nobody has declared it since.
+        governed: its rules, by parameter group.
     """
 
     def __init__(self, spec: ModelSpec, start: int, stop: int, initial: Array, version: int) -> None:
@@ -81,8 +82,7 @@ class Vector:
         self.values = np.array(initial, dtype=np.float32)
         self.updates = 0
         self.changed = version
-        self.resumed = False
-        self.rules: list[Rule] = [from_spec(rule) for rule in spec.rules]
+        self.governed = GovernedRules(spec.rules)
         self.states = self._initial_states()
         self.counts = np.zeros(len(self.layout.tensors), dtype=np.int64)
         first = int(np.searchsorted(self.layout.stops, start, side="right"))
@@ -102,21 +102,26 @@ class Vector:
     def clip_norm(self) -> float | None:
         return self.spec.clip_norm
 
+    @property
+    def rules(self) -> list[Rule]:
+        """Of each parameter group."""
+        return self.governed.rules
+
     def declared(self, spec: ModelSpec) -> str:
         """A member declares this model, which is no other one; what a person should know of it, or "".
 
-        After a resume the first declaration says how gradients are clipped.
-        """
-        before, self.resumed = self.clip_norm if self.resumed else spec.clip_norm, False
-        if before == spec.clip_norm:
-            return ""
-        self.spec = msgspec.structs.replace(self.spec, clip_norm=spec.clip_norm)
-        return f"clip_norm was {before} in the checkpoint and is {spec.clip_norm} from now on"
+        After a resume the first declaration says how gradients are clipped, and which settings are new.
 
-    def set(self, group: int, values: dict[str, SettingValue]) -> None:
-        """Change settings of the rule of one parameter group (-1: all)."""
-        for i in range(len(self.rules)) if group < 0 else (group,):
-            self.rules[i] = self.rules[i].with_settings(**values)
+        Raises:
+            RegistrationError: a new setting needs other states. Nothing changed.
+        """
+        before = self.clip_norm if self.governed.resumed else spec.clip_norm
+        told = self.governed.declare(f"model {spec.name!r}", spec.rules)
+        if before == spec.clip_norm:
+            return told
+        self.spec = msgspec.structs.replace(self.spec, clip_norm=spec.clip_norm)
+        clipped = f"clip_norm was {before} in the checkpoint and is {spec.clip_norm} from now on"
+        return f"{clipped}; {told}" if told else clipped
 
     def apply(
         self,
@@ -131,6 +136,7 @@ class Vector:
         `norm`: of that gradient over all servers, where it is to be clipped. Every piece of memory is read
         and written once; blocks for one pass over the range.
         """
+        self.governed.begin()
         merge = self._own(merge)
         carried = np.stack([update.carried for update in updates])
         touched: NDArray[np.bool_] = np.logical_or.reduce(carried, axis=0)
@@ -258,26 +264,25 @@ class Vector:
         """A copy of all of it but `changed`; `restore` is the inverse. `copy` makes those of large arrays."""
         return ModelSnapshot(
             spec=self.spec,
-            rules=tuple(rule.to_spec() for rule in self.rules),
+            rules=self.governed.specs,
             start=self.start,
             stop=self.stop,
             values=copy(self.values),
             states={name: copy(state) for name, state in self.states.items()},
             counts=self.counts.copy(),
             updates=self.updates,
-            resumed=self.resumed,
+            program=self.governed.record(),
         )
 
     @classmethod
     def restore(cls, snapshot: ModelSnapshot, changed: int) -> Vector:
         """The range that `snapshot` was made of, last changed in version `changed`; copies the arrays."""
         vector = cls(snapshot.spec, snapshot.start, snapshot.stop, snapshot.values, changed)
-        vector.rules = [from_spec(rule) for rule in snapshot.rules]
+        vector.governed.restore(snapshot.rules, snapshot.program)
         for name, state in vector.states.items():
             state[:] = snapshot.states[name]
         vector.counts[:] = snapshot.counts
         vector.updates = snapshot.updates
-        vector.resumed = snapshot.resumed
         return vector
 
     def statistics(self) -> ModelStatistics:

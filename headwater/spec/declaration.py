@@ -5,8 +5,12 @@ Pure. The servers ask it for what workers declare, a worker for what its own pro
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeAlias
+
+import msgspec
 
 from headwater.errors import ConfigurationError, RegistrationError
 from headwater.messages import ModelSpec, RuleSpec, Scalar, TableSpec, TensorSpec
@@ -60,26 +64,84 @@ def table_difference(old: TableSpec, new: TableSpec) -> str:
     return ""
 
 
-def new_settings(what: str, rules: Sequence[Rule], declared: Sequence[RuleSpec]) -> dict[int, Values]:
-    """By group, the settings in which the `declared` rules differ from those in force, of the same kinds.
+class Declaration:
+    """Rules that a program declares for a model or table that exists, of the same kinds.
 
-    Raises:
-        RegistrationError: a setting that cannot change without other states; `what` names the owner.
+    Args:
+        what: the owner, for messages.
+        before: the rules as they were declared before, by group.
+        rules: those in force.
+        declared: those that are declared now.
     """
-    changes: dict[int, Values] = {}
-    for group, (rule, spec) in enumerate(zip(rules, declared, strict=True)):
-        before, after = rule.flat(), from_spec(spec).flat()
-        changed = {name: value for name, value in after.items() if value != before[name]}
-        if not changed:
-            continue
-        try:
-            rule.with_settings(**changed)
-        except ConfigurationError as error:
-            raise RegistrationError(
-                f"{what} exists with {rule}, got {from_spec(spec)}: {error}, under another name"
-            ) from error
-        changes[group] = changed
-    return changes
+
+    def __init__(
+        self, what: str, before: Sequence[RuleSpec], rules: Sequence[Rule], declared: Sequence[RuleSpec]
+    ) -> None:
+        self._what = what
+        self._before = [from_spec(spec).flat() for spec in before]
+        self._rules = rules
+        self._declared = [from_spec(spec) for spec in declared]
+
+    def settings(self) -> dict[int, Values]:
+        """By group, the settings in which what is declared differs from what is in force.
+
+        Raises:
+            RegistrationError: one that cannot change without other states.
+        """
+        return self._possible({group: self._differing(group) for group in range(len(self._rules))})
+
+    def changes(self) -> dict[int, Values]:
+        """By group, those of `settings` that were declared otherwise before.
+
+        Raises:
+            RegistrationError: one that cannot change without other states.
+        """
+        return self._possible(
+            {
+                group: {
+                    name: value
+                    for name, value in self._differing(group).items()
+                    if value != self._before[group][name]
+                }
+                for group in range(len(self._rules))
+            }
+        )
+
+    def told(self, changes: Mapping[int, Values] = MappingProxyType({})) -> str:
+        """What a person should know of it, where `changes` take effect and nothing else; or ""."""
+        lines = []
+        for group, rule in enumerate(self._rules):
+            of = f" of group {group}" if len(self._rules) > 1 else ""
+            for name, value in self._differing(group).items():
+                now = rule.flat()[name]
+                if name in changes.get(group, {}):
+                    lines.append(
+                        f"{name}{of} was {now} and is {value} from now on, as the program declares it"
+                    )
+                else:
+                    lines.append(f"{name}{of} is {now} and stays so, this program declares {value}")
+        return "; ".join(lines)
+
+    def _differing(self, group: int) -> Values:
+        now = self._rules[group].flat()
+        return {name: value for name, value in self._declared[group].flat().items() if value != now[name]}
+
+    def _possible(self, changes: dict[int, Values]) -> dict[int, Values]:
+        for group, values in changes.items():
+            rule = self._rules[group]
+            try:
+                rule.with_settings(**values)
+            except ConfigurationError as error:
+                raise RegistrationError(
+                    f"{self._what} exists with {rule}, got {self._declared[group]}: {error}, or pass another "
+                    f"name"
+                ) from error
+        return {group: values for group, values in changes.items() if values}
+
+
+def fingerprint(rules: Sequence[RuleSpec]) -> int:
+    """A short sum of rules with their settings; equal rules have equal ones."""
+    return zlib.crc32(msgspec.msgpack.encode(rules))
 
 
 def _only(spec: ModelSpec, known: set[TensorSpec]) -> str:

@@ -1,14 +1,15 @@
 """torch's parameter groups ↔ a model's groups of tensors and their rules.
 
 A group shows the settings of its rule under torch's names, so that torch's schedulers find `lr`, `betas`
-and `momentum`; what somebody changed there is what travels.
+and `momentum`. What somebody changed there travels with the next step, and after each step the group shows
+what the servers used.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,47 +18,107 @@ from headwater.errors import ConfigurationError
 from headwater.spec.rules import Rule
 from headwater.spec.schedules import Schedule
 from headwater.spec.settings import field_types
+from headwater.worker.rule_settings import RuleSettings
+
+_log = logging.getLogger("headwater.torch")
 
 
-@dataclass(slots=True, eq=False)
 class ParameterGroup:
-    """Tensors with one set of settings.
+    """Tensors, or a table's rows, with one set of settings.
 
-    `index`: of the group in the model, None where none of its parameters is trained.
-    `shown`: what `settings` gave when the servers last heard of it.
+    Args:
+        names: of the tensors.
+        rule: as the user declared it.
+        index: of the group in the model; None where none of its parameters is trained.
+
+    Attributes:
+        shown: what torch's group shows, as of the last answer.
     """
 
-    names: list[str]
-    rule: Rule
-    index: int | None
-    shown: dict[str, Any]
+    def __init__(self, names: list[str], rule: Rule, index: int | None) -> None:
+        self.names = names
+        self.rule = rule
+        self.index = index
+        self.shown = shown(rule)
+        self._sent: dict[str, float] = {}
+        self._told = False
 
-    def take_changes(self, group: Mapping[str, Any]) -> dict[str, float]:
-        """The scalars that differ in torch's `group` since the last call, to be sent to the servers.
+    def take_changes(self, group: Mapping[str, Any], settings: RuleSettings, what: str) -> dict[str, float]:
+        """The settings that somebody changed in torch's `group` since the last answer, to be sent.
+
+        A program that joined a model after its first update has changed what differs from that update's
+        settings: whatever a scheduler writes while it is made, it wrote then too.
 
         Raises:
             ConfigurationError: an impossible value, or one that cannot change while training.
         """
+        index = self.index or 0
+        settings.withdraw(index, self._sent)
+        self._sent = {}
         now = {name: _plain(group[name]) for name in self.shown}
-        changed = {name: value for name, value in now.items() if value != self.shown[name]}
+        joined = settings.first is not None
+        before = shown(settings.first[index]) if settings.first is not None else self.shown
+        changed = {name: value for name, value in now.items() if value != before[name]}
         if not changed:
             return {}
-        old, rule = self.rule.flat(), _with(self.rule, changed)
-        scalars: dict[str, float] = {}
-        for name, value in rule.flat().items():
-            if value != old[name]:
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise ConfigurationError(f"{rule.name}: {name} cannot change to {value!r} while training")
-                scalars[name] = value
-        self.rule.with_settings(**scalars)
-        self.rule, self.shown = rule, now
-        return scalars
+        rule = settings.rules[index] if joined else self.rule
+        old, sent = rule.flat(), _scalars(rule, changed)
+        for name, value in sent.items():
+            if joined:
+                _log.warning(
+                    "%s: %s is %s in force, as training left it, and this program sets %s before its first "
+                    "step: should a scheduler have begun anew, keep its state and load it",
+                    *(what, name, old[name], value),
+                )
+        self._sent = sent
+        return sent
+
+    def arrived(self, group: dict[str, Any], settings: RuleSettings, what: str) -> None:
+        """Show in torch's `group` what is in force as of an answer."""
+        rule = settings.rules[self.index or 0]
+        before, in_force = self.rule.flat(), rule.flat()
+        for name, value in before.items():
+            if isinstance(value, Schedule) and not isinstance(in_force[name], Schedule):
+                _log.warning(
+                    "%s: %s followed the schedule %s on the servers, which %s from param_groups has replaced",
+                    *(what, name, value, in_force[name]),
+                )
+        for name, value in self._sent.items():
+            if in_force[name] != value and not self._told:
+                self._told = True
+                _log.info(
+                    "%s: this worker's param_groups have %s=%s, but those of the lowest active rank count: "
+                    "%s is in force",
+                    *(what, name, value, in_force[name]),
+                )
+        self._sent = {}
+        self.rule, self.shown = rule, shown(rule, settings.updates)
+        for name, value in self.shown.items():
+            group[name] = value
 
 
-def settings(rule: Rule) -> dict[str, Any]:
-    """A rule's settings as torch shows them; of a schedule its first rate."""
+def shown(rule: Rule, updates: int = 0) -> dict[str, Any]:
+    """A rule's settings as torch shows them; of a schedule the rate of the last of `updates`."""
     values = {name: getattr(rule, name) for name in field_types(type(rule))}
-    return {name: value.at(0) if isinstance(value, Schedule) else value for name, value in values.items()}
+    at = max(updates - 1, 0)
+    return {name: value.at(at) if isinstance(value, Schedule) else value for name, value in values.items()}
+
+
+def _scalars(rule: Rule, changed: Mapping[str, Any]) -> dict[str, float]:
+    """The scalars that these settings, under torch's names, change.
+
+    Raises:
+        ConfigurationError: an impossible value, or one that cannot change while training.
+    """
+    old, scalars = rule.flat(), {}
+    for name, value in _with(rule, changed).flat().items():
+        if value == old[name]:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigurationError(f"{rule.name}: {name} cannot change to {value!r} while training")
+        scalars[name] = value
+    rule.with_settings(**scalars)
+    return scalars
 
 
 def make_groups(
@@ -76,14 +137,14 @@ def make_groups(
     if not isinstance(rule, Rule):
         raise ConfigurationError(f"rule must be a Rule such as hw.SGD(lr=0.1), got {rule!r}")
     names = _Names(module, trained)
-    made = [ParameterGroup([], rule, 0, settings(rule))]
+    made = [ParameterGroup([], rule, 0)]
     for group in groups:
         if not isinstance(group, Mapping) or "params" not in group:
             raise ConfigurationError(f"a group must be a dict with 'params' and settings, got {group!r}")
         its_rule = _with(rule, {name: _plain(value) for name, value in group.items() if name != "params"})
         its_names = names.take(group["params"])
         index = 1 + sum(bool(other.names) for other in made[1:]) if its_names else None
-        made.append(ParameterGroup(its_names, its_rule, index, settings(its_rule)))
+        made.append(ParameterGroup(its_names, its_rule, index))
     made[0].names.extend(names.rest())
     return made if made[0].names else made[1:]
 

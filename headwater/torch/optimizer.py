@@ -20,7 +20,7 @@ from headwater.messages import StepResult
 from headwater.spec.rules import Rule
 from headwater.torch.binding import Binding
 from headwater.torch.buffers import BufferMode, SharedBuffers, check_mode
-from headwater.torch.groups import make_groups, settings
+from headwater.torch.groups import make_groups, shown
 from headwater.torch.parameters import BoundParameter, find_parameters, wait_for_copies
 from headwater.torch.tables import TrainedTables, report_nonfinite
 from headwater.worker import Worker
@@ -40,8 +40,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
     - float32 parameters on the CPU lie in memory shared with the servers, and so do their gradients: keep
       a gradient beyond the next backward with `clone()` where you took a view of it. Parameters of a GPU,
       of float16 or bfloat16 stay where they are; the servers hold float32 values of them.
-    - A change of `param_groups`, as torch's schedulers make, travels with the next step. In synchronous
-      training the lowest rank's counts, otherwise the last that arrives.
+    - A change of `param_groups`, as torch's schedulers make, travels with the next step. In every mode those
+      of the lowest active rank that trains this model count, and after each step all show what the servers
+      used; of a server-side schedule that is the rate of that update.
     - A `torch.amp.GradScaler` that finds infinity makes the step an empty turn.
     - Each table that an `Embedding` or `EmbeddingBag` of the module looks up in has a group of its own,
       after those of the parameters, with the settings of the table's rule and its name under "table".
@@ -121,7 +122,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._binding.belong_to(self, watched=not self._accumulates)
         self._buffers.load()
         self._fixed = False
-        defaults = {} if rule is None else settings(rule)
+        defaults = {} if rule is None else shown(rule)
         own = [
             {"params": [trained[one] for one in group.names], "param_names": group.names, **group.shown}
             for group in self._groups
@@ -139,9 +140,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         assert rule is not None  # make_groups refuses None
         values = {one: parameter.detach() for one, parameter in trained.items()}
         own = [Group(group.names, group.rule) for group in self._groups if group.index]
-        return self._worker.model(
+        model = self._worker.model(
             name, values, rule, groups=own, clip_norm=clip_norm, nonfinite=self._nonfinite
         )
+        model.settings.governs = True
+        return model
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not possible: a model's tensors are fixed when it is registered.
@@ -228,6 +231,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._stage(pushed)
         self.result = self._worker.step(read=self._models, weight=weight)
         self._values_arrived()
+        self._show_settings()
 
     def _stage(self, pushed: Sequence[BoundParameter]) -> None:
         """Have the next step carry all gradients, or none where one is not finite."""
@@ -274,11 +278,27 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def _send_settings(self) -> None:
         for known, group in zip(self._groups, self.param_groups, strict=False):
-            changes = known.take_changes(group)
-            if changes and known.index is not None:
+            if known.index is not None:
                 assert self._model is not None
-                self._model.set(group=known.index, **changes)
+                changes = known.take_changes(group, self._model.settings, self._what(known.index))
+                if changes:
+                    self._model.set(group=known.index, **changes)
         self._tables.send_settings(self.param_groups[len(self._groups) :])
+
+    def _show_settings(self) -> None:
+        """Have `param_groups` show what the servers used."""
+        for known, group in zip(self._groups, self.param_groups, strict=False):
+            if known.index is not None:
+                assert self._model is not None
+                self._model.settings.first = None
+                known.arrived(group, self._model.settings, self._what(known.index))
+        self._tables.show_settings(self.param_groups[len(self._groups) :])
+
+    def _what(self, group: int) -> str:
+        """A group, for messages."""
+        assert self._model is not None
+        of = f"group {group} of " if len(self._model.settings.rules) > 1 else ""
+        return f"{of}model {self._model.name!r}"
 
     # ── steps on the local copy (DistBelief) ────────────────────────────────────────────────────
 
@@ -328,6 +348,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._carry(self._accrued, accrued=True, buffers=read)
         self._accrued.clear()
         self.result = self._worker.step(read=self._models if read else False)
+        self._show_settings()
         if read:
             self._values_arrived()
 

@@ -17,7 +17,7 @@ from headwater.errors import UsageError
 from headwater.kernels.arrange import Plan
 from headwater.spec.rules import from_spec
 from headwater.torch.embedding import Array, Collected, TableModule
-from headwater.torch.groups import ParameterGroup, settings
+from headwater.torch.groups import ParameterGroup
 from headwater.worker.model_spec import NonFinite
 from headwater.worker.row_buffer import RowSlice
 from headwater.worker.row_sums import RowSums
@@ -34,8 +34,8 @@ class _TrainedTable:
         self.table = table
         self.collected = Collected()
         self.accrued = RowSums(table.dim)
-        rule = from_spec(table.spec.rule)
-        self.group = ParameterGroup([], rule, None, settings(rule))
+        table.settings.governs = True
+        self.group = ParameterGroup([], from_spec(table.spec.rule), None)
         self._modules = modules
         for module in modules:
             self.collected.merge(module.collected)
@@ -96,9 +96,15 @@ class TrainedTables:
     def send_settings(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Have the next step carry what somebody changed in the groups."""
         for one, group in zip(self._tables, groups, strict=True):
-            changes = one.group.take_changes(group)
+            changes = one.group.take_changes(group, one.table.settings, f"table {one.table.name!r}")
             if changes:
                 one.table.set(**changes)
+
+    def show_settings(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Show what is in force in the groups."""
+        for one, group in zip(self._tables, groups, strict=True):
+            one.table.settings.first = None
+            one.group.arrived(group, one.table.settings, f"table {one.table.name!r}")
 
     @contextmanager
     def hidden(self) -> Iterator[None]:

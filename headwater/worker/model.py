@@ -50,6 +50,7 @@ class Model:
         parameters: by name, writable float32 views of the window that answers overwrite.
         read_version: that of the values in `parameters`; -1 when they are none.
         adapter: what uses the model's memory for a framework's parameters; None for a plain model.
+        settings: of its rules.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Model:
         self._read_only = {name: _read_only(view) for name, view in self.parameters.items()}
         self.adapter: Adapter | None = None
         self._staged: set[str] = set()
-        self._settings = RuleSettings(f"model {spec.name!r}", spec.rules)
+        self.settings = RuleSettings(f"model {spec.name!r}", spec.rules)
         self._skip = False
         self._fresh = False
         self.read_version = -1
@@ -147,7 +148,7 @@ class Model:
         Raises:
             ConfigurationError: the rule has no such setting, an impossible value, or there is no such group.
         """
-        self._settings.set(group, values)
+        self.settings.set(group, values)
 
     def state(self) -> dict[str, dict[str, Any]]:
         """The rule's state on the servers by tensor name, at one version; blocks for an exchange.
@@ -177,7 +178,7 @@ class Model:
     @property
     def rules(self) -> list[Rule]:
         """The rule of each parameter group, with the settings that this worker knows to be in force."""
-        return self._settings.rules
+        return self.settings.rules
 
     # ── for adapters ────────────────────────────────────────────────────────────────────────────
 
@@ -245,7 +246,7 @@ class Model:
         check_nonfinite(nonfinite)
         if unlike := model_difference(self.spec, spec):
             raise RegistrationError(unlike)
-        self._settings.redeclare(spec.rules)
+        self.settings.redeclare(spec.rules)
         self._nonfinite = nonfinite
 
     def warn_of_unused(self, initial: Mapping[str, NDArray[Any]]) -> None:
@@ -270,7 +271,8 @@ class Model:
     def take_staged(self) -> tuple[m.Carried | None, tuple[m.Setting, ...], bool]:
         """What the next step carries, its settings, and whether it must be an empty turn; clears all."""
         carried = m.Carried(self.id, self.layout.mask(self._staged)) if self._staged else None
-        settings = tuple(m.Setting(self.id, group, values) for group, values in self._settings.take())
+        governs = self.settings.governs
+        settings = tuple(m.Setting(self.id, group, values, governs) for group, values in self.settings.take())
         skip = self._skip
         self._staged, self._skip = set(), False
         return carried, settings, skip
@@ -331,6 +333,8 @@ class Model:
         if answer.notice:
             _log.warning("model %r: %s", self.name, answer.notice)
         self.id = answer.model
+        for rules in answer.rules:
+            self.settings.arrived(rules, joined=True)
         self._session.receivers[self.id] = self
         self.written()
 

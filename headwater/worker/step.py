@@ -34,7 +34,8 @@ class StepExchange:
         self._memory = memory
         self._models = list(models)
         staged = {model: model.take_staged() for model in self._models}
-        rows = {table: table.take_staged() for table in tables}
+        self._tables = list(tables)
+        rows = {table: table.take_staged() for table in self._tables}
         self.skip = any(skip for _, _, skip in staged.values()) or any(skip for *_, skip in rows.values())
         self._carried: dict[Model, m.Carried] = {}
         self._pushed: dict[Table, RowSlice] = {}
@@ -64,6 +65,7 @@ class StepExchange:
         )
         answer = self._session.settle(current)
         assert answer.result is not None
+        self._told(answer.rules)
         for table, place in self._pulled.items():
             table.brought(place)
         self._memory.reset()
@@ -73,6 +75,14 @@ class StepExchange:
             else:
                 model.outdated()
         return answer.result, answer.stopped
+
+    def _told(self, rules: Iterable[m.RulesInForce]) -> None:
+        """Take over the settings in force that this worker did not know."""
+        for one in rules:
+            models = (model.settings for model in self._models if model.id == one.model)
+            tables = (table.settings for table in self._tables if table.id == one.table)
+            for settings in (*models, *tables):
+                settings.arrived(one)
 
     def _outgoing(self, server: int, number: int, step: int, read: bool | tuple[int, ...]) -> Outgoing:
         payload = [model.gradient_payload(server, c.tensors) for model, c in self._carried.items()]
@@ -89,6 +99,8 @@ class StepExchange:
             self._table_settings,
             self._position,
             self._weight,
+            known=tuple((model.id, model.settings.known) for model in self._models),
+            known_tables=tuple((table.id, table.settings.known) for table in self._tables),
         )
         arrays: list[Any] = [array for _, arrays in payload for array in arrays]
         for place in self._pushed.values():

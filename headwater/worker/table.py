@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from headwater.worker.row_buffer import RowBuffer, RowSlice
 from headwater.worker.row_sums import RowSums
 from headwater.worker.rule_settings import RuleSettings
 
+_log = logging.getLogger("headwater.worker")
+
 Array = NDArray[np.float32]
 Used = TypeVar("Used")
 
@@ -44,6 +47,7 @@ class Table:
     Attributes:
         name, dim: as registered.
         read_version: version of the rows last pulled; that of the worker before.
+        settings: of its rule.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class Table:
         self._planned: deque[tuple[Ids, Plan]] = deque(maxlen=2)
         self._pushed: RowSlice | None = None
         self._sums: RowSums | None = None
-        self._settings = RuleSettings(f"table {spec.name!r}", [spec.rule])
+        self.settings = RuleSettings(f"table {spec.name!r}", [spec.rule])
         self._skip = False
         self._wanted: tuple[Ids, Plan] | None = None
         self._ahead: _Ahead | None = None
@@ -166,7 +170,7 @@ class Table:
         Raises:
             ConfigurationError: the rule has no such setting, or an impossible value.
         """
-        self._settings.set(None, values)
+        self.settings.set(None, values)
 
     def __len__(self) -> int:
         """Rows that exist, on all servers together; blocks for an exchange."""
@@ -180,7 +184,7 @@ class Table:
     @property
     def rule(self) -> Rule:
         """The rule, with the settings that this worker knows to be in force."""
-        return self._settings.rules[0]
+        return self.settings.rules[0]
 
     # ── for adapters ────────────────────────────────────────────────────────────────────────────
 
@@ -271,6 +275,10 @@ class Table:
         )
         assert answer.table is not None
         self.id = answer.table
+        for rules in answer.rules:
+            self.settings.arrived(rules, joined=True)
+        if answer.notice:
+            _log.warning("table %r: %s", self.name, answer.notice)
 
     def redeclare(self, spec: m.TableSpec, nonfinite: NonFinite) -> None:
         """The program declares the table again: it goes on, with the new settings.
@@ -281,14 +289,15 @@ class Table:
         check_nonfinite(nonfinite)
         if unlike := table_difference(self.spec, spec):
             raise RegistrationError(unlike)
-        self._settings.redeclare([spec.rule])
+        self.settings.redeclare([spec.rule])
         self._nonfinite = nonfinite
 
     def take_staged(self) -> tuple[RowSlice | None, RowSlice | None, m.TableSetting | None, bool]:
         """What the next step pushes and brings, its settings, and whether it must be an empty turn."""
         pushed, skip = self._placed(), self._skip
         wanted = None if self._wanted is None else self._memory.take(self._wanted[1], self.dim)
-        settings = [m.TableSetting(self.id, values) for _, values in self._settings.take()]
+        governs = self.settings.governs
+        settings = [m.TableSetting(self.id, values, governs) for _, values in self.settings.take()]
         self.discard()
         self._skip = False
         return pushed, wanted, settings[0] if settings else None, skip

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import msgspec
 
 from headwater import messages as m
 from headwater.checkpoint import open_checkpoint, read_part
 from headwater.shard import Shard
-from headwater.shard.snapshot import ShardSnapshot
+from headwater.shard.snapshot import ModelSnapshot, ShardSnapshot, TableSnapshot
 from headwater.spec.sync import Reduce
+
+Snapshot = TypeVar("Snapshot", ModelSnapshot, TableSnapshot)
 
 
 def restored(path: str, index: int, servers: int, reduce: Reduce) -> Shard:
@@ -43,11 +46,17 @@ def restored(path: str, index: int, servers: int, reduce: Reduce) -> Shard:
         servers=servers,
         position=0,
         version=manifest.version,
-        models=tuple(dataclasses.replace(model, resumed=True) for model in models),
+        models=tuple(_resumed(model) for model in models),
         changed=(manifest.version,) * len(models),
-        tables=tuple(tables),
+        tables=tuple(_resumed(table) for table in tables),
         ledger=(),
         standings=standings,
         recorded=msgspec.json.decode(manifest.splits, type=m.DataProgress),
     )
     return Shard.restore(snapshot, reduce)
+
+
+def _resumed(snapshot: Snapshot) -> Snapshot:
+    """As nobody has declared it since, and with nobody who governs its settings."""
+    program = m.ProgramRecord(snapshot.program.first, resumed=True)
+    return dataclasses.replace(snapshot, program=program)

@@ -23,13 +23,15 @@ def pack(snapshot: ShardSnapshot, term: int) -> tuple[m.Snapshot, Arrays]:
         version=snapshot.version,
         models=tuple(
             m.ModelPart(
-                x.spec, x.rules, x.start, x.stop, tuple(x.states), len(x.counts), x.updates, x.resumed
+                x.spec, x.rules, x.start, x.stop, tuple(x.states), len(x.counts), x.updates, x.program
             )
             for x in snapshot.models
         ),
         changed=snapshot.changed,
         tables=tuple(
-            m.TablePart(t.spec, t.rule, len(t.ids), len(t.last), _widths(t), len(t.pending_ids), t.updates)
+            m.TablePart(
+                t.spec, t.rule, len(t.ids), len(t.last), _widths(t), len(t.pending_ids), t.updates, t.program
+            )
             for t in snapshot.tables
         ),
         ledger=snapshot.ledger,
@@ -85,7 +87,7 @@ def _model(part: m.ModelPart, array: Any) -> ModelSnapshot:
         states={name: array(np.float32, length) for name in part.states},
         counts=array(np.int64, part.counts),
         updates=part.updates,
-        resumed=part.resumed,
+        program=part.program,
     )
 
 
@@ -101,4 +103,5 @@ def _table(part: m.TablePart, array: Any) -> TableSnapshot:
         pending_ids=array(np.int64, part.pending),
         pending_counts=array(np.int32, part.pending),
         updates=part.updates,
+        program=part.program,
     )
