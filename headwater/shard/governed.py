@@ -1,7 +1,8 @@
 """The rules of one model or table, and whose program says what their settings are.
 
 Programs whose framework shows settings that anybody may change (torch's `param_groups`) say at each step what
-theirs are, changed or not. Of these the lowest active rank governs: its settings count, the others' do not.
+theirs are, changed or not. Of these the lowest rank that trains governs: its settings count, the others' do
+not. A rank whose data has ended, or that has left, trains no more; one that waits in a barrier goes on.
 Settings that a program orders explicitly take effect whoever orders them.
 
 Invariant: all of it follows from the log, so it is the same on every server and standby.
@@ -57,10 +58,10 @@ class GovernedRules:
     # ── whose settings count ────────────────────────────────────────────────────────────────────
 
     def claim(self, member: int, standings: LogState) -> None:
-        """A member's program says what its settings are; it governs if it is of the lowest active rank."""
+        """A member's program says what its settings are; it governs if its rank is the lowest that trains."""
         governor = standings.members.get(self._governor)
-        rank = standings.standing(member).rank
-        if governor is None or governor.phase != "active" or rank <= governor.rank:
+        trains = governor is not None and not governor.over and governor.phase in ("active", "meeting")
+        if governor is None or not trains or standings.standing(member).rank <= governor.rank:
             self._governor = member
 
     def obeys(self, member: int, governs: bool) -> bool:

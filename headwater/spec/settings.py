@@ -154,8 +154,9 @@ def _converted(owner: Settings, field: str, hint: Any, value: object) -> object:
         return tuple(_converted(owner, field, float, element) for element in value)
     for choice in _choices(hint):
         if choice is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
-            if math.isfinite(value):
-                return float(value)
+            number = _float(value)
+            if math.isfinite(number):
+                return number
         elif choice is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
             return int(value)
         elif isinstance(choice, str):
@@ -164,6 +165,14 @@ def _converted(owner: Settings, field: str, hint: Any, value: object) -> object:
         elif isinstance(choice, type) and choice not in (float, int) and isinstance(value, choice):
             return value
     raise ConfigurationError(f"{owner.name}: {field} must be {_described(hint)}, got {value!r}")
+
+
+def _float(value: numbers.Real) -> float:
+    """`value` as a float; infinite where a float cannot hold it."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _described(hint: Any) -> str:

@@ -87,7 +87,7 @@ class ParameterGroup:
             if in_force[name] != value and not self._told:
                 self._told = True
                 _log.info(
-                    "%s: this worker's param_groups have %s=%s, but those of the lowest active rank count: "
+                    "%s: this worker's param_groups have %s=%s, but those of the lowest rank count: "
                     "%s is in force",
                     *(what, name, value, in_force[name]),
                 )

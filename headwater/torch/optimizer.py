@@ -41,8 +41,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
       a gradient beyond the next backward with `clone()` where you took a view of it. Parameters of a GPU,
       of float16 or bfloat16 stay where they are; the servers hold float32 values of them.
     - A change of `param_groups`, as torch's schedulers make, travels with the next step. In every mode those
-      of the lowest active rank that trains this model count, and after each step all show what the servers
-      used; of a server-side schedule that is the rate of that update.
+      of the lowest rank count that trains this model and whose data has not ended, and after each step all
+      show what the servers used; of a server-side schedule that is the rate of that update.
     - A `torch.amp.GradScaler` that finds infinity makes the step an empty turn.
     - Each table that an `Embedding` or `EmbeddingBag` of the module looks up in has a group of its own,
       after those of the parameters, with the settings of the table's rule and its name under "table".
