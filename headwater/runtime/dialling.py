@@ -26,6 +26,7 @@ _BACK_S = 5.0
 
 
 _AGAIN_S = 0.1
+_RESET = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
 
 
 @cache
@@ -98,14 +99,14 @@ def check_reachable(join: Join, security: Security) -> None:
 
 
 def _dial_again(address: str, until: float, security: Security) -> None:
-    """Connect and hang up; a connection that is lost, though somebody listens, is made again until then."""
+    """Connect and hang up; a connection that the network resets is made again until then."""
     while True:
         left = max(until - time.monotonic(), 0.1)
         try:
             dial(address, timeout=left, security=security).close()
             return
         except ConnectionLostError as error:
-            if isinstance(error.__cause__, NOBODY) or time.monotonic() + _AGAIN_S > until:
+            if not isinstance(error.__cause__, _RESET) or time.monotonic() + _AGAIN_S > until:
                 raise
         time.sleep(_AGAIN_S)
 
