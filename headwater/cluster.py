@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from headwater.engines import Engine, Launch, Outcome, RayEngine, make_engine
 from headwater.errors import ClosedError, ConfigurationError
-from headwater.messages import ClusterStatistics, Role, Scalar
+from headwater.messages import ClusterStatistics, Role
 from headwater.runtime.checkpointer import Every
 from headwater.runtime.coordinator import CoordinatorNode
 from headwater.runtime.server import ServerSettings
@@ -63,7 +63,7 @@ class Cluster:
         every: between checkpoints, commits (100 or "100steps") or seconds ("30s"); keep: how many stay.
         on_server_loss: when a shard is lost with all its copies, "rewind" to the latest checkpoint (default
             where there are checkpoints) or "stop".
-        settings: the user's own scalars, for `worker.settings`.
+        settings: the user's own, for `worker.settings`: numbers, texts, None, and lists and dicts of those.
         patience: seconds after which a wait is reported; deadline: seconds after which it fails.
         min_workers: with fewer workers than that nothing is committed.
         lease: seconds after which a node that is not heard of is declared dead.
@@ -94,7 +94,7 @@ class Cluster:
         every: str | int | Every = "60s",
         keep: int = 3,
         on_server_loss: OnServerLoss | None = None,
-        settings: Mapping[str, Scalar] | None = None,
+        settings: Mapping[str, Any] | None = None,
         patience: float = 10.0,
         deadline: float = 600.0,
         min_workers: int = 1,
@@ -120,7 +120,7 @@ class Cluster:
             workers=workers,
             servers=servers,
             sync=mode,
-            settings=dict(settings or {}),
+            settings={} if settings is None else settings,
             patience=patience,
             deadline=deadline,
             lease=lease,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from headwater.cluster import Cluster, ClusterOptions
 from headwater.engines import Outcome, RayEngine
 from headwater.errors import ConfigurationError
-from headwater.messages import ClusterStatistics, Scalar
+from headwater.messages import ClusterStatistics
 from headwater.spec.sync import Mode
 from headwater.worker import Worker
 
@@ -55,7 +55,7 @@ def run(
     replicas: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    settings: Mapping[str, Scalar] | None = None,
+    settings: Mapping[str, Any] | None = None,
     patience: float = 10.0,
     deadline: float = 600.0,
     min_workers: int = 1,

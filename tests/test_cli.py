@@ -401,6 +401,8 @@ def test_durations_are_short(seconds, text):
         ("adam", "adam"),
         ("", ""),
         ("a=b", "a=b"),
+        ('[1, {"a": null}]', [1, {"a": None}]),
+        ("[1, 2", "[1, 2"),
     ],
 )
 def test_settings_become_what_they_look_like(text, value):

@@ -255,6 +255,11 @@ def test_an_exception_that_the_parent_cannot_read_arrives_as_its_text(monkeypatc
     assert (value, failure) == (None, Failure("Broken: no such file", "Traceback: here", None))
 
 
+def test_a_worker_that_was_declared_dead_has_died_whatever_its_program_says_of_it():
+    assert Failure.of(hw.errors.DeclaredDeadError("nothing was heard of it")).died
+    assert not Failure.of(hw.errors.RefusedError("its rank is taken")).died
+
+
 def test_functions_that_no_interpreter_could_import_run_too(processes):
     module = types.ModuleType("not_on_any_path")
     exec("factor = 3\ndef train(worker):\n    return worker.rank * factor", module.__dict__)

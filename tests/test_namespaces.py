@@ -289,7 +289,7 @@ def test_a_host_that_is_cut_off_for_longer_is_refused_and_the_others_go_on(host)
         go_on(others)
         network.mend(host)
         lost = workers[host - 1].answer()
-        assert lost["error"] == "RefusedError", lost
+        assert lost["error"] == "DeclaredDeadError", lost
         assert "declared dead: nothing was heard of it for 3 s" in lost["reason"]
         answers = ended(others)
         known = sum((rank + 1) * answer["steps"] for rank, answer in answers.items())

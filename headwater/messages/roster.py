@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from headwater.messages.base import Message, Role, Scalar
+from headwater.messages.base import Message, Role
 from headwater.messages.reading import Position
 
 
@@ -89,9 +89,10 @@ class JoinWaits(Message, frozen=True):
 class Welcome(Message, frozen=True):
     """The coordinator's answer to Join, once every server knows the new member, and to Rejoin.
 
-    `position`: what the log last recorded of this rank's reading; None where it recorded nothing, and after
-    Rejoin. `key`: what this member must show to Rejoin. `returns`: whether a coordinator that is gone may
-    come back, on its journal. `cluster`: the identity of this cluster, which its coordinator drew at random.
+    `settings`: the user's own, as `spec.user_settings` packs them. `position`: what the log last recorded of
+    this rank's reading; None where it recorded nothing, and after Rejoin. `key`: what this member must show
+    to Rejoin. `returns`: whether a coordinator that is gone may come back, on its journal. `cluster`: the
+    identity of this cluster, which its coordinator drew at random.
     """
 
     member: Member
@@ -99,7 +100,7 @@ class Welcome(Message, frozen=True):
     servers: tuple[Member, ...]
     workers: int
     sync: str
-    settings: dict[str, Scalar]
+    settings: bytes
     patience: float
     deadline: float
     heartbeat: float = 5.0

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from headwater.errors import ConfigurationError
-from headwater.messages import Scalar
+from headwater.spec.user_settings import checked
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterSettings:
-    """What every member is told. `settings`: the user's own, for `worker.settings`; times in seconds.
+    """What every member is told. `settings`: the user's own, plain data for `worker.settings`;
+    times in seconds.
 
     A member that is not heard of for `lease` is declared dead; it lets itself be heard of three times in one.
     `rewinds`: when a shard is lost everything begins anew from a checkpoint, instead of ending.
@@ -25,7 +27,7 @@ class ClusterSettings:
     workers: int
     servers: int
     sync: str
-    settings: dict[str, Scalar] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     patience: float = 10.0
     deadline: float = 600.0
     lease: float = 15.0
@@ -35,6 +37,7 @@ class ClusterSettings:
     min_workers: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", checked(self.settings))
         for name in ("workers", "servers", "min_workers"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -17,6 +17,7 @@ from headwater.spec.initializers import Initializer, Zeros
 from headwater.spec.lifetime import AfterCount, Expiry
 from headwater.spec.rules import Rule
 from headwater.spec.sync import Mode
+from headwater.spec.user_settings import unpack
 from headwater.wire.security import PLAIN, Security
 from headwater.worker.batches import Batches, DataReader, Splits
 from headwater.worker.finishing import wait_for_others
@@ -65,7 +66,7 @@ class Worker:
         welcome = self._session.welcome
         self.rank = welcome.member.index
         self.workers = welcome.workers
-        self.settings = dict(welcome.settings)
+        self.settings = unpack(welcome.settings)
         self._models: dict[str, Model] = {}
         self._tables: dict[str, Table] = {}
         self._rows = RowBuffer(self._session)

@@ -13,6 +13,7 @@ from headwater.machines.coordinator.phases import Entered, Present, Stranger, Su
 from headwater.machines.coordinator.reading import Reading
 from headwater.machines.coordinator.state import State
 from headwater.machines.splits import Replies
+from headwater.spec.user_settings import pack
 
 AGAIN_S = 0.05
 """How long after no answer server 0 is asked again, in seconds."""
@@ -55,7 +56,7 @@ class Members:
             servers=state.book.of("server"),
             workers=settings.workers,
             sync=settings.sync,
-            settings=settings.settings,
+            settings=pack(settings.settings),
             patience=settings.patience,
             deadline=settings.deadline,
             heartbeat=settings.lease / 3,

@@ -110,7 +110,7 @@ class Coordinator(Process):
                 self.book.of("server"),
                 self._world.workers,
                 self._world.mode,
-                {},
+                b"",
                 patience=PATIENCE_S,
                 deadline=DEADLINE_S,
                 heartbeat=HEARTBEAT_S,
