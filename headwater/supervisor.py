@@ -217,6 +217,8 @@ class Supervisor:
             self._fail(f"server {member.index} is gone, and its standby had not caught up")
 
     def _begin_anew(self, rewind: Callable[[], str]) -> None:
+        for end in self._ends:
+            self._note(end)
         self._engine.stop_servers()
         self._ends, self._due, self._failed = [], [], {}
         restored = rewind()
