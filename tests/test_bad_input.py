@@ -21,7 +21,7 @@ from headwater.errors import (
     RefusedError,
     RegistrationError,
 )
-from headwater.runtime.session import Session
+from headwater.runtime.client import Client
 from headwater.spec.rules import RowwiseAdagrad
 from headwater.wire import frames
 from headwater.wire.channel import Outgoing
@@ -299,7 +299,7 @@ class _Attacker:
     """An observer that knows the protocol and breaks it."""
 
     def __init__(self, cluster):
-        self._session = Session(cluster.address, "observer")
+        self._session = Client(cluster.address, "observer")
         self.channel = self._session.channels[0]
 
     def __enter__(self):

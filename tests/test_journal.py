@@ -13,6 +13,7 @@ import threading
 import numpy as np
 import pytest
 from checkpoints import python
+from members import ask_coordinator, join
 from waiting import wait_until
 
 import headwater as hw
@@ -26,7 +27,6 @@ from headwater.machines.coordinator import CoordinatorRecord
 from headwater.machines.roster import RosterBook, RosterRecord
 from headwater.messages import Join, Member, Rejoin, Welcome
 from headwater.runtime.coordinator import CoordinatorNode
-from headwater.runtime.join import join, rejoin
 from headwater.runtime.journal import Journal
 from headwater.runtime.server import ServerNode, ServerSettings
 from headwater.spec.cluster import ClusterSettings
@@ -270,7 +270,7 @@ class Small:
         return [node.rank for node in self.node.statistics().nodes if node.role == "worker"]
 
     def rejoin(self, member, key, generation=0):
-        channel, answer = rejoin(self.address, Rejoin(member, key, generation), own=lambda channel: channel)
+        channel, answer = ask_coordinator(self.address, Rejoin(member, key, generation))
         channel.close()
         return answer
 
@@ -358,7 +358,7 @@ def test_of_two_connections_of_a_member_the_later_one_counts(small):
     cluster = small()
     first, welcome = join(cluster.address, "worker", None)
     request = Rejoin(welcome.member.id, welcome.key, 0)
-    second, answer = rejoin(cluster.address, request, own=lambda channel: channel)
+    second, answer = ask_coordinator(cluster.address, request)
     assert isinstance(answer, Welcome)
     assert answer.member == welcome.member
     assert first.receive(timeout=20) is None

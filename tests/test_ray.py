@@ -132,7 +132,7 @@ def test_actors_join_over_tcp_with_the_proofs_of_the_cluster(ray_nodes):
         model = worker.model("sums", {"a": np.zeros(5000, np.float32)}, hw.Accumulate())
         model.push({"a": np.ones(5000, np.float32)})
         worker.step()
-        return worker._session.membership._channel.peer, float(model.pull()["a"].sum())
+        return next(iter(worker._session._member._channels.values())).peer, float(model.pull()["a"].sum())
 
     options = {"bind": "127.0.0.1", "token": TOKEN, "tls": tls()}
     result = hw.run(train, workers=2, servers=2, engine=share(), **options)

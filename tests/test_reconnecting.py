@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from connections import TOKEN
+from members import cut_from_coordinator
 
 import headwater as hw
 from headwater.runtime import dialling
@@ -185,7 +186,7 @@ def test_a_worker_whose_connection_to_the_coordinator_is_lost_goes_on_until_it_i
     with hw.Cluster(workers=1, servers=2, patience=5, deadline=20) as cluster:
         worker = cluster.worker()
         model = worker.model("sums", {"a": np.zeros(3, np.float32)}, hw.Accumulate())
-        worker._session.membership._channel._stream.shutdown(socket.SHUT_RDWR)
+        cut_from_coordinator(worker)
         try:
             with pytest.raises(hw.errors.HeadwaterError, match=r"gone|retired|declared dead|no member"):
                 step_until_it_fails(worker, model)
@@ -212,7 +213,7 @@ def test_a_pending_wait_ends_when_its_worker_is_declared_dead():
         until = time.monotonic() + 30
         while not any(node.waits_for for node in cluster.statistics().nodes if node.rank == 0):
             assert time.monotonic() < until
-        first._session.membership._channel._stream.shutdown(socket.SHUT_RDWR)
+        cut_from_coordinator(first)
         waiting.join(30)
         assert "declared dead" in str(failures[0])
         first.leave()

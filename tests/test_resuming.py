@@ -375,7 +375,7 @@ def test_a_late_update_is_answered_and_applied_nowhere():
 def test_with_too_few_workers_nothing_is_committed_and_every_wait_says_so():
     with hw.Cluster(workers=2, min_workers=2, patience=0.2, deadline=20) as cluster:
         first, second = cluster.worker(), cluster.worker()
-        second._session.membership.close()  # it dies
+        second._session.interrupt()  # it dies
         wait_until(lambda: len([n for n in cluster.statistics().nodes if n.role == "worker"]) == 1)
         steps = []
         stepping = threading.Thread(target=lambda: steps.append(first.step()))

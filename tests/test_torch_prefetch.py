@@ -14,7 +14,7 @@ def embedding(worker, rule=None, **options):
 
 
 def exchanges(worker):
-    return worker._session.number
+    return worker._session.machine.number
 
 
 def values(rows):

@@ -6,85 +6,89 @@ position of the log, so their answers must agree.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from headwater.errors import ProtocolError, RefusedError, named
 from headwater.messages import Answer, AnyMessage, Compared, Description, Refused, Stored, Waiting
 
+AnyAnswer: TypeAlias = Answer | Description | Stored | Compared
+
+Outcome: TypeAlias = Answer | Description | list[Stored] | list[Compared]
+"""What all servers together have answered: what they agree on, or what each has done."""
+
 
 class Exchange:
-    """Exchange `number` with `servers` servers.
+    """Exchange `number` with `servers` servers, whose answers are of the class `expects`.
 
     Attributes:
-        reason: the last word from a server on whom this exchange waits for; "" when there was none.
+        missing: how many servers have not answered.
+        words: by server, when it spoke last of whom the exchange waits for, and what it said.
     """
 
-    def __init__(self, number: int, servers: int) -> None:
-        self.number = number
-        self.reason = ""
-        self._answers: list[Answer | Description | Stored | Compared | None] = [None] * servers
+    __slots__ = ("_answers", "_expects", "missing", "number", "words")
 
-    def received(self, server: int, message: AnyMessage) -> bool:
+    def __init__(self, number: int, servers: int, expects: type[AnyAnswer] = Answer) -> None:
+        self.number = number
+        self.missing = servers
+        self.words: dict[int, tuple[float, str]] = {}
+        self._expects = expects
+        self._answers: list[AnyAnswer | None] = [None] * servers
+
+    def received(self, server: int, message: AnyMessage, now: float = 0.0) -> bool:
         """Take a message from `server`; True when it was that server's answer.
 
         Raises:
-            ProtocolError: it belongs to no exchange, or a second answer came.
+            ProtocolError: it belongs to no exchange, is an answer to something else, or a second one.
             RefusedError: the server refuses this member.
         """
-        if isinstance(message, Refused):
-            raise named(message.error, message.reason, default=RefusedError)
-        if (
-            not isinstance(message, Answer | Waiting | Description | Stored | Compared)
-            or message.number != self.number
-        ):
-            raise ProtocolError(f"server {server} sent {message!r} during exchange {self.number}")
-        if isinstance(message, Waiting):
-            self.reason = message.reason
-            return False
+        if not isinstance(message, self._expects) or message.number != self.number:
+            return self._is_no_answer(server, message, now)
         if self._answers[server] is not None:
             raise ProtocolError(f"server {server} answered exchange {self.number} twice")
         self._answers[server] = message
+        self.missing -= 1
         return True
 
-    def repeat(self) -> None:
-        """Forget all answers: the request goes out again to every server, in a newer connection epoch."""
-        self._answers = [None] * len(self._answers)
+    def _is_no_answer(self, server: int, message: AnyMessage, now: float) -> bool:
+        if isinstance(message, Refused):
+            raise named(message.error, message.reason, default=RefusedError)
+        if isinstance(message, Waiting) and message.number == self.number:
+            self.words[server] = now, message.reason
+            return False
+        if isinstance(message, Answer | Description | Stored | Compared) and message.number == self.number:
+            wanted = self._expects.__name__
+            raise ProtocolError(f"server {server} answered {type(message).__name__}, expected {wanted}")
+        raise ProtocolError(f"server {server} sent {message!r} during exchange {self.number}")
+
+    def has_answered(self, server: int) -> bool:
+        """Whether this server has."""
+        return self._answers[server] is not None
 
     def unanswered(self) -> list[int]:
         """The servers whose answer is still out."""
         return [i for i, answer in enumerate(self._answers) if answer is None]
 
-    def answer(self) -> Answer:
-        """The answer on which all servers agree.
+    def outcome(self) -> Outcome:
+        """What all servers have answered together: of answers the one that all agree on, of descriptions the
+        shortest, which lists what every server knows by now; of others what each server did, in their order.
 
         Raises:
             HeadwaterError: the class and text with which the servers refused the request.
             ProtocolError: the answers differ.
         """
-        answers = [answer for answer in self._answers if isinstance(answer, Answer)]
-        assert len(answers) == len(self._answers), "not all servers have answered"
-        for answer in answers:
-            if answer.failure is not None:
-                raise named(answer.failure.error, answer.failure.reason, default=ProtocolError)
-        first = answers[0]
-        for server, answer in enumerate(answers):
-            # As text, because a sum that is NaN does not equal itself.
-            if answer != first and repr(answer) != repr(first):
-                raise ProtocolError(f"servers 0 and {server} answered differently: {first!r}, {answer!r}")
-        return first
-
-    def description(self) -> Description:
-        """The shortest answer to Describe: the models that every server knows by now."""
-        descriptions = [answer for answer in self._answers if isinstance(answer, Description)]
-        assert len(descriptions) == len(self._answers), "not all servers have answered"
-        return min(descriptions, key=lambda description: len(description.models))
-
-    def stored(self) -> list[Stored]:
-        """What each server wrote, in their order."""
-        stored = [answer for answer in self._answers if isinstance(answer, Stored)]
-        assert len(stored) == len(self._answers), "not all servers have answered"
-        return stored
-
-    def compared(self) -> list[Compared]:
-        """What each server and its standby are, in their order."""
-        compared = [answer for answer in self._answers if isinstance(answer, Compared)]
-        assert len(compared) == len(self._answers), "not all servers have answered"
-        return compared
+        assert not self.missing, "not all servers have answered"
+        first = self._answers[0]
+        if isinstance(first, Answer):
+            for server, answer in enumerate(self._answers):
+                if isinstance(answer, Answer) and answer.failure is not None:
+                    raise named(answer.failure.error, answer.failure.reason, default=ProtocolError)
+                # As text, because a sum that is NaN does not equal itself.
+                if answer is not first and answer != first and repr(answer) != repr(first):
+                    raise ProtocolError(f"servers 0 and {server} answered differently: {first!r}, {answer!r}")
+            return first
+        if isinstance(first, Description):
+            descriptions = [one for one in self._answers if isinstance(one, Description)]
+            return min(descriptions, key=lambda description: len(description.models))
+        if isinstance(first, Stored):
+            return [one for one in self._answers if isinstance(one, Stored)]
+        return [one for one in self._answers if isinstance(one, Compared)]

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from headwater import checkpoint as files
 from headwater import messages as m
 from headwater.errors import ConfigurationError, HeadwaterError, RewoundError, named
-from headwater.runtime.session import Session
-from headwater.wire.channel import Outgoing
+from headwater.runtime.client import Client
 from headwater.wire.security import PLAIN, Security
 
 _log = logging.getLogger("headwater.checkpoint")
@@ -78,7 +77,7 @@ class Checkpointer:
         self._directory = directory if "://" in directory else os.path.abspath(directory)
         self._every = every
         self._keep = keep
-        self._session: Session | None = None
+        self._session: Client | None = None
         self._written = (-1, -1)
         self._busy = threading.Lock()
         self._closing = threading.Event()
@@ -113,7 +112,7 @@ class Checkpointer:
         with self._busy:
             pass  # none is begun any more
         self.close()
-        session = Session(self._address, "observer", security=self._security)
+        session = Client(self._address, "observer", security=self._security)
         try:
             self._take(session, 0, final=True)
         finally:
@@ -124,7 +123,7 @@ class Checkpointer:
     def _run(self) -> None:
         while not self._closing.is_set():
             try:
-                self._session = Session(self._address, "observer", deadline=math.inf, security=self._security)
+                self._session = Client(self._address, "observer", deadline=math.inf, security=self._security)
                 self._take_regularly(self._session)
             except HeadwaterError as error:
                 if not self._closing.is_set():
@@ -135,7 +134,7 @@ class Checkpointer:
                 if self._session is not None:
                     self._session.close()
 
-    def _take_regularly(self, session: Session) -> None:
+    def _take_regularly(self, session: Client) -> None:
         version = session.describe().version
         while not self._closing.is_set():
             if self._every.seconds:
@@ -146,13 +145,13 @@ class Checkpointer:
             if not self._closing.is_set():
                 version = self._take(session, at)
 
-    def _take(self, session: Session, at: int, *, final: bool = False) -> int:
+    def _take(self, session: Client, at: int, *, final: bool = False) -> int:
         """Take one at version `at` or later; returns the version.
 
         What the disk refuses is only logged, unless there is no later one to make up for it.
         """
         generation = session.welcome.generation
-        version = session.ask(lambda number: m.Checkpoint(number, at), "checkpoint").version
+        version: int = session.ask(lambda number: m.Checkpoint(number, at), "checkpoint").version
         if (generation, version) == self._written:
             return version
         began = time.monotonic()
@@ -170,13 +169,14 @@ class Checkpointer:
         _log.info("%s written in %.2f s", self.last, time.monotonic() - began)
         return version
 
-    def _write(self, session: Session, generation: int, version: int) -> None:
+    def _write(self, session: Client, generation: int, version: int) -> None:
         files.begin(self._directory, generation, version)
         try:
-            current = session.call(
-                lambda _, number: Outgoing(m.Store(number, self._directory, generation, version)), "store"
+            stored: list[m.Stored] = session.ask(
+                lambda number: m.Store(number, self._directory, generation, version),
+                "store",
+                expects=m.Stored,
             )
-            stored = current.stored()
             for one in stored:
                 if one.failure is not None:
                     raise named(one.failure.error, one.failure.reason, default=ConfigurationError)

@@ -6,8 +6,7 @@ import msgspec
 
 from headwater import messages as m
 from headwater.errors import RefusedError, named
-from headwater.runtime.session import Session
-from headwater.wire.channel import Outgoing
+from headwater.runtime.client import Client
 
 _TRIES = 3
 
@@ -52,18 +51,17 @@ def verify(coordinator: str, deadline: float | None = None) -> Verification:
         StalledError: `deadline` seconds passed, by default those of the cluster.
         RefusedError: servers were replaced again and again meanwhile.
     """
-    session = Session(coordinator, "observer", deadline=deadline)
+    session = Client(coordinator, "observer", deadline=deadline)
     try:
         for left in reversed(range(_TRIES)):
             session.ask(m.Verify, "verify")
-            compared = session.call(lambda _, number: Outgoing(m.Compare(number)), "compare").compared()
+            compared: list[m.Compared] = session.ask(m.Compare, "compare", expects=m.Compared)
             failures = [one.failure for one in compared if one.failure is not None]
             if not failures:
                 break
             if not left:
                 raise named(failures[0].error, failures[0].reason, default=RefusedError)
-        session.ask(m.Leave, "leave")
-        session.membership.tell(m.Departed(session.welcome.member.id))
+        session.leave(finished=True)
     finally:
         session.close()
     return Verification(compared[0].version, compared[0].position, tuple(map(_shard, compared)))

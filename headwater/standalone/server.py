@@ -14,7 +14,7 @@ from headwater.errors import (
     RewoundError,
 )
 from headwater.messages import Assignment, RequestSlot
-from headwater.runtime.join import enlist
+from headwater.runtime.coordinator_client import enlist
 from headwater.runtime.server import ServerNode, ServerSettings
 from headwater.standalone.patience import patiently
 from headwater.wire.endpoint import LOCAL, Endpoint

@@ -121,9 +121,9 @@ class Channel:
                 raise self._is_closed()
             if timeout != self._send_timeout:
                 self._send_timeout = self._tell_kernel(socket.SO_SNDTIMEO, timeout)
-            unsent = self._start(message, buffers, descriptors, request, 0)
+            unsent = self.start(message, buffers, descriptors, request, 0)
             while unsent is not None:
-                unsent = self._push(unsent, 0)
+                unsent = self.push(unsent, 0)
         except BlockingIOError as error:
             self.close()
             raise self._given_up(timeout) from error
@@ -159,7 +159,7 @@ class Channel:
             if self._incoming.failure:
                 raise self._is_broken()
             until = math.inf if timeout is None else time.monotonic() + timeout
-            return self._receive(place, None, timeout, until)
+            return self.wait(place, None, timeout, until)
         except EOFError:
             return None
         except BlockingIOError:
@@ -207,6 +207,7 @@ class Channel:
         self._stream.close()
 
     # ── for one thread that drives several channels at once, see `headwater.wire.exchange` ───────
+    # It calls these between `enter` and `leave`; `send` and `receive` hold the lock of their side.
 
     def enter(self) -> None:
         """Take both sides: until `leave` no other thread reads, and others that send wait. May block.
@@ -229,58 +230,17 @@ class Channel:
             self._reap()
 
     def start(
-        self, message: AnyMessage, buffers: Sequence[Array], descriptors: Sequence[int], request: int
-    ) -> Span | None:
-        """Send as much of a frame as the kernel takes at once; what is left to `push`, None if nothing is.
-
-        Does not block. Raises ConnectionLostError.
-        """
-        return self._start(message, buffers, descriptors, request, NO_WAIT)
-
-    def push(self, unsent: Span) -> bool:
-        """Send more of what `start` left, with one system call; whether that was all.
-
-        Raises BlockingIOError where the kernel takes nothing now, ConnectionLostError.
-        """
-        return self._push(unsent, NO_WAIT) is None
-
-    def advance(self, place: PlaceOf, index: int) -> Received | None:
-        """Read more, with one system call; the next frame, if that completed it. `index` is for `place`.
-
-        Raises BlockingIOError where nothing is there, EOFError at the end, and otherwise as `receive`.
-        """
-        return self._incoming.advance(place, index, NO_WAIT)
-
-    def buffered(self, place: PlaceOf, index: int) -> Received | None:
-        """The next frame, if it was read ahead with the one before; reads nothing."""
-        return self._incoming.buffered(place, index)
-
-    def pending(self) -> bool:
-        """Whether the stream holds bytes that poll knows nothing of."""
-        return isinstance(self._stream, EncryptedStream) and self._stream.pending()
-
-    def wait(self, place: PlaceOf, index: int, left: float | None, until: float) -> Received:
-        """Block until a frame is there, for at most `left` seconds, which end at `until`; None: for ever.
-
-        Raises BlockingIOError when they are over, EOFError at the end, and otherwise as `receive`.
-        """
-        return self._receive(place, index, left, until)
-
-    def ended(self) -> ConnectionLostError:
-        """What to raise where EOFError came before an answer."""
-        return ConnectionLostError(f"{self.peer} closed the connection before it answered")
-
-    # ── what these share; whoever calls them holds the lock of that side ────────────────────────
-
-    def _start(
         self,
         message: AnyMessage,
         buffers: Sequence[Array],
         descriptors: Sequence[int],
         request: int,
-        flags: int,
+        flags: int = NO_WAIT,
     ) -> Span | None:
-        """Send a small frame at once; return what is left to `_push`, None if nothing is."""
+        """Send a small frame at once; return what is left to `push`, None if nothing is.
+
+        Does not block unless `flags` is 0. Raises ConnectionLostError.
+        """
         length = 0
         for buffer in buffers:
             length += buffer.nbytes
@@ -301,8 +261,11 @@ class Channel:
             raise ConnectionLostError(f"lost the connection to {self.peer}: {error}") from error
         return None if sent == len(data) else Span((memoryview(data)[sent:],))
 
-    def _push(self, unsent: Span, flags: int) -> Span | None:
-        """Send more of a frame with one system call; return what is left, None if nothing is."""
+    def push(self, unsent: Span, flags: int = NO_WAIT) -> Span | None:
+        """Send more of a frame with one system call; return what is left, None if nothing is.
+
+        Raises BlockingIOError where the kernel takes nothing now, ConnectionLostError.
+        """
         try:
             sent = self._stream.sendmsg(unsent.views(), self._passing, flags | _NO_SIGNAL)
         except BlockingIOError:
@@ -313,10 +276,13 @@ class Channel:
         unsent.advance(sent)
         return unsent if unsent.left else None
 
-    def _receive(
+    def wait(
         self, place: StaticProgress | PlaceOf | None, index: int | None, left: float | None, until: float
     ) -> Received:
-        """Block until a frame is there; BlockingIOError: not in the `left` seconds (None: for ever)."""
+        """Block until a frame is there, for at most `left` seconds, which end at `until`; None: for ever.
+
+        Raises BlockingIOError when they are over, EOFError at the end, and otherwise as `receive`.
+        """
         flags = self._wait_at_most(left)
         advance = self._incoming.advance
         while (received := advance(place, index, flags)) is None:
@@ -326,6 +292,27 @@ class Channel:
                     raise BlockingIOError
                 self._wait_at_most(left)
         return received
+
+    def advance(self, place: PlaceOf, index: int) -> Received | None:
+        """Read more, with one system call; the next frame, if that completed it. `index` is for `place`.
+
+        Raises BlockingIOError where nothing is there, EOFError at the end, and otherwise as `receive`.
+        """
+        return self._incoming.advance(place, index, NO_WAIT)
+
+    def buffered(self, place: PlaceOf, index: int) -> Received | None:
+        """The next frame, if it was read ahead with the one before; reads nothing."""
+        return self._incoming.buffered(place, index)
+
+    def pending(self) -> bool:
+        """Whether the stream holds bytes that poll knows nothing of."""
+        return isinstance(self._stream, EncryptedStream) and self._stream.pending()
+
+    def ended(self) -> ConnectionLostError:
+        """What to raise where EOFError came before an answer."""
+        return ConnectionLostError(f"{self.peer} closed the connection before it answered")
+
+    # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
     def _wait_at_most(self, left: float | None) -> int:
         """Have the next read wait for about `left` seconds, None for ever; return the flags for it.

@@ -10,10 +10,24 @@ import math
 import select
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from headwater.errors import ConnectionLostError, StalledError
-from headwater.wire.channel import Channel, Outgoing
+from headwater.messages import AnyMessage
+from headwater.wire.channel import Array, Channel
 from headwater.wire.incoming import PlaceOf, Received, Span
+
+
+class Outgoing(Protocol):
+    """A frame to send, as `headwater.wire.channel.Outgoing` is one."""
+
+    @property
+    def message(self) -> AnyMessage: ...
+    @property
+    def buffers(self) -> Sequence[Array]: ...
+    @property
+    def descriptors(self) -> Sequence[int]: ...
+
 
 _LONGEST_POLL_MS = 1 << 30
 """What poll takes is an int; a longer wait polls again."""
@@ -173,7 +187,7 @@ class _Turn:
 
     def _push(self, index: int) -> None:
         try:
-            if self._channels[index].push(self._unsent[index]):
+            if self._channels[index].push(self._unsent[index]) is None:
                 del self._unsent[index]
         except BlockingIOError:
             pass

@@ -21,8 +21,7 @@ from typing import Any, TypeVar
 from headwater import messages as m
 from headwater.data import fetch
 from headwater.machines.splits import Indices, Order
-from headwater.runtime.session import Session
-from headwater.worker.leases import LeaseClient
+from headwater.runtime.client import Client
 from headwater.worker.parts import Call, LeasedSplits, StaticPart, batches_an_epoch
 from headwater.worker.plan import ReadPlan
 
@@ -39,12 +38,11 @@ class DataReader:
         stopped: whether `batches` end now, because somebody asked for it.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Client) -> None:
         self.samples = 0
         self.stopped = False
         self._session = session
         self._rank = session.welcome.member.index
-        self._leases = LeaseClient(session)
         recorded = session.welcome.position or m.Position(self._rank, 0)
         self._over = recorded.over
         self._recorded = {place.call: place for place in recorded.places}  # of calls not begun again yet
@@ -85,7 +83,7 @@ class DataReader:
         place = self._recorded.pop(number, None)
         if plan.splits == "static":
             return StaticPart(number, plan, self._rank, self.workers, place)
-        return LeasedSplits(number, plan, self.workers, self._leases, self._send_end)
+        return LeasedSplits(number, plan, self.workers, self._session, self._send_end)
 
     @property
     def workers(self) -> int:

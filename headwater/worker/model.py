@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.errors import GradientError, NonFiniteError, RegistrationError
 from headwater.kernels import finite_sum, stage
-from headwater.runtime.session import Session
+from headwater.runtime.client import Client
 from headwater.spec.declaration import model_difference
 from headwater.spec.layout import Layout
 from headwater.spec.rules import Rule
@@ -54,7 +54,7 @@ class Model:
     """
 
     def __init__(
-        self, session: Session, spec: m.ModelSpec, names: Iterable[str] = (), nonfinite: NonFinite = "raise"
+        self, session: Client, spec: m.ModelSpec, names: Iterable[str] = (), nonfinite: NonFinite = "raise"
     ) -> None:
         check_nonfinite(nonfinite)
         self.name = spec.name
@@ -220,7 +220,7 @@ class Model:
             runs, buffers = self._payload(server, carried.tensors, self._memory.parameters)
             return Outgoing(m.Assign(number, carried, runs), buffers)
 
-        self._session.settle(self._session.call(outgoing, "assign"))
+        self._session.call(outgoing, "assign")
 
     # ── for the worker ──────────────────────────────────────────────────────────────────────────
 
@@ -298,10 +298,10 @@ class Model:
         if isinstance(self._memory, Window):
             self._memory.renew()
 
-    def offer(self, server: int, shared: bool) -> Outgoing | None:
+    def offer(self, server: int, shared: bool, anew: bool) -> Outgoing | None:
         """The frame that gives the window to a server that knows this model as registered by this member, or
         tells it that there is none."""
-        if self.id < 0:
+        if self.id < 0 or not anew:
             return None
         window, descriptors = self._given(shared)
         return Outgoing(m.Renew(self.id, window), (), descriptors)
@@ -315,19 +315,19 @@ class Model:
 
     def release(self) -> None:
         """Give the window's descriptor back; its memory lives as long as arrays made from it."""
-        if self in self._session.memories:
-            self._session.memories.remove(self)
+        if self in self._session.machine.connections.buffers:
+            self._session.machine.connections.buffers.remove(self)
         if isinstance(self._memory, Window):
             self._memory.release()
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
     def _join(self, outgoing: Callable[[int, int], Outgoing], what: str) -> None:
-        self._session.memories.append(self)
+        self._session.machine.connections.buffers.append(self)
         try:
             answer = self._call(outgoing, f"{what} {self.name!r}", lambda server, _: self.incoming(server))
         except BaseException:
-            self._session.memories.remove(self)
+            self._session.machine.connections.buffers.remove(self)
             raise
         assert answer.model is not None
         if answer.notice:
@@ -335,7 +335,7 @@ class Model:
         self.id = answer.model
         for rules in answer.rules:
             self.settings.arrived(rules, joined=True)
-        self._session.receivers[self.id] = self
+        self._session.machine.receivers[self.id] = self.incoming
         self.written()
 
     def _call(
@@ -345,7 +345,8 @@ class Model:
         place: Callable[[int, m.Answer], Sequence[Array]],
     ) -> m.Answer:
         """An exchange whose answers' payload goes where `place` says."""
-        return self._session.settle(self._session.call(outgoing, what, place))
+        answer: m.Answer = self._session.call(outgoing, what, place)
+        return answer
 
     def _is_shared(self, server: int) -> bool:
         return self._session.shares[server] and isinstance(self._memory, Window)

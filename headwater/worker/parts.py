@@ -12,7 +12,7 @@ from typing import Protocol
 
 from headwater import messages as m
 from headwater.machines.splits import part_of
-from headwater.worker.leases import LeaseClient
+from headwater.runtime.client import Client
 from headwater.worker.plan import ReadPlan
 
 _log = logging.getLogger("headwater.worker")
@@ -107,14 +107,14 @@ class StaticPart:
 
 
 class LeasedSplits:
-    """A call whose splits all workers lease. `on_wait`: as for `LeaseClient.next`."""
+    """A call whose splits all workers lease. `on_wait`: as for `Client.next_split`."""
 
     def __init__(
-        self, number: int, plan: ReadPlan, workers: int, leases: LeaseClient, on_wait: Callable[[], None]
+        self, number: int, plan: ReadPlan, workers: int, client: Client, on_wait: Callable[[], None]
     ) -> None:
         self.left = False
         self._number, self._plan = number, plan
-        self._leases, self._on_wait = leases, on_wait
+        self._client, self._on_wait = client, on_wait
         self._mine = self._rest = self._last = 0
         self._pending: list[m.Span] = []
         self._over = True  # until the coordinator says otherwise
@@ -122,7 +122,7 @@ class LeasedSplits:
 
     def next_piece(self) -> tuple[int, range] | None:
         self._over = False  # whatever becomes of the request, the coordinator is told of the end
-        leased = self._leases.next(self._request, self._on_wait)
+        leased = self._client.next_split(self._request, self._on_wait)
         if leased is None:
             self._over = True
             self.planned = self._mine
@@ -156,7 +156,7 @@ class LeasedSplits:
         if not self._over:
             self._over = True
             left = self._rest + (self._last if interrupted and self._pending else 0)
-            self._leases.finish(m.Finish(self._number, left, stopped))
+            self._client.tell(m.Finish(self._number, left, stopped))
             self.planned = self._mine - left
 
     def _request(self, number: int) -> m.Lease:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.runtime.session import Session
+from headwater.runtime.client import Client
 from headwater.wire.security import PLAIN, Security
 from headwater.worker.model import Model
 
@@ -19,7 +19,7 @@ def read_parameters(
     Raises:
         ConnectionLostError: a node is gone.
     """
-    session = Session(coordinator, "observer", security=security)
+    session = Client(coordinator, "observer", security=security)
     try:
         models = []
         for info in session.describe().models:
@@ -33,8 +33,7 @@ def read_parameters(
         }
         for model in models:
             model.release()
-        session.ask(m.Leave, "leave")
-        session.membership.tell(m.Departed(session.welcome.member.id))
+        session.leave(finished=True)
         return answer.version, values
     finally:
         session.close()

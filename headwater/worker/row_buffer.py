@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.errors import ConnectionLostError
 from headwater.kernels.arrange import Ids, Plan
-from headwater.runtime.session import Session
+from headwater.runtime.client import Client
 from headwater.wire.channel import Outgoing
 from headwater.wire.scratch import Scratch
 
@@ -37,11 +37,11 @@ class RowSlice:
 class RowBuffer:
     """For all tables of one worker."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Client) -> None:
         self._session = session
         self._scratch = Scratch(shared=any(session.shares))
         self._announced = 0
-        session.memories.append(self)
+        session.machine.connections.buffers.append(self)
 
     def take(self, plan: Plan, dim: int) -> RowSlice:
         """A place with the plan's ids written to it. A pull under way must have arrived before.
@@ -94,7 +94,7 @@ class RowBuffer:
             self._scratch.renew()
             self._announced = self._scratch.generation
 
-    def offer(self, server: int, shared: bool) -> Outgoing | None:
+    def offer(self, server: int, shared: bool, anew: bool) -> Outgoing | None:
         """The frame that gives the window to a server; without one it takes what follows a message."""
         if not shared or not self._scratch.shared or not self._scratch.generation:
             return None

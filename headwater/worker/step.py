@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from headwater import messages as m
-from headwater.runtime.session import Session
+from headwater.runtime.client import Client
 from headwater.wire.channel import Outgoing
 from headwater.worker.model import Model
 from headwater.worker.row_buffer import RowBuffer, RowSlice
@@ -24,7 +24,7 @@ class StepExchange:
 
     def __init__(
         self,
-        session: Session,
+        session: Client,
         memory: RowBuffer,
         models: Iterable[Model],
         tables: Iterable[Table],
@@ -60,10 +60,9 @@ class StepExchange:
         self._position = position
         ids = read if isinstance(read, bool) else tuple(model.id for model in read)
         self._memory.announce()
-        current = self._session.call(
+        answer: m.Answer = self._session.call(
             lambda server, number: self._outgoing(server, number, step, ids), f"step {step}", self._places
         )
-        answer = self._session.settle(current)
         assert answer.result is not None
         self._told(answer.rules)
         for table, place in self._pulled.items():
@@ -118,6 +117,6 @@ class StepExchange:
     def _parts(self, places: dict[Table, RowSlice], server: int) -> tuple[m.Rows, ...]:
         return tuple(self._memory.part(place, table.id, server) for table, place in places.items())
 
-    def _places(self, server: int, answer: m.Answer) -> list[Any]:
-        values = self._session.places(server, answer)
+    def _places(self, server: int, answer: m.Answer) -> Sequence[Any]:
+        values = self._session.machine.values(server, answer)
         return [*values, *self._memory.incoming(list(self._pulled.values()), server)]

@@ -15,7 +15,7 @@ from headwater import messages as m
 from headwater.errors import GradientError, NonFiniteError, RegistrationError
 from headwater.kernels import finite, stage
 from headwater.kernels.arrange import Ids, Plan, arrange, as_ids
-from headwater.runtime.session import Session
+from headwater.runtime.client import Client
 from headwater.spec.declaration import table_difference
 from headwater.spec.rules import Rule
 from headwater.spec.schedules import Schedule
@@ -51,7 +51,7 @@ class Table:
     """
 
     def __init__(
-        self, session: Session, memory: RowBuffer, spec: m.TableSpec, nonfinite: NonFinite = "raise"
+        self, session: Client, memory: RowBuffer, spec: m.TableSpec, nonfinite: NonFinite = "raise"
     ) -> None:
         check_nonfinite(nonfinite)
         self.name, self.dim = spec.name, spec.dim
@@ -207,12 +207,12 @@ class Table:
         place = self._memory.take(plan, self.dim)
         try:
             self._memory.announce()
-            current = self._session.call(
+            answer: m.Answer = self._session.call(
                 lambda server, number: self._request(m.PullRows, place, server, number),
                 f"pull of table {self.name!r}",
                 lambda server, _: self._memory.incoming([place], server),
             )
-            self.read_version = self._session.settle(current).version
+            self.read_version = answer.version
             return plan, use(plan, self._memory.rows(place))
         finally:
             self._memory.reset(used)
@@ -337,10 +337,9 @@ class Table:
     def _numbers(self, outgoing: Callable[[int, int], Outgoing], what: str) -> int:
         """The sum of a number that each server answers with."""
         numbers = np.zeros(len(self._session.channels), dtype=np.int64)
-        current = self._session.call(
+        self._session.call(
             outgoing, f"{what} of table {self.name!r}", lambda server, _: [numbers[server : server + 1]]
         )
-        self._session.settle(current)
         return int(numbers.sum())
 
     def _checked(self, shape: tuple[int, ...], grads: Any) -> Array:

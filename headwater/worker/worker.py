@@ -11,8 +11,8 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 
 from headwater import messages as m
-from headwater.errors import HeadwaterError, RefusedError
-from headwater.runtime.session import Session
+from headwater.errors import HeadwaterError
+from headwater.runtime.client import Client
 from headwater.spec.initializers import Initializer, Zeros
 from headwater.spec.lifetime import AfterCount, Expiry
 from headwater.spec.rules import Rule
@@ -20,7 +20,6 @@ from headwater.spec.sync import Mode
 from headwater.spec.user_settings import unpack
 from headwater.wire.security import PLAIN, Security
 from headwater.worker.batches import Batches, DataReader, Splits
-from headwater.worker.finishing import wait_for_others
 from headwater.worker.model import Model
 from headwater.worker.model_spec import Group, NonFinite, check_weight, specify, specify_table
 from headwater.worker.plan import SplitKind, plan_of
@@ -62,7 +61,7 @@ class Worker:
     """
 
     def __init__(self, address: str, rank: int | None = None, *, security: Security = PLAIN) -> None:
-        self._session = Session(address, "worker", rank, security=security)
+        self._session = Client(address, "worker", rank, security=security)
         welcome = self._session.welcome
         self.rank = welcome.member.index
         self.workers = welcome.workers
@@ -287,7 +286,7 @@ class Worker:
     def _meet(self, kind: Any, values: dict[str, float]) -> dict[str, float]:
         self._session.check_open(kind)
         self._feed.settle()
-        answer = self._session.ask(lambda number: m.Meet(number, kind, values), kind)
+        answer: m.Answer = self._session.ask(lambda number: m.Meet(number, kind, values), kind)
         for model in self._models.values():
             model.outdated()
         assert answer.sums is not None
@@ -322,7 +321,7 @@ class Worker:
             return
         self._told = time.monotonic()
         own = self.statistics()
-        self._session.membership.tell(
+        self._session.tell(
             m.Progress(
                 member=self._session.welcome.member.id,
                 rank=self.rank,
@@ -368,10 +367,9 @@ class Worker:
         try:
             if self._session.usable():
                 self._feed.settle()
-                self._leave()
+                self._session.leave_log()
                 self._tell(now=True)
-                self._session.hang_up()
-                wait_for_others(self._session)
+                self._session.wait_for_others()
         finally:
             self._close()
 
@@ -381,17 +379,11 @@ class Worker:
             if self._session.usable():
                 if finished:
                     self._feed.settle()
-                self._leave()
+                self._session.leave_log()
                 self._tell(now=True)
-                self._session.membership.tell(m.Departed(self._session.welcome.member.id, finished))
+                self._session.depart(finished)
         finally:
             self._close()
-
-    def _leave(self) -> None:
-        try:
-            self._session.ask(m.Leave, "leave")
-        except RefusedError as error:
-            _log.info("worker %d had left already: %s", self.rank, error)  # its answer was lost on the way
 
     def _close(self) -> None:
         self._session.close()

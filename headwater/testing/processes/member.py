@@ -191,7 +191,7 @@ class Member(Client, Process):
         if self.call is None:
             self._wake()
         elif self.outstanding:
-            self._exchange.repeat()
+            self._exchange = Exchange(self._exchange.number, self.world.servers)
             self._send()
 
     def _offer_windows(self, end: End) -> None:
@@ -395,7 +395,8 @@ class Member(Client, Process):
     def _settle(self) -> None:
         assert self.call is not None
         try:
-            answer = self._exchange.answer()
+            answer = self._exchange.outcome()
+            assert isinstance(answer, m.Answer)
         except ProtocolError:
             raise
         except HeadwaterError as error:
