@@ -375,7 +375,7 @@ class _LineSearch:
 
     def _zoom(self, one: _Point, other: _Point) -> Generator[Command, float | Sequence[float] | None, _Found]:
         """Close in on a minimum between two points; the lower one is the best so far."""
-        low, high = (one, other) if one.loss <= other.loss else (other, one)
+        low, high = (other, one) if other.loss < one.loss else (one, other)
         stuck = False
         while self._rounds < _MOST_TRIALS:
             if abs(high.t - low.t) * self._reach < self._settings.tolerance_change:
@@ -394,7 +394,7 @@ class _LineSearch:
             new = yield from self._evaluate(t, (self._origin, low, high))
             self._rounds += 1
             if self._insufficient(new) or not new.loss < low.loss:
-                low, high = (low, new) if low.loss <= new.loss or math.isnan(new.loss) else (new, low)
+                low, high = (new, low) if new.loss < low.loss else (low, new)
                 continue
             if self._flat(new):
                 return self._found(new)
