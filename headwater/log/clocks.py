@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 
 class Clocks:
@@ -36,8 +36,12 @@ class Clocks:
             if clock == self.slowest:
                 self.slowest = min(self._workers_at, default=0)
 
-    def slowest_after(self, clocks: Iterable[int]) -> int:
+    def slowest_after(self, clocks: Sequence[int]) -> int:
         """What `slowest` will be when workers with these clocks have finished a step each."""
+        if self._workers_at[self.slowest] > len(clocks):
+            return self.slowest
+        if len(self._workers_at) == 1 and len(clocks) == self._size:
+            return self.slowest + 1
         advanced = Counter(clocks)
         if self._workers_at[self.slowest] > advanced[self.slowest]:
             return self.slowest

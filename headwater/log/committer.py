@@ -11,12 +11,13 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 from headwater import messages as m
 from headwater.errors import ConfigurationError
-from headwater.log.pending import PendingExchange, ReadySteps, Stage, by_rank, ids, weights_of
+from headwater.log.pending import COMMITTED, READY, PendingExchange, ReadySteps, by_rank, ids, weights_of
 from headwater.log.writer import LogWriter
-from headwater.spec.sync import Commits, Mode, Wait
+from headwater.spec.sync import Commits, Mode, PendingStep, Wait
 
 
 class Committer:
@@ -47,14 +48,14 @@ class Committer:
     def admit(self, step: PendingExchange) -> None:
         """Have an active worker's step committed in time, or tell it that it is late."""
         if counts := self._mode.may_count(step.missed):
-            self._pending.move(step, Stage.READY)
+            self._pending.move(step, READY)
         else:
             self._writer.write(m.Late(self._writer.next, step.id, counts.reason))
             self._writer.done(step)
 
     def recovered(self, step: PendingExchange) -> None:
         """A step is in the log already: the sequencer that wrote it was lost before it answered."""
-        self._pending.move(step, Stage.COMMITTED)
+        self._pending.move(step, COMMITTED)
         self._release(step)
 
     # ── commits ─────────────────────────────────────────────────────────────────────────────────
@@ -77,16 +78,13 @@ class Committer:
         Raises:
             ConfigurationError: the mode chose what it was not asked about, or a step twice, or nothing.
         """
-        groups = [
-            by_rank(step for step in group if isinstance(step, PendingExchange)) for group in choice.groups
-        ]
-        steps = {step for group in groups for step in group if step.stage is Stage.READY}
-        if not groups or not all(groups) or len(steps) != sum(map(len, choice.groups)):
+        ready = {step for group in choice.groups for step in group if _is_ready(step)}
+        if not ready or not all(choice.groups) or len(ready) != sum(map(len, choice.groups)):
             raise ConfigurationError(
                 f"mode {self._mode}: next() chose {choice.groups!r}: choose at least one group, in each "
                 f"group at least one of the pending steps, and no step twice"
             )
-        return groups
+        return [by_rank(cast(tuple[PendingExchange, ...], group)) for group in choice.groups]
 
     def _close(self, steps: list[PendingExchange]) -> bool:
         """Commit these; where gradients are clipped, once it is known how large they are. Whether it did."""
@@ -104,17 +102,25 @@ class Committer:
 
     def _commit(self, steps: list[PendingExchange], norms: tuple[tuple[int, float], ...] = ()) -> None:
         """Commit these as one update; those are answered with it whose answers the mode does not withhold."""
-        slowest = self._state.clocks.slowest_after(step.clock for step in steps)
-        answered = [step for step in steps if self._mode.may_read(step.clock + 1, slowest)]
-        version = self._state.version + 1
-        weights = weights_of(steps)
-        self._writer.write(m.Committed(self._writer.next, version, ids(steps), ids(answered), norms, weights))
-        for step in steps:
-            self._writer.measures.forget(step)
-            self._pending.move(step, Stage.COMMITTED)
+        clocks = [step.state.clock for step in steps]
+        slowest = self._state.clocks.slowest_after(clocks)
+        may_read = self._mode.may_read
+        answered = [step for step, clock in zip(steps, clocks, strict=True) if may_read(clock + 1, slowest)]
+        updates, version = ids(steps), self._state.version + 1
+        told = updates if len(answered) == len(steps) else ids(answered)
+        self._writer.write(m.Committed(self._writer.next, version, updates, told, norms, weights_of(steps)))
         for step in answered:
             self._writer.done(step)
+        if told is not updates:
+            self._withhold(steps)
         self._committed()
+
+    def _withhold(self, steps: list[PendingExchange]) -> None:
+        """Those of them that were committed and not answered wait for their answers."""
+        for step in steps:
+            if step.stage is READY:
+                self._writer.measures.forget(step)
+                self._pending.move(step, COMMITTED)
 
     # ── answers that were withheld ──────────────────────────────────────────────────────────────
 
@@ -123,10 +129,15 @@ class Committer:
         slowest = self._state.clocks.slowest
         if slowest != self._slowest:
             self._slowest = slowest
-            for step in self._pending.at(Stage.COMMITTED):
+            for step in self._pending.at(COMMITTED):
                 self._release(step)
 
     def _release(self, step: PendingExchange) -> None:
         if self._mode.may_read(step.clock, self._state.clocks.slowest):
             self._writer.write(m.Served(self._writer.next, step.id, "step"))
             self._writer.done(step)
+
+
+def _is_ready(step: PendingStep) -> bool:
+    """Whether a mode may choose this: one of those that it was asked about."""
+    return isinstance(step, PendingExchange) and step.stage is READY

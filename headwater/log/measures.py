@@ -73,7 +73,7 @@ class Measures:
 
     def forget(self, exchange: PendingExchange) -> None:
         """Its exchange is over, or measured otherwise."""
-        measure = self._of.get(exchange.member)
+        measure = self._of.get(exchange.member) if self._of else None
         if measure is not None:
             del self._at[measure.position]
             for member, _ in measure.key:

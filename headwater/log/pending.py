@@ -21,35 +21,45 @@ from headwater.log.state import LogState, MemberState
 from headwater.messages import ExchangeId, Held
 
 
-class Stage(enum.Enum):
-    """How far a member's exchange has come; the value is in words for whoever reads a trace."""
+class Stage(enum.IntEnum):
+    """How far a member's exchange has come."""
 
-    IDLE = "nothing is outstanding"
-    ARRIVING = "some servers hold it"
-    COMPLETE = "every server holds it; it is being decided, or waits for all declared workers to have joined"
-    DECLARING = "a registration waits for the worker that declares the model"
-    MEETING = "it waits in a barrier or a sum"
-    SCHEDULED = "a checkpoint waits for its version"
-    RESUMING = "a step after the end of its worker's batches waits until nobody is active"
-    READY = "a step may be committed as soon as the mode says so"
-    COMMITTED = "a step is committed, and its answer withheld until the mode allows it"
+    IDLE = 0
+    """Nothing is outstanding."""
+    ARRIVING = 1
+    """Some servers hold it."""
+    COMPLETE = 2
+    """Every server holds it: it is being decided, or waits for all declared workers to have joined."""
+    DECLARING = 3
+    """A registration waits for the worker that declares the model."""
+    MEETING = 4
+    """It waits in a barrier or a sum."""
+    SCHEDULED = 5
+    """A checkpoint waits for its version."""
+    RESUMING = 6
+    """A step after the end of its worker's batches waits until nobody is active."""
+    READY = 7
+    """A step may be committed as soon as the mode says so."""
+    COMMITTED = 8
+    """A step is committed, and its answer withheld until the mode allows it."""
 
 
-_OVER = frozenset({Stage.IDLE, Stage.ARRIVING})
+IDLE, ARRIVING, COMPLETE, DECLARING, MEETING, SCHEDULED, RESUMING, READY, COMMITTED = Stage
+"""As plain names: looking one up in its class takes longer than deciding what it means."""
+
+_OVER = frozenset({IDLE, ARRIVING})
 """After its answer an exchange is over, or what has arrived of it in a newer connection epoch remains."""
 
 MOVES: Mapping[Stage, frozenset[Stage]] = {
-    Stage.IDLE: frozenset({Stage.ARRIVING}),
-    Stage.ARRIVING: _OVER | {Stage.COMPLETE},
-    Stage.COMPLETE: _OVER.union(
-        {Stage.DECLARING, Stage.MEETING, Stage.SCHEDULED, Stage.RESUMING, Stage.READY, Stage.COMMITTED}
-    ),
-    Stage.DECLARING: _OVER,
-    Stage.MEETING: _OVER,
-    Stage.SCHEDULED: _OVER,
-    Stage.RESUMING: _OVER | {Stage.READY},
-    Stage.READY: _OVER | {Stage.COMMITTED},
-    Stage.COMMITTED: _OVER,
+    IDLE: frozenset({ARRIVING}),
+    ARRIVING: _OVER | {COMPLETE},
+    COMPLETE: _OVER.union({DECLARING, MEETING, SCHEDULED, RESUMING, READY, COMMITTED}),
+    DECLARING: _OVER,
+    MEETING: _OVER,
+    SCHEDULED: _OVER,
+    RESUMING: _OVER | {READY},
+    READY: _OVER | {COMMITTED},
+    COMMITTED: _OVER,
 }
 """From each stage to those that may follow it."""
 
@@ -69,7 +79,7 @@ class PendingExchange:
     member: int
     state: MemberState
     log: LogState
-    stage: Stage = Stage.IDLE
+    stage: Stage = IDLE
     held: Held | None = None
     holders: dict[int, int] = field(default_factory=dict)
     connection_epoch: int = 0
@@ -95,7 +105,7 @@ class PendingExchange:
     @property
     def waits(self) -> bool:
         """Whether the exchange is complete and has no answer yet."""
-        return self.stage not in _OVER
+        return self.stage > ARRIVING
 
     @property
     def rank(self) -> int:
@@ -125,7 +135,7 @@ class PendingExchanges:
         self.of: dict[int, PendingExchange] = {}
         self._log = log
         self._everybody = (1 << servers) - 1
-        self._in: dict[Stage, dict[int, PendingExchange]] = {stage: {} for stage in Stage}
+        self._in: list[dict[int, PendingExchange]] = [{} for _ in Stage]
         self._early: list[tuple[int, Held]] = []
         for member in log.members:
             self.add(member)
@@ -151,12 +161,12 @@ class PendingExchanges:
     def move(self, exchange: PendingExchange, stage: Stage) -> None:
         """It has come so far now."""
         before = exchange.stage
-        assert stage in MOVES[before], f"{exchange.what} of member {exchange.member}: {before} → {stage}"
+        assert stage in MOVES[before], f"{exchange.what} of member {exchange.member}: {before!r} → {stage!r}"
         del self._in[before][exchange.member]
         self._in[stage][exchange.member] = exchange
         exchange.stage = stage
-        if exchange.rank >= 0:
-            self.waiting += (stage not in _OVER) - (before not in _OVER)
+        if exchange.state.rank >= 0:
+            self.waiting += (stage > ARRIVING) - (before > ARRIVING)
 
     def count(self, stage: Stage) -> int:
         """How many are in a stage."""
@@ -164,7 +174,8 @@ class PendingExchanges:
 
     def at(self, stage: Stage) -> list[PendingExchange]:
         """Those in a stage, in rank order."""
-        return by_rank(self._in[stage].values())
+        there = self._in[stage]
+        return by_rank(there.values()) if there else []
 
     def all_wait(self) -> bool:
         """Whether every worker waits, and there is one."""
@@ -185,7 +196,7 @@ class PendingExchanges:
             elif exchange is not None and self.hold(exchange, server, one):
                 if not exchange.waits:
                     exchange.since = now
-                    self.move(exchange, Stage.COMPLETE)
+                    self.move(exchange, COMPLETE)
                 yield exchange
 
     def hear_early(self, now: float) -> Iterator[PendingExchange]:
@@ -205,8 +216,8 @@ class PendingExchanges:
             if exchange.waits:
                 return False
             exchange.held, exchange.holders = held, {}
-            if exchange.stage is Stage.IDLE:
-                self.move(exchange, Stage.ARRIVING)
+            if exchange.stage is IDLE:
+                self.move(exchange, ARRIVING)
         elif held.number < exchange.held.number:
             return False
         before = exchange.holders.get(held.connection_epoch, 0)
@@ -224,8 +235,8 @@ class PendingExchanges:
             newer = {
                 epoch: mask for epoch, mask in exchange.holders.items() if epoch > exchange.connection_epoch
             }
-        if exchange.stage is not Stage.IDLE:
-            self.move(exchange, Stage.ARRIVING if newer else Stage.IDLE)
+        if exchange.stage is not IDLE:
+            self.move(exchange, ARRIVING if newer else IDLE)
         exchange.holders = newer
         if not newer:
             exchange.held = None
@@ -248,23 +259,26 @@ class ReadySteps:
         return len(self._log.clocks)
 
     def __len__(self) -> int:
-        return self._exchanges.count(Stage.READY)
+        return self._exchanges.count(READY)
 
     def __iter__(self) -> Iterator[PendingExchange]:
-        return iter(self._exchanges.at(Stage.READY))
+        return iter(self._exchanges.at(READY))
 
 
 def by_rank(exchanges: Iterable[PendingExchange]) -> list[PendingExchange]:
     """In rank order."""
-    return sorted(exchanges, key=lambda exchange: exchange.state.rank)
+    found = list(exchanges)
+    if len(found) > 1:
+        found.sort(key=lambda exchange: exchange.state.rank)
+    return found
 
 
 def ids(exchanges: Iterable[PendingExchange]) -> tuple[ExchangeId, ...]:
     """Of these outstanding exchanges."""
-    return tuple(exchange.id for exchange in exchanges)
+    return tuple([exchange.id for exchange in exchanges])
 
 
 def weights_of(steps: Iterable[PendingExchange]) -> tuple[float, ...]:
     """What each of these counts in a mean; empty where each counts 1."""
-    weights = tuple(step.held.weight for step in steps if step.held is not None)
-    return () if all(weight == 1.0 for weight in weights) else weights
+    weights = [step.held.weight for step in steps if step.held is not None]
+    return () if weights.count(1.0) == len(weights) else tuple(weights)

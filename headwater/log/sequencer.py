@@ -57,7 +57,16 @@ from collections.abc import Callable, Iterable, Sequence
 from headwater import messages as m
 from headwater.errors import RefusedError
 from headwater.log.committer import Committer
-from headwater.log.pending import PendingExchange, Stage, ids
+from headwater.log.pending import (
+    COMPLETE,
+    DECLARING,
+    MEETING,
+    READY,
+    RESUMING,
+    SCHEDULED,
+    PendingExchange,
+    ids,
+)
 from headwater.log.recovery import find
 from headwater.log.state import LogState
 from headwater.log.waits import Waits
@@ -238,7 +247,7 @@ class Sequencer:
         assert exchange.held is not None
         if exchange.held.number == exchange.state.answered:
             self._serve(exchange)
-        elif exchange.stage is Stage.COMPLETE:
+        elif exchange.stage is COMPLETE:
             self._on_held[exchange.kind](exchange)
 
     def _serve(self, exchange: PendingExchange) -> None:
@@ -254,11 +263,11 @@ class Sequencer:
         elif self.standings.may_supply(exchange.state):
             self._writer.write(m.Registered(self._writer.next, exchange.id, name))
             self._writer.done(exchange)
-            for other in self._pending.at(Stage.DECLARING):
+            for other in self._pending.at(DECLARING):
                 if other.held is not None and other.held.name == name:
                     self._serve(other)
-        elif exchange.stage is not Stage.DECLARING:
-            self._pending.move(exchange, Stage.DECLARING)
+        elif exchange.stage is not DECLARING:
+            self._pending.move(exchange, DECLARING)
 
     def _declare(self, exchange: PendingExchange) -> None:
         """A table has no initial values, so whoever comes first declares it."""
@@ -284,7 +293,7 @@ class Sequencer:
         """A step of a worker that ended its batches makes it active again; in rounds only together
         with everybody, since who is in a round must not depend on timing."""
         if self._mode.rounds:
-            self._pending.move(exchange, Stage.RESUMING)
+            self._pending.move(exchange, RESUMING)
         else:
             self._activate([exchange])
             self._step(exchange)
@@ -298,7 +307,7 @@ class Sequencer:
     def _meet(self, exchange: PendingExchange) -> None:
         if not self.standings.started:
             return
-        self._pending.move(exchange, Stage.MEETING)
+        self._pending.move(exchange, MEETING)
         if exchange.state.phase != "meeting":
             self._writer.write(
                 m.Retired(self._writer.next, exchange.member, False, f"waits in a {exchange.kind}")
@@ -316,7 +325,7 @@ class Sequencer:
         self._writer.done(exchange)
 
     def _checkpoint(self, exchange: PendingExchange) -> None:
-        self._pending.move(exchange, Stage.SCHEDULED)
+        self._pending.move(exchange, SCHEDULED)
         self._take_snapshots()
 
     # ── membership ──────────────────────────────────────────────────────────────────────────────
@@ -331,7 +340,7 @@ class Sequencer:
         if self.standings.started:
             self._activate_new()
             if not started:
-                for exchange in self._pending.at(Stage.COMPLETE):
+                for exchange in self._pending.at(COMPLETE):
                     self._on_held[exchange.kind](exchange)
 
     def _activate_new(self) -> None:
@@ -355,8 +364,8 @@ class Sequencer:
         if self.standings.started:
             self._steps.commit_ready(self._now)
             self._steps.release()
-            for exchange in self._pending.at(Stage.DECLARING):
-                if exchange.stage is Stage.DECLARING:  # the one before it may have declared for it
+            for exchange in self._pending.at(DECLARING):
+                if exchange.stage is DECLARING:  # the one before it may have declared for it
                     self._register(exchange)
             if self._pending.all_wait() and not self.standings.clocks:
                 self._release_meeting()
@@ -370,7 +379,7 @@ class Sequencer:
 
     def _take_snapshots(self) -> None:
         """At the first version that each who asked for one waits for."""
-        for exchange in self._pending.at(Stage.SCHEDULED):
+        for exchange in self._pending.at(SCHEDULED):
             assert exchange.held is not None
             if self.version >= int(exchange.held.name or 0):
                 self._writer.write(m.Checkpointed(self._writer.next, exchange.id))
@@ -387,10 +396,10 @@ class Sequencer:
             self._writer.write(m.Met(self._writer.next, ids(workers)))
             for exchange in workers:
                 self._writer.done(exchange)
-        elif resuming := self._pending.at(Stage.RESUMING):
+        elif resuming := self._pending.at(RESUMING):
             self._activate(resuming)
             for exchange in resuming:
-                self._pending.move(exchange, Stage.READY)
+                self._pending.move(exchange, READY)
             self._steps.commit_ready(self._now)
 
     def _fail_stalled(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from headwater.log.measures import Measures
-from headwater.log.pending import PendingExchange, PendingExchanges, Stage
+from headwater.log.pending import COMMITTED, READY, PendingExchange, PendingExchanges
 from headwater.log.state import LogState
 from headwater.spec.sync import Mode
 
@@ -34,7 +34,7 @@ class Waits:
         if not self.log.started and not (exchange.kind == "register" and 0 not in missing):
             return f"{exchange.what} waits for {_list('worker', missing)} to join"
         present = self.pending.present
-        if exchange.stage is Stage.READY and present + len(self.log.finished) < self.min_workers:
+        if exchange.stage is READY and present + len(self.log.finished) < self.min_workers:
             workers = f"{present} worker{'s' * (present > 1)} present"
             return f"training waits: {workers}, min_workers is {self.min_workers}"
         return f"{exchange.what} waits for {self._whom(exchange)}"
@@ -44,17 +44,17 @@ class Waits:
         active = [other for other in others if other.state.phase == "active"]
         if exchange.kind == "register":
             return f"{_named((active or others)[:1])} to declare the model"
-        if exchange.stage is Stage.COMMITTED:
+        if exchange.stage is COMMITTED:
             slowest = self.log.clocks.slowest
             reason = self.mode.may_read(exchange.clock, slowest).reason
             return f"{_named([other for other in active if other.clock == slowest])}: {reason}"
         if missing := self.measures.missing(exchange):
             return f"{_list('server', missing)} to say how large the gradients are"
-        if exchange.stage is Stage.READY:
-            named = _named([other for other in active if other.stage is not Stage.READY])
+        if exchange.stage is READY:
+            named = _named([other for other in active if other.stage is not READY])
             return f"{named}: {self.reason}" if self.reason else named
         going_on = [other for other in others if not other.waits]
-        return _named(going_on or [other for other in others if other.stage is Stage.READY])
+        return _named(going_on or [other for other in others if other.stage is READY])
 
 
 def _named(workers: Iterable[PendingExchange]) -> str:
