@@ -43,7 +43,9 @@ class Waits:
         others = [other for other in self.pending.workers() if other is not exchange]
         active = [other for other in others if other.state.phase == "active"]
         if exchange.kind == "register":
-            return f"{_named((active or others)[:1])} to declare the model"
+            if first := (active or others)[:1]:
+                return f"{_named(first)} to declare the model"
+            return f"{_list('worker', self.log.missing_ranks())} to join"
         if exchange.stage is COMMITTED:
             slowest = self.log.clocks.slowest
             reason = self.mode.may_read(exchange.clock, slowest).reason

@@ -13,10 +13,11 @@ from typing import Any
 
 from headwater import messages as m
 from headwater.errors import HeadwaterError, ProtocolError
-from headwater.machines.roster import Departure, RosterBook
+from headwater.machines.roster import Departure
 from headwater.runtime.server.sequencing import Policy
 from headwater.shard.replica import MaterializedEntry
 from headwater.shard.snapshot import ShardSnapshot
+from headwater.spec.cluster import ClusterSettings
 from headwater.spec.sync import Mode, parse_sync
 from headwater.testing.faults import Fault
 from headwater.testing.invariants import ALWAYS, COUNTED, Invariant
@@ -28,7 +29,15 @@ from headwater.testing.processes.host import Host
 from headwater.testing.processes.member import Member
 from headwater.testing.processes.network import SPEEDS_S, Network, Process
 from headwater.testing.processes.shard import WatchedShard
-from headwater.testing.processes.times import DEADLINE_S, HEARTBEAT_S, LEASE_S, SETTLED_S, START_S
+from headwater.testing.processes.times import (
+    DEADLINE_S,
+    HEARTBEAT_S,
+    LEASE_S,
+    NO_LEASE_S,
+    PATIENCE_S,
+    SETTLED_S,
+    START_S,
+)
 from headwater.testing.workload import Workload
 
 
@@ -99,9 +108,17 @@ class World:
         self.accounts = None if workload is None else Accounts(self, workload)
         checked = [kind(self) for kind in (*ALWAYS, *(COUNTED if workload is not None else ()), *invariants)]
         self._told = {name: _who_hears(checked, name) for name in _EVENTS}
-        self.coordinator = Coordinator(self.network, self, RosterBook(workers, servers, lease_s=LEASE_S))
-        if beats:
-            self.coordinator.watch_leases()
+        self._settings = ClusterSettings(
+            workers,
+            servers,
+            self.mode,
+            patience=PATIENCE_S,
+            deadline=DEADLINE_S,
+            lease=LEASE_S if beats else NO_LEASE_S,
+            replicas=replicas,
+            min_workers=min_workers,
+        )
+        self.coordinator = Coordinator(self.network, self, self._settings)
         for role in ("server", "standby")[: 1 + replicas]:
             for index in range(servers):
                 self._start_host(index, "server" if role == "server" else "standby")
@@ -236,6 +253,8 @@ class World:
         if isinstance(process, Member):
             process.dead = True
         process.kill(self.random)
+        if process is self.coordinator:
+            self.agenda.at(self.agenda.now + START_S, self._restart_coordinator)
 
     def note(self, text: str) -> None:
         """Put it into the trace."""
@@ -244,9 +263,12 @@ class World:
 
     # ── as the coordinator sees it ──────────────────────────────────────────────────────────────
 
-    def recorded(self) -> m.DataProgress:
-        """Everybody's positions, as server 0 has them."""
-        return self.shards[0].positions.recorded()
+    def coordinator_dies(self) -> None:
+        """Its process ends, and another one goes on with its record."""
+        self.kill(self.coordinator)
+
+    def _restart_coordinator(self) -> None:
+        self.coordinator = Coordinator(self.network, self, self._settings, self.coordinator.record)
 
     def departed(self, departure: Departure) -> None:
         """A member ended without leaving: an engine starts another in its place."""

@@ -182,6 +182,11 @@ class CoordinatorMachine:
         """Whether every declared worker has done its work, and the cluster has not ended yet."""
         return self.state.book.all_finished() and self.state.stage != "ended"
 
+    def is_waited_for(self) -> bool:
+        """Whether somebody waits for something that ends by itself: an answer of a host, or a join."""
+        moments = [self._hosts.due(), self.members.due(), *self.newcomers.waits_due()]
+        return self.stage == "finishing" or any(moment is not None for moment in moments)
+
     # ── what happens ────────────────────────────────────────────────────────────────────────────
 
     def opened(self, conn: Conn, dialled: str | None, now: float) -> Actions:

@@ -314,10 +314,12 @@ class Newcomers:
 
     def due(self) -> list[float]:
         """When `tick` or `tell_waits` has something to do."""
-        moments = []
-        for phase in self._state.phases.values():
-            if isinstance(phase, Stranger | Invited):
-                moments += [phase.until] if phase.until is not None else []
-            elif isinstance(phase, Joining | Entered):
-                moments += [phase.wait.report, phase.wait.since + self._state.settings.deadline]
-        return moments
+        phases = self._state.phases.values()
+        silent = [one.until for one in phases if isinstance(one, Stranger | Invited)]
+        return [*(until for until in silent if until is not None), *self.waits_due()]
+
+    def waits_due(self) -> list[float]:
+        """When something is to be done about those that wait to join."""
+        phases, deadline = self._state.phases.values(), self._state.settings.deadline
+        waits = [one.wait for one in phases if isinstance(one, Joining | Entered)]
+        return [moment for wait in waits for moment in (wait.report, wait.since + deadline)]

@@ -267,7 +267,7 @@ class EverySample(_Accounting):
         workload, world = self.accounts.workload, self.world
         if world.coordinator.lost or any(not member.ended for member in world.members):
             return
-        recorded = world.recorded()
+        recorded = world.shards[0].positions.recorded()
         if not workload.splits:
             done = {position.rank: place.done for position in recorded.last for place in position.places}
             wanted = dict.fromkeys(range(workload.ranks), workload.steps)

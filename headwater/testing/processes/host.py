@@ -102,7 +102,8 @@ class Host(Process):
 
     def beat(self) -> None:
         """Show the coordinator that it lives, now and from time to time."""
-        self._tell(m.Heartbeat())
+        if self.id:
+            self._tell(m.Heartbeat())
         self.after(HEARTBEAT_S, self.beat, idle=True)
 
     # ── connections ─────────────────────────────────────────────────────────────────────────────
@@ -168,11 +169,31 @@ class Host(Process):
 
     # ── the coordinator's rosters ───────────────────────────────────────────────────────────────
 
-    def _obey(self, end: End, roster: m.AnyMessage) -> None:
-        assert isinstance(roster, m.Roster), roster
-        self._take_roster(roster)
+    def _obey(self, end: End, message: m.AnyMessage) -> None:
+        answer: m.AnyMessage = m.Acknowledged()
+        if isinstance(message, m.Roster):
+            self._take_roster(message)
+        else:
+            assert isinstance(message, m.Ask), message
+            answer = self._statistics()
         if not end.closed:
-            end.send(m.Acknowledged())
+            end.send(answer)
+
+    def _statistics(self) -> m.ServerStatistics:
+        shard = self.shard
+        return m.ServerStatistics(
+            self.id,
+            self.role,
+            self.index,
+            shard.version,
+            shard.position,
+            self._roster.term,
+            shard.exchanges,
+            (),
+            (),
+            self.log.waits(),
+            shard.positions.recorded(),
+        )
 
     def _take_roster(self, roster: m.Roster) -> None:
         if roster.term <= self._roster.term:

@@ -120,6 +120,8 @@ class Member(Client, Process):
             if self._locating:
                 self._locating = False
                 self._connect(message.servers, message.term)
+            else:
+                self._compare(message.servers)
         elif isinstance(message, m.Leased | m.Unleased):
             self._replied(message)
         elif isinstance(message, m.Refused):
@@ -143,17 +145,12 @@ class Member(Client, Process):
 
     def beat(self) -> None:
         """Show the coordinator that it lives, and see whether the servers are the same, now and then."""
-        if not self.ended:
-            self._tell(m.Heartbeat())
-            if self._connected and (end := self.network.dial(self, coordinator.NAME)) is not None:
-                end.listen(lambda frame: self._look(end, frame), lambda: None)
-                end.send(m.GetServers())
+        if self.id and not self.ended:
+            self._tell(m.GetServers() if self._connected else m.Heartbeat())
         self.after(HEARTBEAT_S, self.beat, idle=True)
 
-    def _look(self, end: End, frame: Frame) -> None:
+    def _compare(self, servers: tuple[m.Member, ...]) -> None:
         """A server that is stopped keeps its connections open, so nothing else tells that it was replaced."""
-        end.close()
-        servers = frame.message.servers
         moved = tuple(server.id for server in servers) != tuple(server.id for server in self._servers)
         if moved and len(servers) == self.world.servers and self._connected:
             self._lost()

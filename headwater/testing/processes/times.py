@@ -7,6 +7,9 @@ training than they would with a real lease.
 LEASE_S = 0.3
 """Who is not heard of for so long is declared dead."""
 
+NO_LEASE_S = 1e6
+"""Where nobody sends heartbeats, since nobody is stopped or cut off."""
+
 HEARTBEAT_S = LEASE_S / 3
 
 PATIENCE_S = 0.2
