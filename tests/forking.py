@@ -2,8 +2,8 @@
 
 A test that starts ten nodes pays ten times for importing NumPy, numba and Headwater otherwise, which is
 nearly all that it costs. `Popen` takes what `subprocess.Popen` takes, for `python -c CODE` and for
-`python -m MODULE`. The process gets the same arguments, environment, folder and descriptors, and its end is
-reported in the same way.
+`python -m MODULE`, also behind `ip netns exec NAME`. The process gets the same arguments, environment, folder
+and descriptors, and its end is reported in the same way.
 
 Invariant: no thread runs in the warm interpreter, since none would run in what is forked from it. So it has
 one thread for linear algebra.
@@ -11,6 +11,7 @@ one thread for linear algebra.
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import io
 import json
@@ -65,8 +66,11 @@ class Popen:
         given |= {number: number for number in pass_fds}
         self._status, status = os.pipe()
         theirs.append(status)
+        namespace, command = (command[3], command[4:]) if command[0] == "ip" else (None, command)
+        assert command[0] == sys.executable, command
         order = {
             "arguments": command[1:],
+            "namespace": namespace,
             "environment": dict(os.environ if env is None else env),
             "folder": str(cwd or Path.cwd()),
             "numbers": list(given),
@@ -237,6 +241,8 @@ def _run(order, given):
     """Be a Python process with these arguments."""
     if order["session"]:
         os.setsid()
+    if order["namespace"]:
+        _enter(order["namespace"])
     _place(dict(zip(order["numbers"], given, strict=True)))
     os.environ.clear()
     os.environ.update(order["environment"])
@@ -254,6 +260,13 @@ def _run(order, given):
     else:
         assert what == "-c", arguments
         exec(compile(value, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def _enter(namespace):
+    """Go on in a network namespace with a name."""
+    with open(f"/run/netns/{namespace}") as opened:
+        if ctypes.CDLL(None, use_errno=True).setns(opened.fileno(), 0):
+            raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {namespace}")
 
 
 def _place(wanted):

@@ -16,6 +16,8 @@ import sys
 import threading
 from pathlib import Path
 
+import forking
+
 LOCAL = Path(__file__).parent
 WAIT_S = 90.0
 
@@ -112,7 +114,7 @@ class Node:
 
     def __init__(self, network, host, code, *arguments):
         paths = os.pathsep.join([str(LOCAL.parent), str(LOCAL)])
-        self._process = subprocess.Popen(
+        self._process = forking.spawn(
             [*network.inside(host), sys.executable, "-c", code, json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

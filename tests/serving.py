@@ -49,8 +49,7 @@ class Node:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
         self.what = " ".join(map(str, arguments[:3]))
         self.lines = []
-        start = subprocess.Popen if inside else forking.spawn
-        self.process = start(
+        self.process = forking.spawn(
             command,
             cwd=folder,
             env=environment,

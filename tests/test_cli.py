@@ -196,7 +196,8 @@ def test_an_exception_in_train_shows_rank_and_traceback_without_headwaters_own(c
 
 
 @pytest.mark.timeout(60)
-def test_ctrl_c_stops_everything_within_two_seconds_and_leaves_no_process(script, command):
+def test_ctrl_c_stops_everything_within_two_seconds_and_leaves_no_process(script, command, long):
+    """How long it takes is looked at with `--long` only, when nothing runs beside it."""
     path = script("""
         import time
 
@@ -219,7 +220,7 @@ def test_ctrl_c_stops_everything_within_two_seconds_and_leaves_no_process(script
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, complaint = process.communicate()
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 2.0 or not long
         assert process.returncode == 130
         assert complaint == "headwater: interrupted: everything was stopped\n"
         assert not any(psutil.pid_exists(node["pid"]) for node in nodes)
@@ -228,7 +229,7 @@ def test_ctrl_c_stops_everything_within_two_seconds_and_leaves_no_process(script
         process.communicate()
 
 
-def test_ctrl_c_stops_inline_workers_together(script, command):
+def test_ctrl_c_stops_inline_workers_together(script, command, long):
     path = script("""
         import _thread
         import time
@@ -242,7 +243,7 @@ def test_ctrl_c_stops_inline_workers_together(script, command):
     began = time.monotonic()
     result = command("run", path, "--engine", "inline", "--workers", 4)
     assert result.exit_code == 130
-    assert time.monotonic() - began < 3.5
+    assert time.monotonic() - began < 3.5 or not long
 
 
 # ── status ──────────────────────────────────────────────────────────────────────────────────────
@@ -443,7 +444,13 @@ def test_a_target_is_met_from_its_own_side():
     assert met(1.0, None, True) is None
 
 
-@pytest.mark.parametrize("suite", [name for name in SUITES if name != "table"])  # that fills 2 M rows first
+LONG = ["peers", "rows", "safety", "splits", "table"]
+"""Suites whose cases take long to set up, however little is measured."""
+
+
+@pytest.mark.parametrize(
+    "suite", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in SUITES]
+)
 def test_every_suite_measures_figures_and_limits(command, monkeypatch, suite):
     monkeypatch.setattr(cli_bench, "QUICK", TINY)
     monkeypatch.setattr(latency, "_PINNINGS", {"one core": (0, 0)})

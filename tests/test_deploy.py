@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import typer
 from serving import codes, site
 from waiting import wait_until
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "deploy.md").read_text()
 
 
+@pytest.mark.long
 def test_the_commands_for_plain_processes_run_as_they_stand(tmp_path):
     shutil.copy(ROOT / "examples" / "numpy_only.py", tmp_path / "train.py")
     command = tmp_path / "headwater"

@@ -481,6 +481,7 @@ def compiled_files(folder):
     )
 
 
+@pytest.mark.long
 def test_of_several_processes_one_compiles_and_an_edited_rule_is_compiled_again(tmp_path):
     rule = tmp_path / "my_rule.py"
     rule.write_text("FACTOR = 0.5\n" + HALVE)

@@ -215,6 +215,7 @@ def train(worker):
 """
 
 
+@pytest.mark.long
 def test_nodes_that_headwater_serve_starts_on_three_hosts_end_with_the_same_bits(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     known = dict(zip(("CA", "CERTIFICATE", "KEY"), files(), strict=True))
@@ -245,7 +246,7 @@ def test_training_over_slow_links_ends_with_the_same_bits():
         assert min(trained["seconds"] for _, trained in answers) > 8 * 0.05
 
 
-@pytest.mark.parametrize("host", [2, 3])
+@pytest.mark.parametrize("host", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_a_host_that_is_cut_off_for_less_than_its_lease_goes_on_and_no_step_is_lost_or_doubled(host, long):
     """A server and a worker, or a worker; for so long that its connections are given up, or not."""
     with field(lease=90.0) as (network, at):
@@ -253,7 +254,7 @@ def test_a_host_that_is_cut_off_for_less_than_its_lease_goes_on_and_no_step_is_l
         ranks = [worker.answer()["rank"] for worker in workers]
         go_on(workers)
         network.cut(host)
-        threading.Event().wait(45.0 if long else 3.0)
+        threading.Event().wait(45.0 if long else 1.0)
         network.mend(host)
         go_on(workers)
         lines = [line for node in (*workers, *at.servers) for line in node.lines]
@@ -269,7 +270,8 @@ def test_a_host_that_is_cut_off_for_less_than_its_lease_goes_on_and_no_step_is_l
         assert max(answer["sum"] for answer in answers.values()) == total
 
 
-@pytest.mark.parametrize("host", [2, 3])
+@pytest.mark.xdist_group("leases")
+@pytest.mark.parametrize("host", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_a_host_that_is_cut_off_for_longer_is_refused_and_the_others_go_on(host):
     """Host 3 has a worker; host 2 a worker and a server, whose standby is on host 3."""
     replicas = 1 if host == 2 else 0
@@ -319,7 +321,7 @@ SENDS = """
 import json, sys, threading, time
 from headwater.errors import ConnectionLostError
 from headwater.messages import Heartbeat, Refused
-from headwater.wire.liveness import Life
+from headwater.wire.liveness import PeerLiveness
 from headwater.wire.listener import dial
 from headwater.wire.security import Security
 token, files, address, busy = json.loads(sys.argv[1])
@@ -336,7 +338,7 @@ sending = threading.Thread(target=send)
 sending.start()
 asked = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.readline(), asked.set()), daemon=True).start()
-life, began = Life(1.5), time.monotonic()
+life, began = PeerLiveness(0.75), time.monotonic()
 while channel.fileno() >= 0:
     life.look([channel], time.monotonic())
     if asked.is_set():
@@ -359,7 +361,7 @@ def test_a_host_that_is_gone_is_told_from_one_that_is_busy(busy):
 
         address = node(1, LISTENS, network.address(1), busy).answer()["address"]
         sender = node(2, SENDS, address, busy)
-        threading.Event().wait(5.0)  # the time passes in which a peer that says nothing would be given up
+        threading.Event().wait(2.5)  # the time passes in which a peer that says nothing would be given up
         assert sender.ask() == {"open": True, "sending": True}
         network.cut(1)
         assert sender.answer() == {"given up": True}

@@ -47,7 +47,8 @@ def hanging_up(data):
                 connection.settimeout(DEADLINE)
                 connection.recv(1000)
                 connection.sendall(data)
-                connection.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(OSError):  # the caller may be gone already
+                    connection.shutdown(socket.SHUT_WR)
                 everything(connection)
 
         with running(serve):
