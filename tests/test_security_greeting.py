@@ -1,10 +1,12 @@
 """The greeting without sockets: who shares a token is admitted, and a proof is worth nothing elsewhere."""
 
 import pytest
+from connections import HUGE_HEADER, tls
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headwater.errors import ProtocolError, RefusedError
+from headwater.wire.encryption import load
 from headwater.wire.frames import encode
 from headwater.wire.greeting import (
     NO_BINDING,
@@ -17,6 +19,7 @@ from headwater.wire.greeting import (
     binding,
     printable,
 )
+from headwater.wire.handshake import Handshake
 
 tokens = st.none() | st.text(min_size=16, max_size=20)
 nonces = st.binary(min_size=32, max_size=32)
@@ -114,3 +117,36 @@ def test_what_is_no_frame_is_refused_with_its_first_wrong_byte(count):
 
 def test_words_of_strangers_reach_a_terminal_harmless_and_short():
     assert printable("\x1b[31mred\x07\n" + "x" * 5000) == "?[31mred??" + "x" * 590
+
+
+def test_proofs_are_compared_in_a_time_that_tells_nothing(monkeypatch):
+    compared = []
+
+    def compare_digest(one, other):
+        compared.append((len(one), len(other)))
+        return one == other
+
+    monkeypatch.setattr("hmac.compare_digest", compare_digest)
+    converse(Caller("t" * 16, A, NO_BINDING), Host("t" * 16, B, NO_BINDING))
+    assert compared == [(32, 32)] * 2
+
+
+def test_a_handshake_of_more_than_128_kb_is_refused_though_tls_would_take_more():
+    """One first word, as long as TLS allows, in pieces as large as TLS allows."""
+    host = Handshake(None, load(tls(), listening=True), None)
+    hello = b"\x01" + (131_396).to_bytes(3, "big") + bytes(131_396)
+    pieces = [hello[at : at + 16_384] for at in range(0, len(hello), 16_384)]
+    with pytest.raises(ProtocolError, match="a handshake of more than 131072 bytes"):
+        feed(host, b"".join(b"\x16\x03\x01" + len(piece).to_bytes(2, "big") + piece for piece in pieces))
+
+
+def test_a_word_that_announces_more_than_any_has_is_refused_before_it_came():
+    with pytest.raises(ProtocolError, match="announces 4294967295 header bytes"):
+        feed(Handshake(None, None, None), HUGE_HEADER)
+
+
+def feed(side, data):
+    """Give it all of these bytes, as many at a time as it takes."""
+    while data:
+        taken, data = data[: side.wanted], data[side.wanted :]
+        side.receive(taken)
