@@ -201,6 +201,21 @@ def test_a_sum_made_beforehand_gives_the_bits_of_the_fused_pass(n, workers, spec
     assert same_bits(fused, apart)
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+def test_sums_past_the_cache_are_the_same_as_through_it(workers, offset):
+    """From 2**20 elements on results go past the cache, where the address allows it."""
+    n = (1 << 20) + 3
+    generator = np.random.default_rng(workers)
+    gradients = [generator.standard_normal(n, dtype=np.float32) for _ in range(workers)]
+    total, expected = aligned(n + offset)[offset:], np.empty(n, np.float32)
+    add_up(addresses(gradients), total)
+    reference.add_up(gradients, expected)
+    assert same_bits(total, expected)
+    assert stage(gradients[0], total, False)
+    assert same_bits(total, gradients[0])
+
+
 def test_a_sum_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one gradient"):
         add_up(addresses([]), np.ones(3, np.float32))
