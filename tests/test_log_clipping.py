@@ -122,6 +122,40 @@ def test_a_death_at_every_entry_of_a_clipped_run(mode, index):
     assert measured > 0
 
 
+def unequal(steps):
+    """Push a gradient whose norm is 5 · 2^rank · step, and see in the answer that it was this one's."""
+
+    def program(me):
+        yield me.register(model_spec(clip_norm=NEVER))
+        for step in range(1, steps + 1):
+            size = 2**me.rank * step
+            a, c = np.zeros(3), np.zeros(4000)
+            a[1], c[3999] = 3 * size, 4 * size
+            me.push({"a": a, "c": c}, ["a", "c"])
+            answer = yield me.step()
+            assert answer.result.norms == {"model": 5.0 * size}
+        yield me.end()
+        yield me.leave()
+
+    return program
+
+
+@pytest.mark.parametrize("mode", ["async", "ssp:1"])
+def test_what_was_measured_for_a_lost_sequencer_counts_for_no_other_update(mode):
+    """The next one may ask for another worker's norm at the same place of the log."""
+    measured = 0
+    for moment in range(2, 60):
+        cluster = ReplicatedCluster(mode, workers=3, servers=2, seed=moment)
+        for _ in range(3):
+            cluster.join(unequal(3))
+        cluster.run(until=lambda c=cluster, n=moment % 20: len(c.log) >= n and c.is_replicated(0))
+        measured += bool(cluster.log) and isinstance(cluster.log[-1], m.Measured)
+        assert cluster.kill_server(0)
+        cluster.run()
+        assert_settled(cluster)
+    assert measured > 10
+
+
 @some
 @given(modes, servers, st.booleans(), seeds, st.lists(st.sampled_from(["kill", "join"]), max_size=3))
 @example("sync", 2, False, 2405, ["join"])  # everybody waits for each other with a norm already measured

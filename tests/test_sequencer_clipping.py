@@ -117,3 +117,22 @@ def test_who_meets_while_a_round_is_measured_waits_for_those_in_it():
     desk.hold(1, "sum")
     desk.hold(0, "step", "1")
     assert desk.waits(1) == "sum waits for worker 0"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_step_of_a_worker_has_a_norm_of_its_own(mode):
+    desk = ClippedDesk(mode, workers=1, servers=2)
+    for number, (squares, norm) in enumerate([((9.0, 16.0), 5.0), ((1.0, 0.0), 1.0)], start=1):
+        (asked,) = desk.hold(0, "step", str(number))
+        assert kinds([asked]) == ["Measured"]
+        entry = committed(desk.measured(asked, *squares))
+        assert (entry.updates, entry.norms) == ((desk.ticket(0),), ((0, norm),))
+
+
+def test_a_measurement_of_one_that_died_hides_no_stall_of_the_others():
+    desk = ClippedDesk("async", workers=3, servers=2)
+    (asked,) = desk.hold(2, "step", "1")
+    assert kinds([asked]) == ["Measured"]
+    assert kinds(desk.die(2)) == ["Retired"]
+    desk.hold(0, "barrier")
+    assert "Stalled" in kinds(desk.hold(1, "sum"))

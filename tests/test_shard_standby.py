@@ -320,3 +320,24 @@ def test_a_pull_that_only_the_primary_serves_leaves_both_with_the_same_rows():
     assert asked.rows.tolist() == [[0.0]]
     assert [len(one.snapshot().tables[0].ids) for one in (shard, standby)] == [0, 0]
     assert digests(shard.snapshot()) == digests(standby.snapshot())
+
+
+def test_what_was_measured_for_a_lost_sequencer_is_said_to_no_other():
+    """The next one may ask for another worker's gradients at the same place of the log."""
+    shard = Shard(0, 1, "mean")
+    for member in (1, 2):
+        clipped = model_spec(shapes={"a": (3,), "b": (7,)}, rules=(SGD(lr=1.0),), clip_norm=1.0)
+        shard.hold(member, m.Register(1, clipped, None), memory())
+    shard.process(m.Registered(1, m.ExchangeId(1, 1), "model"))
+    shard.process(m.Served(2, m.ExchangeId(2, 1), "register"))
+    first, second = step(shard, 1, 2.0), step(shard, 2, 4.0)
+    shard.prepare(m.Measured(3, (first,)))
+    assert shard.has_measured
+    shard.recovery(5)
+    shard.truncate(m.StartTerm(5, 2))
+    assert not shard.has_measured
+    assert shard.recovery(6).sums == ()
+    shard.truncate(m.StartTerm(6, 2))
+    shard.prepare(m.Measured(3, (second,)))
+    (sums,) = shard.take_measured()
+    assert sum(part.value for part in sums.parts) == 10 * 4.0**2
