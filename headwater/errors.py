@@ -6,6 +6,7 @@ HeadwaterError
 │   ├── RegistrationError       a model declared differently than before    (also ValueError)
 │   ├── GradientError           wrong names, shapes or dtypes in a push     (also ValueError)
 │   │   └── NonFiniteError      NaN or infinity in a gradient
+│   ├── MeetingError            a program that runs again comes to another meeting than the first time
 │   └── ClosedError             the worker has left, or the cluster is closed
 ├── PeerError                   the other side's fault
 │   ├── ProtocolError           bytes or messages that break the protocol
@@ -52,6 +53,10 @@ class GradientError(UsageError, ValueError):
 
 class NonFiniteError(GradientError):
     """A gradient holds NaN or infinity; it was not sent and the turn was not taken."""
+
+
+class MeetingError(UsageError):
+    """A meeting whose result a program asks for again, and that was another one, or is kept no more."""
 
 
 class ClosedError(UsageError):

@@ -356,4 +356,4 @@ def test_batches_that_are_iterated_over_again_are_read_again_as_the_next_call(mo
             loader = worker.batches(np.arange(7), 2)
             for _ in range(3):
                 assert read(worker, model, loader) == list(range(7))
-            assert worker._feed._begun == 3
+            assert worker._feed.begun == 3

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater import messages as m
-from headwater.errors import RegistrationError, StalledError
+from headwater.errors import MeetingError, RegistrationError, StalledError
 from headwater.spec.rules import SGD, Accumulate
 
 # ── stop ────────────────────────────────────────────────────────────────────────────────────────
@@ -297,7 +297,7 @@ def test_a_joiner_takes_the_rank_of_a_dead_worker_and_starts_from_current_values
 
 
 def chaos(seed, clip_norm=None):
-    """A program that does anything in any order; a wait that can never end is its end."""
+    """A program that does anything in any order; a wait that can never end or a wrong meeting ends it."""
     actions = ["step"] * 6 + ["turn", "end", "barrier", "sum", "pull", "assign", "stop", "register", "repeat"]
 
     def program(me):
@@ -317,7 +317,7 @@ def chaos(seed, clip_norm=None):
                         yield me.step(step=me.steps)
                 else:
                     yield getattr(me, {"turn": "step"}.get(action, action))()
-        except StalledError:
+        except (StalledError, MeetingError):
             return me.world.kill(me)
         yield me.leave()
 

@@ -15,6 +15,7 @@ from headwater.machines.roster import RosterBook
 from headwater.spec.sync import Commits, Decision, Mode, parse_sync
 
 MODES = ["sync", "async", "ssp:1"]
+MEETINGS = ["barrier", "sum"]
 
 
 class Desk:
@@ -51,11 +52,22 @@ class Desk:
 
     def also(self, rank: int, kind: str, name: str = "", servers=None) -> list[m.AnyEntry]:
         """`rank`'s last exchange is held by `servers` too."""
-        held = m.Held(self.ids[rank], self.numbers[rank], kind, name, self.connection_epochs[rank])
+        held = m.Held(
+            self.ids[rank],
+            self.numbers[rank],
+            kind,
+            name or (kind if kind in MEETINGS else ""),
+            self.connection_epochs[rank],
+            meeting=self.place(rank, kind),
+        )
         entries: list[m.AnyEntry] = []
         for server in self.servers if servers is None else servers:
             entries += self.sequencer.report(server, (held,), self.now)
         return entries
+
+    def place(self, rank: int, kind: str) -> m.Meeting | None:
+        """Of a meeting: the rank's next one, or its own last if it has not ended."""
+        return m.Meeting(self.sequencer.standings.met + 1, kind) if kind in MEETINGS else None
 
     def again(self, rank: int, kind: str, name: str = "", servers=None) -> list[m.AnyEntry]:
         """`rank`'s last exchange comes again, in its next attempt."""
@@ -278,7 +290,7 @@ def test_a_meeting_ends_when_every_worker_is_there_and_makes_all_active(mode, ki
     desk.hold(2, kind)
     desk.hold(0, kind)
     assert desk.waits(2) == f"{kind} waits for worker 1"
-    assert desk.hold(1, kind)[1:] == [m.Met(7, tuple(desk.ticket(rank) for rank in range(3)))]
+    assert desk.hold(1, kind)[1:] == [m.Met(7, tuple(desk.ticket(rank) for rank in range(3)), 1)]
     if mode == "sync":
         assert desk.hold(0, "step", "1") == []
         assert desk.waits(0).startswith("step 1 waits for workers 1, 2: 1 of 3 updates")
@@ -298,7 +310,10 @@ def test_a_barrier_against_a_sum_stalls_at_once_and_names_both(mode):
     desk.hold(0, "barrier")
     *_, last = desk.hold(1, "sum")
     assert last.tickets == (desk.ticket(0), desk.ticket(1))
-    assert last.reason == ("everybody waits for each other: worker 0 waits in barrier; worker 1 waits in sum")
+    assert last.reason == (
+        "everybody waits for each other, at different places of their programs: "
+        "worker 0 waits in barrier; worker 1 waits in sum"
+    )
     assert desk.sequencer.waits() == {}
 
 
@@ -694,7 +709,7 @@ def test_an_answer_that_was_blocked_is_given_by_the_new_sequencer():
 def test_a_meeting_and_the_dead_are_found_again():
     desk = Desk("sync", workers=3)
     log = desk.opening + desk.hold(0, "barrier") + desk.hold(1, "barrier")
-    held = [m.Held(desk.ids[rank], 1, "barrier") for rank in (0, 1)]
+    held = [m.Held(desk.ids[rank], 1, "barrier", meeting=m.Meeting(1, "barrier")) for rank in (0, 1)]
     desk.book.remove(desk.ids[2])
     _, _, entries = recovered(desk, answer(0, log, applied=4, held=held))
     assert kinds(entries) == ["Retired", "Met"]

@@ -14,9 +14,10 @@ class ClippedDesk(Desk):
             self.ids[rank],
             self.numbers[rank],
             kind,
-            name,
+            name or (kind if kind == "sum" else ""),
             self.connection_epochs[rank],
             clipped=kind == "step",
+            meeting=self.place(rank, kind),
         )
         entries = []
         for server in self.servers if servers is None else servers:

@@ -61,15 +61,15 @@ def test_standbys_are_equal_at_one_entry_while_training_goes_on(mode, tmp_path):
         for _ in range(5):
             found = cluster.verify()
             assert found.equal, found
-            assert [(shard.index, shard.parts) for shard in found.shards] == [(0, 12), (1, 12)]
+            assert [(shard.index, shard.parts) for shard in found.shards] == [(0, 13), (1, 13)]
             versions.append(found.version)
             wait_until(cluster, lambda statistics, version=found.version: statistics.version > version)
         assert versions == sorted(set(versions))
         result = command(cluster.address)
         assert result.exit_code == 0, result.output
         assert [line.split() for line in result.output.splitlines()[2:]] == [
-            ["0", "equal", "12"],
-            ["1", "equal", "12"],
+            ["0", "equal", "13"],
+            ["1", "equal", "13"],
         ]
         (tmp_path / "stop").touch()
         ended = [cluster.next_outcome(30), cluster.next_outcome(30)]

@@ -17,7 +17,7 @@ from headwater.checkpoint.find import (
 )
 from headwater.checkpoint.lock import DirectoryLock, FileLock, LockedError
 from headwater.checkpoint.manifest import FORMAT, MANIFEST, Manifest, folder_name
-from headwater.checkpoint.read import Checkpoint, open_checkpoint, read_part
+from headwater.checkpoint.read import Checkpoint, open_checkpoint, read_part, read_programs
 from headwater.checkpoint.verify import Verification, verify
 from headwater.checkpoint.write import abandon, begin, commit, write_part
 
@@ -45,6 +45,7 @@ __all__ = [
     "open_checkpoint",
     "prune",
     "read_part",
+    "read_programs",
     "resolve",
     "verify",
     "verify_all",

@@ -45,6 +45,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         models, tables: in the order of their registration.
         members: what each member last did and where it stands, as its writer encodes it.
         splits: positions in the data, as their writer encodes them.
+        programs: the file of what programs keep; None where none keeps anything.
     """
 
     format: int
@@ -58,11 +59,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tables: tuple[TableRecord, ...]
     members: msgspec.Raw
     splits: msgspec.Raw
+    programs: FileRecord | None = None
 
     def files(self) -> list[FileRecord]:
         """Every file but the manifest."""
         records: list[ModelRecord | TableRecord] = [*self.models, *self.tables]
-        return [file for record in records for file in record.files]
+        files = [file for record in records for file in record.files]
+        return files if self.programs is None else [*files, self.programs]
 
     @property
     def size(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -47,12 +48,28 @@ def open_checkpoint(path: Location) -> Checkpoint:
         raise ConfigurationError(_why_not(folder, split(path)[1]))
     if size > _LONGEST_MANIFEST:
         raise CheckpointError(f"{folder.url}/{MANIFEST} is damaged: {size} bytes are no manifest")
-    return Checkpoint(folder, decode(_content(folder, size), f"{folder.url}/{MANIFEST}"))
+    return Checkpoint(folder, decode(_content(folder, MANIFEST, size), f"{folder.url}/{MANIFEST}"))
 
 
-def _content(folder: Folder, size: int) -> bytes:
+def read_programs(path: Location) -> bytes:
+    """What programs keep in the checkpoint at `path`, as `Programs.to_bytes`; b"" where none keeps anything.
+
+    Raises:
+        ConfigurationError, CheckpointError: as `open_checkpoint`; the file is missing or damaged.
+    """
+    checkpoint = open_checkpoint(path)
+    file = checkpoint.manifest.programs
+    if file is None:
+        return b""
+    data = _content(checkpoint.folder, file.name, file.size)
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise CheckpointError(f"{checkpoint.path}/{file.name} is damaged: use another checkpoint")
+    return data
+
+
+def _content(folder: Folder, name: str, size: int) -> bytes:
     data = bytearray(size)
-    with folder.read(MANIFEST) as source:
+    with folder.read(name) as source:
         done = 0
         while got := source.readinto(memoryview(data)[done:]):
             done += got

@@ -7,6 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import re
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,9 @@ from headwater.messages import FileRecord, ModelRecord, PartRecord, TableRecord
 from headwater.shard.snapshot import ModelSnapshot, TableSnapshot
 from headwater.spec.layout import Layout
 from headwater.spec.placement import slots_of, slots_of_server
+
+PROGRAMS = "programs.msgpack"
+"""The file of what programs keep."""
 
 _IDS_AT_ONCE = 1 << 20
 
@@ -54,10 +58,12 @@ def write_part(
     servers: int,
     models: Iterable[ModelSnapshot],
     tables: Iterable[TableSnapshot],
+    programs: NDArray[np.uint8] | None = None,
 ) -> PartRecord:
     """Write what server `server` of `servers` holds, after `begin`; blocks until it is durable.
 
     Each snapshot is read once, while it is written, and not kept: pass generators to free memory on the way.
+    `programs`: uint8[n], what programs keep, which is the same on all servers; the first one writes it.
 
     Raises:
         CheckpointError: the files cannot be written.
@@ -67,6 +73,7 @@ def write_part(
         server,
         tuple(_write_model(folder, i, server, servers, model) for i, model in enumerate(models)),
         tuple(_write_table(folder, i, server, servers, table) for i, table in enumerate(tables)),
+        None if programs is None or server or not len(programs) else _write_programs(folder, programs),
     )
 
 
@@ -102,6 +109,7 @@ def commit(
         tables=tables,
         members=msgspec.Raw(msgspec.json.encode(members)),
         splits=msgspec.Raw(msgspec.json.encode(splits)),
+        programs=next((part.programs for part in parts if part.programs is not None), None),
     )
     check(manifest)
     folder = _draft(directory, generation, version)
@@ -189,6 +197,12 @@ def _write_table(folder: Folder, i: int, server: int, servers: int, table: Table
             _write(folder, _file_name("table", i, table.spec.name, server), tensors, slots.start, slots.stop),
         ),
     )
+
+
+def _write_programs(folder: Folder, programs: NDArray[np.uint8]) -> FileRecord:
+    with folder.write(PROGRAMS) as sink:
+        write_all(sink, programs.data)
+    return FileRecord(PROGRAMS, hashlib.sha256(programs.data).hexdigest(), len(programs), 0, len(programs))
 
 
 def _write(folder: Folder, name: str, tensors: Sequence[Tensor], start: int, stop: int) -> FileRecord:

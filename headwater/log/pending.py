@@ -33,7 +33,7 @@ class Stage(enum.IntEnum):
     DECLARING = 3
     """A registration waits for the worker that declares the model."""
     MEETING = 4
-    """It waits in a barrier or a sum."""
+    """It waits in a meeting."""
     SCHEDULED = 5
     """A checkpoint waits for its version."""
     RESUMING = 6
@@ -95,7 +95,7 @@ class PendingExchange:
     def what(self) -> str:
         """The outstanding exchange in words."""
         assert self.held is not None
-        return f"{self.held.kind} {self.held.name}".rstrip()
+        return self.held.name if self.held.meeting else f"{self.held.kind} {self.held.name}".rstrip()
 
     @property
     def kind(self) -> str:

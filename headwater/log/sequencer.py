@@ -14,14 +14,14 @@ asked for. An input is a report of a server, a roster, or the time. Each passes 
    that says what it waits for.
 2. *Settle.* What has changed may let others go on. In this order: the mode is asked what becomes of the ready
    steps; withheld answers are given that the mode allows now; a registration goes on whose declaring worker
-   is gone; a barrier, a sum or those who begin again go on when nobody is active. When every worker waits and
-   none of this moved anybody, nothing ever will: all are told so (`Stalled`).
+   is gone; a meeting or those who begin again go on when nobody is active. When every worker waits and none
+   of this moved anybody, nothing ever will, unless a dead rank comes back: all are told so (`Stalled`).
 
 Stages of an exchange (`log/pending.py`), with what moves it from one to the next:
 
     ARRIVING ── the last server holds it ──→ COMPLETE ── its answer's entry is written ──→ IDLE
     COMPLETE ──→ DECLARING   a registration, until the lowest active rank has declared the model
-             ──→ MEETING     a barrier or a sum, until all workers are in one
+             ──→ MEETING     a barrier, sum, gather or broadcast, until all workers are at the same one
              ──→ SCHEDULED   a checkpoint, until its version is reached
              ──→ RESUMING    a step after its worker's last batch, until nobody is active      ──→ READY
              ──→ READY       a step, until `mode.next` commits it; a mode may also call it late  ──→ IDLE
@@ -56,6 +56,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from headwater import messages as m
 from headwater.errors import RefusedError
+from headwater.log import meetings
 from headwater.log.committer import Committer
 from headwater.log.pending import (
     COMPLETE,
@@ -68,7 +69,7 @@ from headwater.log.pending import (
     ids,
 )
 from headwater.log.recovery import find
-from headwater.log.state import LogState
+from headwater.log.state import UNFINISHED, LogState
 from headwater.log.waits import Waits
 from headwater.log.writer import LogWriter
 from headwater.spec.sync import Mode
@@ -120,9 +121,12 @@ class Sequencer:
             "delete": self._assign,
             "barrier": self._meet,
             "sum": self._meet,
+            "gather": self._meet,
+            "broadcast": self._meet,
+            "recall": self._serve,
             "end": self._end,
             "stop": self._stop,
-            "leave": lambda exchange: self._remove(exchange, "it left", exchange.id),
+            "leave": self._leave,
             "checkpoint": self._checkpoint,
             "verify": self._serve,
         }
@@ -305,13 +309,15 @@ class Sequencer:
             self._take_snapshots()
 
     def _meet(self, exchange: PendingExchange) -> None:
-        if not self.standings.started:
-            return
-        self._pending.move(exchange, MEETING)
-        if exchange.state.phase != "meeting":
-            self._writer.write(
-                m.Retired(self._writer.next, exchange.member, False, f"waits in a {exchange.kind}")
-            )
+        assert exchange.held is not None
+        assert exchange.held.meeting is not None
+        if exchange.held.meeting.number <= self.standings.met:
+            self._serve(exchange)  # it has ended, perhaps without this rank: its result is what everybody has
+        elif self.standings.started:
+            self._pending.move(exchange, MEETING)
+            if exchange.state.phase != "meeting":
+                reason = f"waits in {exchange.what}"
+                self._writer.write(m.Retired(self._writer.next, exchange.member, False, reason))
 
     def _end(self, exchange: PendingExchange) -> None:
         self._writer.write(
@@ -321,8 +327,14 @@ class Sequencer:
 
     def _stop(self, exchange: PendingExchange) -> None:
         told = tuple(other.member for other in self._pending.workers() if not other.state.over)
-        self._writer.write(m.Stopped(self._writer.next, exchange.id, told))
+        absent = tuple(rank for rank in self.standings.absent_ranks() if not self.standings.was_over(rank))
+        self._writer.write(m.Stopped(self._writer.next, exchange.id, told, absent))
         self._writer.done(exchange)
+
+    def _leave(self, exchange: PendingExchange) -> None:
+        assert exchange.held is not None
+        finished = exchange.held.name != UNFINISHED
+        self._remove(exchange, "it left" if finished else f"it left {UNFINISHED}", exchange.id, finished)
 
     def _checkpoint(self, exchange: PendingExchange) -> None:
         self._pending.move(exchange, SCHEDULED)
@@ -352,8 +364,14 @@ class Sequencer:
             members = tuple(exchange.member for exchange in exchanges)
             self._writer.write(m.Activated(self._writer.next, members, self.standings.clocks.slowest))
 
-    def _remove(self, exchange: PendingExchange, reason: str, answered: m.ExchangeId | None = None) -> None:
-        self._writer.write(m.Retired(self._writer.next, exchange.member, True, reason, answered))
+    def _remove(
+        self,
+        exchange: PendingExchange,
+        reason: str,
+        answered: m.ExchangeId | None = None,
+        finished: bool = False,
+    ) -> None:
+        self._writer.write(m.Retired(self._writer.next, exchange.member, True, reason, answered, finished))
         self._writer.done(exchange)
         self._pending.remove(exchange)
 
@@ -367,8 +385,8 @@ class Sequencer:
             for exchange in self._pending.at(DECLARING):
                 if exchange.stage is DECLARING:  # the one before it may have declared for it
                     self._register(exchange)
-            if self._pending.all_wait() and not self.standings.clocks:
-                self._release_meeting()
+            if self._pending.all_wait() and not self.standings.clocks and self._enough():
+                self._end_meeting()
             if self._pending.all_wait() and self.due is None and not self._writer.measures and self._enough():
                 self._fail_stalled()
         return self._writer.take()
@@ -385,17 +403,19 @@ class Sequencer:
                 self._writer.write(m.Checkpointed(self._writer.next, exchange.id))
                 self._writer.done(exchange)
 
-    def _release_meeting(self) -> None:
-        """All wait, nobody is active: end a barrier or sum that all are in, or let the rest resume.
+    def _end_meeting(self) -> None:
+        """All wait, nobody is active: end the meeting that all are in, or let the rest resume.
 
         Clocks say who leads whom, so after a meeting all begin at 0.
         """
         workers = self._pending.workers()
-        kinds = {exchange.kind for exchange in workers}
-        if kinds == {"barrier"} or kinds == {"sum"}:
-            self._writer.write(m.Met(self._writer.next, ids(workers)))
+        verdict = meetings.judge(workers, self.standings)
+        if verdict.ends:
+            self._writer.write(m.Met(self._writer.next, ids(workers), verdict.number))
             for exchange in workers:
                 self._writer.done(exchange)
+        elif verdict.failure:
+            self._fail(verdict.failure)
         elif resuming := self._pending.at(RESUMING):
             self._activate(resuming)
             for exchange in resuming:
@@ -403,11 +423,15 @@ class Sequencer:
             self._steps.commit_ready(self._now)
 
     def _fail_stalled(self) -> None:
-        """Everybody waits and nothing followed: nothing ever will."""
+        """Everybody waits and nothing followed: nothing will, unless a rank comes back that is needed."""
         workers = self._pending.workers()
-        reason = "everybody waits for each other: " + "; ".join(
-            f"worker {exchange.rank} waits in {exchange.what}" for exchange in workers
-        )
+        if not meetings.judge(workers, self.standings).absent:
+            told = (f"worker {exchange.rank} waits in {exchange.what}" for exchange in workers)
+            self._fail(f"everybody waits for each other: {'; '.join(told)}")
+
+    def _fail(self, reason: str) -> None:
+        """What every worker waits for can never come."""
+        workers = self._pending.workers()
         self._writer.write(m.Stalled(self._writer.next, ids(workers), reason))
         for exchange in workers:
             self._writer.done(exchange)

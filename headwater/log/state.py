@@ -17,6 +17,9 @@ from typing import Any
 from headwater import messages as m
 from headwater.log.clocks import Clocks
 
+UNFINISHED = "before its end"
+"""Names the exchange of a worker that leaves without having done all that it was to do."""
+
 
 @dataclass(slots=True, eq=False)
 class MemberState:
@@ -33,6 +36,15 @@ class MemberState:
     stopping: bool = False
 
 
+@dataclass(slots=True, eq=False)
+class RankState:
+    """One rank, over all its incarnations; the fields are those of `RankRecord`."""
+
+    incarnations: int = 0
+    steps: int = 0
+    over: bool = False
+
+
 class LogState:
     """Who is where as of one position of the log.
 
@@ -47,6 +59,9 @@ class LogState:
         ranks: that were ever taken.
         finished: ranks whose worker left by itself and that nobody has taken since.
         names: of what was registered, each with its kind.
+        met: meetings that have ended; the next one has the number after it.
+        histories: by rank, over all generations.
+        stopping: ranks whose next worker is told to end its batches.
     """
 
     def __init__(self) -> None:
@@ -58,6 +73,9 @@ class LogState:
         self.ranks: set[int] = set()
         self.finished: set[int] = set()
         self.names: set[tuple[m.Kind, str]] = set()
+        self.met = 0
+        self.histories: dict[int, RankState] = {}
+        self.stopping: set[int] = set()
         self._on_entry: dict[type, Callable[[Any], None]] = {
             m.Enrolled: self._enrolled,
             m.Registered: self._registered,
@@ -85,6 +103,15 @@ class LogState:
             for member in sorted(members, key=lambda member: member.id)
             if member.id > self.newest
         ]
+
+    def absent_ranks(self) -> list[int]:
+        """Declared ranks that no worker has now and whose last one, if any, had not finished."""
+        present = {member.rank for member in self.members.values()}
+        return [rank for rank in range(self.workers) if rank not in present and rank not in self.finished]
+
+    def was_over(self, rank: int) -> bool:
+        """Whether the batches of the rank's last worker were over when it went."""
+        return rank in self.histories and self.histories[rank].over
 
     def may_supply(self, standing: MemberState) -> bool:
         """The lowest active rank supplies initial values; before all have joined that is rank 0."""
@@ -134,16 +161,26 @@ class LogState:
             self.clocks.advance(standing.clock)
         standing.clock += 1
         standing.committed = ticket.number
+        self._history(standing.rank).steps += 1
+
+    def _history(self, rank: int) -> RankState:
+        history = self.histories.get(rank)
+        if history is None:
+            history = self.histories[rank] = RankState()
+        return history
 
     def _enrolled(self, entry: m.Enrolled) -> None:
         self.workers = entry.workers
         for newcomer in entry.members:
             self.newest = max(self.newest, newcomer.member)
             phase: m.Phase = "observer" if newcomer.rank < 0 else "new"
-            self.members[newcomer.member] = MemberState(newcomer.rank, phase)
+            stopping = newcomer.rank in self.stopping
+            self.members[newcomer.member] = MemberState(newcomer.rank, phase, stopping=stopping)
             if newcomer.rank >= 0:
                 self.ranks.add(newcomer.rank)
                 self.finished.discard(newcomer.rank)
+                self.stopping.discard(newcomer.rank)
+                self._history(newcomer.rank).incarnations += 1
         self.started = self.workers > 0 and not self.missing_ranks()
 
     def _registered(self, entry: m.Registered) -> None:
@@ -193,8 +230,10 @@ class LogState:
         standing = self.standing(entry.member)
         if entry.gone:
             self._count_out(standing, "ended")
-            if entry.answered is not None and standing.rank >= 0:
+            if entry.finished and standing.rank >= 0:
                 self.finished.add(standing.rank)
+            if standing.rank >= 0:
+                self._history(standing.rank).over = standing.over
             del self.members[entry.member]
         elif entry.answered is not None:
             self._count_out(standing, "ended")
@@ -204,6 +243,7 @@ class LogState:
             self._count_out(standing, "meeting")
 
     def _met(self, entry: m.Met) -> None:
+        self.met = entry.number
         for ticket in entry.tickets:
             self._answered(ticket)
             self._count_in(self.standing(ticket.member), 0)
@@ -211,6 +251,7 @@ class LogState:
     def _stopped(self, entry: m.Stopped) -> None:
         for member in entry.members:
             self.standing(member).stopping = True
+        self.stopping.update(entry.ranks)
         self._answered(entry.ticket)
 
     def _stalled(self, entry: m.Stalled) -> None:
@@ -233,6 +274,11 @@ class LogState:
             finished=tuple(sorted(self.finished)),
             names=tuple(sorted(self.names)),
             members=tuple(m.MemberRecord(id, *astuple(self.members[id])) for id in sorted(self.members)),
+            met=self.met,
+            histories=tuple(
+                m.RankRecord(rank, *astuple(one)) for rank, one in sorted(self.histories.items())
+            ),
+            stopping=tuple(sorted(self.stopping)),
         )
 
     @classmethod
@@ -245,6 +291,10 @@ class LogState:
         standings.ranks, standings.finished = set(record.ranks), set(record.finished)
         standings.started = record.workers > 0 and not standings.missing_ranks()
         standings.names = set(record.names)
+        standings.met, standings.stopping = record.met, set(record.stopping)
+        standings.histories = {
+            one.rank: RankState(one.incarnations, one.steps, one.over) for one in record.histories
+        }
         for member in record.members:
             id, *fields = (getattr(member, name) for name in member.__struct_fields__)
             standings.members[id] = MemberState(*fields)

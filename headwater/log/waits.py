@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from headwater.log import meetings
 from headwater.log.measures import Measures
-from headwater.log.pending import COMMITTED, READY, PendingExchange, PendingExchanges
+from headwater.log.pending import COMMITTED, MEETING, READY, PendingExchange, PendingExchanges
 from headwater.log.state import LogState
 from headwater.spec.sync import Mode
 
@@ -34,7 +35,8 @@ class Waits:
         if not self.log.started and not (exchange.kind == "register" and 0 not in missing):
             return f"{exchange.what} waits for {_list('worker', missing)} to join"
         present = self.pending.present
-        if exchange.stage is READY and present + len(self.log.finished) < self.min_workers:
+        few = present + len(self.log.finished) < self.min_workers
+        if few and exchange.stage in (READY, MEETING):
             workers = f"{present} worker{'s' * (present > 1)} present"
             return f"training waits: {workers}, min_workers is {self.min_workers}"
         return f"{exchange.what} waits for {self._whom(exchange)}"
@@ -56,6 +58,10 @@ class Waits:
             named = _named([other for other in active if other.stage is not READY])
             return f"{named}: {self.reason}" if self.reason else named
         going_on = [other for other in others if not other.waits]
+        meeting = meetings.meeting_of(exchange)
+        absent = meetings.missing_from(meeting, [exchange, *others], self.log) if meeting else set()
+        if absent and not going_on:
+            return f"{_list('worker', sorted(absent))} to come back"
         return _named(going_on or [other for other in others if other.stage is READY])
 
 

@@ -43,8 +43,9 @@ class TableRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PartRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one server wrote for a checkpoint."""
+    """What one server wrote for a checkpoint. `programs`: what programs keep, which server 0 writes."""
 
     server: int
     models: tuple[ModelRecord, ...]
     tables: tuple[TableRecord, ...]
+    programs: FileRecord | None = None

@@ -10,6 +10,7 @@ from headwater.messages.base import Message, Refused, Scalar
 from headwater.messages.checkpoints import PartRecord
 from headwater.messages.log import LogStateRecord
 from headwater.messages.models import ModelSpec, Rows, RuleSpec, Run, TableSpec, WindowSpec
+from headwater.messages.programs import Meeting, Recalled
 from headwater.messages.reading import DataProgress, Position
 
 
@@ -102,7 +103,8 @@ class Step(Message, frozen=True):
     `pushed`, then ids of each of `pulled`; that of the answer has values first, then rows. `position`: where
     the worker is in its data once this is committed; None where it reads none. `weight`: what its gradients
     count in a mean over the contributors, > 0. `known`, `known_tables`: the fingerprint of the rules that the
-    member knows to be in force, by model and table; the answer has those that are others.
+    member knows to be in force, by model and table; the answer has those that are others. `kept`: what its
+    rank keeps from then on, encoded; None where that has not changed.
     """
 
     number: int
@@ -119,6 +121,7 @@ class Step(Message, frozen=True):
     weight: float = 1.0
     known: tuple[tuple[int, int], ...] = ()
     known_tables: tuple[tuple[int, int], ...] = ()
+    kept: bytes | None = None
 
 
 class Pull(Message, frozen=True):
@@ -166,18 +169,32 @@ class Assign(Message, frozen=True):
 
 
 class Meet(Message, frozen=True):
-    """Wait until every other member is here too; `values` are added up in rank order."""
+    """Wait until every other member is here too; a meeting that has ended gives its result again.
+
+    `values` are added up in rank order, `data` is gathered or broadcast. `position` and `kept`: as of a Step,
+    recorded when the meeting ends.
+    """
 
     number: int
-    kind: Literal["barrier", "sum"]
+    meeting: Meeting
     values: dict[str, float]
+    data: bytes = b""
+    position: Position | None = None
+    kept: bytes | None = None
+
+
+class Recall(Message, frozen=True):
+    """From a worker that has joined: what does the log know of its rank?"""
+
+    number: int
 
 
 class End(Message, frozen=True):
-    """The worker's batches are over: rounds no longer wait for it."""
+    """The worker's batches are over: rounds no longer wait for it. `position`, `kept`: as of a Step."""
 
     number: int
     position: Position | None = None
+    kept: bytes | None = None
 
 
 class Stop(Message, frozen=True):
@@ -187,9 +204,12 @@ class Stop(Message, frozen=True):
 
 
 class Leave(Message, frozen=True):
-    """The worker goes for good."""
+    """The worker goes for good. `finished`: having done all that it was to do; the others as of a Step."""
 
     number: int
+    finished: bool = True
+    position: Position | None = None
+    kept: bytes | None = None
 
 
 class Checkpoint(Message, frozen=True):
@@ -232,6 +252,7 @@ Request: TypeAlias = (
     | ReadState
     | Assign
     | Meet
+    | Recall
     | End
     | Stop
     | Leave
@@ -275,7 +296,8 @@ class Answer(Message, frozen=True):
     `values`: the models whose values were written (or follow, in this order, each this server's
     whole range); `result`: of a step; `model`, `table`: the id given to what was registered. `states`: names
     of the rule's state vectors whose range follows, in this order; `counts`: updates of each tensor.
-    `notice`: what a person should know of it. `rules`: in force, where the member may not know them.
+    `notice`: what a person should know of it. `rules`: in force, where the member may not know them. `sums`,
+    `data`, `ranks`: of a meeting, and who was in it.
     """
 
     number: int
@@ -291,6 +313,9 @@ class Answer(Message, frozen=True):
     failure: Refused | None = None
     notice: str = ""
     rules: tuple[RulesInForce, ...] = ()
+    ranks: tuple[int, ...] = ()
+    data: tuple[bytes, ...] = ()
+    recalled: Recalled | None = None
 
 
 class Stored(Message, frozen=True):

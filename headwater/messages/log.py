@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from headwater.messages.base import Message
+from headwater.messages.programs import Meeting
 
 Kind: TypeAlias = Literal[
     "register",
@@ -19,6 +20,9 @@ Kind: TypeAlias = Literal[
     "delete",
     "barrier",
     "sum",
+    "gather",
+    "broadcast",
+    "recall",
     "end",
     "stop",
     "leave",
@@ -27,14 +31,14 @@ Kind: TypeAlias = Literal[
 ]
 
 Phase: TypeAlias = Literal["new", "active", "ended", "meeting", "observer"]
-"""`new`: joined, not yet activated; `ended`: its batches are over; `meeting`: in a barrier or sum."""
+"""`new`: joined, not yet activated; `ended`: its batches are over; `meeting`: it waits in a meeting."""
 
 
 class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A server holds exchange `number` of `member` completely, as it came with `connection_epoch`.
 
     `clipped`: it is a step whose gradients cannot be applied before their norm is known. `weight`: of a step,
-    what its gradients count in a mean.
+    what its gradients count in a mean. `meeting`: the place of a barrier, sum, gather or broadcast.
     """
 
     member: int
@@ -44,6 +48,7 @@ class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     connection_epoch: int = 0
     clipped: bool = False
     weight: float = 1.0
+    meeting: Meeting | None = None
 
 
 class Sum(msgspec.Struct, frozen=True, array_like=True):
@@ -167,29 +172,38 @@ class Activated(Entry, frozen=True):
 
 
 class Retired(Entry, frozen=True):
-    """From here on rounds do not wait for this member; `gone` means for good."""
+    """From here on rounds do not wait for this member; `gone` means for good.
+
+    `finished`: it left having done all that it was to do.
+    """
 
     member: int
     gone: bool
     reason: str
     answered: ExchangeId | None = None
+    finished: bool = False
 
 
 class Met(Entry, frozen=True):
-    """Everybody is at the same barrier or sum: all are answered, all active again."""
+    """Everybody is at meeting `number`: all are answered, all active again. `tickets` are in rank order."""
 
     tickets: tuple[ExchangeId, ...]
+    number: int = 0
 
 
 class Stopped(Entry, frozen=True):
-    """The next answered step of each of these members tells it to end its batches."""
+    """The next answered step of each of these members tells it to end its batches.
+
+    `ranks`: so does the first one of the next worker with each of these ranks, which nobody has now.
+    """
 
     ticket: ExchangeId
     members: tuple[int, ...]
+    ranks: tuple[int, ...] = ()
 
 
 class Stalled(Entry, frozen=True):
-    """These exchanges wait for each other and fail with this reason."""
+    """These exchanges can never end and fail with this reason."""
 
     tickets: tuple[ExchangeId, ...]
     reason: str
@@ -247,11 +261,24 @@ class MemberRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stopping: bool
 
 
+class RankRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A rank as the log has it: how many incarnations it had, and their steps.
+
+    `over`: the batches of the last one were when it went.
+    """
+
+    rank: int
+    incarnations: int
+    steps: int
+    over: bool
+
+
 class LogStateRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything about members that follows from the log up to `position`.
 
     `newest`: the largest id enrolled; `ranks`: ever taken; `finished`: ranks that left by themselves;
-    `names`: (kind, name) of what was registered.
+    `names`: (kind, name) of what was registered. `met`: meetings that have ended. `histories`: by rank, over
+    all generations. `stopping`: ranks whose next worker is told to end its batches.
     """
 
     version: int
@@ -264,6 +291,9 @@ class LogStateRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     finished: tuple[int, ...]
     names: tuple[tuple[Kind, str], ...]
     members: tuple[MemberRecord, ...]
+    met: int = 0
+    histories: tuple[RankRecord, ...] = ()
+    stopping: tuple[int, ...] = ()
 
 
 LogMessage: TypeAlias = Reports | Entries

@@ -36,17 +36,34 @@ class DynamicProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spans: tuple[Span, ...]
 
 
+class LoopProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a worker is in one loop over `worker.epochs`: in `epoch`, which is their number at the end.
+
+    `loop` numbers the loops from 0, in the order in which they were begun. `calls`, `meetings`, `loops`: how
+    many of each the program had begun when that epoch began; `first`: how many meetings when the loop began.
+    """
+
+    loop: int
+    epoch: int
+    calls: int
+    meetings: int
+    loops: int
+    first: int
+
+
 class Position(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a worker is in its data: what is done once the step that carries this is committed.
 
     `call` numbers the calls of `batches` and `splits` of one incarnation from 0, in the order in which
-    they were begun. Calls before `over` are over; `places` and `visits` are of calls that are not.
+    they were begun. Calls before `over` are over; `places` and `visits` are of calls that are not. `loops`:
+    over epochs, in the order in which they were begun.
     """
 
     rank: int
     over: int
     places: tuple[StaticProgress, ...] = ()
     visits: tuple[DynamicProgress, ...] = ()
+    loops: tuple[LoopProgress, ...] = ()
 
 
 class Visited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from headwater.messages.base import Message
 from headwater.messages.exchange import Request
@@ -14,7 +14,8 @@ class EntryInputs(Message, frozen=True):
 
     `requests`: those that the entry names, by member. The payload has, for each (model, elements) of
     `models`, this server's range: reduced gradients, assigned or (model -1) initial values; then, for each
-    (table, count, dim) of `tables`, int64[count] ids and their reduced gradients, float32[count, dim].
+    (table, count, dim) of `tables`, int64[count] ids and their reduced gradients, float32[count, dim]; then,
+    for each (member, field, size) of `blobs`, the bytes of that field of the member's request.
     `term` is that in which it is sent, `written` that of the sequencer that wrote the entry.
     """
 
@@ -24,6 +25,7 @@ class EntryInputs(Message, frozen=True):
     models: tuple[tuple[int, int], ...] = ()
     tables: tuple[tuple[int, int, int], ...] = ()
     written: int = 0
+    blobs: tuple[tuple[int, Literal["kept", "data"], int], ...] = ()
 
 
 class Chunk(Message, frozen=True):

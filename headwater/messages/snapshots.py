@@ -53,7 +53,10 @@ class TablePart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Snapshot(Message, frozen=True):
-    """From a server to its standby, first: a `ShardSnapshot`, whose arrays are the payload."""
+    """From a server to its standby, first: a `ShardSnapshot`, whose arrays are the payload.
+
+    `programs`: bytes of what programs keep, which come first.
+    """
 
     term: int
     index: int
@@ -66,6 +69,7 @@ class Snapshot(Message, frozen=True):
     ledger: tuple[AccountRecord, ...]
     standings: LogStateRecord
     recorded: DataProgress
+    programs: int = 0
 
 
 class Recovery(Message, frozen=True):

@@ -273,9 +273,9 @@ class Client:
         """Whether another exchange can be made."""
         return not self._closed and self.machine.failure is None
 
-    def leave_log(self) -> None:
+    def leave_log(self, request: Callable[[int], m.Leave] = m.Leave) -> None:
         """Leave the log: everybody else goes on without this member. Raises as `call`."""
-        self._make(Call("leave", lambda server, number: Frame(m.Leave(number)), leaves=True))
+        self._make(Call("leave", lambda server, number: Frame(request(number)), leaves=True))
 
     def leave(self, *, finished: bool) -> None:
         """Leave the log and the cluster. `finished`: nobody need take this place. Raises as `call`."""

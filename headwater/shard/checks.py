@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from headwater import messages as m
 from headwater.errors import ProtocolError, RegistrationError
+from headwater.log.meetings import describe as describe_meeting
+from headwater.log.state import UNFINISHED
 from headwater.shard.outstanding import Members
 from headwater.shard.tables import StagedRows, Tables
 from headwater.shard.vector import Vector
@@ -24,6 +26,7 @@ _KINDS: dict[type, m.Kind] = {
     m.DeleteRows: "delete",
     m.ReadState: "state",
     m.Assign: "assign",
+    m.Recall: "recall",
     m.End: "end",
     m.Stop: "stop",
     m.Leave: "leave",
@@ -34,7 +37,7 @@ _KINDS: dict[type, m.Kind] = {
 
 def kind_of(request: m.Request) -> m.Kind:
     """What the sequencer is told that it is."""
-    return request.kind if isinstance(request, m.Meet) else _KINDS[type(request)]
+    return request.meeting.kind if isinstance(request, m.Meet) else _KINDS[type(request)]
 
 
 def name_of(request: m.Request) -> str:
@@ -43,6 +46,10 @@ def name_of(request: m.Request) -> str:
         return request.spec.name
     if isinstance(request, m.Checkpoint):
         return str(request.at)
+    if isinstance(request, m.Meet):
+        return describe_meeting(request.meeting)
+    if isinstance(request, m.Leave):
+        return "" if request.finished else UNFINISHED
     return str(request.step) if isinstance(request, m.Step) else ""
 
 

@@ -33,6 +33,7 @@ def _parts(snapshot: ShardSnapshot) -> Iterator[Digest]:
     yield _digest("ledger", snapshot.ledger)
     yield _digest("standings", snapshot.standings, snapshot.version)
     yield _digest("positions in the data", snapshot.recorded)
+    yield _digest("what programs keep", arrays=[snapshot.programs])
 
 
 def _of_model(model: ModelSnapshot, changed: int) -> Iterator[Digest]:

@@ -105,6 +105,8 @@ class Ledger:
 
 
 def _without_values(answer: Answer) -> Answer:
-    if not (answer.values or answer.states or answer.counts or answer.rules):
+    """Nor what programs keep and gather, which is kept elsewhere."""
+    large = answer.values or answer.states or answer.counts or answer.rules or answer.data or answer.recalled
+    if not large:
         return answer
-    return msgspec.structs.replace(answer, values=(), states=(), counts=(), rules=())
+    return msgspec.structs.replace(answer, values=(), states=(), counts=(), rules=(), data=(), recalled=None)

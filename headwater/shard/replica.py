@@ -13,9 +13,9 @@ answered, and goes on, only when its entry is.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
@@ -125,22 +125,28 @@ class MaterializedEntry:
     """An entry with its inputs. As a message: `inputs`, with `payload()` as its payload.
 
     `models`: this server's whole range of each of `inputs.models`, float32; `tables`: the rows of each of
-    `inputs.tables`. The arrays must stay as they are until the entry was applied.
+    `inputs.tables`; `blobs`: uint8, of each of `inputs.blobs`. The arrays must stay as they are until the
+    entry was applied.
     """
 
     inputs: m.EntryInputs
     models: tuple[Array, ...] = ()
     tables: tuple[StagedRows, ...] = ()
+    blobs: tuple[NDArray[np.uint8], ...] = ()
     summed: ClassVar[bool] = True
 
     def payload(self) -> list[NDArray[Any]]:
         """The arrays in the order in which they travel."""
         rows = [array for staged in self.tables for array in (staged.ids, staged.rows)]
-        return [array for array in (*self.models, *rows) if array.size]
+        return [array for array in (*self.models, *rows, *self.blobs) if array.size]
 
     def request(self, ticket: m.ExchangeId) -> m.Request:
         """As it was held."""
-        return next(request for member, request in self.inputs.requests if member == ticket.member)
+        request = next(request for member, request in self.inputs.requests if member == ticket.member)
+        for (member, field, _), blob in zip(self.inputs.blobs, self.blobs, strict=True):
+            if member == ticket.member:
+                request = msgspec.structs.replace(request, **{field: blob.tobytes()})
+        return request
 
     def updates(self, model: int, vector: Vector, steps: Steps) -> list[Update]:
         """One, the sum of all."""
@@ -192,13 +198,14 @@ def arriving(inputs: m.EntryInputs, room: Room = own_memory) -> MaterializedEntr
             StagedRows(table, _ids(room, count), _floats(room, count, dim))
             for table, count, dim in inputs.tables
         ),
+        tuple(room(size) for *_, size in inputs.blobs),
     )
 
 
 def restamped(resolved: MaterializedEntry, term: int) -> MaterializedEntry:
     """The same as it is sent in another term."""
     inputs = msgspec.structs.replace(resolved.inputs, term=term)
-    return MaterializedEntry(inputs, resolved.models, resolved.tables)
+    return MaterializedEntry(inputs, resolved.models, resolved.tables, resolved.blobs)
 
 
 def owned(resolved: MaterializedEntry) -> MaterializedEntry:
@@ -280,15 +287,18 @@ class InputCollector:
         elif isinstance(entry, m.Assigned):
             staged = self._live.deleted(entry.source)
             tables = [_copy(StagedRows(staged.table, staged.ids, staged.rows[:, :0]), room)]
+        blobs = [(member, field, blob) for member, request in requests for field, blob in _blobs(request)]
         inputs = m.EntryInputs(
             term,
             entry,
-            tuple((member, _without_payload(request)) for member, request in requests),
+            tuple((member, _alone(request)) for member, request in requests),
             tuple((model, len(array)) for model, array in models.items()),
             tuple((staged.table, *staged.rows.shape) for staged in tables),
             written,
+            tuple((member, field, len(blob)) for member, field, blob in blobs),
         )
-        return MaterializedEntry(inputs, tuple(models.values()), tuple(tables))
+        copies = tuple(_bytes(room, blob) for *_, blob in blobs)
+        return MaterializedEntry(inputs, tuple(models.values()), tuple(tables), copies)
 
     def _reduced(self, steps: Steps, merge: Merge, room: Room) -> dict[int, Array]:
         reduced: dict[int, Array] = {}
@@ -320,7 +330,23 @@ def _copy(staged: StagedRows, room: Room) -> StagedRows:
     return StagedRows(staged.table, ids, _fill(room, staged.rows))
 
 
-def _without_payload(request: m.Request) -> m.Request:
+def _bytes(room: Room, blob: bytes) -> NDArray[np.uint8]:
+    copy = room(len(blob))
+    copy[:] = np.frombuffer(blob, np.uint8)
+    return copy
+
+
+def _blobs(request: m.Request) -> Iterator[tuple[Literal["kept", "data"], bytes]]:
+    """What of a request may be so long that many of them do not fit into one header."""
+    if isinstance(request, m.Step | m.Meet | m.End | m.Leave) and request.kept:
+        yield "kept", request.kept
+    if isinstance(request, m.Meet) and request.data:
+        yield "data", request.data
+
+
+def _alone(request: m.Request) -> m.Request:
+    """The request without what travels beside it."""
+    changes: dict[str, Any] = {field: b"" for field, _ in _blobs(request)}
     if isinstance(request, m.Step | m.Assign) and request.payload:
-        return msgspec.structs.replace(request, payload=())
-    return request
+        changes["payload"] = ()
+    return msgspec.structs.replace(request, **changes) if changes else request

@@ -159,7 +159,10 @@ class Shard:
         kind = self._kind(member, request)
         clipped = isinstance(request, m.Step) and kind == "step" and self._measures.needed(request)
         weight = request.weight if isinstance(request, m.Step) else 1.0
-        held = m.Held(member, request.number, kind, name_of(request), connection_epoch, clipped, weight)
+        meeting = request.meeting if isinstance(request, m.Meet) else None
+        held = m.Held(
+            member, request.number, kind, name_of(request), connection_epoch, clipped, weight, meeting
+        )
         self._members.hold(Outstanding(held, request, staging, rows))
         self.exchanges += 1
         return held

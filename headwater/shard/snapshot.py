@@ -8,7 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +96,7 @@ class ShardSnapshot:
         ledger: every member's last step and answer.
         standings: what follows from the log up to `position`.
         recorded: where the workers are in their data.
+        programs: uint8[n], what their programs keep and what their meetings came to, as `Programs.to_bytes`.
     """
 
     index: int
@@ -108,3 +109,4 @@ class ShardSnapshot:
     ledger: tuple[AccountRecord, ...]
     standings: LogStateRecord
     recorded: DataProgress
+    programs: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))

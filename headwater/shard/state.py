@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.errors import HeadwaterError, RegistrationError
+from headwater.errors import HeadwaterError, MeetingError, RegistrationError
+from headwater.log.meetings import describe
 from headwater.log.positions import Positions
+from headwater.log.programs import Programs
 from headwater.log.state import LogState
 from headwater.shard.copies import Copies, found
 from headwater.shard.governed import GovernedRules
@@ -45,7 +47,8 @@ class State:
     Attributes:
         version: of the last entry that changed values.
         position: of the last entry processed.
-        standings: as of `position`; positions: where the workers are in their data.
+        standings: as of `position`; positions: where the workers are in their data; programs: what their
+            programs keep, and what their meetings came to.
         copies: memory for what members ask snapshots for.
     """
 
@@ -59,6 +62,7 @@ class State:
         self.standings = LogState()
         self.ledger = Ledger()
         self.positions = Positions()
+        self.programs = Programs()
         self.copies = Copies()
         self._reduce = reduce
         self._members = members
@@ -132,8 +136,7 @@ class State:
             staleness = entry.version - 1 - step.seen
             result = m.StepResult(entry.version, True, shares.contributors, staleness, named)
             self.ledger.record(ticket.member, step.step, result)
-            if step.position is not None:
-                self.positions.record(step.position)
+            self._note_program(ticket, step)
         answers: Answers = []
         for ticket in entry.answered:
             answers += self._answer_step(ticket, tuple(asked[ticket.member]))
@@ -218,7 +221,7 @@ class State:
             return self._serve_again(ticket, request)
         try:
             brought = self._bring(ticket, request)
-        except RegistrationError as error:
+        except (RegistrationError, MeetingError) as error:
             return self._answer(ticket, failure=_refused(error))
         if not isinstance(request, m.Step):
             return self._answer(ticket, **brought)
@@ -227,7 +230,10 @@ class State:
     def _serve_again(self, ticket: m.ExchangeId, request: m.Request) -> Answers:
         """The answer was lost on its way: the same result, with the values of now."""
         answer = self.ledger.answer(ticket.member)
-        brought = {} if answer.failure is not None else self._bring(ticket, request, again=True)
+        try:
+            brought = {} if answer.failure is not None else self._bring(ticket, request, again=True)
+        except MeetingError as error:
+            brought = {"failure": _refused(error)}
         if isinstance(request, m.Step):
             brought["rules"] = self._news(request)
         brought.pop("notice", None)
@@ -252,6 +258,10 @@ class State:
             notice = vector.declared(request.spec)
             rules = vector.governed.in_force(vector.updates, model=model, joins=True)
             return self._join(ticket, reader, model) | {"notice": notice, "rules": (rules,)}
+        if isinstance(request, m.Meet):
+            return self._met_before(ticket, request.meeting)
+        if isinstance(request, m.Recall):
+            return {"recalled": self._recalled(ticket)}
         if isinstance(request, m.Attach):
             return self._join(ticket, reader, request.model)
         if isinstance(request, m.RegisterTable):
@@ -310,8 +320,8 @@ class State:
         answers: Answers = []
         if entry.answered is not None:
             request = self._inputs.request(entry.answered)
-            if isinstance(request, m.End) and request.position is not None:
-                self.positions.record(request.position)
+            if isinstance(request, m.End | m.Leave):
+                self._note_program(entry.answered, request)
             answers = self._answer(entry.answered)
         return answers
 
@@ -321,13 +331,78 @@ class State:
         return [(member, None)] if self._members.forget(member) else []
 
     def _met(self, entry: m.Met) -> Answers:
+        requests = [(ticket, self._meet_of(ticket)) for ticket in entry.tickets]
         sums: dict[str, float] = {}
-        for ticket in entry.tickets:
-            request = self._inputs.request(ticket)
-            assert isinstance(request, m.Meet)
+        for _, request in requests:
             for name, value in request.values.items():
                 sums[name] = sums.get(name, 0.0) + value
-        return [answer for ticket in entry.tickets for answer in self._answer(ticket, sums=sums)]
+        ranks = tuple(self._rank_of(ticket) for ticket in entry.tickets)
+        meeting = requests[0][1].meeting
+        gives = {meeting.root} if meeting.root >= 0 else set(ranks) if meeting.kind == "gather" else set()
+        data = tuple(
+            request.data for rank, (_, request) in zip(ranks, requests, strict=True) if rank in gives
+        )
+        self.programs.record(m.MeetingResult(meeting, ranks, sums, data))
+        for ticket, request in requests:
+            self._note_program(ticket, request)
+        fields: dict[str, Any] = {"sums": sums, "ranks": ranks, "data": data}
+        return [answer for ticket in entry.tickets for answer in self._answer(ticket, **fields)]
+
+    def _meet_of(self, ticket: m.ExchangeId) -> m.Meet:
+        request = self._inputs.request(ticket)
+        assert isinstance(request, m.Meet)
+        return request
+
+    def _met_before(self, ticket: m.ExchangeId, meeting: m.Meeting) -> dict[str, Any]:
+        """What a meeting that has ended came to, for a rank that runs its program again, or that missed it.
+
+        Raises:
+            MeetingError: it was another meeting, or its result is kept no more.
+        """
+        rank, result = self._rank_of(ticket), self.programs.result(meeting.number)
+        if result is None:
+            raise MeetingError(
+                f"worker {rank} comes to {describe(meeting)} again, but its result is kept no more: "
+                f"loop over worker.epochs(n), so that a restarted worker begins at its epoch"
+            )
+        if result.meeting != meeting:
+            who = ", ".join(map(str, result.ranks))
+            raise MeetingError(
+                f"worker {rank} runs its program again and comes to {describe(meeting)}, where workers {who} "
+                f"were in {describe(result.meeting)}: make the same calls in the same order, or loop over "
+                f"worker.epochs(n), which begins where the rank was"
+            )
+        return {"sums": result.sums, "ranks": result.ranks, "data": result.data}
+
+    # ── programs ────────────────────────────────────────────────────────────────────────────────
+
+    def _rank_of(self, ticket: m.ExchangeId) -> int:
+        return self.standings.standing(ticket.member).rank
+
+    def _note_program(self, ticket: m.ExchangeId, request: m.Step | m.Meet | m.End | m.Leave) -> None:
+        """Where the worker's program is from here on."""
+        rank = self._rank_of(ticket)
+        self.programs.keep(rank, request.kept)
+        position = request.position
+        if position is None:
+            return
+        before = self.positions.of(rank)
+        self.positions.record(position)
+        if position.loops and (before is None or before.loops != position.loops):
+            declared = set(range(self.standings.workers)) | self.standings.ranks
+            last = [self.positions.of(one) for one in sorted(declared)]
+            self.programs.forget_results(one.loops if one is not None else () for one in last)
+
+    def _recalled(self, ticket: m.ExchangeId) -> m.Recalled:
+        rank = self._rank_of(ticket)
+        history = self.standings.histories[rank]
+        return m.Recalled(
+            self.positions.of(rank),
+            history.steps,
+            self.standings.met,
+            history.incarnations > 1,
+            self.programs.kept(rank),
+        )
 
     def _stalled(self, entry: m.Stalled) -> Answers:
         failure = m.Refused("StalledError", entry.reason)
@@ -348,6 +423,7 @@ class State:
             ledger=self.ledger.records(),
             standings=self.standings.record(),
             recorded=self.positions.recorded(),
+            programs=np.frombuffer(self.programs.to_bytes(), np.uint8),
         )
 
     def restore(self, snapshot: ShardSnapshot) -> None:
@@ -356,6 +432,7 @@ class State:
         self.standings = LogState.of(snapshot.standings)
         self.ledger = Ledger.of(snapshot.ledger)
         self.positions = Positions(snapshot.recorded)
+        self.programs = Programs(snapshot.programs.tobytes())
         for model, changed in zip(snapshot.models, snapshot.changed, strict=True):
             self._add(Vector.restore(model, changed))
         self.tables.restore(snapshot.tables)

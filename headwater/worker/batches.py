@@ -15,7 +15,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from headwater import messages as m
@@ -24,6 +24,7 @@ from headwater.machines.splits import Indices, Order
 from headwater.runtime.client import Client
 from headwater.worker.parts import Call, LeasedSplits, StaticPart, batches_an_epoch
 from headwater.worker.plan import ReadPlan
+from headwater.worker.program import Program
 
 _log = logging.getLogger("headwater.worker")
 
@@ -33,21 +34,26 @@ Item = TypeVar("Item")
 class DataReader:
     """What one worker reads.
 
+    Args:
+        recorded: where the log recorded its rank; None where it did not.
+
     Attributes:
+        begun: calls that the program has begun, those of before that it skipped among them.
         samples: how many it has read.
         stopped: whether `batches` end now, because somebody asked for it.
     """
 
-    def __init__(self, session: Client) -> None:
+    def __init__(self, session: Client, program: Program, recorded: m.Position | None) -> None:
         self.samples = 0
         self.stopped = False
+        self.begun = 0
         self._session = session
+        self._program = program
         self._rank = session.welcome.member.index
-        recorded = session.welcome.position or m.Position(self._rank, 0)
+        recorded = recorded or m.Position(self._rank, 0)
         self._over = recorded.over
         self._recorded = {place.call: place for place in recorded.places}  # of calls not begun again yet
         self._applied = recorded.places
-        self._begun = 0
         self._open: dict[int, Call] = {}
         self._planned = 0.0
 
@@ -70,8 +76,8 @@ class DataReader:
         """Begin the next call; None where the log has recorded that it is over."""
         self._check_dismissed()
         self.settle()
-        number = self._begun
-        self._begun += 1
+        number = self.begun
+        self.begun += 1
         self.stopped = False
         if number < self._over:
             _log.info("call %d of batches is over, as the log recorded it", number)
@@ -119,11 +125,9 @@ class DataReader:
 
     def _send_end(self) -> None:
         """Rounds, and whoever may not lead too far, wait for this worker no more until it steps again."""
-        going = self._going().keys() | self._recorded.keys()
-        position = m.Position(
-            self._rank, self._lowest(), tuple(place for place in self._applied if place.call in going)
-        )
-        self._session.ask(lambda number: m.End(number, position), "end of batches")
+        position, kept = self.resting(), self._program.unsent()
+        self._session.ask(lambda number: m.End(number, position, kept), "end of batches")
+        self._program.recorded(kept)
 
     def check(self) -> None:
         """Raises SystemExit where this worker was dismissed: its data are not at an end by that."""
@@ -136,17 +140,31 @@ class DataReader:
     # ── where it is ─────────────────────────────────────────────────────────────────────────────
 
     def position(self) -> m.Position | None:
-        """Where the worker is once the step that it now takes is applied; None where it has read nothing."""
-        if not self._begun:
+        """Where the worker is once the step that it now takes is applied; None where it has begun nothing."""
+        loops = self._program.loops()
+        if not self.begun and not loops:
             return None
         places = [*(call.place() for call in self._going().values()), *self._recorded.values()]
         visits = [call.visit() for call in self._open.values()]
         return m.Position(
             self._rank,
-            self._lowest(),
+            self._first(self._going().keys() | self._recorded.keys()),
             tuple(place for place in places if place is not None),
             tuple(visit for visit in visits if visit is not None),
+            loops,
         )
+
+    def resting(self, *, leaving: bool = False) -> m.Position | None:
+        """Where the worker is apart from what it has in hand, which no step has followed yet.
+
+        `leaving`: calls that were left are not over, for nothing came after them.
+        """
+        loops = self._program.loops()
+        if not self.begun and not loops:
+            return None
+        going = (self._open if leaving else self._going()).keys() | self._recorded.keys()
+        places = tuple(place for place in self._applied if place.call in going)
+        return m.Position(self._rank, self._first(going), places, (), loops)
 
     def applied(self, position: m.Position | None) -> None:
         """The step with this position was applied."""
@@ -159,9 +177,9 @@ class DataReader:
         """The open calls that somebody may still read."""
         return {number: call for number, call in self._open.items() if not call.left}
 
-    def _lowest(self) -> int:
-        """The first call that is not over."""
-        return min([*self._going(), *self._recorded], default=max(self._begun, self._over))
+    def _first(self, going: Iterable[int]) -> int:
+        """The first call that is not over, where these are not."""
+        return min(going, default=max(self.begun, self._over))
 
 
 class _Reading(Iterator[Item]):

@@ -48,7 +48,8 @@ def plan_of(
         ConfigurationError: impossible arguments.
         DataError: a file of the data set cannot be read.
     """
-    batch, epochs, seed = _count("batch_size", batch, 1), _count("epochs", epochs, 0), _count("seed", seed, 0)
+    batch = count_of("batches", "batch_size", batch, 1)
+    epochs, seed = count_of("batches", "epochs", epochs, 0), count_of("batches", "seed", seed, 0)
     if splits is None:
         splits = "static" if rounds else "dynamic"
     if splits not in ("static", "dynamic"):
@@ -66,8 +67,13 @@ def plan_of(
     return ReadPlan(size, groups, batch, epochs, shuffle, seed, splits, bool(drop_last))
 
 
-def _count(name: str, value: Any, least: int) -> int:
+def count_of(call: str, name: str, value: Any, least: int) -> int:
+    """A whole number that a user passed to `call` as `name`.
+
+    Raises:
+        ConfigurationError: it is none, or below `least`.
+    """
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or not least <= value < 2**63:
-        raise ConfigurationError(f"batches: got {name}={value!r}, expected a whole number ≥ {least}")
+        raise ConfigurationError(f"{call}: got {name}={value!r}, expected a whole number ≥ {least}")
     return int(value)

@@ -48,16 +48,18 @@ class StepExchange:
         self._pulled = {table: place for table, (_, place, *_) in rows.items() if place is not None}
         self._settings = tuple(setting for _, settings, _ in staged.values() for setting in settings)
         self._position: m.Position | None = None
+        self._kept: bytes | None = None
         self._table_settings = tuple(setting for *_, setting, _ in rows.values() if setting is not None)
 
     def take(
-        self, step: int, read: bool | Sequence[Model], position: m.Position | None
+        self, step: int, read: bool | Sequence[Model], position: m.Position | None, kept: bytes | None
     ) -> tuple[m.StepResult, bool]:
         """Make it step number `step`; blocks as the mode says. What became of it, and whether batches end.
 
-        `position`: where the worker is in its data then.
+        `position`: where the worker is in its data then; `kept`: what its program keeps from then on, if that
+        has changed.
         """
-        self._position = position
+        self._position, self._kept = position, kept
         ids = read if isinstance(read, bool) else tuple(model.id for model in read)
         self._memory.announce()
         answer: m.Answer = self._session.call(
@@ -100,6 +102,7 @@ class StepExchange:
             self._weight,
             known=tuple((model.id, model.settings.known) for model in self._models),
             known_tables=tuple((table.id, table.settings.known) for table in self._tables),
+            kept=self._kept,
         )
         arrays: list[Any] = [array for _, arrays in payload for array in arrays]
         for place in self._pushed.values():

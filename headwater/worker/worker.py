@@ -20,9 +20,11 @@ from headwater.spec.sync import Mode
 from headwater.spec.user_settings import unpack
 from headwater.wire.security import PLAIN, Security
 from headwater.worker.batches import Batches, DataReader, Splits
+from headwater.worker.meetings import Gathered, Meetings, Sums
 from headwater.worker.model import Model
 from headwater.worker.model_spec import Group, NonFinite, check_weight, specify, specify_table
-from headwater.worker.plan import SplitKind, plan_of
+from headwater.worker.plan import SplitKind, count_of, plan_of
+from headwater.worker.program import Epochs, Program
 from headwater.worker.row_buffer import RowBuffer
 from headwater.worker.step import StepExchange
 from headwater.worker.table import Table
@@ -71,7 +73,11 @@ class Worker:
         self._rows = RowBuffer(self._session)
         self._step = 0
         self._skipped = 0
-        self._feed = DataReader(self._session)
+        recalled = self._session.ask(m.Recall, "recall").recalled
+        assert recalled is not None
+        self._program = Program(recalled)
+        self._feed = DataReader(self._session, self._program, recalled.position)
+        self._meetings = Meetings(self._session, self._program, self._feed)
         self._staleness: Counter[int] = Counter()
         self._metrics: dict[str, float] = {}
         self._began = time.monotonic()
@@ -199,14 +205,15 @@ class Worker:
         self._session.check_open("step")
         self._session.finish()
         turn = StepExchange(self._session, self._rows, self._models.values(), self._tables.values(), weight)
-        position = self._feed.position()
-        result, stopped = turn.take(self._step + 1, read, position)
+        position, kept = self._feed.position(), self._program.unsent()
+        result, stopped = turn.take(self._step + 1, read, position, kept)
         self._step += 1
         self._skipped += turn.skip
         self._staleness[result.staleness] += 1
         self._feed.stopped |= stopped
         if result.applied:
             self._feed.applied(position)
+            self._program.recorded(kept)
         self._feed.settle()
         self._tell()
         return result
@@ -269,28 +276,106 @@ class Worker:
         plan = plan_of(dataset, batch_size, epochs, shuffle, seed, splits, rounds=self.mode.rounds)
         return self._feed.splits(plan)
 
+    # ── its place in the program ────────────────────────────────────────────────────────────────
+
+    def epochs(self, count: int) -> Epochs:
+        """The epochs 0, 1, … `count` - 1, from the one on at which this rank was; an iterator.
+
+        A worker that is started again, or resumed, begins with the epoch in which it was: its calls of
+        `batches` and its meetings are those of that epoch. What stands before the loop is run again.
+
+        Raises:
+            ConfigurationError: not a whole number ≥ 0.
+        """
+        self._session.check_open("epochs")
+        return Epochs(self._program, self._feed, count_of("epochs", "count", count, 0))
+
+    def keep(self, **state: Any) -> None:
+        """Keep plain data and arrays for this rank, beside what it keeps already; does not block.
+
+        They travel with the next step (or meeting, or end of `batches`) and live in the log from then on: in
+        replicas and checkpoints, as of exactly that step. `kept` has them after a restart, rewind or resume.
+
+        Raises:
+            UsageError: something else than plain data and arrays, or more than 4 MiB in all; nothing changed.
+        """
+        self._session.check_open("keep")
+        self._program.keep(state)
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What this rank keeps, as copies of the caller's own; empty before anything was kept."""
+        return self._program.kept
+
+    @property
+    def restarted(self) -> bool:
+        """Whether an earlier incarnation of this rank took part: before a restart, a rewind or a resume."""
+        return self._program.restarted
+
+    @property
+    def steps(self) -> int:
+        """Steps of this rank, over all its incarnations."""
+        return self._program.steps_before + self._step
+
     # ── together with the others ────────────────────────────────────────────────────────────────
 
     def barrier(self) -> None:
-        """Block until every worker of the cluster is in a barrier, or has left.
+        """Block until every worker of the cluster is at this barrier, or has left.
+
+        Barriers, sums, gathers and broadcasts are meetings. The meetings of a program are counted: one that
+        has ended gives a restarted worker the result that it gave everybody.
 
         Raises:
-            StalledError: it could never end, because another waits in something else; or the deadline passed.
+            StalledError: it could never end, because another worker waits in something else or at another
+                place of its program; names both. Or the deadline passed.
+            MeetingError: this program runs again, and came to another meeting the first time.
         """
-        self._meet("barrier", {})
+        self._meetings.barrier()
+        self._outdate()
 
-    def sum(self, **scalars: float) -> dict[str, float]:
-        """Add scalars over all workers, in rank order; blocks like `barrier` until all have called it."""
-        return self._meet("sum", {name: float(value) for name, value in scalars.items()})
+    def sum(self, *, of: m.Attendance = "present", **scalars: float) -> Sums:
+        """Add scalars over all workers, in rank order; blocks like `barrier` until all have called it.
 
-    def _meet(self, kind: Any, values: dict[str, float]) -> dict[str, float]:
-        self._session.check_open(kind)
-        self._feed.settle()
-        answer: m.Answer = self._session.ask(lambda number: m.Meet(number, kind, values), kind)
+        The result's `contributors` says how many workers there were, its `ranks` which. `of="all"` waits for
+        a declared worker that is gone until it is back, and fails where one has finished.
+
+        Raises:
+            UsageError: not a number; nothing was sent. MeetingError, StalledError: as `barrier`.
+        """
+        sums = self._meetings.sum(scalars, of)
+        self._outdate()
+        return sums
+
+    def gather(self, *, of: m.Attendance = "present", **arrays: Any) -> Gathered:
+        """Everybody's arrays by name, as lists in rank order; blocks like `barrier` until all have called it.
+
+        Every worker passes the same names; shapes and dtypes may differ. The arrays are the caller's own.
+        `contributors`, `ranks` and `of`: as for `sum`.
+
+        Raises:
+            UsageError: not arrays of numbers; nothing was sent. MeetingError, StalledError: as `barrier`.
+        """
+        gathered = self._meetings.gather(arrays, of)
+        self._outdate()
+        return gathered
+
+    def broadcast(self, value: Any, *, root: int = 0) -> Any:
+        """What worker `root` passed, in every worker; blocks like `barrier` until all have called it.
+
+        `value`: plain data (numbers, texts, bytes, None, lists, tuples, dicts) and arrays; what other workers
+        pass is ignored. Waits for `root` where that is gone until it is back.
+
+        Raises:
+            UsageError: something else; nothing was sent. MeetingError, StalledError: as `barrier`.
+        """
+        found = self._meetings.broadcast(value, root)
+        self._outdate()
+        return found
+
+    def _outdate(self) -> None:
+        """Others may have gone on meanwhile."""
         for model in self._models.values():
             model.outdated()
-        assert answer.sums is not None
-        return answer.sums
 
     def stop(self) -> None:
         """End everybody's `batches` after their next step; blocks for an exchange."""
@@ -366,8 +451,7 @@ class Worker:
         """
         try:
             if self._session.usable():
-                self._feed.settle()
-                self._session.leave_log()
+                self._leave_log(finished=True)
                 self._tell(now=True)
                 self._session.wait_for_others()
         finally:
@@ -377,13 +461,19 @@ class Worker:
         self._session.dismissed = None
         try:
             if self._session.usable():
-                if finished:
-                    self._feed.settle()
-                self._session.leave_log()
+                self._leave_log(finished)
                 self._tell(now=True)
                 self._session.depart(finished)
         finally:
             self._close()
+
+    def _leave_log(self, finished: bool) -> None:
+        """Only whoever has finished says where its program is: an error may have come anywhere."""
+        position = self._feed.resting(leaving=True) if finished else None
+        kept = self._program.unsent() if finished else None
+        if finished:
+            self._feed.settle()
+        self._session.leave_log(lambda number: m.Leave(number, finished, position, kept))
 
     def _close(self) -> None:
         self._session.close()

@@ -6,9 +6,10 @@ import dataclasses
 from typing import TypeVar
 
 import msgspec
+import numpy as np
 
 from headwater import messages as m
-from headwater.checkpoint import open_checkpoint, read_part
+from headwater.checkpoint import open_checkpoint, read_part, read_programs
 from headwater.shard import Shard
 from headwater.shard.snapshot import ModelSnapshot, ShardSnapshot, TableSnapshot
 from headwater.spec.sync import Reduce
@@ -19,7 +20,8 @@ Snapshot = TypeVar("Snapshot", ModelSnapshot, TableSnapshot)
 def restored(path: str, index: int, servers: int, reduce: Reduce) -> Shard:
     """Server `index` of `servers`, however many wrote the checkpoint; blocks for reading its part.
 
-    The log begins anew at position 0, with nobody in it and the version of the checkpoint.
+    The log begins anew at position 0, with nobody in it, the version of the checkpoint, and what the log kept
+    of every rank's program.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -29,6 +31,7 @@ def restored(path: str, index: int, servers: int, reduce: Reduce) -> Shard:
     models, tables = read_part(path, index, servers)
     names: list[tuple[m.Kind, str]] = [("register", model.spec.name) for model in models]
     names += [("table", table.spec.name) for table in tables]
+    before = msgspec.json.decode(manifest.members, type=m.LogStateRecord)
     standings = m.LogStateRecord(
         version=manifest.version,
         position=0,
@@ -40,6 +43,8 @@ def restored(path: str, index: int, servers: int, reduce: Reduce) -> Shard:
         finished=(),
         names=tuple(sorted(names)),
         members=(),
+        met=before.met,
+        histories=before.histories,
     )
     snapshot = ShardSnapshot(
         index=index,
@@ -52,6 +57,7 @@ def restored(path: str, index: int, servers: int, reduce: Reduce) -> Shard:
         ledger=(),
         standings=standings,
         recorded=msgspec.json.decode(manifest.splits, type=m.DataProgress),
+        programs=np.frombuffer(read_programs(path), np.uint8),
     )
     return Shard.restore(snapshot, reduce)
 

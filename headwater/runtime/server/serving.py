@@ -124,7 +124,7 @@ class MemberConnection:
             return m.Stored(request.number, None, failure=m.Refused("CheckpointError", why))
         place = (request.directory, request.generation, request.version, snapshot.index, snapshot.servers)
         try:
-            part = write_part(*place, snapshot.models, snapshot.tables)
+            part = write_part(*place, snapshot.models, snapshot.tables, snapshot.programs)
         except HeadwaterError as error:
             return m.Stored(request.number, None, failure=m.Refused(type(error).__name__, str(error)))
         finally:

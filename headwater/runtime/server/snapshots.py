@@ -37,8 +37,9 @@ def pack(snapshot: ShardSnapshot, term: int) -> tuple[m.Snapshot, Arrays]:
         ledger=snapshot.ledger,
         standings=snapshot.standings,
         recorded=snapshot.recorded,
+        programs=len(snapshot.programs),
     )
-    arrays: Arrays = []
+    arrays: Arrays = [snapshot.programs]
     for model in snapshot.models:
         arrays += [model.values, *model.states.values(), model.counts]
     for table in snapshot.tables:
@@ -59,6 +60,7 @@ def room(message: m.Snapshot) -> tuple[ShardSnapshot, Arrays]:
         arrays.append(np.empty(shape, dtype=dtype))
         return arrays[-1]
 
+    programs = array(np.uint8, message.programs)
     models = tuple(_model(part, array) for part in message.models)
     tables = tuple(_table(part, array) for part in message.tables)
     snapshot = ShardSnapshot(
@@ -72,6 +74,7 @@ def room(message: m.Snapshot) -> tuple[ShardSnapshot, Arrays]:
         message.ledger,
         message.standings,
         message.recorded,
+        programs,
     )
     return snapshot, arrays
 

@@ -79,7 +79,7 @@ class Client:
 
     Attributes:
         id: of its membership, 0 before it has one; rank: -1 for readers.
-        number, steps, version: of the last exchange, step and answer.
+        number, steps, version: of the last exchange, step and answer; meetings: begun so far.
         windows: its models, by id; tables: dim of each table, by id.
         rows: what was last pulled, by (table, id).
         place: where the log recorded its rank, when it joined.
@@ -88,7 +88,7 @@ class Client:
     def __init__(self, *, shares: bool) -> None:
         self.id = 0
         self.rank = -1
-        self.number = self.steps = self.version = 0
+        self.number = self.steps = self.version = self.meetings = 0
         self.windows: dict[int, Window] = {}
         self.tables: dict[int, int] = {}
         self.rows: dict[tuple[int, int], Floats] = {}
@@ -164,11 +164,15 @@ class Client:
 
     def barrier(self) -> Call:
         """Wait for everybody."""
-        return Call(m.Meet(self._next(), "barrier", {}))
+        return Call(m.Meet(self._next(), self._meeting("barrier"), {}))
 
     def sum(self, **values: float) -> Call:
         """Add numbers over everybody."""
-        return Call(m.Meet(self._next(), "sum", values))
+        return Call(m.Meet(self._next(), self._meeting("sum", tuple(values)), values))
+
+    def _meeting(self, kind: m.MeetingKind, names: tuple[str, ...] = ()) -> m.Meeting:
+        self.meetings += 1
+        return m.Meeting(self.meetings, kind, names)
 
     def end(self, position: m.Position | None = None) -> Call:
         """Its batches are over."""
