@@ -265,7 +265,7 @@ class Membership:
             return self._end(StalledError(f"joining had no answer for {self._deadline:g} s: {self._reason}"))
         self._note_at = now + self._patience
         self.due = min(self._note_at, until)
-        return [Note(f"{self.name}: joining the cluster waits: {self._reason}", "warning")]
+        return [Note(f"{self.name}: cannot join yet: {self._reason}", "warning")]
 
     # ── while the coordinator is away ───────────────────────────────────────────────────────────
 

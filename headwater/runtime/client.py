@@ -166,6 +166,7 @@ class Client:
         what: str,
         place: Callable[[int, m.Answer], Sequence[Any]],
         arrived: Callable[[Any], None],
+        memory: Buffer | None = None,
     ) -> None:
         """Send as `call` does and return; `finish`, or the next call, takes the answers.
 
@@ -176,7 +177,7 @@ class Client:
         self._check_usable(what)
         self._what, self._begun = what, arrived
         with self._lock:
-            actions = self.machine.begin(Call(what, frame, place), time.monotonic())
+            actions = self.machine.begin(Call(what, frame, place, memory=memory), time.monotonic())
         self._carry_out(actions)
         frames, self._frames = self._frames, ()
         for channel, sent in zip(self.channels, frames, strict=False):

@@ -43,6 +43,11 @@ class Scratch:
         self._close: Callable[[], object] = lambda: None
         close_in_child(self)
 
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What travels to give it to another process."""
+        return (self.descriptor,)
+
     def take(self, size: int) -> int:
         """Give out `size` bytes; returns their offset, a multiple of 64. Contents are whatever was there.
 

@@ -53,6 +53,14 @@ class Window:
         self.parameters: Floats = values[elements:]
         close_in_child(self)
 
+    shared = True
+    """Other processes can map it."""
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What travels to give it to another process."""
+        return (self.descriptor,)
+
     def renew(self) -> None:
         """Put the same content into a new file, mapped over the same addresses; `generation` grows by 1.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -13,27 +13,20 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.errors import GradientError, NonFiniteError, RegistrationError
 from headwater.kernels import finite_sum, stage
+from headwater.machines.connections import Frame, Outgoing
 from headwater.runtime.client import Client
 from headwater.spec.declaration import model_difference
 from headwater.spec.layout import Layout
 from headwater.spec.rules import Rule
 from headwater.spec.schedules import Schedule
-from headwater.wire.channel import Outgoing
 from headwater.wire.window import Window
+from headwater.worker.model_buffer import ModelBuffer, ModelMemory, PrivateMemory
 from headwater.worker.model_spec import NonFinite, as_array, check_nonfinite, named
 from headwater.worker.rule_settings import RuleSettings
 
 _log = logging.getLogger("headwater.worker")
 
 Array: TypeAlias = NDArray[np.float32]
-
-
-@dataclass(slots=True, eq=False)
-class _Memory:
-    """Stands in for a window where memory cannot be shared."""
-
-    gradients: Array
-    parameters: Array
 
 
 class Adapter(Protocol):
@@ -60,11 +53,13 @@ class Model:
         self.name = spec.name
         self.spec = spec
         self.layout = Layout(spec.tensors)
-        self.id = -1
         self._session = session
         self._nonfinite = nonfinite
-        self._cuts = self.layout.cut(len(session.channels))
-        self._memory = self._allocate()
+        # Fixed from now on, as views of it are the user's: a server that comes within reach only later is
+        # sent values like one that is not.
+        elements = self.layout.elements
+        self._memory: ModelMemory = Window(elements) if any(session.shares) else PrivateMemory(elements)
+        self._buffer = ModelBuffer(session.machine, spec, self._memory)
         order = list(names) or [tensor.name for tensor in spec.tensors]
         gradients = self.layout.views(self._memory.gradients)
         parameters = self.layout.views(self._memory.parameters)
@@ -78,12 +73,10 @@ class Model:
         self._fresh = False
         self.read_version = -1
 
-    def _allocate(self) -> Window | _Memory:
-        """Fixed from now on, as views of it are the user's: a server that comes within reach only later is
-        sent values like one that is not."""
-        if any(self._session.shares):
-            return Window(self.layout.elements)
-        return _Memory(*(np.zeros(self.layout.elements, dtype=np.float32) for _ in range(2)))
+    @property
+    def id(self) -> int:
+        """Of the model; -1 until servers know it."""
+        return self._buffer.id
 
     # ── the user's calls ────────────────────────────────────────────────────────────────────────
 
@@ -164,10 +157,9 @@ class Model:
         def place(server: int, answer: m.Answer) -> list[Array]:
             for name in answer.states:
                 vectors.setdefault(name, np.zeros(self.layout.elements, dtype=np.float32))
-            start, stop = self._cuts[server]
-            return [vectors[name][start:stop] for name in answer.states]
+            return self._buffer.vectors(server, [vectors[name] for name in answer.states])
 
-        answer = self._call(lambda _, number: Outgoing(m.ReadState(number, self.id)), "state", place)
+        answer = self._call(lambda _, number: Frame(m.ReadState(number, self.id)), "state", place)
         views = {name: self.layout.views(vector) for name, vector in vectors.items()}
         state: dict[str, dict[str, Any]] = {}
         for tensor, count in zip(self.layout.tensors, answer.counts, strict=True):
@@ -215,12 +207,7 @@ class Model:
     def assign_local(self, names: Iterable[str]) -> None:
         """Set tensors on the servers to what is in `parameters`; blocks for an exchange."""
         carried = m.Carried(self.id, self.layout.mask(names))
-
-        def outgoing(server: int, number: int) -> Outgoing:
-            runs, buffers = self._payload(server, carried.tensors, self._memory.parameters)
-            return Outgoing(m.Assign(number, carried, runs), buffers)
-
-        self._session.call(outgoing, "assign")
+        self._session.call(partial(self._buffer.assign, carried), "assign")
 
     # ── for the worker ──────────────────────────────────────────────────────────────────────────
 
@@ -228,14 +215,7 @@ class Model:
         """Declare the model with these values, or join one that exists; blocks for an exchange."""
         for name, value in initial.items():
             self.parameters[name][...] = value
-
-        def outgoing(server: int, number: int) -> Outgoing:
-            window, descriptors = self._window(server)
-            start, stop = self._cuts[server]
-            values = [] if window is not None or start == stop else [self._memory.parameters[start:stop]]
-            return Outgoing(m.Register(number, self.spec, window), values, descriptors)
-
-        self._join(outgoing, "register")
+        self._join(self._buffer.register, "register")
 
     def redeclare(self, spec: m.ModelSpec, nonfinite: NonFinite) -> None:
         """The program declares the model again: it goes on in the same memory, with the new settings.
@@ -261,12 +241,7 @@ class Model:
 
     def attach(self, model: int) -> None:
         """Read a model that exists; blocks for an exchange."""
-
-        def outgoing(server: int, number: int) -> Outgoing:
-            window, descriptors = self._window(server)
-            return Outgoing(m.Attach(number, model, window), (), descriptors)
-
-        self._join(outgoing, "attach")
+        self._join(partial(self._buffer.attach, model), "attach")
 
     def take_staged(self) -> tuple[m.Carried | None, tuple[m.Setting, ...], bool]:
         """What the next step carries, its settings, and whether it must be an empty turn; clears all."""
@@ -279,7 +254,7 @@ class Model:
 
     def gradient_payload(self, server: int, mask: bytes) -> tuple[tuple[m.Run, ...], list[Array]]:
         """The runs and arrays of staged gradients for a server without a window."""
-        return self._payload(server, mask, self._memory.gradients)
+        return self._buffer.staged(mask, server)
 
     def written(self) -> None:
         """Note that the window holds the values of the last answer's version."""
@@ -293,49 +268,27 @@ class Model:
         """Note that the window's parameters may differ from those of any version."""
         self._fresh, self.read_version = False, -1
 
-    def renew(self) -> None:
-        """Go on in a window with the same content that nobody else has."""
-        if isinstance(self._memory, Window):
-            self._memory.renew()
-
-    def offer(self, server: int, shared: bool, anew: bool) -> Outgoing | None:
-        """The frame that gives the window to a server that knows this model as registered by this member, or
-        tells it that there is none."""
-        if self.id < 0 or not anew:
-            return None
-        window, descriptors = self._given(shared)
-        return Outgoing(m.Renew(self.id, window), (), descriptors)
-
-    def incoming(self, server: int) -> list[Array]:
-        """Where a server's range of the parameters goes that follows its answer; nowhere with a window."""
-        if self._is_shared(server):
-            return []
-        start, stop = self._cuts[server]
-        return [self._memory.parameters[start:stop]]
-
     def release(self) -> None:
         """Give the window's descriptor back; its memory lives as long as arrays made from it."""
-        if self in self._session.machine.connections.buffers:
-            self._session.machine.connections.buffers.remove(self)
-        if isinstance(self._memory, Window):
-            self._memory.release()
+        self._buffer.close()
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
     def _join(self, outgoing: Callable[[int, int], Outgoing], what: str) -> None:
-        self._session.machine.connections.buffers.append(self)
+        self._buffer.open()
         try:
-            answer = self._call(outgoing, f"{what} {self.name!r}", lambda server, _: self.incoming(server))
+            answer = self._call(
+                outgoing, f"{what} {self.name!r}", lambda server, _: self._buffer.incoming(server)
+            )
         except BaseException:
-            self._session.machine.connections.buffers.remove(self)
+            self._buffer.close()
             raise
         assert answer.model is not None
         if answer.notice:
             _log.warning("model %r: %s", self.name, answer.notice)
-        self.id = answer.model
+        self._buffer.registered(answer.model)
         for rules in answer.rules:
             self.settings.arrived(rules, joined=True)
-        self._session.machine.receivers[self.id] = self.incoming
         self.written()
 
     def _call(
@@ -347,23 +300,6 @@ class Model:
         """An exchange whose answers' payload goes where `place` says."""
         answer: m.Answer = self._session.call(outgoing, what, place)
         return answer
-
-    def _is_shared(self, server: int) -> bool:
-        return self._session.shares[server] and isinstance(self._memory, Window)
-
-    def _window(self, server: int) -> tuple[m.WindowSpec | None, tuple[int, ...]]:
-        return self._given(self._session.shares[server])
-
-    def _given(self, shared: bool) -> tuple[m.WindowSpec | None, tuple[int, ...]]:
-        if not shared or not isinstance(self._memory, Window):
-            return None, ()
-        return m.WindowSpec(self._memory.generation, self._memory.size), (self._memory.descriptor,)
-
-    def _payload(self, server: int, mask: bytes, memory: Array) -> tuple[tuple[m.Run, ...], list[Array]]:
-        if self._is_shared(server):
-            return (), []
-        runs = self.layout.runs(self.layout.unmask(mask), *self._cuts[server])
-        return tuple(m.Run(self.id, *run) for run in runs), [memory[low:high] for low, high in runs]
 
     def _checked(self, values: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         arrays: dict[str, NDArray[Any]] = {}

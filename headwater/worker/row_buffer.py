@@ -1,27 +1,59 @@
-"""A worker's memory for ids and rows on their way to and from the servers, shared with those that can share.
+"""One member's memory for ids and rows of tables on their way to and from the servers.
 
-Places are valid until `reset`, which the end of a step does; a pull gives its place back at once.
+It is shared with those servers that can share; to the others its contents travel. Decides and does no I/O:
+where the memory lies, and how others are given it, is the business of `RowMemory`.
+
+Slices are valid until `reset`, which the end of a step does; a pull gives its slice back at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.errors import ConnectionLostError
 from headwater.kernels.arrange import Ids, Plan
-from headwater.runtime.client import Client
-from headwater.wire.channel import Outgoing
-from headwater.wire.scratch import Scratch
+from headwater.machines.client import ClientMachine
+from headwater.machines.connections import Frame
 
 Array = NDArray[np.float32]
 
 _ID, _ITEM = 8, 4
+
+
+class RowMemory(Protocol):
+    """Memory that is given out from the bottom up and taken back from the top down.
+
+    Attributes:
+        memory: uint8[size]. used: bytes given out.
+        shared: whether others can be given it.
+        generation: counts the memories there were; 0 before the first.
+        descriptors: what travels to give it to others.
+    """
+
+    used: int
+
+    @property
+    def memory(self) -> NDArray[np.uint8]: ...
+    @property
+    def shared(self) -> bool: ...
+    @property
+    def generation(self) -> int: ...
+    @property
+    def descriptors(self) -> Sequence[Any]: ...
+
+    def take(self, size: int) -> int:
+        """Give out so many bytes; returns their offset, a multiple of 64. May replace the memory."""
+
+    def renew(self) -> None:
+        """Go on in memory with the same content that nobody else has."""
+
+    def release(self) -> None:
+        """Give nobody else this memory any more."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,76 +67,46 @@ class RowSlice:
 
 
 class RowBuffer:
-    """For all tables of one worker."""
+    """For all tables of the member that `machine` is."""
 
-    def __init__(self, session: Client) -> None:
-        self._session = session
-        self._scratch = Scratch(shared=any(session.shares))
-        self._announced = 0
-        session.machine.connections.buffers.append(self)
+    def __init__(self, machine: ClientMachine, memory: RowMemory) -> None:
+        self._machine = machine
+        self._memory = memory
+        self._given: dict[int, int] = {}  # by server, the generation that it has
+        machine.connections.buffers.append(self)
 
     def take(self, plan: Plan, dim: int) -> RowSlice:
-        """A place with the plan's ids written to it. A pull under way must have arrived before.
+        """A slice with the plan's ids written to it. A pull under way must have arrived before.
 
         Raises:
             EnvironmentFailure: the system has no memory for it.
         """
         count = len(plan.ids)
-        ids_at = self._scratch.take(_ID * count)
-        place = RowSlice(plan, dim, ids_at, self._scratch.take(_ITEM * dim * count))
+        ids_at = self._memory.take(_ID * count)
+        place = RowSlice(plan, dim, ids_at, self._memory.take(_ITEM * dim * count))
         self._ids(place)[...] = plan.ids
         return place
 
     @property
     def used(self) -> int:
-        """What `reset` takes to give back all places taken from now on."""
-        return self._scratch.used
+        """What `reset` takes to give back all slices taken from now on."""
+        return self._memory.used
 
     def reset(self, used: int = 0) -> None:
-        """Give back the places taken since `used` was read, all by default."""
-        self._scratch.used = used
+        """Give back the slices taken since `used` was read, all by default."""
+        self._memory.used = used
 
     def rows(self, place: RowSlice) -> Array:
-        """float32[u, dim], the rows of a place; a view that a later `take` may make stale."""
+        """float32[u, dim], the rows of a slice; a view that a later `take` may make stale."""
         count, size = len(place.plan.ids), _ITEM * place.dim * len(place.plan.ids)
-        flat = self._scratch.memory[place.rows_at : place.rows_at + size].view(np.float32)
+        flat = self._memory.memory[place.rows_at : place.rows_at + size].view(np.float32)
         return flat.reshape(count, place.dim)
 
     def _ids(self, place: RowSlice) -> Ids:
         size = _ID * len(place.plan.ids)
-        return self._scratch.memory[place.ids_at : place.ids_at + size].view(np.int64)
+        return self._memory.memory[place.ids_at : place.ids_at + size].view(np.int64)
 
     # ── on the way ──────────────────────────────────────────────────────────────────────────────
-
-    def announce(self) -> None:
-        """Give the servers the window if they do not have this one yet; before a message with places."""
-        if self._announced == self._scratch.generation:
-            return
-        try:
-            for server, channel in enumerate(self._session.channels):
-                if self._is_shared(server):
-                    channel.send(self._announcement(), descriptors=(self._scratch.descriptor,))
-        except ConnectionLostError:
-            pass  # the exchange that follows connects anew, and offers it
-        self._announced = self._scratch.generation
-
-    def renew(self) -> None:
-        """Go on in a window with the same content that nobody else has."""
-        if self._scratch.generation:
-            self._scratch.renew()
-            self._announced = self._scratch.generation
-
-    def offer(self, server: int, shared: bool, anew: bool) -> Outgoing | None:
-        """The frame that gives the window to a server; without one it takes what follows a message."""
-        if not shared or not self._scratch.shared or not self._scratch.generation:
-            return None
-        return Outgoing(self._announcement(), (), (self._scratch.descriptor,))
-
-    def _is_shared(self, server: int) -> bool:
-        return self._scratch.shared and self._session.shares[server]
-
-    def _announcement(self) -> m.Scratch:
-        return m.Scratch(m.WindowSpec(self._scratch.generation, len(self._scratch.memory)))
 
     def part(self, place: RowSlice, table: int, server: int) -> m.Rows:
         """What a message says of one server's rows."""
@@ -128,6 +130,27 @@ class RowBuffer:
     def _bounds(self, place: RowSlice, server: int) -> tuple[int, int]:
         return int(place.plan.bounds[server]), int(place.plan.bounds[server + 1])
 
+    # ── with the member's connections ───────────────────────────────────────────────────────────
+
+    def renew(self) -> None:
+        """Go on in memory with the same content that nobody else has."""
+        if self._memory.generation:
+            self._memory.renew()
+
+    def offer(self, server: int, shared: bool, anew: bool) -> Frame | None:
+        """What gives the memory to a server that does not have this one, and can share memory."""
+        if anew:
+            self._given.pop(server, None)
+        generation = self._memory.generation
+        if not shared or not self._memory.shared or self._given.get(server, 0) == generation:
+            return None
+        self._given[server] = generation
+        window = m.WindowSpec(generation, len(self._memory.memory))
+        return Frame(m.Scratch(window), (), self._memory.descriptors)
+
+    def _is_shared(self, server: int) -> bool:
+        return self._memory.shared and self._machine.shares[server]
+
     def release(self) -> None:
-        """Give the window back."""
-        self._scratch.release()
+        """Give the memory back."""
+        self._memory.release()

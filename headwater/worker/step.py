@@ -61,9 +61,11 @@ class StepExchange:
         """
         self._position, self._kept = position, kept
         ids = read if isinstance(read, bool) else tuple(model.id for model in read)
-        self._memory.announce()
         answer: m.Answer = self._session.call(
-            lambda server, number: self._outgoing(server, number, step, ids), f"step {step}", self._places
+            lambda server, number: self._outgoing(server, number, step, ids),
+            f"step {step}",
+            self._places,
+            memory=self._memory,
         )
         assert answer.result is not None
         self._told(answer.rules)

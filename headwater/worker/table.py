@@ -131,12 +131,12 @@ class Table:
             return
         self._session.finish()
         place = self._memory.take(plan, self.dim)
-        self._memory.announce()
         self._session.begin(
             lambda server, number: self._request(m.PullRows, place, server, number),
             f"prefetch of table {self.name!r}",
             lambda server, _: self._memory.incoming([place], server),
             lambda answer: self._arrived(given, place, answer.version),
+            self._memory,
         )
 
     def delete(self, ids: Any) -> int:
@@ -155,7 +155,6 @@ class Table:
         used = self._memory.used
         place = self._memory.take(plan, self.dim)
         try:
-            self._memory.announce()
             return self._numbers(
                 lambda server, number: self._request(m.DeleteRows, place, server, number), "delete"
             )
@@ -206,11 +205,11 @@ class Table:
         used = self._memory.used
         place = self._memory.take(plan, self.dim)
         try:
-            self._memory.announce()
             answer: m.Answer = self._session.call(
                 lambda server, number: self._request(m.PullRows, place, server, number),
                 f"pull of table {self.name!r}",
                 lambda server, _: self._memory.incoming([place], server),
+                memory=self._memory,
             )
             self.read_version = answer.version
             return plan, use(plan, self._memory.rows(place))
@@ -338,7 +337,10 @@ class Table:
         """The sum of a number that each server answers with."""
         numbers = np.zeros(len(self._session.channels), dtype=np.int64)
         self._session.call(
-            outgoing, f"{what} of table {self.name!r}", lambda server, _: [numbers[server : server + 1]]
+            outgoing,
+            f"{what} of table {self.name!r}",
+            lambda server, _: [numbers[server : server + 1]],
+            memory=self._memory,
         )
         return int(numbers.sum())
 

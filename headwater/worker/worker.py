@@ -18,6 +18,7 @@ from headwater.spec.lifetime import AfterCount, Expiry
 from headwater.spec.rules import Rule
 from headwater.spec.sync import Mode
 from headwater.spec.user_settings import unpack
+from headwater.wire.scratch import Scratch
 from headwater.wire.security import PLAIN, Security
 from headwater.worker.batches import Batches, DataReader, Splits
 from headwater.worker.meetings import Gathered, Meetings, Sums
@@ -70,7 +71,7 @@ class Worker:
         self.settings = unpack(welcome.settings)
         self._models: dict[str, Model] = {}
         self._tables: dict[str, Table] = {}
-        self._rows = RowBuffer(self._session)
+        self._rows = RowBuffer(self._session.machine, Scratch(shared=any(self._session.shares)))
         self._step = 0
         self._skipped = 0
         recalled = self._session.ask(m.Recall, "recall").recalled
