@@ -101,6 +101,31 @@ def test_a_stop_ends_synchronous_batches_at_one_version(count, seed):
     assert cluster.run(*[program] * 3) == [4] * 3
 
 
+@few
+@given(modes, servers, seeds)
+def test_a_stop_before_all_have_joined_is_for_those_who_join_later_too(mode, count, seed):
+    def early(me):
+        yield me.register(model_spec())
+        yield me.stop()
+        cluster.join(late)
+        answer = yield me.step()
+        yield me.end()
+        yield me.leave()
+        return answer.stopped
+
+    def late(me):
+        yield me.register(model_spec())
+        told = []
+        for _ in range(2):
+            told.append((yield me.step()).stopped)
+        yield me.end()
+        yield me.leave()
+        return told
+
+    cluster = Cluster(mode, workers=2, servers=count, seed=seed)
+    assert cluster.run(early) == [True, [True, False]]
+
+
 # ── registration ────────────────────────────────────────────────────────────────────────────────
 
 

@@ -372,6 +372,23 @@ def test_a_stop_tells_all_but_those_whose_batches_are_over():
     assert entry.members == (desk.ids[0], desk.ids[3], desk.ids[4])
 
 
+def test_a_stop_before_all_have_joined_is_for_the_declared_ones_that_come_and_not_for_later_ones():
+    desk = Desk("async", workers=2, joined=1)
+    desk.hold(0, "stop")
+    desk.join()
+    desk.join()
+    desk.join("observer")
+    states = desk.sequencer.standings.members
+    assert [states[desk.ids[rank]].stopping for rank in (0, 1, 2, -1)] == [True, True, False, False]
+
+
+def test_a_register_that_waits_for_a_dead_worker_names_who_has_not_joined():
+    desk = Desk("sync", workers=3, joined=2)
+    desk.hold(1, "register", "m")
+    desk.die(0)
+    assert desk.sequencer.waits()[desk.ids[1]] == "register m waits for worker 2 to join"
+
+
 # ── observers ───────────────────────────────────────────────────────────────────────────────────
 
 
