@@ -21,6 +21,7 @@ from headwater.errors import (
     ConfigurationError,
     EngineError,
     JournalError,
+    OtherClusterError,
     StalledError,
 )
 from headwater.machines.coordinator import CoordinatorRecord
@@ -32,6 +33,7 @@ from headwater.runtime.server import ServerNode, ServerSettings
 from headwater.spec.cluster import ClusterSettings
 from headwater.wire.endpoint import Endpoint
 from headwater.wire.listener import Listener
+from headwater.worker import Worker
 
 SETTINGS = {"workers": 2, "sync": "sync", "settings": {"lr": 0.5}}
 MEMBERS = (Member(3, "server", 0, 17, "here", ("unix:@a",)), Member(12, "standby", 0, 18, "there"))
@@ -382,6 +384,29 @@ def test_a_worker_that_finds_no_server_waits_for_its_deadline_and_says_for_whom(
     cluster.server.close()
     with pytest.raises(StalledError, match=r"cannot connect to .*; the coordinator at .* is away for [1-9]"):
         worker.step()
+    worker.leave()
+
+
+def step_for_ever(worker):
+    while True:
+        worker.step()
+
+
+def test_nodes_of_a_former_cluster_end_with_the_reason_where_they_find_the_next_one(small, tmp_path):
+    cluster = small()
+    worker = hw.connect(cluster.address)
+    former = cluster.node.cluster
+    cluster.node.halt()
+    cluster._journal = tmp_path / "another"
+    cluster.start()
+    reason = (
+        f"belongs to cluster {former}, and the coordinator that listens here now to {cluster.node.cluster}"
+    )
+    with pytest.raises(OtherClusterError, match=reason):
+        step_for_ever(worker)
+    assert isinstance(cluster.server.wait_for_parting(), OtherClusterError)
+    with pytest.raises(OtherClusterError, match=reason):
+        Worker(cluster.address, cluster=former)
     worker.leave()
 
 

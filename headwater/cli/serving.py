@@ -14,7 +14,13 @@ import typer
 from headwater.cli.faults import complain, faults_reported
 from headwater.cli.script import load_function
 from headwater.cli.signals import signals_to
-from headwater.errors import ConfigurationError, ConnectionLostError, RefusedError, UnreachableError
+from headwater.errors import (
+    ConfigurationError,
+    ConnectionLostError,
+    OtherClusterError,
+    RefusedError,
+    UnreachableError,
+)
 from headwater.spec.cluster import ClusterSettings
 from headwater.spec.registry import load_rules
 from headwater.standalone import StandaloneCluster, StandaloneServer, StandaloneWorker
@@ -110,8 +116,8 @@ def node_reported() -> Iterator[None]:
     with faults_reported():
         try:
             yield
-        except UnreachableError:
-            raise  # it would be the same again
+        except (UnreachableError, OtherClusterError):
+            raise  # it would be the same again, or another job's
         except (ConnectionLostError, RefusedError) as error:
             complain(str(error))
             raise typer.Exit(AGAIN) from None

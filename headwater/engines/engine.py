@@ -144,9 +144,11 @@ class Engine(Protocol):
 
 def run_worker(address: str, rank: int, train: Callable[[Worker], Any], security: Security) -> Trained:
     """What a worker's process or thread does: again from the start when training begins anew."""
+    cluster = ""
     while True:
         try:
-            with Worker(address, rank, security=security) as worker:
+            with Worker(address, rank, security=security, cluster=cluster) as worker:
+                cluster = worker.cluster
                 return Trained(train(worker), worker.generation)
         except RewoundError as error:
             _log.warning("worker %d: %s", rank, error)

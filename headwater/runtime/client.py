@@ -49,6 +49,7 @@ class Client:
     Args:
         deadline: seconds for an exchange, by default the cluster's.
         security: what connections to other nodes must prove.
+        cluster: the identity of the one that this must be; "" for whichever it is.
 
     Attributes:
         machine: what decides. welcome: what the coordinator said first.
@@ -59,6 +60,7 @@ class Client:
     Raises:
         ConnectionLostError: nobody answers at that address.
         RefusedError: the coordinator refuses, with its reason, or one side does not admit the other.
+        OtherClusterError: the coordinator there is of another cluster.
         StalledError: not all servers were there before the cluster's deadline; says whom it waited for.
         ProtocolError: what answers is no coordinator.
     """
@@ -71,8 +73,9 @@ class Client:
         *,
         deadline: float | None = None,
         security: Security = PLAIN,
+        cluster: str = "",
     ) -> None:
-        join = m.Join(role, rank, os.getpid(), socket.gethostname(), (), machine())
+        join = m.Join(role, rank, os.getpid(), socket.gethostname(), (), machine(), cluster)
         self.machine = ClientMachine(coordinator, join, deadline=deadline)
         self.channels: list[Channel] = []
         self.waiting = 0.0

@@ -39,6 +39,7 @@ class StandaloneWorker:
         self._security = security
         self._wait = wait
         self._worker: Worker | None = None
+        self._cluster = ""
 
     def interrupt(self, number: int) -> None:
         """Have `run` end with SystemExit, after the call that the worker is in: for the handler of signal
@@ -56,6 +57,7 @@ class StandaloneWorker:
             WorkerError: `train` raised; carries its traceback.
             ConnectionLostError: there is no coordinator (any more), or it closed the cluster before the end.
             RefusedError: this worker was declared dead, or its rank is taken.
+            OtherClusterError: at that address there is now the coordinator of another cluster.
             SystemExit: after `interrupt`.
         """
         while True:
@@ -80,7 +82,9 @@ class StandaloneWorker:
                 self._worker = None
 
     def _join(self) -> Worker:
-        return Worker(self._coordinator, self._rank, security=self._security)
+        worker = Worker(self._coordinator, self._rank, security=self._security, cluster=self._cluster)
+        self._cluster = worker.cluster
+        return worker
 
     def _run(self, worker: Worker) -> None:
         try:

@@ -63,8 +63,10 @@ class Worker:
         settings: what `run(settings=…)` was given.
     """
 
-    def __init__(self, address: str, rank: int | None = None, *, security: Security = PLAIN) -> None:
-        self._session = Client(address, "worker", rank, security=security)
+    def __init__(
+        self, address: str, rank: int | None = None, *, security: Security = PLAIN, cluster: str = ""
+    ) -> None:
+        self._session = Client(address, "worker", rank, security=security, cluster=cluster)
         welcome = self._session.welcome
         self.rank = welcome.member.index
         self.workers = welcome.workers
@@ -88,6 +90,11 @@ class Worker:
     def version(self) -> int:
         """Version of the last answer; never decreases."""
         return self._session.version
+
+    @property
+    def cluster(self) -> str:
+        """The identity of the cluster: what a later job runs at the same address has another."""
+        return self._session.welcome.cluster
 
     @property
     def generation(self) -> int:
