@@ -238,6 +238,7 @@ answers = [RewoundError("everything begins anew"), ConnectionLostError("not ther
 
 class Joined:
     rank = 0
+    cluster = "c1"
     def __init__(self, *arguments, **options):
         answer = answers.pop(0)
         if answer is not None:
