@@ -53,6 +53,7 @@ class DistributedOptimizer(Generic[Tree]):
         groups: tensors, by name, whose rule has other settings.
         clip_norm: largest norm of the gradient of all leaves together, as the servers combined it from all
             workers; a larger one is scaled down before the rule gets it. As in `Worker.model`.
+        merge: how the gradients of all workers become one, as in `Worker.model`.
         nonfinite: what a NaN or infinite gradient does: "raise", "skip" (an empty turn) or "off".
 
     Attributes:
@@ -76,6 +77,7 @@ class DistributedOptimizer(Generic[Tree]):
         name: str = "model",
         groups: Sequence[Group] = (),
         clip_norm: float | None = None,
+        merge: str | None = None,
         nonfinite: NonFinite = "raise",
     ) -> None:
         leaves, self._structure = _flatten(params, RegistrationError)
@@ -92,7 +94,7 @@ class DistributedOptimizer(Generic[Tree]):
         self.result: StepResult | None = None
         _check_known(worker, name, values)
         self.model: Model = worker.model(
-            name, values, rule, groups=groups, clip_norm=clip_norm, nonfinite=nonfinite
+            name, values, rule, groups=groups, clip_norm=clip_norm, merge=merge, nonfinite=nonfinite
         )
         self.model.adapter = self
         self.params: Tree = self._read()

@@ -16,7 +16,7 @@ class ClippedDesk(Desk):
             kind,
             name or (kind if kind == "sum" else ""),
             self.connection_epochs[rank],
-            clipped=kind == "step",
+            measured=kind == "step",
             meeting=self.place(rank, kind),
         )
         entries = []

@@ -330,6 +330,18 @@ def test_uneven_batches_weighted_by_samples_train_as_one_large_batch_does():
             torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
 
 
+def test_gradients_of_all_workers_are_merged_as_the_optimizer_says():
+    def work(worker):
+        net = nn.Linear(1, 1, bias=False)
+        net.weight.data.zero_()
+        opt = optimizer(worker, net, hw.SGD(lr=1.0), merge="median")
+        net(torch.tensor([[[1.0, 2.0, 1000.0][worker.rank]]])).backward()
+        opt.step()
+        return net.weight.item()
+
+    assert train(work, workers=3, servers=2).values == [-2.0] * 3
+
+
 def test_an_impossible_weight_is_refused_before_the_closure_is_called():
     def work(worker):
         opt = optimizer(worker, network(), hw.SGD(lr=0.1))

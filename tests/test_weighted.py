@@ -15,7 +15,7 @@ import headwater as hw
 from headwater import messages as m
 from headwater.kernels import weigh
 from headwater.log.committer import Committer
-from headwater.shard.merges import Merge, Shares
+from headwater.shard.merges import CommitMerges, Merge
 from headwater.spec.rules import SGD, Accumulate, Adam
 from headwater.testing import Violation, explore
 
@@ -49,7 +49,7 @@ def test_a_weighted_sum_needs_a_weight_for_each_gradient():
 
 
 def test_weights_100_and_50_make_2_and_4_to_two_and_two_thirds():
-    merge = Shares.of(carrying(1, 1), (100.0, 50.0)).merge("mean")
+    merge = CommitMerges(carrying(1, 1), (100.0, 50.0), "mean").rows
     gradients = [np.array([2], np.float32), np.array([4], np.float32)]
     total = weighted_sum(gradients, merge.weights_of([0, 1])) / np.float32(merge.divisor)
     assert total == np.float32(2.6666667)
@@ -57,19 +57,19 @@ def test_weights_100_and_50_make_2_and_4_to_two_and_two_thirds():
 
 def test_contributors_that_weigh_the_same_are_a_plain_mean():
     for weights in ((), (1.0, 1.0, 1.0), (7.5, 7.5, 7.5)):
-        assert Shares.of(carrying(1, 1, 1), weights).merge("mean") == Merge(3.0)
-    assert Shares.of(carrying(1, 0, 1), (2.0, 9.0, 2.0)).merge("mean") == Merge(2.0)  # one carries nothing
-    assert Shares.of(carrying(1, 1), ()).merge("sum") == Merge()
-    assert Shares.of(carrying(1, 1), (2.0, 2.0)).merge("sum") == Merge(1.0, (2.0, 2.0))
-    assert Shares.of(carrying(0, 0), (2.0, 3.0)).contributors == 0
+        assert CommitMerges(carrying(1, 1, 1), weights, "mean").rows == Merge(3.0)
+    assert CommitMerges(carrying(1, 0, 1), (2.0, 9.0, 2.0), "mean").rows == Merge(2.0)  # one carries nothing
+    assert CommitMerges(carrying(1, 1), (), "sum").rows == Merge()
+    assert CommitMerges(carrying(1, 1), (2.0, 2.0), "sum").rows == Merge(1.0, (2.0, 2.0))
+    assert CommitMerges(carrying(0, 0), (2.0, 3.0), "mean").contributors == ()
 
 
 @given(st.lists(positive, min_size=2, max_size=6), st.integers(-900, 900))
 def test_only_the_ratio_of_weights_counts(weights, exponent):
     steps = carrying(*weights)
     scaled = [math.ldexp(weight, exponent) for weight in weights]
-    merge = Shares.of(steps, weights).merge("mean")
-    assert Shares.of(steps, scaled).merge("mean") == merge
+    merge = CommitMerges(steps, weights, "mean").rows
+    assert CommitMerges(steps, scaled, "mean").rows == merge
     if merge.weights is not None:
         assert 0.5 <= max(merge.weights) < 1, "no weight takes a gradient out of float32's range"
         assert merge.divisor == pytest.approx(sum(weights) / max(weights) * max(merge.weights))
@@ -142,7 +142,7 @@ def test_weights_of_another_round_are_found(mode, monkeypatch):
     last = {}
     commits = Committer._commit
 
-    def stale(self, steps, norms=()):
+    def stale(self, steps, measured=None):
         held = [step.held for step in steps]
         before = last.get(self, ())
         last[self] = [one.weight for one in held]
@@ -150,9 +150,9 @@ def test_weights_of_another_round_are_found(mode, monkeypatch):
             for step, weight in zip(steps, before, strict=True):
                 step.held = m.Held(
                     step.held.member, step.held.number, step.held.kind, step.held.name,
-                    step.held.connection_epoch, step.held.clipped, weight,
+                    step.held.connection_epoch, step.held.measured, weight,
                 )  # fmt: skip
-        commits(self, steps, norms)
+        commits(self, steps, measured)
 
     monkeypatch.setattr(Committer, "_commit", stale)
     with pytest.raises(Violation) as caught:

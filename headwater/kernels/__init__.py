@@ -6,8 +6,20 @@ The only place that knows numba; it is imported with the first kernel that is us
 from __future__ import annotations
 
 from headwater.kernels.fused import Update, dense
-from headwater.kernels.merges import weigh
+from headwater.kernels.merges import middle, weigh
 from headwater.kernels.moves import add_up, copy_out, finite, finite_sum, stage
-from headwater.kernels.squares import square_up
+from headwater.kernels.squares import multiply_up, square_up
 
-__all__ = ["Update", "add_up", "copy_out", "dense", "finite", "finite_sum", "square_up", "stage", "weigh"]
+__all__ = [
+    "Update",
+    "add_up",
+    "copy_out",
+    "dense",
+    "finite",
+    "finite_sum",
+    "middle",
+    "multiply_up",
+    "square_up",
+    "stage",
+    "weigh",
+]

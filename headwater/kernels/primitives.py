@@ -139,6 +139,26 @@ def square_line(typing_context: Any, sums: Any, source: Any, index: Any, divisor
 
 
 @intrinsic
+def multiply_lines(typing_context: Any, sums: Any, first: Any, second: Any, index: Any) -> Any:
+    """sums += first · second, for `LINE` elements from number `index` on: the products, which float64 has
+    exactly, and the sums, one each at the address `sums`, are float64."""
+    doubles = ir.VectorType(ir.DoubleType(), LINE)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sums, first, second, index = arguments
+        place = builder.inttoptr(sums, doubles.as_pointer())
+        wide = [
+            builder.fpext(builder.load(_at(builder, source, index, _FLOATS), align=4), doubles)
+            for source in (first, second)
+        ]
+        total = builder.fadd(builder.load(place, align=8), builder.fmul(*wide))
+        builder.store(total, place, align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
 def fence(typing_context: Any) -> Any:
     """Make streamed lines visible to other processes before anything that follows."""
 

@@ -1,4 +1,4 @@
-"""Squares of what gradients come to, summed up block by block; one pass, which releases the GIL.
+"""Squares and products of gradients, summed up block by block; one pass, which releases the GIL.
 
 Invariant: what a block's sums are depends on its elements alone, neither on where a range is cut nor on who
 carries the blocks beside it: element i is added to number i mod `LINE` of its block, in the order of i.
@@ -31,11 +31,28 @@ def square_up(
         TypeError: arrays of another kind.
         ValueError: w is 0, or the elements are not whole lines of the range; nothing was changed.
     """
+    _check(first, n, lanes)
+    _compiled().square_up(gradients, divisor, first, n, lanes)
+
+
+def multiply_up(one: int, other: int, first: int, n: int, lanes: NDArray[np.float64]) -> None:
+    """lanes += one · other, element by element, exactly; otherwise as `square_up`.
+
+    Args:
+        one, other: addresses of float32[n], which may be the same; the caller keeps them alive.
+
+    Raises:
+        ValueError: the elements are not whole lines of the range; nothing was changed.
+    """
+    _check(first, n, lanes)
+    _compiled().multiply_up(one, other, first, n, lanes)
+
+
+def _check(first: int, n: int, lanes: NDArray[np.float64]) -> None:
     if first % LINE or n % LINE or not 0 <= first <= first + n <= len(lanes) * PAGE or lanes.shape[1] != LINE:
         raise ValueError(
             f"elements [{first}, {first + n}) of {len(lanes)} blocks: expected whole lines of them"
         )
-    _compiled().square_up(gradients, divisor, first, n, lanes)
 
 
 @functools.cache
@@ -72,4 +89,12 @@ def square_up(gradients, divisor_, first, n, lanes):
         for i in range(0, size, LINE):
             block = (first + start + i) // PAGE
             square_line(address + 8 * LINE * block, source, i, divisor)
+
+
+@outer("void(int64, int64, int64, int64, float64[:, ::1])")
+def multiply_up(one, other, first, n, lanes):
+    address = lanes.ctypes.data
+    for i in range(0, n, LINE):
+        block = (first + i) // PAGE
+        multiply_lines(address + 8 * LINE * block, one, other, i)
 '''

@@ -5,7 +5,7 @@ of operation is in `headwater.log.sequencer`.
 
 Invariants:
 - A step is committed at most once, and only while it is READY.
-- Of gradients that are clipped the norm is that of exactly the steps which the commit has.
+- What is measured of gradients is measured of exactly the steps which the commit has.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import cast
 
 from headwater import messages as m
 from headwater.errors import ConfigurationError
+from headwater.log.measures import Measured
 from headwater.log.pending import COMMITTED, READY, PendingExchange, ReadySteps, by_rank, ids, weights_of
 from headwater.log.writer import LogWriter
 from headwater.spec.sync import Commits, Mode, PendingStep, Wait
@@ -87,20 +88,20 @@ class Committer:
         return [by_rank(cast(tuple[PendingExchange, ...], group)) for group in choice.groups]
 
     def _close(self, steps: list[PendingExchange]) -> bool:
-        """Commit these; where gradients are clipped, once it is known how large they are. Whether it did."""
-        if not any(step.held is not None and step.held.clipped for step in steps):
+        """Commit these, once what must be measured of their gradients is known. Whether it did."""
+        if not any(step.held is not None and step.held.measured for step in steps):
             self._commit(steps)
             return True
         measures = self._writer.measures
         if not measures.under_way(steps):
             self._writer.write(m.Measured(self._writer.next, ids(steps), weights_of(steps)))
             measures.begin(steps, self._state.position)
-        norms = measures.norms(steps)
-        if norms is not None:
-            self._commit(steps, norms)
-        return norms is not None
+        measured = measures.result(steps)
+        if measured is not None:
+            self._commit(steps, measured)
+        return measured is not None
 
-    def _commit(self, steps: list[PendingExchange], norms: tuple[tuple[int, float], ...] = ()) -> None:
+    def _commit(self, steps: list[PendingExchange], measured: Measured | None = None) -> None:
         """Commit these as one update; those are answered with it whose answers the mode does not withhold."""
         clocks = [step.state.clock for step in steps]
         slowest = self._state.clocks.slowest_after(clocks)
@@ -108,7 +109,10 @@ class Committer:
         answered = [step for step, clock in zip(steps, clocks, strict=True) if may_read(clock + 1, slowest)]
         updates, version = ids(steps), self._state.version + 1
         told = updates if len(answered) == len(steps) else ids(answered)
-        self._writer.write(m.Committed(self._writer.next, version, updates, told, norms, weights_of(steps)))
+        norms, scales = (measured.norms, measured.scales) if measured is not None else ((), ())
+        self._writer.write(
+            m.Committed(self._writer.next, version, updates, told, norms, weights_of(steps), scales)
+        )
         for step in answered:
             self._writer.done(step)
         if told is not updates:

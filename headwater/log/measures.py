@@ -1,21 +1,30 @@
-"""Gradients whose norm a commit needs: who is measured together, and what the servers have said of it.
+"""Gradients that a commit needs measured: who is measured together, and what the servers have said of it.
 
-Lost with the sequencer, and asked anew by the next one. Invariant: a measurement counts for exactly those
-whose exchanges it was made of, so nobody who comes or goes meanwhile makes a norm wrong.
+A model that is clipped needs the norm of the merged gradient, one that is merged by lengths the products of
+all pairs of gradients. Lost with the sequencer, and asked anew by the next one.
+
+Invariant: a measurement counts for exactly those whose exchanges it was made of, so nobody who comes or goes
+meanwhile makes it wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from headwater.log.norms import norm
+from headwater.log.norms import Node, total
 from headwater.log.pending import PendingExchange
-from headwater.messages import Sum, Sums
+from headwater.log.rda import coefficients
+from headwater.messages import Scales, Sum, Sums
 
 _Key: TypeAlias = tuple[tuple[int, int], ...]
 """Member and number of each exchange."""
+
+_What: TypeAlias = tuple[int, int, int, int]
+"""Model, tensor and the two updates of what is summed, as in `Sum`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -23,6 +32,19 @@ class _Measure:
     key: _Key
     position: int
     parts: dict[int, tuple[Sum, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Of one commit, as its entry has them.
+
+    Attributes:
+        norms: (model, norm of the merged gradient) of each model that was measured.
+        scales: of each tensor that is merged by lengths.
+    """
+
+    norms: tuple[tuple[int, float], ...] = ()
+    scales: tuple[Scales, ...] = ()
 
 
 class Measures:
@@ -38,7 +60,7 @@ class Measures:
         return any(len(measure.parts) < self._servers for measure in self._at.values())
 
     def under_way(self, exchanges: Sequence[PendingExchange]) -> bool:
-        """Whether servers have been asked for the norms of exactly these."""
+        """Whether servers have been asked to measure exactly these."""
         measure = self._of.get(exchanges[0].member)
         return measure is not None and measure.key == _key(exchanges)
 
@@ -55,16 +77,18 @@ class Measures:
             if one.position in self._at:
                 self._at[one.position].parts[server] = one.parts
 
-    def norms(self, exchanges: Sequence[PendingExchange]) -> tuple[tuple[int, float], ...] | None:
-        """(Model, norm) for each that these exchanges carry; None until every server has said its part."""
+    def result(self, exchanges: Sequence[PendingExchange]) -> Measured | None:
+        """What the servers have measured of these; None until every server has said its part."""
         measure = self._of[exchanges[0].member]
         if len(measure.parts) < self._servers:
             return None
-        parts = [part for server in measure.parts.values() for part in server]
-        models = sorted({part.model for part in parts})
-        return tuple(
-            (model, norm((p.level, p.index, p.value) for p in parts if p.model == model)) for model in models
-        )
+        of: defaultdict[_What, list[Node]] = defaultdict(list)
+        for server in measure.parts.values():
+            for part in server:
+                what = part.model, part.tensor, part.first, part.second
+                of[what].append((part.level, part.index, part.value))
+        weights = [exchange.weight for exchange in exchanges]
+        return _measured({what: total(nodes) for what, nodes in of.items()}, weights)
 
     def missing(self, exchange: PendingExchange) -> list[int]:
         """The servers whose part of what this exchange is measured in is still out."""
@@ -78,6 +102,22 @@ class Measures:
             del self._at[measure.position]
             for member, _ in measure.key:
                 del self._of[member]
+
+
+def _measured(sums: Mapping[_What, float], weights: Sequence[float]) -> Measured:
+    """From the sums of all servers, and the weights of the updates."""
+    squares: defaultdict[int, float] = defaultdict(float)
+    scales: list[Scales] = []
+    for model, tensor in sorted({(model, tensor) for model, tensor, *_ in sums}):
+        products = {pair[2:]: value for pair, value in sums.items() if pair[:2] == (model, tensor)}
+        if tensor < 0:
+            squares[model] += products[0, 0]
+            continue
+        contributors = {i: weights[i] for i, j in products if i == j}
+        factors, length = coefficients(products, contributors)
+        scales.append(Scales(model, tensor, tuple(factors.get(i, 0.0) for i in range(len(weights)))))
+        squares[model] += length * length
+    return Measured(tuple((model, math.sqrt(squares[model])) for model in sorted(squares)), tuple(scales))
 
 
 def _key(exchanges: Iterable[PendingExchange]) -> _Key:

@@ -39,6 +39,11 @@ def subtrees(blocks: NDArray[np.float64], first: int) -> list[Node]:
 
 def norm(nodes: Iterable[Node]) -> float:
     """The root of the whole, from subtrees that cover it once; a missing end counts as zeros."""
+    return math.sqrt(total(nodes))
+
+
+def total(nodes: Iterable[Node]) -> float:
+    """The sum over the whole, from subtrees that cover it once; what is missing counts as zeros."""
     levels: defaultdict[int, dict[int, float]] = defaultdict(dict)
     for level, index, value in nodes:
         levels[level][index] = value
@@ -48,7 +53,7 @@ def norm(nodes: Iterable[Node]) -> float:
         for index in sorted(here):
             parents[index // 2] = parents.get(index // 2, 0.0) + here[index]
         level, here = level + 1, parents
-    return math.sqrt(here.get(0, 0.0))
+    return here.get(0, 0.0)
 
 
 def scale(clip_norm: float, norm: float) -> float:

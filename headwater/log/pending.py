@@ -103,6 +103,11 @@ class PendingExchange:
         return self.held.kind if self.held is not None else ""
 
     @property
+    def weight(self) -> float:
+        """Of the outstanding step, in a mean."""
+        return self.held.weight if self.held is not None else 1.0
+
+    @property
     def waits(self) -> bool:
         """Whether the exchange is complete and has no answer yet."""
         return self.stage > ARRIVING
@@ -280,5 +285,5 @@ def ids(exchanges: Iterable[PendingExchange]) -> tuple[ExchangeId, ...]:
 
 def weights_of(steps: Iterable[PendingExchange]) -> tuple[float, ...]:
     """What each of these counts in a mean; empty where each counts 1."""
-    weights = [step.held.weight for step in steps if step.held is not None]
+    weights = [step.weight for step in steps]
     return () if weights.count(1.0) == len(weights) else tuple(weights)

@@ -32,9 +32,9 @@ the version, which releases checkpoints. A worker that ends, meets, leaves or di
 active, so a round needs one update less, the slowest clock may grow, and a meeting may have everybody. That
 is why all of it is settled after every input, and in one place.
 
-Gradients that are clipped need their norm first: the commit's steps are named in a `Measured` entry, stay
-READY, and are committed when every server has said its part. If the mode meanwhile chooses other steps, those
-are measured anew.
+Gradients that are clipped, or merged by their lengths, must be measured first: the commit's steps are named
+in a `Measured` entry, stay READY, and are committed when every server has said its part. If the mode
+meanwhile chooses other steps, those are measured anew.
 
 An entry is applied to the log's state as it is written, so each decision sees all entries before it. A new
 sequencer, after a server was lost, takes the log's state from the servers and the pending exchanges from what

@@ -265,8 +265,8 @@ class StepResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What became of a step: applied as part of `version`, or too late for its commit and not applied.
 
     `staleness`: commits between the version its gradients were computed on and this one. `norms`: by name of
-    each model with `clip_norm`, the norm that the commit's gradient had before it was clipped. `reason`: why
-    it was not applied, in words; "" where it was.
+    each model that is clipped or merged by lengths, the norm of the commit's gradient, before it was clipped.
+    `reason`: why it was not applied, in words; "" where it was.
     """
 
     version: int

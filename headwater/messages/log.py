@@ -37,8 +37,9 @@ Phase: TypeAlias = Literal["new", "active", "ended", "meeting", "observer"]
 class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A server holds exchange `number` of `member` completely, as it came with `connection_epoch`.
 
-    `clipped`: it is a step whose gradients cannot be applied before their norm is known. `weight`: of a step,
-    what its gradients count in a mean. `meeting`: the place of a barrier, sum, gather or broadcast.
+    `measured`: it is a step whose gradients cannot be applied before all servers have measured them, since a
+    model is clipped or merged by lengths. `weight`: of a step, what its gradients count in a mean. `meeting`:
+    the place of a barrier, sum, gather or broadcast.
     """
 
     member: int
@@ -46,18 +47,25 @@ class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: Kind
     name: str = ""
     connection_epoch: int = 0
-    clipped: bool = False
+    measured: bool = False
     weight: float = 1.0
     meeting: Meeting | None = None
 
 
 class Sum(msgspec.Struct, frozen=True, array_like=True):
-    """Of squares: `value` is that of the blocks [index · 2**level, (index + 1) · 2**level) of a model."""
+    """Of products: `value` is that of the blocks [index · 2**level, (index + 1) · 2**level) of a model.
+
+    `tensor` -1: of the merged gradient with itself, over the whole model. Otherwise of that tensor's part of
+    the gradients of updates number `first` and `second`, `first` ≤ `second`.
+    """
 
     model: int
     level: int
     index: int
     value: float
+    tensor: int = -1
+    first: int = 0
+    second: int = 0
 
 
 class Sums(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -117,7 +125,7 @@ class Registered(Entry, frozen=True):
 
 
 class Measured(Entry, frozen=True):
-    """Every server reports squares of what these updates, in rank order, come to; nothing is applied.
+    """Every server measures these updates, in rank order, and reports; nothing is applied.
 
     `weights`: as in Committed.
     """
@@ -126,11 +134,20 @@ class Measured(Entry, frozen=True):
     weights: tuple[float, ...] = ()
 
 
+class Scales(msgspec.Struct, frozen=True, array_like=True):
+    """What the updates of a commit are multiplied by, in their order, where a tensor is merged by lengths."""
+
+    model: int
+    tensor: int
+    values: tuple[float, ...]
+
+
 class Committed(Entry, frozen=True):
     """Updates, in rank order, applied as one; those in `answered` get their answer here.
 
-    `norms`: (model, norm of the gradient) for each model that is clipped and that they carry. `weights`: what
-    each update counts in a mean; empty where all count the same, 1.
+    `norms`: (model, norm of the gradient) for each model that is clipped, or merged by lengths, and that they
+    carry. `weights`: what each update counts in a mean; empty where all count the same, 1. `scales`: of each
+    tensor that is merged by lengths and that they carry.
     """
 
     version: int
@@ -138,6 +155,7 @@ class Committed(Entry, frozen=True):
     answered: tuple[ExchangeId, ...]
     norms: tuple[tuple[int, float], ...] = ()
     weights: tuple[float, ...] = ()
+    scales: tuple[Scales, ...] = ()
 
 
 class Served(Entry, frozen=True):

@@ -30,12 +30,15 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a model is: tensors in order, and one rule per parameter group.
 
     `clip_norm`: the largest norm that the gradient of one commit may have; a larger one is scaled down.
+    `merge`: how the gradients of a commit become one, as `headwater.spec.merges` has it; None: as the mode's
+    `reduce` says.
     """
 
     name: str
     tensors: tuple[TensorSpec, ...]
     rules: tuple[RuleSpec, ...]
     clip_norm: float | None = None
+    merge: str | None = None
 
 
 class TableSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,6 +13,7 @@ from headwater.shard.outstanding import Members
 from headwater.shard.tables import StagedRows, Tables
 from headwater.shard.vector import Vector
 from headwater.spec.layout import Layout
+from headwater.spec.merges import parse_merge
 from headwater.spec.rules import from_spec
 
 _KINDS: dict[type, m.Kind] = {
@@ -142,6 +143,12 @@ def _check_spec(spec: m.ModelSpec) -> None:
         )
     if spec.clip_norm is not None and not 0 < spec.clip_norm < math.inf:
         raise RegistrationError(f"model {spec.name!r}: clip_norm={spec.clip_norm}, expected a number > 0")
+    if spec.merge is not None:
+        parse_merge(spec.merge)
     for rule in map(from_spec, spec.rules):
+        if rule.always_sum and spec.merge not in (None, "sum"):
+            raise RegistrationError(
+                f"model {spec.name!r}: {rule.name} adds up what is pushed, got merge={spec.merge!r}"
+            )
         if rule.rows_only:
             raise RegistrationError(f"model {spec.name!r}: {rule.name} is a rule for tables' rows only")

@@ -1,4 +1,4 @@
-"""What a server has of gradients whose norm a commit needs.
+"""What a server has measured of gradients, for commits that need it.
 
 Invariant: sums stay until their exchanges are over, for they may have to be reported again.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from headwater import messages as m
-from headwater.shard.merges import Shares
+from headwater.shard.merges import CommitMerges
 from headwater.shard.outstanding import Members
 from headwater.shard.replica import LiveInputs
 from headwater.shard.vector import Vector
@@ -29,20 +29,22 @@ class Measures:
         self._new: list[m.Sums] = []
 
     def needed(self, step: m.Step) -> bool:
-        """Whether the norms of its gradients must be known before they are applied."""
-        return any(
-            self._vectors[one.model].clip_norm is not None and any(one.tensors) for one in step.carried
-        )
+        """Whether its gradients must be measured before they are applied."""
+        return any(self._vectors[one.model].is_measured and any(one.tensors) for one in step.carried)
 
     def measure(self, entry: m.Measured) -> None:
-        """Sum up the squares that an entry asks for; blocks for a pass over those gradients."""
+        """Sum up what an entry asks for; blocks for a pass over those gradients, or one for each pair."""
         steps = [(ticket, self._live.step(ticket)) for ticket in entry.updates]
-        merge = Shares.of([step for _, step in steps], entry.weights).merge(self._reduce)
+        merges = CommitMerges([step for _, step in steps], entry.weights, self._reduce)
         parts: list[m.Sum] = []
         for model, vector in self._vectors.items():
-            updates = self._live.updates(model, vector, steps) if vector.clip_norm is not None else []
-            if updates:
-                parts += [m.Sum(model, *node) for node in vector.squares(updates, merge)]
+            updates = self._live.updates(model, vector, steps) if vector.is_measured else []
+            if updates and vector.by_lengths:
+                products = vector.products(updates, merges.contributors)
+                parts += [m.Sum(model, *node, tensor, *pair) for tensor, *pair, node in products]
+            elif updates:
+                squares = vector.squares(updates, merges.of(model, vector.spec))
+                parts += [m.Sum(model, *node) for node in squares]
         self._forget_answered()
         sums = self._kept[entry] = m.Sums(entry.position, tuple(parts))
         self._new.append(sums)

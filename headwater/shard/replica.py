@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.log.state import tickets_of
-from headwater.shard.merges import Merge, Shares
+from headwater.shard.merges import CommitMerges
 from headwater.shard.outstanding import Members
 from headwater.shard.tables import Pushed, StagedRows, Tables
 from headwater.shard.vector import Array, Staging, Update, Vector
@@ -276,9 +276,10 @@ class InputCollector:
         requests = tuple((ticket.member, self._live.request(ticket)) for ticket in tickets_of(entry))
         if isinstance(entry, m.Committed):
             steps = [(ticket, self._live.step(ticket)) for ticket in entry.updates]
-            merge = Shares.of([step for _, step in steps], entry.weights).merge(self._reduce)
-            models = self._reduced(steps, merge, room)
-            tables = [_copy(staged, room) for staged in self._tables.reduce(self._live.pushed(steps), merge)]
+            merges = CommitMerges([step for _, step in steps], entry.weights, self._reduce, entry.scales)
+            models = self._reduced(steps, merges, room)
+            rows = self._tables.reduce(self._live.pushed(steps), merges.rows)
+            tables = [_copy(staged, room) for staged in rows]
         elif isinstance(entry, m.Registered) and isinstance(requests[0][1], m.Register):
             models[INITIAL] = _fill(room, self._live.initial(entry.source))
         elif isinstance(entry, m.Assigned) and isinstance(requests[0][1], m.Assign):
@@ -300,13 +301,13 @@ class InputCollector:
         copies = tuple(_bytes(room, blob) for *_, blob in blobs)
         return MaterializedEntry(inputs, tuple(models.values()), tuple(tables), copies)
 
-    def _reduced(self, steps: Steps, merge: Merge, room: Room) -> dict[int, Array]:
+    def _reduced(self, steps: Steps, merges: CommitMerges, room: Room) -> dict[int, Array]:
         reduced: dict[int, Array] = {}
         for model, vector in self._vectors.items():
             updates = self._live.updates(model, vector, steps)
             if updates:
                 reduced[model] = _floats(room, vector.stop - vector.start)
-                vector.reduce(updates, merge, reduced[model])
+                vector.reduce(updates, merges.of(model, vector.spec), reduced[model])
         return reduced
 
 

@@ -157,11 +157,11 @@ class Shard:
             raise ProtocolError(f"member {member} sent exchange {request.number}, but {last} was answered")
         self._checks.check(member, request, rows)
         kind = self._kind(member, request)
-        clipped = isinstance(request, m.Step) and kind == "step" and self._measures.needed(request)
+        measured = isinstance(request, m.Step) and kind == "step" and self._measures.needed(request)
         weight = request.weight if isinstance(request, m.Step) else 1.0
         meeting = request.meeting if isinstance(request, m.Meet) else None
         held = m.Held(
-            member, request.number, kind, name_of(request), connection_epoch, clipped, weight, meeting
+            member, request.number, kind, name_of(request), connection_epoch, measured, weight, meeting
         )
         self._members.hold(Outstanding(held, request, staging, rows))
         self.exchanges += 1

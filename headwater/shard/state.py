@@ -25,7 +25,7 @@ from headwater.log.state import LogState
 from headwater.shard.copies import Copies, found
 from headwater.shard.governed import GovernedRules
 from headwater.shard.ledger import Ledger
-from headwater.shard.merges import Shares
+from headwater.shard.merges import CommitMerges
 from headwater.shard.outstanding import Members, Outstanding
 from headwater.shard.replica import EntryInputs
 from headwater.shard.snapshot import ShardSnapshot
@@ -122,19 +122,20 @@ class State:
     def _committed(self, entry: m.Committed) -> Answers:
         self.version = entry.version
         steps = [(ticket, self._step_of(ticket)) for ticket in entry.updates]
-        shares = Shares.of([step for _, step in steps], entry.weights)
+        merges = CommitMerges([step for _, step in steps], entry.weights, self._reduce, entry.scales)
+        count = len(merges.contributors)
         self._change_settings(steps)
         asked = {ticket.member: self._read_by(ticket.member, step) for ticket, step in steps}
         readers = [self._members.reader(ticket) for ticket in entry.answered]
         present = [reader for reader in readers if reader is not None]
         norms = dict(entry.norms)
-        self._apply(steps, shares, [asked[reader.held.member] for reader in present], norms)
+        self._apply(steps, merges, [asked[reader.held.member] for reader in present], norms)
         for reader in present:
             self.tables.pull(reader.pulled(), self.version)
         named = {self.vectors[model].spec.name: norm for model, norm in norms.items()}
         for ticket, step in steps:
             staleness = entry.version - 1 - step.seen
-            result = m.StepResult(entry.version, True, shares.contributors, staleness, named)
+            result = m.StepResult(entry.version, True, count, staleness, named)
             self.ledger.record(ticket.member, step.step, result)
             self._note_program(ticket, step)
         answers: Answers = []
@@ -198,21 +199,22 @@ class State:
     def _apply(
         self,
         steps: Sequence[tuple[m.ExchangeId, m.Step]],
-        shares: Shares,
+        merges: CommitMerges,
         readers: Sequence[dict[int, Staging]],
         norms: dict[int, float],
     ) -> None:
-        merge = shares.merge(self._reduce)
-        if self._inputs.summed:
-            merge = merge.summed()
+        summed = self._inputs.summed
         for model, vector in self.vectors.items():
             updates = self._inputs.updates(model, vector, steps)
             answers = [stagings[model] for stagings in readers if model in stagings]
             if updates:
-                vector.apply(updates, merge, answers, self.version, norms.get(model))
+                merge = merges.of(model, vector.spec)
+                done = merge.summed() if summed else merge
+                vector.apply(updates, done, answers, self.version, norms.get(model))
             elif answers:
                 vector.write(answers)
-        self.tables.apply(self._inputs.pushed(steps), merge, self.version)
+        rows = merges.rows.summed() if summed else merges.rows
+        self.tables.apply(self._inputs.pushed(steps), rows, self.version)
 
     def _served(self, entry: m.Served) -> Answers:
         ticket = entry.ticket

@@ -8,6 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.kernels import add_up, copy_out, dense, square_up, weigh
-from headwater.log.norms import Node, scale, subtrees
+from headwater.kernels import add_up, copy_out, dense, middle, multiply_up, square_up, weigh
+from headwater.log.norms import Node, scale, subtrees, total
 from headwater.messages import ModelSpec, ModelStatistics
 from headwater.shard.governed import GovernedRules
 from headwater.shard.merges import PLAIN, Merge
@@ -103,6 +104,16 @@ class Vector:
         return self.spec.clip_norm
 
     @property
+    def by_lengths(self) -> bool:
+        """Whether its gradients are merged by their lengths."""
+        return self.spec.merge == "rda"
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its gradients must be measured on all servers before they are applied."""
+        return self.by_lengths or self.clip_norm is not None
+
+    @property
     def rules(self) -> list[Rule]:
         """Of each parameter group."""
         return self.governed.rules
@@ -110,18 +121,22 @@ class Vector:
     def declared(self, spec: ModelSpec) -> str:
         """A member declares this model, which is no other one; what a person should know of it, or "".
 
-        After a resume the first declaration says how gradients are clipped, and which settings are new.
+        After a resume the first declaration says how gradients are merged and clipped, and which settings are
+        new.
 
         Raises:
             RegistrationError: a new setting needs other states. Nothing changed.
         """
-        before = self.clip_norm if self.governed.resumed else spec.clip_norm
+        resumed = self.governed.resumed
         told = self.governed.declare(f"model {spec.name!r}", spec.rules)
-        if before == spec.clip_norm:
-            return told
-        self.spec = msgspec.structs.replace(self.spec, clip_norm=spec.clip_norm)
-        clipped = f"clip_norm was {before} in the checkpoint and is {spec.clip_norm} from now on"
-        return f"{clipped}; {told}" if told else clipped
+        changed = [] if not told else [told]
+        for what in ("merge", "clip_norm"):
+            before, now = getattr(self.spec, what), getattr(spec, what)
+            if resumed and before != now:
+                changed.insert(0, f"{what} was {before} in the checkpoint and is {now} from now on")
+        if resumed:
+            self.spec = msgspec.structs.replace(self.spec, clip_norm=spec.clip_norm, merge=spec.merge)
+        return "; ".join(changed)
 
     def apply(
         self,
@@ -143,7 +158,7 @@ class Vector:
         self.counts[touched] += 1
         over = self._clipped(merge.divisor, norm)
         room = _room(merge)
-        for low, high, tensor in self._segments(carried):
+        for low, high, tensor in self._segments(carried, merge.scales is not None):
             here = slice(low - self.start, high - self.start)
             places = _addresses([staging.parameters_at for staging in answers], here.start)
             if not touched[tensor]:
@@ -177,18 +192,22 @@ class Vector:
         """
         by = [update for update in updates if update.carried[tensor]]
         starts = [update.staging.gradients_at for update in by]
-        weights = merge.weights_of([update.place for update in by])
         if not by:
             return
-        if weights is None:
+        if merge.is_sum:
             here = slice(low - self.start, high - self.start)
             yield here, _addresses(starts, here.start)
             return
+        weights = merge.weights_of([update.place for update in by], tensor)
         for begin in range(low, high, _CHUNK):
             here = slice(begin - self.start, min(begin + _CHUNK, high) - self.start)
-            total = room[: here.stop - here.start]
-            weigh(_addresses(starts, here.start), weights, total)
-            yield here, _addresses([total.ctypes.data], 0)
+            merged = room[: here.stop - here.start]
+            if weights is not None:
+                weigh(_addresses(starts, here.start), weights, merged)
+            elif merge.middle is not None:
+                contributors, left_out = merge.middle
+                middle(_addresses(starts, here.start), contributors - len(by), left_out, merged)
+            yield here, _addresses([merged.ctypes.data], 0)
 
     def _clipped(self, divisor: float, norm: float | None) -> float:
         """What the sum is divided by to be clipped too: with no norm too large, the same to the bit."""
@@ -209,10 +228,33 @@ class Vector:
         for low, high, tensor in self._segments(carried):
             for here, gradients in self._merged(updates, merge, tensor, low, high, room):
                 square_up(gradients, merge.divisor, here.start, here.stop - here.start, lanes)
-        with np.errstate(all="ignore"):
-            while lanes.shape[1] > 1:
-                lanes = lanes[:, 0::2] + lanes[:, 1::2]
-        return subtrees(lanes[:, 0], self.start // PAGE)
+        return _nodes(lanes, self.start // PAGE)
+
+    def products(
+        self, updates: Sequence[Update], contributors: Sequence[int]
+    ) -> Iterator[tuple[int, int, int, Node]]:
+        """Sums of the products of all pairs of `updates`, of each tensor that any of them carries.
+
+        Yields (tensor, place of one, place of the other, a node of the sum); a tensor that lies within this
+        range has one node. `contributors`: places of all that contribute to the commit; one that does not
+        carry a tensor has a product of 0 with itself there. Blocks for a pass over the range for each pair.
+        """
+        carried = np.stack([update.carried for update in updates])
+        for low, high, tensor in self._segments(carried, each_tensor=True):
+            by = [update for update in updates if update.carried[tensor]]
+            if not by:
+                continue
+            whole = self.start <= self.layout.starts[tensor] and self.layout.stops[tensor] <= self.stop
+            first = low // PAGE
+            for one, other in itertools.combinations_with_replacement(by, 2):
+                lanes = np.zeros((-(-high // PAGE) - first, LINE))
+                at = [two.staging.gradients_at + _ITEM * (low - self.start) for two in (one, other)]
+                multiply_up(at[0], at[1], low - first * PAGE, high - low, lanes)
+                nodes = _nodes(lanes, first)
+                for node in [(0, 0, total(nodes))] if whole else nodes:
+                    yield tensor, one.place, other.place, node
+            for place in set(contributors) - {update.place for update in by}:
+                yield tensor, place, place, (0, 0, 0.0)
 
     def reduce(self, updates: Sequence[Update], merge: Merge, out: Array) -> None:
         """Write what `merge` makes of `updates`, but for its divisor, to `out`, float32[stop - start].
@@ -224,12 +266,14 @@ class Vector:
         merge = self._own(merge)
         carried = np.stack([update.carried for update in updates])
         room = _room(merge)
-        for low, high, tensor in self._segments(carried):
+        for low, high, tensor in self._segments(carried, merge.scales is not None):
             for here, gradients in self._merged(updates, merge, tensor, low, high, room):
                 add_up(gradients, out[here])
 
-    def _segments(self, carried: NDArray[np.bool_]) -> Iterator[tuple[int, int, int]]:
-        """Cut the range where who carries, the parameter group or the count changes.
+    def _segments(
+        self, carried: NDArray[np.bool_], each_tensor: bool = False
+    ) -> Iterator[tuple[int, int, int]]:
+        """Cut the range where who carries, the parameter group or the count changes, or at each tensor.
 
         Yields (first element, one past the last, a tensor of the segment).
         """
@@ -239,6 +283,8 @@ class Vector:
                 yield self.start, self.stop, max(here.start - 1, 0)
             return
         keys = np.vstack([carried[:, here], self.layout.groups[here], self.counts[here]])
+        if each_tensor:
+            keys = np.vstack([keys, np.arange(here.start, here.stop)])
         firsts = here.start + np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0)) + 1
         bounds = [self.start, *(int(self.layout.starts[i]) for i in firsts), self.stop]
         for low, high, tensor in zip(bounds[:-1], bounds[1:], [here.start, *map(int, firsts)], strict=True):
@@ -299,7 +345,15 @@ class Vector:
 
 def _room(merge: Merge) -> Array:
     """Memory for a piece of a merged gradient, before anything has changed."""
-    return np.empty(0 if merge.weights is None else _CHUNK, dtype=np.float32)
+    return np.empty(0 if merge.is_sum else _CHUNK, dtype=np.float32)
+
+
+def _nodes(lanes: NDArray[np.float64], first: int) -> list[Node]:
+    """The largest whole subtrees over blocks from number `first` on, whose lanes are given."""
+    with np.errstate(all="ignore"):
+        while lanes.shape[1] > 1:
+            lanes = lanes[:, 0::2] + lanes[:, 1::2]
+    return subtrees(lanes[:, 0], first)
 
 
 def _addresses(starts: Sequence[int], offset: int) -> NDArray[np.int64]:

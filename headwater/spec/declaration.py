@@ -25,7 +25,8 @@ Values: TypeAlias = Mapping[str, Scalar | Settings]
 def model_difference(old: ModelSpec, new: ModelSpec, resumed: bool = False) -> str:
     """What keeps `new` from being the model `old`; "" when nothing does.
 
-    A model that was `resumed` from a checkpoint may be clipped otherwise. Settings are no difference.
+    A model that was `resumed` from a checkpoint may be clipped or merged otherwise. Settings are no
+    difference.
     """
     here, there = set(old.tensors), set(new.tensors)
     if here != there:
@@ -39,11 +40,13 @@ def model_difference(old: ModelSpec, new: ModelSpec, resumed: bool = False) -> s
             f"model {old.name!r} exists with rule {kinds[0]}, got {kinds[1]}: "
             f"pass the same, or name=… for another model"
         )
-    if old.clip_norm != new.clip_norm and not resumed:
-        return (
-            f"model {old.name!r} exists with clip_norm={old.clip_norm}, got clip_norm={new.clip_norm}: "
-            f"pass the same, or name=… for another model"
-        )
+    for field in ("clip_norm", "merge"):
+        before, after = getattr(old, field), getattr(new, field)
+        if before != after and not resumed:
+            return (
+                f"model {old.name!r} exists with {field}={before!r}, got {field}={after!r}: "
+                f"pass the same, or name=… for another model"
+            )
     return ""
 
 

@@ -32,6 +32,7 @@ class Schedule:
         meets, checkpoints: after this many steps there is a barrier, a checkpoint; 0: none.
         rule: a second model is trained with it, and compared, bit by bit, with one process.
         clip_norm: the largest norm of a gradient of that model.
+        merge: how gradients of that model become one; None: as the mode says.
         weighted: steps have weights in the mean.
         invariants: what must hold besides what always must.
     """
@@ -51,6 +52,7 @@ class Schedule:
     min_workers: int = 1
     rule: Rule | None = None
     clip_norm: float | None = None
+    merge: str | None = None
     weighted: bool = False
     invariants: tuple[type[Invariant], ...] = ()
 
@@ -79,6 +81,7 @@ class Schedule:
         return f"Schedule({', '.join(said)})"
 
 
+_MERGES = ("mean", "sum", "rda", "rda", "median", "trimmed:1")
 _ALWAYS_SAID = ("sync", "workers", "servers", "steps", "seed")
 
 
@@ -105,6 +108,7 @@ def random_schedule(sync: str | Mode, seed: int, faults: Faults, **fixed: Any) -
         "checkpoints": chance.choice((0, chance.randint(1, steps))),
         "rule": chance.choice((None, None, Adam(lr=0.1))),
         "clip_norm": chance.choice((None, 1.0)),
+        "merge": random.Random(f"{seed} merge").choice((None, None, *_MERGES)),
         "weighted": random.Random(f"{seed} weights").random() < 0.5,
         **fixed,
     }

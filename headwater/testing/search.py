@@ -117,6 +117,7 @@ _LEAST: dict[str, Any] = {
     "meets": 0,
     "checkpoints": 0,
     "clip_norm": None,
+    "merge": None,
     "weighted": False,
     "rule": None,
 }

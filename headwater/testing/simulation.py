@@ -54,6 +54,7 @@ def run(schedule: Schedule, *, trace: bool = False) -> Result:
         schedule.meets,
         schedule.checkpoints,
         schedule.weighted,
+        schedule.merge,
     )
     world = _world(schedule, workload, trace)
     inject(world, schedule.faults)

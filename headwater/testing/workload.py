@@ -36,6 +36,7 @@ class Workload:
         splits: the steps are samples that all workers read together, as the coordinator leases them.
         meets: after this many steps a worker waits in a barrier, once; 0: never.
         checkpoints: after this many steps the first worker has a checkpoint taken; 0: never.
+        merge: how gradients of that model become one, as its spec says.
         weighted: steps have weights, which follow from (rank, step) and differ within a round.
     """
 
@@ -49,6 +50,7 @@ class Workload:
     meets: int = 0
     checkpoints: int = 0
     weighted: bool = False
+    merge: str | None = None
 
     # ── what is trained ─────────────────────────────────────────────────────────────────────────
 
@@ -66,7 +68,7 @@ class Workload:
         """The model that `rule` trains: two tensors, of which the second begins within a server's range."""
         shapes = {"a": (70,), "b": (self.servers * PAGE - 100,)}
         tensors = tuple(m.TensorSpec(name, shape, "float32") for name, shape in shapes.items())
-        return m.ModelSpec("trained", tensors, (rule.to_spec(),), self.clip_norm)
+        return m.ModelSpec("trained", tensors, (rule.to_spec(),), self.clip_norm, self.merge)
 
     def gradient(self, rank: int, step: int, name: str, size: int) -> NDArray[np.float32]:
         """Of a tensor of the trained model: float32[size]."""

@@ -31,7 +31,8 @@ class SharedBuffers:
 
     - "rank0": everybody has what rank 0 has, as torch's DistributedDataParallel.
     - "mean": everybody's changes count. In synchronous training each buffer becomes the mean over the
-      round's contributors; in the other modes the changes add up as they come.
+      round's contributors, weighted as they are, however gradients are combined; in the other modes the
+      changes add up as they come.
     - "local": nothing travels.
     """
 
@@ -43,11 +44,10 @@ class SharedBuffers:
         self._sign = 1.0 if mode == "rank0" else -1.0
         self.model: Model | None = None
         if self._names:
-            if mode == "mean" and worker.mode.reduce == "sum":
-                self._sign /= worker.workers
             rule = Accumulate() if mode == "rank0" else SGD(lr=1.0)
+            merge = None if mode == "rank0" else "mean"
             values = {name: self._buffer(name) for name in self._names}
-            self.model = worker.model(name, values, rule, nonfinite="off")
+            self.model = worker.model(name, values, rule, merge=merge, nonfinite="off")
             self.model.adapter = self
 
     @staticmethod

@@ -25,7 +25,14 @@ from headwater.torch.parameters import BoundParameter, find_parameters, wait_for
 from headwater.torch.tables import TrainedTables, report_nonfinite
 from headwater.worker import Worker
 from headwater.worker.model import Model
-from headwater.worker.model_spec import Group, NonFinite, check_clip_norm, check_nonfinite, check_weight
+from headwater.worker.model_spec import (
+    Group,
+    NonFinite,
+    check_clip_norm,
+    check_merge,
+    check_nonfinite,
+    check_weight,
+)
 from headwater.worker.table import Table
 
 
@@ -61,6 +68,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         clip_norm: largest norm of the gradient of all parameters together, as the servers combined it from
             all workers; a larger one is scaled down before the rule gets it. Rows of tables do not count, and
             are not scaled. As in `Worker.model`.
+        merge: how the gradients of all workers become one: "mean", "sum", "rda", "median", "trimmed:F", or
+            None for what the mode's `reduce` says, as rows of tables are combined. As in `Worker.model`.
         buffers: "rank0", "mean" or "local", see `SharedBuffers`.
         nonfinite: what a NaN or infinite gradient does: "raise", "skip" (an empty turn) or "off".
 
@@ -86,6 +95,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         push_every: int = 1,
         pull_every: int = 1,
         clip_norm: float | None = None,
+        merge: str | None = None,
         buffers: BufferMode = "rank0",
         nonfinite: NonFinite = "raise",
     ) -> None:
@@ -93,6 +103,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         check_mode(buffers)
         check_nonfinite(nonfinite)
         check_clip_norm(clip_norm)
+        check_merge(merge, worker.workers)
         self._accumulates = _check_periods(worker, rule, push_every, pull_every)
         trained = find_parameters(module)
         self._tables = TrainedTables(module)
@@ -113,7 +124,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._taken = 0
         self._accrued: set[str] = set()
         self.result: StepResult | None = None
-        self._model = None if tables_only else self._register(name, trained, rule, clip_norm)
+        self._model = None if tables_only else self._register(name, trained, rule, clip_norm, merge)
         self._buffers = SharedBuffers(worker, module, f"{name}.buffers", buffers)
         self._models = [model for model in (self._model, self._buffers.model) if model is not None]
         self._binding = known or (Binding(self._model, module, trained) if self._model else None)
@@ -136,12 +147,19 @@ class DistributedOptimizer(torch.optim.Optimizer):
         trained: Mapping[str, torch.nn.Parameter],
         rule: Rule | None,
         clip_norm: float | None,
+        merge: str | None,
     ) -> Model:
         assert rule is not None  # make_groups refuses None
         values = {one: parameter.detach() for one, parameter in trained.items()}
         own = [Group(group.names, group.rule) for group in self._groups if group.index]
         model = self._worker.model(
-            name, values, rule, groups=own, clip_norm=clip_norm, nonfinite=self._nonfinite
+            name,
+            values,
+            rule,
+            groups=own,
+            clip_norm=clip_norm,
+            merge=merge,
+            nonfinite=self._nonfinite,
         )
         model.settings.governs = True
         return model

@@ -17,6 +17,7 @@ from headwater.shard.table import MOST_COLUMNS
 from headwater.spec.initializers import Initializer
 from headwater.spec.layout import Layout
 from headwater.spec.lifetime import AfterCount, Expiry
+from headwater.spec.merges import parse_merge
 from headwater.spec.rules import Rule
 
 NonFinite: TypeAlias = Literal["raise", "skip", "off"]
@@ -44,14 +45,16 @@ def specify(
     rule: Rule,
     groups: Sequence[Group],
     clip_norm: float | None = None,
+    merge: str | None = None,
 ) -> tuple[m.ModelSpec, dict[str, NDArray[Any]]]:
     """The spec of a model and its initial values as arrays.
 
     Raises:
         RegistrationError: what it names is not a model.
-        ConfigurationError: an impossible `clip_norm`.
+        ConfigurationError: an impossible `clip_norm` or `merge`.
     """
     check_clip_norm(clip_norm)
+    combined = None if merge is None else str(parse_merge(merge))
     if not isinstance(rule, Rule):
         raise RegistrationError(f"model {name!r}: rule must be a Rule such as hw.SGD(lr=0.1), got {rule!r}")
     if not params:
@@ -76,9 +79,13 @@ def specify(
         m.TensorSpec(tensor, array.shape, _dtype(params[tensor], array), group_of.get(tensor, 0))
         for tensor, array in arrays.items()
     )
+    if rule.always_sum and combined not in (None, "sum"):
+        raise RegistrationError(
+            f"model {name!r}: {rule.name} adds up what is pushed, so merge={merge!r} cannot be: leave it out"
+        )
     rules = tuple(one.to_spec() for one in (rule, *(group.rule for group in groups)))
     largest = None if clip_norm is None else float(clip_norm)
-    return m.ModelSpec(name, Layout(specs).tensors, rules, largest), arrays
+    return m.ModelSpec(name, Layout(specs).tensors, rules, largest, combined), arrays
 
 
 def specify_table(
@@ -127,6 +134,16 @@ def check_clip_norm(clip_norm: Any) -> None:
     number = isinstance(clip_norm, int | float) and not isinstance(clip_norm, bool)
     if clip_norm is not None and not (number and 0 < clip_norm < math.inf):
         raise ConfigurationError(f"clip_norm must be a finite number > 0 or None, got {clip_norm!r}")
+
+
+def check_merge(merge: Any, workers: int) -> None:
+    """Raise ConfigurationError unless it is None, or a merge that so many workers can contribute to."""
+    kind = None if merge is None else parse_merge(merge)
+    if kind is not None and kind.needs > workers:
+        raise ConfigurationError(
+            f"merge={merge!r} leaves out {kind.trim} at either end, which takes {kind.needs} contributors, "
+            f"but the cluster has {workers} workers: leave out fewer, or take merge='median'"
+        )
 
 
 def check_weight(weight: Any) -> float:

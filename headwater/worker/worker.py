@@ -23,7 +23,14 @@ from headwater.wire.security import PLAIN, Security
 from headwater.worker.batches import Batches, DataReader, Splits
 from headwater.worker.meetings import Gathered, Meetings, Sums
 from headwater.worker.model import Model
-from headwater.worker.model_spec import Group, NonFinite, check_weight, specify, specify_table
+from headwater.worker.model_spec import (
+    Group,
+    NonFinite,
+    check_merge,
+    check_weight,
+    specify,
+    specify_table,
+)
 from headwater.worker.plan import SplitKind, count_of, plan_of
 from headwater.worker.program import Epochs, Program
 from headwater.worker.row_buffer import RowBuffer
@@ -121,6 +128,7 @@ class Worker:
         *,
         groups: Sequence[Group] = (),
         clip_norm: float | None = None,
+        merge: str | None = None,
         nonfinite: NonFinite = "raise",
     ) -> Model:
         """Register a model, or join the one that has this name; blocks until the lowest rank declared it.
@@ -135,13 +143,21 @@ class Worker:
         as `torch.nn.utils.clip_grad_norm_` does. `StepResult.norms` has the norms of before. It costs a pass
         over the gradients and one exchange more between servers.
 
+        `merge`: how the gradients of one commit become the one that the rule gets: "mean", "sum", "rda" (by
+        tensor, the weighted mean of the lengths in the direction of the weighted sum of unit vectors),
+        "median" or "trimmed:F" (element by element, the F largest and F smallest left out); None: as the
+        mode's `reduce` says. "rda" costs a pass over each pair of gradients and one exchange more between
+        servers; `StepResult.norms` then has the norm of the result.
+
         Raises:
-            ConfigurationError: an impossible `clip_norm`.
+            ConfigurationError: an impossible `clip_norm` or `merge`, or a merge that needs more contributors
+                than the cluster has workers.
             RegistrationError: not a model, or another one than already registered; names both. A model
                 registered before stays as it was.
         """
         self._session.check_open("model")
-        spec, initial = specify(name, params, rule, groups, clip_norm)
+        check_merge(merge, self.workers)
+        spec, initial = specify(name, params, rule, groups, clip_norm, merge)
         known = self._models.get(name)
         if known is not None:
             known.redeclare(spec, nonfinite)

@@ -6,6 +6,8 @@ arithmetic of a rule on one vector, in one piece.
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ import numpy as np
 
 from headwater import messages as m
 from headwater.log.norms import norm
+from headwater.log.rda import coefficients
 from headwater.shard.merges import Merge
 from headwater.shard.vector import Staging, Update, Vector
 from headwater.testing.processes.client import Floats
@@ -129,17 +132,48 @@ class Accounts:
             if (update := self._update(vector, ticket, place)) is not None
         ]
         if updates:
-            merge = self._merge([self.step_of(ticket) for ticket in entry.updates])
-            clipped = self.workload.clip_norm is not None
-            whole = norm(vector.squares(updates, merge)) if clipped else None
+            weights = tuple(self.workload.weight(*self._rank_and_step(ticket)) for ticket in entry.updates)
+            merge, whole = self._merge(vector, updates, weights)
+            if self.workload.clip_norm is not None and whole is None:
+                whole = norm(vector.squares(updates, merge))
             vector.apply(updates, merge, [], entry.version, whole)
 
-    def _merge(self, steps: list[tuple[int, int]]) -> Merge:
-        """How gradients of these steps are combined, by the weights that their members gave."""
-        weights = tuple(self.workload.weight(self.rank_of(member), step) for member, step in steps)
-        if self.world.sync.reduce == "sum":
-            return Merge(1.0, weights)
-        return Merge(float(len(steps))) if len(set(weights)) == 1 else Merge(sum(weights), weights)
+    def _rank_and_step(self, ticket: m.ExchangeId) -> tuple[int, int]:
+        member, step = self.step_of(ticket)
+        return self.rank_of(member), step
+
+    def _merge(
+        self, vector: Vector, updates: list[Update], weights: tuple[float, ...]
+    ) -> tuple[Merge, float | None]:
+        """How these are combined, by the weights that their members gave, whatever the entry says of them.
+
+        Every step contributes, since all count in the ledger. The second is the norm of the result, where
+        that follows.
+        """
+        kind = self.workload.merge or self.world.sync.reduce
+        if kind == "sum":
+            return Merge(1.0, weights), None
+        if kind == "median" or kind.startswith("trimmed"):
+            most = (len(weights) - 1) // 2
+            return Merge(middle=(len(weights), most if kind == "median" else min(1, most))), None
+        if kind == "rda":
+            return self._by_lengths(vector, updates, weights)
+        equal = len(set(weights)) == 1
+        return Merge(float(len(weights))) if equal else Merge(sum(weights), weights), None
+
+    def _by_lengths(
+        self, vector: Vector, updates: list[Update], weights: tuple[float, ...]
+    ) -> tuple[Merge, float]:
+        products: defaultdict[int, dict[tuple[int, int], float]] = defaultdict(dict)
+        for tensor, one, other, (_, _, value) in vector.products(updates, range(len(weights))):
+            products[tensor][one, other] = value
+        scales: dict[int, tuple[float, ...]] = {}
+        squared = 0.0
+        for tensor in sorted(products):
+            factors, length = coefficients(products[tensor], dict(enumerate(weights)))
+            scales[tensor] = tuple(factors.get(place, 0.0) for place in range(len(weights)))
+            squared += length * length
+        return Merge(scales=scales), math.sqrt(squared)
 
     def _update(self, vector: Vector, ticket: m.ExchangeId, place: int) -> Update | None:
         member, step = self.step_of(ticket)
