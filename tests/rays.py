@@ -35,9 +35,13 @@ def is_rays_own(process):
 
 
 def actors():
-    """The processes of our nodes in any Ray on this machine."""
-    processes = psutil.process_iter(["cmdline"])
-    return [one for one in processes if "NodeActor" in " ".join(one.info["cmdline"] or ())]
+    """The processes of our nodes in a Ray that a fixture started."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "NodeActor" in " ".join(process.info["cmdline"] or ()):
+                found += [process] * bool(_started & {parent.pid for parent in process.parents()})
+    return found
 
 
 def wait_for_actors():

@@ -63,6 +63,7 @@ def test_every_option_and_its_variable_are_in_the_table():
             assert variable in row or ", …" in row, variable
 
 
+@pytest.mark.fresh
 def test_nodes_with_a_token_find_together_over_tcp_and_without_it_are_refused(tmp_path):
     with site(tmp_path) as cluster:
         token = {"HEADWATER_TOKEN": "a secret of thirty-two characters"}

@@ -21,15 +21,17 @@ from headwater.engines.engine import Failure, Trained
 from headwater.engines.packing import pack_outcome, unpack_outcome
 
 ONES = {"v": np.ones(3, np.float32)}
+RAY = pytest.param("ray", marks=[pytest.mark.long, pytest.mark.xdist_group("ray")])
+EVERY = [RAY if name == "ray" else name for name in ENGINES]
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=EVERY)
 def engine(request):
     """Every engine, with shares of Ray's resources that fit on a small machine."""
     return request.getfixturevalue("ray_engine") if request.param == "ray" else request.param
 
 
-@pytest.fixture(scope="module", params=[name for name in ENGINES if name != "inline"])
+@pytest.fixture(scope="module", params=[one for one in EVERY if one != "inline"])
 def processes(request):
     """Every engine whose nodes are processes."""
     return request.getfixturevalue("ray_engine") if request.param == "ray" else request.param
@@ -163,6 +165,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_its_signal():
         hw.run(train, workers=2)
 
 
+@pytest.mark.fresh
 def test_a_server_that_is_killed_ends_the_run_with_its_index():
     with hw.Cluster(workers=1, servers=2, engine="local") as cluster:
         worker = cluster.worker()

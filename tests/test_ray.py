@@ -25,6 +25,7 @@ import headwater as hw
 from headwater.engines.seating import BundleSlots, seats_of_shards
 from headwater.errors import ConfigurationError, EngineError, WorkerError
 
+pytestmark = pytest.mark.xdist_group("ray")
 ONES = {"v": np.ones(3, np.float32)}
 
 
@@ -127,6 +128,7 @@ def test_servers_on_other_hosts_cannot_listen_at_an_address_of_this_one(ray_node
     assert not places_reserved()
 
 
+@pytest.mark.long
 def test_actors_join_over_tcp_with_the_proofs_of_the_cluster(ray_nodes):
     def train(worker):
         model = worker.model("sums", {"a": np.zeros(5000, np.float32)}, hw.Accumulate())
@@ -143,6 +145,7 @@ def test_actors_join_over_tcp_with_the_proofs_of_the_cluster(ray_nodes):
 # ── in a Ray job ────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.long
 def test_a_running_ray_is_used_and_left_as_it_was(ray_nodes):
     import ray
 
@@ -151,6 +154,7 @@ def test_a_running_ray_is_used_and_left_as_it_was(ray_nodes):
     assert not places_reserved()
 
 
+@pytest.mark.long
 def test_a_task_of_a_ray_job_can_train(ray_nodes):
     import ray
 
@@ -161,6 +165,7 @@ def test_a_task_of_a_ray_job_can_train(ray_nodes):
     assert ray.get(job.remote(share()), timeout=100) == [0, 1]
 
 
+@pytest.mark.long
 def test_workers_have_as_many_threads_as_reserved_cores_unless_the_environment_says_otherwise(
     ray_nodes, monkeypatch
 ):
@@ -174,6 +179,7 @@ def test_workers_have_as_many_threads_as_reserved_cores_unless_the_environment_s
     assert hw.run(threads, workers=1, engine=wide).values == ["7"]
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_too_often_ends_the_run_with_what_ray_says(ray_nodes, caplog):
     def train(worker):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -219,6 +225,7 @@ def command(script, *more):
     return ["headwater", "run", script, "--workers", "1", *options, *more]
 
 
+@pytest.mark.long
 def test_the_command_brings_a_script_and_its_modules_to_the_workers(ray_nodes, script):
     done = run(*command(script, "--ray-address", ray_nodes.address))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -226,6 +233,7 @@ def test_the_command_brings_a_script_and_its_modules_to_the_workers(ray_nodes, s
     assert str(script.parent) not in line  # but from the directory that Ray unpacked
 
 
+@pytest.mark.long
 def test_without_any_ray_the_command_starts_one_that_ends_with_the_run(script):
     pytest.importorskip("ray", reason=REASON)
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
@@ -238,6 +246,7 @@ def test_without_any_ray_the_command_starts_one_that_ends_with_the_run(script):
         assert not alive
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_actors_end_with_their_driver_however_it_ends(ray_nodes, script, how):
     with subprocess.Popen(
@@ -269,6 +278,7 @@ def test_an_address_where_nobody_answers_is_an_error_within_seconds(script):
     assert "no Ray cluster answers at 127.0.0.1:1: " in done.stderr
 
 
+@pytest.mark.long
 def test_the_page_on_ray_tells_the_truth(ray_nodes):
     page = (Path(__file__).parent.parent / "docs" / "ray.md").read_text()
     code, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)  # the other one needs several hosts
@@ -297,6 +307,7 @@ def once(action):
     return call
 
 
+@pytest.mark.long
 def test_digits_reaches_97_percent_though_a_node_with_a_worker_is_killed(ray_nodes, caplog):
     torch = pytest.importorskip("torch")
     from test_examples import module
