@@ -21,8 +21,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # Whoever started this in the background has it ignored, and every child of ours would ignore it too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-settings.register_profile("default", print_blob=True)
-settings.register_profile("nightly", print_blob=True, max_examples=1000)
+settings.register_profile("default", print_blob=True, deadline=None)
+settings.register_profile("nightly", print_blob=True, deadline=None, max_examples=1000)
 _LONG_TIMEOUT_S = 1800
 """Of a test with `--long`, in seconds: it takes more schedules and examples."""
 

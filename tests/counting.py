@@ -6,9 +6,10 @@ count the steps of each worker that it contains.
 
 import numpy as np
 from clusters import model_spec
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 
+from examples import examples
 from headwater import messages as m
 
 BASE = 16
@@ -17,8 +18,8 @@ MODES = ["sync", "async", "ssp:0", "ssp:2"]
 seeds = st.integers(0, 2**32 - 1)
 servers = st.sampled_from([1, 2, 3, 5])
 modes = st.sampled_from(MODES)
-some = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-few = settings(some, max_examples=10)
+some = examples(25, suppress_health_check=list(HealthCheck))
+few = examples(10, suppress_health_check=list(HealthCheck))
 
 
 def digits(value, workers):

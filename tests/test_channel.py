@@ -9,9 +9,10 @@ import time
 import numpy as np
 import pytest
 from connections import DEADLINE, channels, running, sockets
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import examples
 from headwater.errors import (
     ConnectionLostError,
     ProtocolError,
@@ -122,7 +123,7 @@ def test_a_frame_may_be_cut_at_every_byte(wires):
         assert np.array_equal(target, values)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=8),
     st.lists(st.integers(1, 90), min_size=1, max_size=30),

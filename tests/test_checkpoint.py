@@ -24,10 +24,11 @@ from checkpoints import (
     table,
     write,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 import headwater as hw
+from examples import examples
 from headwater import checkpoint
 from headwater.checkpoint.manifest import decode, parse_name
 from headwater.checkpoint.store import LocalFolder, write_all
@@ -58,7 +59,7 @@ TABLES = st.builds(
 SERVERS = st.integers(1, 9)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(40, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(MODELS, max_size=3), st.lists(TABLES, max_size=2), SERVERS, SERVERS)
 def test_any_number_of_servers_reads_its_parts_bit_for_bit(tmp_path_factory, models, tables, before, after):
     directory = tmp_path_factory.mktemp("recut")

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import examples
 from headwater.errors import ConfigurationError, ProtocolError
 from headwater.kernels.codecs import decode, encode
 from headwater.spec.codecs import BLOCK, TopK, parse_codec
@@ -73,7 +74,7 @@ def plain_q4(x):
 
 @pytest.mark.parametrize("text", ALL)
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 900), offset=st.integers(0, 700))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_each_codec_is_its_plain_definition(text, seed, n, offset):
     codec, chance = parse_codec(text), np.random.default_rng(seed)
     gradient = (chance.standard_normal(n) * 10.0 ** chance.integers(-3, 3)).astype(np.float32)
@@ -85,7 +86,7 @@ def test_each_codec_is_its_plain_definition(text, seed, n, offset):
 
 @pytest.mark.parametrize("text", ALL)
 @given(seed=st.integers(0, 10_000), blocks=st.lists(st.integers(0, 6), max_size=4))
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_where_a_tensor_is_cut_between_servers_changes_nothing(text, seed, blocks):
     codec, chance = parse_codec(text), np.random.default_rng(seed)
     n, first = 1300, 100

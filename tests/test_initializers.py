@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from headwater.errors import ConfigurationError
@@ -32,7 +32,6 @@ def test_the_kernel_has_the_bits_of_the_reference(initializer, dim):
         assert (kernel(initializer, seed, ids, dim) == initializer.rows(seed, ids, dim)).all()
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(INT64.min, INT64.max), unique=True, min_size=1, max_size=20), st.randoms())
 def test_a_row_does_not_depend_on_its_neighbours(ids, random):
     shuffled = random.sample(ids, len(ids))

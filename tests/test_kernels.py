@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from examples import examples
 from headwater.errors import ConfigurationError, EnvironmentFailure
 from headwater.kernels import add_up, cache, copy_out, dense, finite, finite_sum, reference, stage
 from headwater.kernels.source import float32_source
@@ -113,7 +114,7 @@ def aligned(n):
 # ── the fused pass ──────────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     rule=st.sampled_from(RULES),
     n=st.sampled_from([0, 1, 2, 15, 16, 17, 31, 127, 128, 129, 255, 300]),
@@ -143,7 +144,7 @@ def test_the_fused_pass_gives_the_bits_of_the_plain_one(
         assert same_bits(ours, theirs)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(
     st.sampled_from(RULES), st.integers(0, 700), st.integers(0, 700), st.integers(1, 3), st.integers(0, 99)
 )
@@ -185,7 +186,7 @@ def test_gradients_are_summed_in_the_order_given():
         assert values.tolist() == [total] * 3
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(0, 700), st.integers(1, 5), st.sampled_from([0.0, 0.005, 0.3]), st.integers(0, 2**32))
 def test_a_sum_made_beforehand_gives_the_bits_of_the_fused_pass(n, workers, special, seed):
     generator = np.random.default_rng(seed)
@@ -261,7 +262,7 @@ def moves_module():
 # ── copies ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.integers(0, 300),
     st.integers(0, 5),

@@ -17,9 +17,10 @@ from counting import (
     servers,
     some,
 )
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
+from examples import examples
 from headwater import messages as m
 from headwater.errors import MeetingError, RegistrationError, StalledError
 from headwater.spec.rules import SGD, Accumulate
@@ -245,7 +246,7 @@ def visiting(me):
     yield me.leave()
 
 
-@settings(some, max_examples=40)
+@examples(40, suppress_health_check=list(HealthCheck))
 @given(
     modes,
     servers,
@@ -349,7 +350,7 @@ def chaos(seed, clip_norm=None):
     return program
 
 
-@settings(some, max_examples=40)
+@examples(40, suppress_health_check=list(HealthCheck))
 @given(modes, servers, st.booleans(), seeds, st.lists(st.sampled_from(["kill", "join"]), max_size=3))
 def test_whatever_workers_do_nobody_waits_for_ever_and_servers_agree(mode, count, private, seed, events):
     cluster = Cluster(mode, workers=3, servers=count, seed=seed, private=private)

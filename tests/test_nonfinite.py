@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import headwater as hw
+from examples import examples
 from headwater.errors import NonFiniteError
 from headwater.worker.row_sums import RowSums
 
@@ -146,7 +147,7 @@ def test_many_pushes_before_a_step_take_memory_by_their_different_ids_and_add_up
     alone(work, servers=3)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     st.lists(st.lists(st.integers(-3, 12), unique=True, max_size=8), max_size=12),
     st.integers(0, 2**32),

@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_kernels import addresses, numbers
 
+from examples import examples
 from headwater.kernels import reference, square_up
 from headwater.log.norms import norm, scale, subtrees
 from headwater.spec.layout import LINE, PAGE, ranges
@@ -22,7 +23,7 @@ def same_doubles(ours, theirs):
 counts = st.integers(0, 200).map(lambda lines: LINE * lines)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     counts,
     st.integers(0, 70).map(lambda lines: LINE * lines),
@@ -40,7 +41,7 @@ def test_squares_have_the_bits_of_the_plain_ones(n, first, workers, special, see
     assert same_doubles(lanes, expected)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(counts, counts, st.integers(1, 3), st.integers(0, 2**32))
 def test_squares_do_not_depend_on_how_elements_are_cut(one, other, workers, seed):
     generator = np.random.default_rng(seed)
@@ -60,7 +61,7 @@ def test_squares_of_nothing_and_parts_of_lines_are_refused():
     assert not lanes.any()
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(0, 2**32))
 def test_the_norm_has_the_same_bits_for_any_number_of_servers(pages, servers, seed):
     blocks = np.random.default_rng(seed).lognormal(sigma=8, size=pages)

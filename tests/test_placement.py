@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from headwater.errors import UsageError
@@ -45,7 +45,6 @@ def test_consecutive_and_strided_ids_spread_evenly():
         assert counts.max() < 45  # mean 16
 
 
-@settings(deadline=None)
 @given(ids_lists, st.integers(1, 5))
 def test_a_plan_has_each_id_once_in_the_order_of_the_servers(ids, servers):
     plan = arrange(np.array(ids, dtype=np.int64), servers)
@@ -59,7 +58,6 @@ def test_a_plan_has_each_id_once_in_the_order_of_the_servers(ids, servers):
     assert (np.diff(slots_of(plan.ids)) >= 0).all()
 
 
-@settings(deadline=None)
 @given(ids_lists)
 def test_the_order_of_ids_does_not_depend_on_the_number_of_servers(ids):
     given_ids = np.array(ids, dtype=np.int64)
@@ -71,7 +69,6 @@ def test_the_order_of_ids_does_not_depend_on_the_number_of_servers(ids):
     assert arrange(given_ids, 3).ids.tolist() == expected
 
 
-@settings(deadline=None)
 @given(ids_lists)
 def test_gradients_of_repeats_are_summed_in_order_of_occurrence(ids):
     plan = arrange(ids, 2)
@@ -120,7 +117,6 @@ def test_lists_are_united_in_order_of_first_appearance():
     assert [inverse.tolist() for inverse in inverses] == [[0, 1], [], [2, 0, 3]]
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(-9, 9), unique=True, max_size=15), min_size=1, max_size=4))
 def test_items_of_united_ids_are_traced_in_the_order_of_their_lists(lists):
     given_lists = [(np.array(ids, dtype=np.int64), 1000 * k) for k, ids in enumerate(lists)]

@@ -55,7 +55,7 @@ OUTSIDE = {
 
 FORMER_WORDS = """
     Advance Agreed Collector Company Course Enlist EnlistDesk Feed Followed Life Locate Mislaid Promise Reach
-    Reception Resolved RowMemory Seat Seats Shipment Shipped Standing Standings Ticket Turn Visit Whereabouts
+    Reception Resolved Seat Seats Shipment Shipped Standing Standings Ticket Turn Visit Whereabouts
     attempt attempts company
 """
 """Names that things had once; what they are called now is in docs/architecture.md."""

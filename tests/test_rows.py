@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import examples
 from headwater.errors import EnvironmentFailure
 from headwater.kernels import reference
 from headwater.kernels.rows import ages, combine, fill, gather, row_rule, stamp
@@ -63,7 +64,7 @@ def beside(gradients):
     return np.array([gradients.ctypes.data]), np.empty(0, dtype=np.int64)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     st.sampled_from(RULES), st.sampled_from([1, 3, 8, 16, 21, 64]), st.integers(0, 9), st.sampled_from([1, 3])
 )
@@ -112,7 +113,7 @@ def test_rowwise_adagrad_of_equal_elements_is_adagrad():
     assert math.isclose(expected, 0.75, rel_tol=1e-6)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(st.integers(0, 9), max_size=60), st.sampled_from([1, 5, 16]))
 def test_gradients_are_combined_in_order(inverse, dim):
     gradients = np.random.default_rng(7).normal(size=(len(inverse), dim)).astype(np.float32)

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from small_tables import spec
 
+from examples import examples
 from headwater.shard.scalars import Scalars
 from headwater.shard.table import Table
 from headwater.spec.placement import SLOTS
@@ -25,7 +26,7 @@ class Counted(Adam):
         return Adam.scalars(self, updates, count)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=12), min_size=1, max_size=8))
 def test_each_count_is_computed_once_and_only_when_a_row_has_it(updates):
     rule = Counted(lr=0.1)

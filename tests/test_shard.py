@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from clusters import model_spec
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import examples
 from headwater import messages as m
 from headwater.errors import ConfigurationError, ProtocolError, RefusedError, RegistrationError
 from headwater.shard import Shard, Staging, Vector
@@ -96,7 +97,7 @@ def staged(private, vector, gradients):
     return Staging(here, here if private else np.zeros_like(here))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(models, st.integers(1, 5), st.integers(1, 3), st.booleans(), st.booleans(), st.data())
 def test_apply_touches_what_is_carried_alone_and_answers_with_all(
     drawn, servers, workers, private, mean, data

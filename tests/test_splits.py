@@ -7,9 +7,10 @@ import random
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from examples import examples
 from headwater import messages as m
 from headwater.errors import ConfigurationError, ProtocolError
 from headwater.log.positions import Positions
@@ -223,7 +224,7 @@ def test_without_a_death_every_sample_is_handed_out_exactly_once_an_epoch(worker
     assert machine.book.unvisited() == []
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 3), seeds)
 def test_with_deaths_and_joins_every_sample_is_committed_at_least_once_an_epoch(workers, size, epochs, seed):
     rng = random.Random(seed)

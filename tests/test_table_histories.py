@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from plain_table import PlainTable
 from small_tables import ALL_SLOTS, POOL, TWO_SLOTS, make, pull, push, spec
 
+from examples import examples
 from headwater.errors import ProtocolError
 from headwater.shard.table import Table
 from headwater.spec.initializers import Constant, Normal
@@ -120,7 +121,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.sampled_from(KINDS), operations, st.integers(0, 99))
 def test_any_interleaving_does_what_a_dictionary_would_do(kind, done, seed):
     servers, generator = Servers(kind), np.random.default_rng(seed)

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from clusters import Cluster, ReplicatedCluster, model_spec
 from counting import few, seeds, servers, some
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from plain_merges import weighted_mean, weighted_sum
 from test_kernels import addresses, numbers, same_bits
 
 import headwater as hw
+from examples import examples
 from headwater import messages as m
 from headwater.kernels import weigh
 from headwater.log.committer import Committer
@@ -30,7 +31,7 @@ def carrying(*carries):
 # ── the arithmetic ──────────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(0, 3000), st.integers(1, 5), st.sampled_from([0.0, 0.01]), st.integers(0, 2**32))
 def test_a_weighted_sum_has_the_bits_of_the_plain_one(n, workers, special, seed):
     generator = np.random.default_rng(seed)

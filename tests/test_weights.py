@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from published import read_chain, read_file, write_version
 
@@ -90,7 +90,6 @@ def test_every_bfloat16_comes_back_and_ties_round_to_even():
 
 
 @given(st.lists(st.floats(width=32, allow_nan=True), min_size=1, max_size=50))
-@settings(deadline=None)
 def test_rounding_to_bfloat16_is_that_of_ml_dtypes(values):
     array = np.array(values, dtype=np.float32)
     ours, theirs = to_bfloat16(array).view(ml_dtypes.bfloat16), array.astype(ml_dtypes.bfloat16)
