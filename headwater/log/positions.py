@@ -11,7 +11,15 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from headwater.messages import DataProgress, DynamicProgress, Position, Span, Visited
+from headwater.messages import (
+    DataProgress,
+    DynamicProgress,
+    Position,
+    Recut,
+    Span,
+    StaticProgress,
+    Visited,
+)
 
 
 class Ranges:
@@ -63,6 +71,8 @@ class Positions:
         self._last = {position.rank: position for position in recorded.last}
         self._first = recorded.first
         self._visited = {visited.call: VisitedCall.of(visited) for visited in recorded.visited}
+        self._workers = recorded.workers
+        self._recuts = list(recorded.recuts)
 
     def record(self, position: Position) -> None:
         """Take what a committed step, or the end of a worker's batches, carried."""
@@ -86,7 +96,38 @@ class Positions:
             tuple(self._last[rank] for rank in sorted(self._last)),
             tuple(self._visited[call].to_message() for call in sorted(self._visited)),
             self._first,
+            self._workers,
+            tuple(self._recuts),
         )
+
+    @property
+    def recuts(self) -> tuple[Recut, ...]:
+        """How static parts of calls that are not over were cut anew, the oldest first."""
+        return tuple(self._recuts)
+
+    # ── another number of workers ───────────────────────────────────────────────────────────────
+
+    def cut_for(self, workers: int) -> None:
+        """Static parts are for so many workers from now on: what is left of every call is cut anew.
+
+        For the beginning of a generation, when nobody has anything in hand. All ranks go on with the first
+        call that is not over for all of them, at the place in their programs of the rank that is least far.
+        """
+        before, self._workers = self._workers, workers
+        if before in (0, workers):
+            return
+        last = [self._last.get(rank) or Position(rank, 0) for rank in range(before)]
+        first, begun = min(one.over for one in last), max(_begun(one) for one in last)
+        for call in range(first, begun):
+            self._recuts.append(Recut(call, before, tuple(_done(one, call) for one in last)))
+        least = min(last, key=lambda one: [(loop.loop, loop.epoch) for loop in one.loops])
+        epochs = {place.call: place.epochs for one in last for place in one.places}
+        places = tuple(
+            StaticProgress(cut.call, epochs.get(cut.call, 0), -1, min(epoch for epoch, _ in cut.done), 0)
+            for cut in self._recuts[len(self._recuts) - (begun - first) :]
+        )
+        self._last = {rank: Position(rank, first, places, (), least.loops) for rank in range(workers)}
+        self._forget_old_calls()
 
     def _visit(self, visit: DynamicProgress) -> None:
         visited = self._visited.get(visit.call)
@@ -96,13 +137,33 @@ class Positions:
         visited.add(visit.spans)
 
     def _forget_old_calls(self) -> None:
-        """Or there would be more and more of them."""
-        over = min(position.over for position in self._last.values())
+        """Or there would be more and more of them. For a rank that has recorded nothing yet none is over."""
+        over = min((position.over for position in self._last.values()), default=0)
+        if any(rank not in self._last for rank in range(self._workers)):
+            over = 0
         while self._first < over or (
             self._first in self._visited and self._visited[self._first].is_complete()
         ):
             self._visited.pop(self._first, None)
             self._first += 1
+        self._recuts = [cut for cut in self._recuts if cut.call >= self._first]
+
+
+_ALL = 1 << 62
+"""An epoch after every epoch."""
+
+
+def _begun(position: Position) -> int:
+    """One more than the last call of which a rank has read something."""
+    return max([position.over, *(place.call + 1 for place in position.places)])
+
+
+def _done(position: Position, call: int) -> tuple[int, int]:
+    """The epoch in which a rank is in a call, and how much of its part it has done."""
+    if call < position.over:
+        return _ALL, 0
+    places = [place for place in position.places if place.call == call]
+    return (places[0].epoch, places[0].done) if places else (0, 0)
 
 
 class VisitedCall:

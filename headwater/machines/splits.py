@@ -22,9 +22,12 @@ from numpy.typing import NDArray
 
 from headwater.errors import ConfigurationError, ProtocolError
 from headwater.log.positions import Ranges, VisitedCall
-from headwater.messages import DataProgress, Finish, Lease, Leased, Span, Unleased, Unvisited
+from headwater.messages import DataProgress, Finish, Lease, Leased, Recut, Span, Unleased, Unvisited
 
 Indices: TypeAlias = NDArray[np.int64]
+Places: TypeAlias = range | Indices
+"""Positions in the order of an epoch, in the order in which they are read."""
+
 Replies: TypeAlias = list[tuple[int, Leased | Unleased]]
 """Member and what it is told."""
 
@@ -62,16 +65,16 @@ class Order:
             self._visits = np.random.default_rng([seed, epoch]).permutation(len(sizes))
             self._begins = np.concatenate([[0], np.cumsum(sizes[self._visits])])
 
-    def at(self, positions: range) -> Indices:
+    def at(self, positions: Places) -> Indices:
         """The samples at these positions of the order: int64[len(positions)]."""
-        if self._permutation is not None:
+        if self._permutation is not None and isinstance(positions, range):
             return self._permutation[positions.start : positions.stop : positions.step]
-        if self._visits is None:
-            return np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
-        return self._in_groups(self._visits, positions)
+        wanted = numbered(positions)
+        if self._permutation is not None:
+            return self._permutation[wanted]
+        return wanted if self._visits is None else self._in_groups(self._visits, wanted)
 
-    def _in_groups(self, visits: Indices, positions: range) -> Indices:
-        wanted = np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
+    def _in_groups(self, visits: Indices, wanted: Indices) -> Indices:
         turns = np.searchsorted(self._begins, wanted, side="right") - 1
         indices = np.empty(len(wanted), dtype=np.int64)
         for turn in np.unique(turns).tolist():
@@ -90,6 +93,33 @@ def part_of(length: int, rank: int, workers: int, *, grouped: bool) -> range:
     if grouped:
         return range(length * rank // workers, length * (rank + 1) // workers)
     return range(rank, length, workers)
+
+
+def numbered(positions: Places) -> Indices:
+    """Positions as int64[len(positions)]."""
+    if isinstance(positions, range):
+        return np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
+    return positions
+
+
+def left_of(length: int, epoch: int, recuts: Iterable[Recut], *, grouped: bool) -> Places:
+    """The positions of an epoch's order that were left when parts were cut anew for the last time."""
+    left: Places = range(length)
+    for recut in recuts:
+        parts = []
+        for rank, (at, done) in enumerate(recut.done):
+            part = part_of(len(left), rank, recut.workers, grouped=grouped)
+            parts.append(part[len(part) if at > epoch else done if at == epoch else 0 :])
+        if sum(map(len, parts)) < len(left):
+            rest = np.sort(np.concatenate([numbered(part) for part in parts]))
+            left = numbered(left)[rest]
+    return left
+
+
+def part_of_rest(left: Places, rank: int, workers: int, *, grouped: bool) -> Places:
+    """What of these positions is a rank's, as `part_of`."""
+    part = part_of(len(left), rank, workers, grouped=grouped)
+    return left[part.start : part.stop : part.step]
 
 
 def batches_of(positions: range, batch_size: int) -> Iterator[range]:
@@ -360,6 +390,6 @@ def unvisited_parts(recorded: DataProgress, ranks: set[int]) -> list[Unvisited]:
         Unvisited(place.call, position.rank, (place.epochs - place.epoch) * place.size - place.done)
         for position in recorded.last
         for place in position.places
-        if position.rank not in ranks
+        if position.rank not in ranks and place.size >= 0
     ]
     return [left for left in lefts if left.samples > 0]

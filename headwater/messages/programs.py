@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from headwater.messages.reading import Position
+from headwater.messages.reading import Position, Recut
 
 MeetingKind: TypeAlias = Literal["barrier", "sum", "gather", "broadcast"]
 Attendance: TypeAlias = Literal["present", "all"]
@@ -52,7 +52,8 @@ class Recalled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the log knows of a worker's rank when it joins.
 
     `position`: None where the rank recorded none. `steps`: of all its incarnations. `met`: meetings that have
-    ended so far. `restarted`: it is not the first incarnation of its rank. `kept`: "" for nothing.
+    ended so far. `restarted`: it is not the first incarnation of its rank. `kept`: "" for nothing. `recuts`:
+    as in `DataProgress`.
     """
 
     position: Position | None
@@ -60,3 +61,4 @@ class Recalled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     met: int
     restarted: bool
     kept: bytes = b""
+    recuts: tuple[Recut, ...] = ()

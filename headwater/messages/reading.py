@@ -18,7 +18,10 @@ class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StaticProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How far a worker's static part in one call of `batches` is: `done` of `size` samples of `epoch`."""
+    """How far a worker's static part in one call of `batches` is: `done` of `size` samples of `epoch`.
+
+    `size` -1: the part was cut anew, and nobody has read of it yet.
+    """
 
     call: int
     epochs: int
@@ -76,12 +79,30 @@ class Visited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spans: tuple[Span, ...]
 
 
+class Recut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was left of the static parts of a call was cut anew, since there are more or fewer workers.
+
+    `workers`: how many had parts before. `done`: by rank the epoch it was in, and how many samples of its
+    part of that epoch it had done.
+    """
+
+    call: int
+    workers: int
+    done: tuple[tuple[int, int], ...]
+
+
 class DataProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All positions at one position of the log. `last`: by rank; calls before `first` are over for all."""
+    """All positions at one position of the log. `last`: by rank; calls before `first` are over for all.
+
+    `workers`: how many workers static parts are cut for, 0 before there are any; `recuts`: of calls that are
+    not over, in the order in which they were cut.
+    """
 
     last: tuple[Position, ...] = ()
     visited: tuple[Visited, ...] = ()
     first: int = 0
+    workers: int = 0
+    recuts: tuple[Recut, ...] = ()
 
 
 class Lease(Message, frozen=True):

@@ -69,7 +69,7 @@ class State:
         self._ids: dict[str, int] = {}
         self._inputs: EntryInputs
         self._on_entry: dict[type, Callable[[Any], Answers]] = {
-            m.Enrolled: lambda entry: [],
+            m.Enrolled: self._enrolled,
             m.Registered: self._registered,
             m.Measured: lambda entry: [],
             m.Committed: self._committed,
@@ -108,6 +108,10 @@ class State:
             self._members.keep_snapshot(member, self.snapshot(copy))
 
     # ── entries ─────────────────────────────────────────────────────────────────────────────────
+
+    def _enrolled(self, entry: m.Enrolled) -> Answers:
+        self.positions.cut_for(entry.workers)
+        return []
 
     def _registered(self, entry: m.Registered) -> Answers:
         request = self._inputs.request(entry.source)
@@ -404,6 +408,7 @@ class State:
             self.standings.met,
             history.incarnations > 1,
             self.programs.kept(rank),
+            self.positions.recuts,
         )
 
     def _stalled(self, entry: m.Stalled) -> Answers:

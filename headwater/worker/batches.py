@@ -15,12 +15,12 @@ Invariants:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from headwater import messages as m
 from headwater.data import fetch
-from headwater.machines.splits import Indices, Order
+from headwater.machines.splits import Indices, Order, Places
 from headwater.runtime.client import Client
 from headwater.worker.parts import Call, LeasedSplits, StaticPart, batches_an_epoch
 from headwater.worker.plan import ReadPlan
@@ -36,6 +36,7 @@ class DataReader:
 
     Args:
         recorded: where the log recorded its rank; None where it did not.
+        recuts: how static parts were cut anew for another number of workers.
 
     Attributes:
         begun: calls that the program has begun, those of before that it skipped among them.
@@ -43,13 +44,20 @@ class DataReader:
         stopped: whether `batches` end now, because somebody asked for it.
     """
 
-    def __init__(self, session: Client, program: Program, recorded: m.Position | None) -> None:
+    def __init__(
+        self,
+        session: Client,
+        program: Program,
+        recorded: m.Position | None,
+        recuts: Sequence[m.Recut] = (),
+    ) -> None:
         self.samples = 0
         self.stopped = False
         self.begun = 0
         self._session = session
         self._program = program
         self._rank = session.welcome.member.index
+        self._recuts = recuts
         recorded = recorded or m.Position(self._rank, 0)
         self._over = recorded.over
         self._recorded = {place.call: place for place in recorded.places}  # of calls not begun again yet
@@ -88,7 +96,8 @@ class DataReader:
     def _make(self, number: int, plan: ReadPlan) -> Call:
         place = self._recorded.pop(number, None)
         if plan.splits == "static":
-            return StaticPart(number, plan, self._rank, self.workers, place)
+            recuts = [cut for cut in self._recuts if cut.call == number]
+            return StaticPart(number, plan, self._rank, self.workers, place, recuts)
         return LeasedSplits(number, plan, self.workers, self._session, self._send_end)
 
     @property
@@ -195,7 +204,7 @@ class _Reading(Iterator[Item]):
         self._plan = plan
         self._epoch = -1
         self._order: Order | None = None
-        self._rest = range(0)
+        self._rest: Places = range(0)
 
     def __iter__(self) -> Iterator[Item]:
         if self._over:
@@ -244,7 +253,7 @@ class _Reading(Iterator[Item]):
         self._over = True
         self._reader.end(self._call, interrupted=interrupted)
 
-    def _indices(self, positions: range) -> Indices:
+    def _indices(self, positions: Places) -> Indices:
         assert self._order is not None
         return self._order.at(positions)
 
@@ -278,17 +287,17 @@ class Batches(_Reading[Any]):
         self._handed_out = len(batch)
         return found
 
-    def _next_batch(self, call: Call) -> range | None:
+    def _next_batch(self, call: Call) -> Places | None:
         while True:
             batch = self._rest[: self._plan.batch]
-            if len(batch) == self._plan.batch or (batch and not self._plan.drop_last):
+            if len(batch) == self._plan.batch or (len(batch) and not self._plan.drop_last):
                 return batch
-            if batch:
+            if len(batch):
                 self._take(call, batch)
             elif not self._advance(call):
                 return None
 
-    def _take(self, call: Call, batch: range) -> None:
+    def _take(self, call: Call, batch: Places) -> None:
         call.hand_out(self._epoch, batch)
         self._rest = self._rest[len(batch) :]
 
@@ -307,7 +316,7 @@ class Splits(_Reading[Indices]):
 
     def __init__(self, reader: DataReader, plan: ReadPlan) -> None:
         super().__init__(reader, plan)
-        self._given: range | None = None
+        self._given: Places | None = None
 
     def __next__(self) -> Indices:
         call = self._going()
@@ -320,7 +329,7 @@ class Splits(_Reading[Indices]):
         if self._reader.stopped:
             self._end(interrupted=False)
             raise StopIteration
-        while not self._rest:
+        while not len(self._rest):
             if not self._advance(call):
                 raise StopIteration
         self._given, self._rest = self._rest, range(0)

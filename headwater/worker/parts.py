@@ -7,11 +7,12 @@ A call hands out positions of an epoch's order. What is handed out is done with 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from headwater import messages as m
-from headwater.machines.splits import part_of
+from headwater.errors import ConfigurationError
+from headwater.machines.splits import Places, left_of, part_of, part_of_rest
 from headwater.runtime.client import Client
 from headwater.worker.plan import ReadPlan
 
@@ -29,10 +30,10 @@ class Call(Protocol):
     planned: float
     left: bool
 
-    def next_piece(self) -> tuple[int, range] | None:
+    def next_piece(self) -> tuple[int, Places] | None:
         """Epoch and positions of its order; None at the end. Blocks; may be called again after an error."""
 
-    def hand_out(self, epoch: int, positions: range) -> None:
+    def hand_out(self, epoch: int, positions: Places) -> None:
         """The next step that is applied makes these done."""
 
     def applied(self) -> None:
@@ -49,29 +50,42 @@ class Call(Protocol):
 
 
 def batches_an_epoch(plan: ReadPlan, rank: int, workers: int) -> int:
-    """How many batches of a static part a worker has in each epoch."""
+    """How many batches a static part has in each epoch, unless it was cut anew."""
     if plan.drop_last:
         return plan.size // workers // plan.batch
-    return -(-len(_whole_part(plan, rank, workers)) // plan.batch)
-
-
-def _whole_part(plan: ReadPlan, rank: int, workers: int) -> range:
-    return part_of(plan.size, rank % workers, workers, grouped=plan.groups is not None)
+    return -(-len(part_of(plan.size, rank, workers, grouped=plan.groups is not None)) // plan.batch)
 
 
 class StaticPart:
-    """A call that reads this worker's own part, from `place` on."""
+    """A call that reads this worker's own part, from `place` on.
+
+    `recuts`: how the parts of this call were cut anew, because there were more or fewer workers.
+
+    Raises:
+        ConfigurationError: the worker joined beyond the declared ones, for which nothing was cut.
+    """
 
     def __init__(
-        self, number: int, plan: ReadPlan, rank: int, workers: int, place: m.StaticProgress | None
+        self,
+        number: int,
+        plan: ReadPlan,
+        rank: int,
+        workers: int,
+        place: m.StaticProgress | None,
+        recuts: Sequence[m.Recut] = (),
     ) -> None:
+        if rank >= workers:
+            raise ConfigurationError(
+                f"batches: worker {rank} joined beyond the {workers} declared workers, which have all of a "
+                f"data set that is cut into static parts: pass splits='dynamic' in asynchronous or bounded-"
+                f"staleness mode, or stop and resume with workers={rank + 1}, which cuts what is left anew"
+            )
         self.left = False
         self._number, self._plan = number, plan
-        self._part = _whole_part(plan, rank, workers)
-        if plan.drop_last:
-            self._part = self._part[: batches_an_epoch(plan, rank, workers) * plan.batch]
+        self._rank, self._workers, self._recuts = rank, workers, recuts
         self._epoch, self._done = (place.epoch, place.done) if place is not None else (0, 0)
-        if place is not None and place.size != len(self._part):
+        self._part, self._cut_epoch = self._part_of(self._epoch), self._epoch
+        if place is not None and place.size not in (-1, len(self._part)):
             self._done = 0
             _log.warning(
                 f"call {number} of batches: the part of worker {rank} has {len(self._part)} samples, but had "
@@ -79,16 +93,27 @@ class StaticPart:
             )
         self._next = self._epoch
         self._skip = self._done
-        self.planned = max(0.0, (plan.epochs - self._epoch) * len(self._part) - self._done)
+        self.planned = 0.0
+        if self._epoch < plan.epochs:
+            later = (plan.epochs - self._epoch - 1) * len(self._part_of(plan.epochs - 1))
+            self.planned = float(len(self._part) - self._done + later)
 
-    def next_piece(self) -> tuple[int, range] | None:
+    def _part_of(self, epoch: int) -> Places:
+        grouped = self._plan.groups is not None
+        left = left_of(self._plan.size, epoch, self._recuts, grouped=grouped)
+        part = part_of_rest(left, self._rank, self._workers, grouped=grouped)
+        if self._plan.drop_last:
+            part = part[: len(left) // self._workers // self._plan.batch * self._plan.batch]
+        return part
+
+    def next_piece(self) -> tuple[int, Places] | None:
         if self._next >= self._plan.epochs:
             return None
         epoch, skip = self._next, self._skip
         self._next, self._skip = epoch + 1, 0
-        return epoch, self._part[skip:]
+        return epoch, self._part_of(epoch)[skip:]
 
-    def hand_out(self, epoch: int, positions: range) -> None:
+    def hand_out(self, epoch: int, positions: Places) -> None:
         if epoch != self._epoch:
             self._epoch, self._done = epoch, 0
         self._done += len(positions)
@@ -97,6 +122,8 @@ class StaticPart:
         pass  # a place counts from the beginning, so nothing is kept back for the next one
 
     def place(self) -> m.StaticProgress | None:
+        if self._cut_epoch != self._epoch:
+            self._part, self._cut_epoch = self._part_of(self._epoch), self._epoch
         return m.StaticProgress(self._number, self._plan.epochs, len(self._part), self._epoch, self._done)
 
     def visit(self) -> m.DynamicProgress | None:
@@ -120,7 +147,7 @@ class LeasedSplits:
         self._over = True  # until the coordinator says otherwise
         self.planned = plan.epochs * plan.size / workers
 
-    def next_piece(self) -> tuple[int, range] | None:
+    def next_piece(self) -> tuple[int, Places] | None:
         self._over = False  # whatever becomes of the request, the coordinator is told of the end
         leased = self._client.next_split(self._request, self._on_wait)
         if leased is None:
@@ -133,7 +160,8 @@ class LeasedSplits:
         self.planned = self._mine * leased.total / leased.handed
         return leased.span.epoch, positions
 
-    def hand_out(self, epoch: int, positions: range) -> None:
+    def hand_out(self, epoch: int, positions: Places) -> None:
+        assert isinstance(positions, range), "a lease is a stretch of the order"
         self._rest -= len(positions)
         self._last = len(positions)
         start = positions.start

@@ -86,7 +86,7 @@ class Worker:
         recalled = self._session.ask(m.Recall, "recall").recalled
         assert recalled is not None
         self._program = Program(recalled)
-        self._feed = DataReader(self._session, self._program, recalled.position)
+        self._feed = DataReader(self._session, self._program, recalled.position, recalled.recuts)
         self._meetings = Meetings(self._session, self._program, self._feed)
         self._staleness: Counter[int] = Counter()
         self._metrics: dict[str, float] = {}
