@@ -96,7 +96,7 @@ class DistributedOptimizer(Generic[Tree]):
         self.model: Model = worker.model(
             name, values, rule, groups=groups, clip_norm=clip_norm, merge=merge, nonfinite=nonfinite
         )
-        self.model.adapter = self
+        self._claim = self.model.adapter = _Claim()
         self.params: Tree = self._read()
 
     def step(self, grads: Any, *, weight: float = 1.0) -> Tree:
@@ -153,7 +153,7 @@ class DistributedOptimizer(Generic[Tree]):
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
     def _check_owner(self) -> None:
-        if self.model.adapter is not self:
+        if self.model.adapter is not self._claim:
             raise UsageError(
                 f"another DistributedOptimizer was made for model {self.model.name!r} after this one and "
                 f"has taken the model over: use that one"
@@ -200,6 +200,16 @@ def _copy(views: Sequence[Any], dtypes: Sequence[Any]) -> list[jax.Array]:
     return [jnp.array(view, dtype, copy=True) for view, dtype in zip(views, dtypes, strict=True)]
 
 
+class _Claim:
+    """Held by the optimizer that may use a model: trees are made anew, so nobody writes to its values."""
+
+    def before_read(self) -> None:
+        """Nothing to do."""
+
+    def after_read(self) -> None:
+        """Nothing to do."""
+
+
 def _check_known(worker: Worker, name: str, values: dict[str, Any]) -> None:
     """Refuse to share the model of this name, if the worker has one, unless it has these values now.
 
@@ -215,7 +225,7 @@ def _check_known(worker: Worker, name: str, values: dict[str, Any]) -> None:
         np.array_equal(model.parameters[one].astype(leaf.dtype), np.asarray(leaf), equal_nan=True)
         for one, leaf in values.items()
     )
-    if not (same and isinstance(model.adapter, DistributedOptimizer)):
+    if not (same and isinstance(model.adapter, _Claim)):
         raise RegistrationError(
             f"model {name!r} of this worker has other parameters: pass name=… for another model, or the "
             f"`params` of its DistributedOptimizer to go on with it"

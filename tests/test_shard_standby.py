@@ -12,7 +12,7 @@ from headwater.shard.replica import ReplicationProgress, arriving
 from headwater.spec.initializers import Zeros
 from headwater.spec.layout import PAGE
 from headwater.spec.lifetime import AfterSteps
-from headwater.spec.rules import SGD
+from headwater.spec.rules import SGD, Adam
 
 SPEC = model_spec(shapes={"a": (3,), "b": (7,)}, rules=(SGD(lr=1.0),))
 
@@ -341,3 +341,50 @@ def test_what_was_measured_for_a_lost_sequencer_is_said_to_no_other():
     shard.prepare(m.Measured(3, (second,)))
     (sums,) = shard.take_measured()
     assert sum(part.value for part in sums.parts) == 10 * 4.0**2
+
+
+# ── what programs wrote ─────────────────────────────────────────────────────────────────────────
+
+
+def test_a_state_and_values_that_ranks_wrote_alike_are_taken_once_on_both():
+    spec = model_spec(shapes={"a": (3,), "b": (7,)}, rules=(Adam(lr=1.0),))
+    shard, members = Shard(0, 1, "mean"), [memory(), memory()]
+    for member, staging in enumerate(members, start=1):
+        shard.hold(member, m.Register(1, spec, None), staging)
+    shard.process(m.Registered(1, m.ExchangeId(1, 1), "model"))
+    shard.process(m.Served(2, m.ExchangeId(2, 1), "register"))
+    standby = with_standby(shard)
+    answers = []
+
+    def follow(entry):
+        standby.follow(shard.prepare(entry))
+        answers.extend(shard.commit(entry.position))
+        standby.commit(entry.position)
+
+    loaded = np.arange(2 * PAGE, dtype=np.float32)
+    states = ("exp_avg", "exp_avg_sq")
+    for member, position in ((1, 3), (2, 4)):
+        request = m.LoadState(2, m.Carried(0, b"\3"), states, (5, 6), 6, m.Written(9, 0))
+        shard.hold(member, request, Staging(loaded * member, loaded * member))
+        follow(m.Assigned(position, position - 2, m.ExchangeId(member, 2)))
+    for member, position, digest in ((1, 5, 7), (2, 6, 7), (2, 7, 8)):
+        members[member - 1].parameters[:10] = position
+        number = 3 if position < 7 else 4
+        shard.hold(member, m.Assign(number, m.Carried(0, b"\3"), (), m.Written(digest, 0)))
+        follow(m.Assigned(position, position - 2, m.ExchangeId(member, number)))
+    assert [answer.failure and answer.failure.error for _, answer in answers] == [*[None] * 4, "UsageError"]
+    for one in (shard, standby):
+        vector = one.vectors[0]
+        assert vector.values[:3].tolist() == [5.0] * 3
+        assert vector.counts.tolist() == [5, 6]
+        assert vector.updates == 6
+        assert vector.states["exp_avg_sq"][:3].tolist() == [PAGE, PAGE + 1, PAGE + 2]
+    assert digests(shard.snapshot()) == digests(standby.snapshot())
+
+
+def test_a_state_of_other_vectors_or_tensors_is_refused():
+    shard, _ = training()
+    carried = m.Carried(0, b"\3")
+    for states, counts, updates in ((("sum",), (1, 1), 1), ((), (1,), 1), ((), (-1, 1), 1), ((), (1, 1), -2)):
+        with pytest.raises(ProtocolError):
+            shard.hold(1, m.LoadState(2, carried, states, counts, updates), memory())

@@ -160,12 +160,38 @@ class ReadState(Message, frozen=True):
     model: int
 
 
+class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The program wrote what is assigned to its parameters, as those of other ranks may have done too.
+
+    `digest`: of what it wrote; `step`: how many steps this worker had made.
+    """
+
+    digest: int
+    step: int
+
+
 class Assign(Message, frozen=True):
     """Set the carried tensors to what lies in the window's parameters or in the payload."""
 
     number: int
     carried: Carried
     payload: tuple[Run, ...] = ()
+    written: Written | None = None
+
+
+class LoadState(Message, frozen=True):
+    """Set the rule's state of the carried tensors: the payload has this server's range of each of `states`.
+
+    `counts`: updates of each tensor of the model, in the order of its layout; `updates`: of the model, -1 for
+    those that it has had.
+    """
+
+    number: int
+    carried: Carried
+    states: tuple[str, ...]
+    counts: tuple[int, ...]
+    updates: int = -1
+    written: Written | None = None
 
 
 class Meet(Message, frozen=True):
@@ -251,6 +277,7 @@ Request: TypeAlias = (
     | CountRows
     | ReadState
     | Assign
+    | LoadState
     | Meet
     | Recall
     | End

@@ -81,13 +81,25 @@ class Rows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rows: int
 
 
+class WriteRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A member, having made `step` steps, wrote what has this digest to a model that had had `updates`."""
+
+    kind: str
+    digest: int
+    step: int
+    member: int
+    updates: int
+
+
 class ProgramRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What workers' programs have said of a model or table besides its spec.
 
     `first`: its rules at its first update, by group; () before. `governor`: the member whose program says
     what the settings are; -1 for nobody. `resumed`: it is from a checkpoint, not declared since.
+    `written`: what programs wrote to its values and states themselves, the last of each kind.
     """
 
     first: tuple[RuleSpec, ...] = ()
     governor: int = -1
     resumed: bool = False
+    written: tuple[WriteRecord, ...] = ()

@@ -27,6 +27,7 @@ _KINDS: dict[type, m.Kind] = {
     m.DeleteRows: "delete",
     m.ReadState: "state",
     m.Assign: "assign",
+    m.LoadState: "assign",
     m.Recall: "recall",
     m.End: "end",
     m.Stop: "stop",
@@ -79,6 +80,8 @@ class Checks:
             self.check_model(request.model)
         elif isinstance(request, m.Assign):
             self._check_carried(member, request.carried)
+        elif isinstance(request, m.LoadState):
+            self._check_state(member, request)
         elif isinstance(request, m.Pull):
             for model in request.models:
                 self._members.staging(member, model)
@@ -132,6 +135,17 @@ class Checks:
             )
         if int.from_bytes(carried.tensors, "little") >> tensors:
             raise ProtocolError(f"a mask names more than the {tensors} tensors of model {carried.model}")
+
+    def _check_state(self, member: int, request: m.LoadState) -> None:
+        self._check_carried(member, request.carried)
+        vector = self._vectors[request.carried.model]
+        if request.states != tuple(vector.states) or len(request.counts) != len(vector.layout.tensors):
+            raise ProtocolError(
+                f"states {request.states} and {len(request.counts)} counts for model {vector.spec.name!r}: "
+                f"expected {tuple(vector.states)} and {len(vector.layout.tensors)}"
+            )
+        if min(request.counts) < 0 or request.updates < -1:
+            raise ProtocolError(f"{min(request.counts)} updates of a tensor, {request.updates} of the model")
 
 
 def _check_spec(spec: m.ModelSpec) -> None:

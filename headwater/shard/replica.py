@@ -63,7 +63,7 @@ class EntryInputs(Protocol):
         """Initial values of this server's range of a model."""
 
     def assigned(self, ticket: m.ExchangeId, model: int) -> Staging:
-        """Where the values are that are assigned to a model."""
+        """Where what is assigned to a model is: values, or its states one after the other."""
 
     def deleted(self, ticket: m.ExchangeId) -> StagedRows:
         """The ids to be deleted."""
@@ -111,7 +111,11 @@ class LiveInputs:
         return staging.parameters
 
     def assigned(self, ticket: m.ExchangeId, model: int) -> Staging:
-        """The member's parameters."""
+        """The member's parameters, or what came with its request."""
+        exchange = self._members.of(ticket)
+        if isinstance(exchange.request, m.LoadState):
+            assert exchange.staging is not None
+            return exchange.staging
         return self._members.staging(ticket.member, model)
 
     def deleted(self, ticket: m.ExchangeId) -> StagedRows:
@@ -282,7 +286,7 @@ class InputCollector:
             tables = [_copy(staged, room) for staged in rows]
         elif isinstance(entry, m.Registered) and isinstance(requests[0][1], m.Register):
             models[INITIAL] = _fill(room, self._live.initial(entry.source))
-        elif isinstance(entry, m.Assigned) and isinstance(requests[0][1], m.Assign):
+        elif isinstance(entry, m.Assigned) and isinstance(requests[0][1], m.Assign | m.LoadState):
             model = requests[0][1].carried.model
             models[model] = _fill(room, self._live.assigned(entry.source, model).parameters)
         elif isinstance(entry, m.Assigned):

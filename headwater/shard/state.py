@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.errors import HeadwaterError, MeetingError, RegistrationError
+from headwater.errors import HeadwaterError, MeetingError, RegistrationError, UsageError
 from headwater.log.meetings import describe
 from headwater.log.positions import Positions
 from headwater.log.programs import Programs
@@ -315,11 +315,20 @@ class State:
             return self._answer(
                 entry.source, count=self.tables[staged.table].delete(staged.ids, entry.version)
             )
-        assert isinstance(request, m.Assign)
-        model = request.carried.model
-        vector = self.vectors[model]
-        source = self._inputs.assigned(entry.source, model)
-        vector.assign(source, vector.layout.unmask(request.carried.tensors), entry.version)
+        assert isinstance(request, m.Assign | m.LoadState)
+        vector = self.vectors[request.carried.model]
+        kind = "values" if isinstance(request, m.Assign) else "states"
+        try:
+            if request.written is not None and not vector.admits(kind, request.written, entry.source.member):
+                return self._answer(entry.source)
+        except UsageError as error:
+            return self._answer(entry.source, failure=_refused(error))
+        source = self._inputs.assigned(entry.source, request.carried.model)
+        tensors = vector.layout.unmask(request.carried.tensors)
+        if isinstance(request, m.Assign):
+            vector.assign(source, tensors, entry.version)
+        else:
+            vector.load_state(source.parameters, tensors, request.counts, request.updates, entry.version)
         return self._answer(entry.source)
 
     def _retired(self, entry: m.Retired) -> Answers:

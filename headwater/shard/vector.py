@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from headwater.kernels import add_up, copy_out, dense, middle, multiply_up, square_up, weigh
 from headwater.log.norms import Node, scale, subtrees, total
-from headwater.messages import ModelSpec, ModelStatistics
+from headwater.messages import ModelSpec, ModelStatistics, Written
 from headwater.shard.governed import GovernedRules
 from headwater.shard.merges import PLAIN, Merge
 from headwater.shard.snapshot import ModelSnapshot
+from headwater.shard.writes import Writes
 from headwater.spec.layout import LINE, PAGE, Layout
 from headwater.spec.rules import Rule
 
@@ -84,6 +85,7 @@ class Vector:
         self.updates = 0
         self.changed = version
         self.governed = GovernedRules(spec.rules)
+        self._writes = Writes(f"model {spec.name!r}")
         self.states = self._initial_states()
         self.counts = np.zeros(len(self.layout.tensors), dtype=np.int64)
         first = int(np.searchsorted(self.layout.stops, start, side="right"))
@@ -302,6 +304,28 @@ class Vector:
             self.values[here] = source.parameters[here]
         self.changed = version
 
+    def admits(self, kind: str, written: Written, member: int) -> bool:
+        """Whether to take what a program wrote; False where it is there already. Raises UsageError."""
+        return self._writes.admit(kind, written, member, self.updates)
+
+    def load_state(
+        self, states: Array, carried: NDArray[np.bool_], counts: Sequence[int], updates: int, version: int
+    ) -> None:
+        """Take the carried tensors' states, this range of each one after the other, and their counts.
+
+        `updates`: what the model has had from now on, -1 for those that it has had.
+        """
+        parts = states.reshape(len(self.states), -1) if self.states else ()
+        for low, high in self.layout.runs(carried, self.start, self.stop):
+            here = slice(low - self.start, high - self.start)
+            for state, part in zip(self.states.values(), parts, strict=True):
+                state[here] = part[here]
+        self.counts[carried] = np.array(counts, dtype=np.int64)[carried]
+        if updates >= 0:
+            self._writes.counted_anew(self.updates, updates)
+            self.updates = updates
+        self.changed = version
+
     def arrays(self) -> list[Array]:
         """All that are as long as the range."""
         return [self.values, *self.states.values()]
@@ -317,7 +341,7 @@ class Vector:
             states={name: copy(state) for name, state in self.states.items()},
             counts=self.counts.copy(),
             updates=self.updates,
-            program=self.governed.record(),
+            program=msgspec.structs.replace(self.governed.record(), written=self._writes.records()),
         )
 
     @classmethod
@@ -325,6 +349,7 @@ class Vector:
         """The range that `snapshot` was made of, last changed in version `changed`; copies the arrays."""
         vector = cls(snapshot.spec, snapshot.start, snapshot.stop, snapshot.values, changed)
         vector.governed.restore(snapshot.rules, snapshot.program)
+        vector._writes = Writes(f"model {snapshot.spec.name!r}", snapshot.program.written)
         for name, state in vector.states.items():
             state[:] = snapshot.states[name]
         vector.counts[:] = snapshot.counts

@@ -3,11 +3,14 @@
 Invariants:
 - One name is one memory: a binding belongs to the optimizer that was made last for the same parameters, and
   no other parameters ever come onto its memory.
-- Parameters are written only inside a step or a pull, and autograd is told.
+- The servers write parameters only inside a step or a pull, and autograd is told.
+- What the program writes to them leaves before the next step's answer overwrites it; it is one entry of the
+  log, also where all ranks write the same.
 """
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
 
@@ -17,8 +20,12 @@ from torch.utils.hooks import RemovableHandle
 
 from headwater.errors import RegistrationError, UsageError
 from headwater.torch.parameters import BoundParameter, wait_for_copies
+from headwater.torch.watch import WriteWatch
 from headwater.worker import Worker
 from headwater.worker.model import Model
+from headwater.worker.model_spec import named
+
+_log = logging.getLogger("headwater.torch")
 
 Parameters = Mapping[str, torch.nn.Parameter]
 
@@ -30,16 +37,19 @@ class Binding:
         bounds: by tensor name.
     """
 
-    def __init__(self, model: Model, module: torch.nn.Module, trained: Parameters) -> None:
+    def __init__(self, worker: Worker, model: Model, module: torch.nn.Module, trained: Parameters) -> None:
         self.model = model
         self.bounds = {
             name: BoundParameter(module, name, parameter, model.gradients[name], model.parameters[name])
             for name, parameter in trained.items()
         }
+        self._worker = worker
+        self._written = 0
         self._owner: weakref.ref[torch.optim.Optimizer] | None = None
         self._hooks: list[RemovableHandle] = []
         model.adapter = self
-        self.values_arrived()
+        self._watch = WriteWatch(model, list(self.bounds.values()), exact=worker.mode.rounds)
+        self.after_read()
 
     # ── whose it is ─────────────────────────────────────────────────────────────────────────────
 
@@ -95,19 +105,86 @@ class Binding:
 
     # ── values ──────────────────────────────────────────────────────────────────────────────────
 
-    def values_arrived(self) -> None:
+    def after_read(self) -> None:
         """Complete what the servers wrote into the window: copies, and word to autograd."""
         bounds = list(self.bounds.values())
         wait_for_copies(bounds)
         for bound in bounds:
             bound.load()
         increment_version([bound.parameter for bound in bounds])
+        self._watch.note()
 
-    def assign(self, names: Sequence[str]) -> None:
-        """Set the servers' values of these tensors to the parameters'; blocks for an exchange."""
+    def before_read(self) -> None:
+        """Assign what the program has written since the last answer; blocks for an exchange if it has.
+
+        Raises:
+            UsageError: another rank wrote something else; names the parameters.
+        """
+        names = self._watch.written()
+        if not names or self._restored(names):
+            return
+        level = logging.INFO if self._written else logging.WARNING
+        self._written += 1
+        _log.log(
+            level,
+            "model %r: what the program wrote to %s since its last step is assigned to the servers",
+            *(self.model.name, named(names)),
+        )
         for name in names:
             self.bounds[name].store()
-        self.model.assign_local(names)
+        try:
+            self.model.assign_local(names, self._worker.statistics().steps)
+        except UsageError as error:
+            raise UsageError(f"the program wrote to {named(names)}: {error}") from error
+        self._watch.note()
+
+    def before_pull(self) -> None:
+        """Say what of the program's writes a pull, which was asked for, is about to replace."""
+        if names := self._watch.written():
+            _log.warning(
+                "model %r: what the program wrote to %s since its last step is replaced by the servers' "
+                "values: push_parameters() makes the module's values the servers'",
+                *(self.model.name, named(names)),
+            )
+
+    def _restored(self, names: Sequence[str]) -> bool:
+        """Whether the program joined a model that goes on with its values: then they are there again.
+
+        A program that is started again loads what it loaded in the beginning, which is not to undo training.
+        """
+        first = self.model.settings.first
+        if first is None:
+            return False
+        _log.warning(
+            "model %r has had %d updates before this program joined it and goes on with its values: what the "
+            "program wrote to %s before its first step is not taken; push_parameters() makes it the servers'",
+            *(self.model.name, self.model.settings.updates, named(names)),
+        )
+        self.model.changed_here()
+        self.model.pull()
+        return True
+
+    def assign(self) -> None:
+        """Set the servers' values of all tensors to the parameters'; blocks for an exchange."""
+        for bound in self.bounds.values():
+            bound.store()
+        self.model.assign_local(list(self.bounds))
+        self._watch.note()
+
+    def wrote(self) -> None:
+        """What the parameters are now is not the program's doing."""
+        self._watch.note()
+
+
+def is_bound(worker: Worker, parameter: torch.nn.Parameter) -> bool:
+    """Whether a DistributedOptimizer of this worker trains the parameter."""
+    bindings = (model.adapter for model in worker.models.values())
+    return any(
+        bound.parameter is parameter
+        for binding in bindings
+        if isinstance(binding, Binding) and binding.owner is not None
+        for bound in binding.bounds.values()
+    )
 
 
 def _remove(hooks: list[RemovableHandle]) -> None:

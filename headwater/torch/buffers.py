@@ -42,6 +42,9 @@ class SharedBuffers:
         self._names = [] if mode == "local" else _travelling(module)
         self._sends = mode == "mean" or worker.rank == 0
         self._sign = 1.0 if mode == "rank0" else -1.0
+        self._served: dict[str, torch.Tensor] = {}
+        self._last: dict[str, torch.Tensor] = {}
+        self._carried: set[str] = set()
         self.model: Model | None = None
         if self._names:
             rule = Accumulate() if mode == "rank0" else SGD(lr=1.0)
@@ -49,17 +52,18 @@ class SharedBuffers:
             values = {name: self._buffer(name) for name in self._names}
             self.model = worker.model(name, values, rule, merge=merge, nonfinite="off")
             self.model.adapter = self
+            self.discard_changes()
 
     @staticmethod
-    def check_known(worker: Worker, module: torch.nn.Module, name: str, mode: BufferMode) -> None:
-        """Refuse to share the model of this name, if the worker has one, unless it has the same buffers.
+    def known(worker: Worker, module: torch.nn.Module, name: str, mode: BufferMode) -> SharedBuffers | None:
+        """Those of the model of this name, if the worker has one: the same buffers.
 
         Raises:
             RegistrationError: it has another module's buffers, or travels in another way.
         """
         model = worker.models.get(name)
         if model is None or mode == "local":
-            return
+            return None
         known = model.adapter
         if not isinstance(known, SharedBuffers) or known._module is not module:
             raise RegistrationError(
@@ -71,6 +75,7 @@ class SharedBuffers:
                 f"the buffers of {name!r} travel with buffers={known._mode!r}, got buffers={mode!r}: "
                 f"pass the same"
             )
+        return known
 
     def carry(self) -> None:
         """Have the next step, which carries a gradient, carry what changed here too.
@@ -80,18 +85,51 @@ class SharedBuffers:
         if self.model is None or not self._sends:
             return
         for name in self._names:
-            last = torch.from_numpy(self.model.parameters[name])
             change = torch.from_numpy(self.model.gradients[name])
-            torch.sub(self._buffer(name).to("cpu", torch.float32), last, out=change)
+            change.copy_(self._change(name))
             if change.any() and change.isfinite().all():
                 change.mul_(self._sign)
                 self.model.carry(name)
+                self._carried.add(name)
 
-    def load(self) -> None:
-        """Copy what the servers have into the module's buffers."""
-        if self.model is not None:
-            for name in self._names:
-                self._buffer(name).copy_(torch.from_numpy(self.model.parameters[name]))
+    def before_read(self) -> None:
+        """Nothing: a step carries what the program wrote to buffers, as it does what a forward did."""
+
+    def after_read(self) -> None:
+        """Take over what the servers have; changes that no step has brought them yet stay on top of it.
+
+        So a batch whose step was skipped, or came too late, leaves its mark on averages, as in torch.
+        """
+        assert self.model is not None
+        brought = self._carried if self.model.took else set()
+        self._carried = set()
+        for name in self._names:
+            change = self._change(name)
+            if name in brought or not self._sends or not change.isfinite().all():
+                self._take(name)
+                continue
+            new = torch.from_numpy(self.model.parameters[name])
+            if not new.equal(self._served[name]):
+                self._buffer(name).copy_(new + change)
+                self._served[name], self._last[name] = new.clone(), new.clone()
+
+    def discard_changes(self) -> None:
+        """Have in the module's buffers what the servers have."""
+        for name in self._names:
+            self._take(name)
+
+    def _take(self, name: str) -> None:
+        assert self.model is not None
+        self._served[name] = torch.tensor(self.model.parameters[name])
+        self._buffer(name).copy_(self._served[name])
+        self._last[name] = self._host(name).clone()
+
+    def _change(self, name: str) -> torch.Tensor:
+        """What has changed in a buffer since what it has of the servers was put there."""
+        return self._host(name) - self._last[name]
+
+    def _host(self, name: str) -> torch.Tensor:
+        return self._buffer(name).to("cpu", torch.float32)
 
     def push(self) -> None:
         """Assign the module's buffers to the servers; blocks for an exchange."""
@@ -99,6 +137,7 @@ class SharedBuffers:
             for name in self._names:
                 torch.from_numpy(self.model.parameters[name]).copy_(self._buffer(name))
             self.model.assign_local(self._names)
+            self.discard_changes()
 
     def _buffer(self, name: str) -> torch.Tensor:
         """Looked up each time: a module may replace its buffers."""

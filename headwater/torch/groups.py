@@ -55,14 +55,14 @@ class ParameterGroup:
         index = self.index or 0
         settings.withdraw(index, self._sent)
         self._sent = {}
-        now = {name: _plain(group[name]) for name in self.shown}
+        now = {name: plain(group[name]) for name in self.shown}
         joined = settings.first is not None
         before = shown(settings.first[index]) if settings.first is not None else self.shown
         changed = {name: value for name, value in now.items() if value != before[name]}
         if not changed:
             return {}
         rule = settings.rules[index] if joined else self.rule
-        old, sent = rule.flat(), _scalars(rule, changed)
+        old, sent = rule.flat(), changed_scalars(rule, changed)
         for name, value in sent.items():
             if joined:
                 _log.warning(
@@ -104,7 +104,7 @@ def shown(rule: Rule, updates: int = 0) -> dict[str, Any]:
     return {name: value.at(at) if isinstance(value, Schedule) else value for name, value in values.items()}
 
 
-def _scalars(rule: Rule, changed: Mapping[str, Any]) -> dict[str, float]:
+def changed_scalars(rule: Rule, changed: Mapping[str, Any]) -> dict[str, float]:
     """The scalars that these settings, under torch's names, change.
 
     Raises:
@@ -141,7 +141,7 @@ def make_groups(
     for group in groups:
         if not isinstance(group, Mapping) or "params" not in group:
             raise ConfigurationError(f"a group must be a dict with 'params' and settings, got {group!r}")
-        its_rule = _with(rule, {name: _plain(value) for name, value in group.items() if name != "params"})
+        its_rule = _with(rule, {name: plain(value) for name, value in group.items() if name != "params"})
         its_names = names.take(group["params"])
         index = 1 + sum(bool(other.names) for other in made[1:]) if its_names else None
         made.append(ParameterGroup(its_names, its_rule, index))
@@ -193,7 +193,7 @@ def _with(rule: Rule, changes: Mapping[str, Any]) -> Rule:
     return changed
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A setting as a rule takes it: torch allows tensors and lists."""
     if isinstance(value, torch.Tensor):
         return value.item()

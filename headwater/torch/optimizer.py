@@ -2,26 +2,31 @@
 
 Invariants:
 - A step sends what `parameter.grad` is at that moment, wherever it came from; None is not sent.
-- Parameters are written only inside `step`, `flush` and `pull_parameters`, and autograd is told.
+- The servers write parameters only inside `step`, `flush` and `pull_parameters`, and autograd is told.
+- What the program writes to parameters is assigned to the servers with the next step.
 - Nothing is sent, and the turn is not taken, when a step raises UsageError.
 - Gradients of tables leave in the same exchange; each is sent once.
 """
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from headwater.errors import ConfigurationError, UsageError
 from headwater.messages import StepResult
 from headwater.spec.rules import Rule
-from headwater.torch.binding import Binding
+from headwater.torch.binding import Binding, is_bound
 from headwater.torch.buffers import BufferMode, SharedBuffers, check_mode
 from headwater.torch.groups import make_groups, shown
 from headwater.torch.parameters import BoundParameter, find_parameters, wait_for_copies
+from headwater.torch.saved_state import RULE, UPDATES, to_tensors
+from headwater.torch.saved_state import read as read_saved
 from headwater.torch.tables import TrainedTables, report_nonfinite
 from headwater.worker import Worker
 from headwater.worker.model import Model
@@ -34,6 +39,8 @@ from headwater.worker.model_spec import (
     check_weight,
 )
 from headwater.worker.table import Table
+
+_log = logging.getLogger("headwater.torch")
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -106,6 +113,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         check_merge(merge, worker.workers)
         self._accumulates = _check_periods(worker, rule, push_every, pull_every)
         trained = find_parameters(module)
+        self._every = [one for one, _ in module.named_parameters()]
+        self._frozen = {one: p for one, p in module.named_parameters() if not p.requires_grad}
         self._tables = TrainedTables(module)
         tables_only = bool(self._tables) and not trained
         if tables_only and clip_norm is not None:
@@ -117,7 +126,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         known = None if tables_only else Binding.known(worker, name, trained)
         if known is not None and isinstance(known.owner, DistributedOptimizer):
             known.owner._check_nothing_is_held_back()
-        SharedBuffers.check_known(worker, module, f"{name}.buffers", buffers)
+        shared = SharedBuffers.known(worker, module, f"{name}.buffers", buffers)
         self._worker = worker
         self._push_every, self._pull_every = push_every, pull_every
         self._nonfinite = nonfinite
@@ -125,13 +134,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._accrued: set[str] = set()
         self.result: StepResult | None = None
         self._model = None if tables_only else self._register(name, trained, rule, clip_norm, merge)
-        self._buffers = SharedBuffers(worker, module, f"{name}.buffers", buffers)
+        self._buffers = shared or SharedBuffers(worker, module, f"{name}.buffers", buffers)
         self._models = [model for model in (self._model, self._buffers.model) if model is not None]
-        self._binding = known or (Binding(self._model, module, trained) if self._model else None)
+        self._binding = known or (Binding(worker, self._model, module, trained) if self._model else None)
         self._bounds: Mapping[str, BoundParameter] = {} if self._binding is None else self._binding.bounds
         if self._binding is not None:
             self._binding.belong_to(self, watched=not self._accumulates)
-        self._buffers.load()
+        self._look = _before_first_forward(module, self) if self._joined_late() else None
         self._fixed = False
         defaults = {} if rule is None else shown(rule)
         own = [
@@ -183,20 +192,44 @@ class DistributedOptimizer(torch.optim.Optimizer):
         Blocks for an exchange. Each tensor has `step` and the rule's state vectors under torch's names;
         rows of tables and their states stay where they are.
         """
-        state = {
-            name: {
-                key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-                for key, value in one.items()
-            }
-            for name, one in ({} if self._model is None else self._model.state()).items()
-        }
+        model = self._model
+        state = {} if model is None else to_tensors(model.state())
+        own = {} if model is None else {UPDATES: model.settings.updates, RULE: model.rules[0].name}
         with self._tables.hidden():
-            return {**super().state_dict(), "state": state}
+            return {**super().state_dict(), "state": state, **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the parameter groups, such as a learning rate; the rule's state on the servers stays."""
+        """Take over settings and the rule's state, its counts too, on the servers; blocks for an exchange.
+
+        Takes what `state_dict` gave, and the state dict of torch's optimizer of the same rule: the next steps
+        are those that would have followed it. All ranks load the same, which counts once, or one of them
+        alone. Rows of tables and their states stay as they are.
+
+        A program that joined a model after its first update, because it was started again or resumed, has
+        the state that training had reached: what it loads before its first step is not taken, with a warning.
+
+        Raises:
+            ConfigurationError: it does not fit the groups or the rule; names what.
+            GradientError: a state that does not fit a tensor; names both.
+            UsageError: another rank loaded something else.
+        """
+        saved = read_saved(state_dict, self._groups, self._tables.parameter_groups(), self._every)
+        if self._joined_late():
+            assert self._model is not None
+            _log.warning(
+                "model %r has had %d updates before this program joined it and goes on with its state: the "
+                "state dict that the program loads before its first step is not taken",
+                *(self._model.name, self._model.settings.updates),
+            )
+            return
+        if self._model is not None and self._accrued:
+            raise UsageError("load_state_dict: gradients are held back for the next push: call flush() first")
+        if self._model is not None:
+            self._model.load_written_state(saved.tensors, saved.updates, self._worker.statistics().steps)
         with self._tables.hidden():
-            super().load_state_dict({**state_dict, "state": {}})
+            groups = super().state_dict()["param_groups"]
+            loaded = [{**group, **settings} for group, settings in zip(groups, saved.settings, strict=True)]
+            super().load_state_dict({"state": {}, "param_groups": loaded})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, or make them zeros, which the next step then sends; rows' are forgotten."""
@@ -248,7 +281,6 @@ class DistributedOptimizer(torch.optim.Optimizer):
         else:
             self._stage(pushed)
         self.result = self._worker.step(read=self._models, weight=weight)
-        self._values_arrived()
         self._show_settings()
 
     def _stage(self, pushed: Sequence[BoundParameter]) -> None:
@@ -257,9 +289,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         wait_for_copies(pushed)
         bad = [bound.name for bound, host in zip(pushed, hosts, strict=True) if not bound.stage(host)]
         bad_tables = self._tables.write()
-        if self._nonfinite != "off":
+        if (bad or bad_tables) and self._nonfinite != "off":
             self._report_nonfinite(bad, bad_tables)
-        self._carry([bound.name for bound in pushed])
+            self._tables.discard()
+        else:
+            self._carry([bound.name for bound in pushed])
 
     def _report_nonfinite(self, names: Sequence[str], tables: Sequence[Table]) -> None:
         if names:
@@ -322,6 +356,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def _step_locally(self, pushed: Sequence[BoundParameter], overflowed: bool) -> None:
         """Add the gradients to what is to be pushed, descend on the local copy, push and read when due."""
+        if self._binding is not None:
+            self._binding.before_read()
         if overflowed or not self._accrue(pushed):
             self._tables.discard()
         self._taken += 1
@@ -350,6 +386,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._accrued.add(bound.name)
         self._tables.accrue()
         self._descend()
+        if self._binding is not None:
+            self._binding.wrote()
         return True
 
     def _descend(self) -> None:
@@ -367,8 +405,6 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._accrued.clear()
         self.result = self._worker.step(read=self._models if read else False)
         self._show_settings()
-        if read:
-            self._values_arrived()
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -379,6 +415,19 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._accrued or self._tables.accrued:
             self._check()
             self._push_accrued(read=True)
+
+    def _joined_late(self) -> bool:
+        """Whether the model was trained before this program joined it, and has not stepped since."""
+        return self._model is not None and self._model.settings.first is not None
+
+    def _restore(self) -> None:
+        """Replace what a program has loaded that joined a trained model, before it computes with that."""
+        if self._binding is not None and self._joined_late():
+            self._binding.before_read()
+        if self._look is not None:
+            self._buffers.discard_changes()
+            self._look.remove()
+            self._look = None
 
     def _check_nothing_is_held_back(self) -> None:
         if self._accrued or self._tables.accrued:
@@ -396,10 +445,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
         After a barrier, this is how every worker evaluates the same version.
         """
         self._check()
+        if self._binding is not None:
+            self._binding.before_pull()
+        self._buffers.discard_changes()
         for model in self._models:
             model.changed_here()
             model.pull()
-        self._values_arrived()
 
     @torch.no_grad()
     def push_parameters(self) -> None:
@@ -410,18 +461,28 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """
         self._check()
         if self._binding is not None:
-            self._binding.assign(list(self._bounds))
+            self._binding.assign()
         self._buffers.push()
-
-    def _values_arrived(self) -> None:
-        if self._binding is not None:
-            self._binding.values_arrived()
-        self._buffers.load()
 
     def _check(self) -> None:
         self._tables.check()
         if self._binding is not None:
             self._binding.check(self)
+        self._check_frozen()
+
+    def _check_frozen(self) -> None:
+        """Refuse to go on where a parameter is to be trained that was frozen when this was made.
+
+        Raises:
+            UsageError: there is one that no other optimizer trains; names it.
+        """
+        for name, parameter in self._frozen.items():
+            if parameter.requires_grad and not is_bound(self._worker, parameter):
+                raise UsageError(
+                    f"parameter {name!r} needs a gradient now, but was frozen when the DistributedOptimizer "
+                    f"was made and would not be trained: make the optimizer while it needs one and freeze it "
+                    f"afterwards, or make another DistributedOptimizer for it with another name"
+                )
 
 
 def _check_periods(worker: Worker, rule: Rule | None, push_every: int, pull_every: int) -> bool:
@@ -443,3 +504,14 @@ def _check_periods(worker: Worker, rule: Rule | None, push_every: int, pull_ever
     if not hasattr(rule, "lr"):
         raise ConfigurationError(f"push_every and pull_every need a rule with lr, got {rule!r}")
     return True
+
+
+def _before_first_forward(module: torch.nn.Module, optimizer: DistributedOptimizer) -> RemovableHandle:
+    mine = weakref.ref(optimizer)
+
+    def restore(*_: object) -> None:
+        found = mine()
+        if found is not None:
+            found._restore()
+
+    return module.register_forward_pre_hook(restore)

@@ -93,6 +93,10 @@ class TrainedTables:
             for one in self._tables
         ]
 
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The group of each table."""
+        return [one.group for one in self._tables]
+
     def send_settings(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Have the next step carry what somebody changed in the groups."""
         for one, group in zip(self._tables, groups, strict=True):

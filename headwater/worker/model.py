@@ -23,6 +23,7 @@ from headwater.wire.window import Window
 from headwater.worker.model_buffer import ModelBuffer, ModelMemory, PrivateMemory
 from headwater.worker.model_spec import NonFinite, as_array, check_nonfinite, named
 from headwater.worker.rule_settings import RuleSettings
+from headwater.worker.rule_state import digest_of, vectors_of
 
 _log = logging.getLogger("headwater.worker")
 
@@ -32,6 +33,12 @@ Array: TypeAlias = NDArray[np.float32]
 class Adapter(Protocol):
     """Whoever has a model's values elsewhere too: in a framework's parameters."""
 
+    def before_read(self) -> None:
+        """A step is about to have the servers overwrite the values; what a program wrote must leave first."""
+
+    def after_read(self) -> None:
+        """The servers have overwritten the values."""
+
 
 class Model:
     """A model on the servers, as one worker sees it. Not thread-safe, like its worker.
@@ -40,10 +47,12 @@ class Model:
         name, layout: as registered.
         gradients: by name, float32 views of the window that the next `step` sends if `carry`-ed;
             between `step` and its return they belong to the servers.
-        parameters: by name, writable float32 views of the window that answers overwrite.
+        parameters: by name, writable float32 views of the window that answers overwrite; `vector`: all of
+            them one after the other, as the layout says.
         read_version: that of the values in `parameters`; -1 when they are none.
         adapter: what uses the model's memory for a framework's parameters; None for a plain model.
         settings: of its rules.
+        took: the values came with the answer to a step whose gradients of this model were applied.
     """
 
     def __init__(
@@ -65,12 +74,14 @@ class Model:
         parameters = self.layout.views(self._memory.parameters)
         self.gradients = {name: gradients[name] for name in order}
         self.parameters = {name: parameters[name] for name in order}
+        self.vector = self._memory.parameters
         self._read_only = {name: _read_only(view) for name, view in self.parameters.items()}
         self.adapter: Adapter | None = None
         self._staged: set[str] = set()
         self.settings = RuleSettings(f"model {spec.name!r}", spec.rules)
         self._skip = False
         self._fresh = False
+        self.took = False
         self.read_version = -1
 
     @property
@@ -94,6 +105,9 @@ class Model:
             have = self.read_version
             self._session.ask(lambda number: m.Pull(number, (self.id,), have), "pull")
             self.read_version = self._session.version
+            self.took = False
+            if self.adapter is not None:
+                self.adapter.after_read()
         self._fresh = False
         return {name: view.copy() if copy else view for name, view in self._read_only.items()}
 
@@ -130,7 +144,7 @@ class Model:
         for name, array in self._checked(values).items():
             self.parameters[name][...] = array
         self.outdated()
-        self.assign_local(values.keys())
+        self.assign_local(list(values))
 
     def set(self, *, group: int | None = None, **values: float | Schedule) -> None:
         """Change settings of the rule, such as `lr`, with the next `step` that this worker makes.
@@ -160,12 +174,29 @@ class Model:
             return self._buffer.vectors(server, [vectors[name] for name in answer.states])
 
         answer = self._call(lambda _, number: Frame(m.ReadState(number, self.id)), "state", place)
+        self.settings.arrived(answer.rules[0])
         views = {name: self.layout.views(vector) for name, vector in vectors.items()}
         state: dict[str, dict[str, Any]] = {}
         for tensor, count in zip(self.layout.tensors, answer.counts, strict=True):
             own = self.rules[tensor.group].states()
             state[tensor.name] = {"step": count, **{name: views[name][tensor.name] for name in own}}
         return {name: state[name] for name in self.gradients}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Any]], *, updates: int | None = None) -> None:
+        """Set the rule's state of tensors on the servers, a version of its own; blocks for an exchange.
+
+        The inverse of `state`: of each tensor `step`, its number of updates, and each of the rule's state
+        vectors; one that has had no update, with a step of 0, needs no vectors. Tensors that are left out
+        keep theirs. For one worker to call.
+
+        Args:
+            updates: of the model, which schedules are evaluated at; by default the largest `step`.
+
+        Raises:
+            GradientError: an unknown tensor or state, one that is missing, a wrong shape or dtype, an
+                impossible step; names it. Nothing changed.
+        """
+        self.load_written_state(state, updates, None)
 
     @property
     def rules(self) -> list[Rule]:
@@ -204,12 +235,39 @@ class Model:
             f"staged and the turn was not taken; pass nonfinite='skip' to make such a step an empty turn"
         )
 
-    def assign_local(self, names: Iterable[str]) -> None:
-        """Set tensors on the servers to what is in `parameters`; blocks for an exchange."""
+    def assign_local(self, names: Sequence[str], step: int | None = None) -> None:
+        """Set tensors on the servers to what is in `parameters`; blocks for an exchange.
+
+        `step`: every rank's program may have written that when it had made so many steps.
+
+        Raises:
+            UsageError: another rank wrote something else there.
+        """
         carried = m.Carried(self.id, self.layout.mask(names))
-        self._session.call(partial(self._buffer.assign, carried), "assign")
+        written = None
+        if step is not None:
+            written = m.Written(digest_of(carried.tensors, [self.parameters[name] for name in names]), step)
+        self._session.call(partial(self._buffer.assign, carried, written), "assign")
 
     # ── for the worker ──────────────────────────────────────────────────────────────────────────
+
+    def load_written_state(
+        self, state: Mapping[str, Mapping[str, Any]], updates: int | None, step: int | None
+    ) -> None:
+        """As `load_state`; `step`: every rank's program may do so when it has made so many steps.
+
+        Raises:
+            UsageError: another rank loaded something else.
+        """
+        self._session.check_open("load_state")
+        counts, vectors = vectors_of(f"model {self.name!r}", self.layout, self.rules, state)
+        carried = m.Carried(self.id, self.layout.mask(state))
+        told = max(counts) if updates is None else updates
+        digest = digest_of((carried.tensors, counts, told), vectors.values())
+        written = None if step is None else m.Written(digest, step)
+
+        request = m.LoadState(0, carried, tuple(vectors), counts, told, written)
+        self._session.call(partial(self._buffer.load_state, request, list(vectors.values())), "load_state")
 
     def register(self, initial: Mapping[str, NDArray[Any]]) -> None:
         """Declare the model with these values, or join one that exists; blocks for an exchange."""
@@ -259,6 +317,13 @@ class Model:
     def written(self) -> None:
         """Note that the window holds the values of the last answer's version."""
         self._fresh, self.read_version = True, self._session.version
+        if self.adapter is not None:
+            self.adapter.after_read()
+
+    def before_read(self) -> None:
+        """Note that a step is about to ask for values."""
+        if self.adapter is not None:
+            self.adapter.before_read()
 
     def outdated(self) -> None:
         """Note that values may have changed without this worker's step."""

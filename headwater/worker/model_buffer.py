@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -96,10 +97,16 @@ class ModelBuffer:
         window, descriptors = self._window(self._machine.shares[server])
         return Frame(m.Attach(number, model, window), (), descriptors)
 
-    def assign(self, carried: m.Carried, server: int, number: int) -> Frame:
+    def assign(self, carried: m.Carried, written: m.Written | None, server: int, number: int) -> Frame:
         """Set tensors on the servers to what is in the parameters."""
         runs, values = self._runs(server, carried.tensors, self.memory.parameters)
-        return Frame(m.Assign(number, carried, runs), values)
+        return Frame(m.Assign(number, carried, runs, written), values)
+
+    def load_state(self, request: m.LoadState, states: Sequence[Array], server: int, number: int) -> Frame:
+        """Set states on the servers: `states` are vectors of the model's layout, one of each that is named."""
+        start, stop = self._cuts[server]
+        ranges = self.vectors(server, states) if stop > start else []
+        return Frame(msgspec.structs.replace(request, number=number), ranges)
 
     def staged(self, mask: bytes, server: int) -> tuple[tuple[m.Run, ...], list[Array]]:
         """The gradients of these tensors that follow a step to a server; none where it reads them itself."""

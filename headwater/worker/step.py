@@ -73,6 +73,7 @@ class StepExchange:
             table.brought(place)
         self._memory.reset()
         for model in self._models:
+            model.took = answer.result.applied and model in self._carried
             if read is True or (not isinstance(read, bool) and model in read):
                 model.written()
             else:

@@ -228,6 +228,8 @@ class Worker:
         weight = check_weight(weight)
         self._session.check_open("step")
         self._session.finish()
+        for model in self._models.values() if read is True else read or ():
+            model.before_read()
         turn = StepExchange(self._session, self._rows, self._models.values(), self._tables.values(), weight)
         position, kept = self._feed.position(), self._program.unsent()
         result, stopped = turn.take(self._step + 1, read, position, kept)

@@ -30,6 +30,7 @@ class Intake:
         self._shard = shard
         self._member = member
         self._initial: Array | None = None
+        self._state: Array | None = None
         self._rows = RowIntake(shard)
 
     def place(self, message: m.AnyMessage, length: int) -> Sequence[NDArray[Any]]:
@@ -49,9 +50,20 @@ class Intake:
             return [*runs, *self._rows.place(message, length)]
         if isinstance(message, m.PullRows | m.DeleteRows):
             return self._rows.place(message, length)
+        if isinstance(message, m.LoadState):
+            return [self._room_for_state(message, length)]
         if isinstance(message, m.Assign):
             return [self._run(run).parameters[self._within(run)] for run in message.payload]
         raise ProtocolError(f"{type(message).__name__} with a payload of {length} bytes, expected none")
+
+    def _room_for_state(self, message: m.LoadState, length: int) -> Array:
+        start, stop = self._shard.range_of(self._layout_of(message.carried.model))
+        if length != 4 * len(message.states) * (stop - start):
+            raise ProtocolError(
+                f"states of {length} bytes, expected {len(message.states)} of {4 * (stop - start)}"
+            )
+        self._state = np.empty(len(message.states) * (stop - start), dtype=np.float32)
+        return self._state
 
     def _run(self, run: m.Run) -> Staging:
         staging = self._shard.staging(self._member, run.model)
@@ -77,7 +89,9 @@ class Intake:
         return self._rows.staged(message)
 
     def staging(self, message: m.Request | m.Scratch | m.Renew, descriptors: list[int]) -> Staging | None:
-        """The memory that comes with Register, Attach and Renew; takes over the descriptors, Scratch's too.
+        """The memory that comes with Register, Attach, Renew and LoadState.
+
+        Takes over the descriptors, Scratch's too.
 
         Raises:
             ProtocolError: the window is not what the message says.
@@ -87,6 +101,8 @@ class Intake:
                 return self._renewed(message.model)
             if isinstance(message, m.Register | m.Attach | m.Renew):
                 return self._memory(message, descriptors)
+            if isinstance(message, m.LoadState):
+                return self._loaded(message)
             if isinstance(message, m.Scratch):
                 self._rows.map(message, descriptors)
             if descriptors:
@@ -97,7 +113,10 @@ class Intake:
                 os.close(descriptor)
 
     def _memory(self, message: m.Register | m.Attach | m.Renew, descriptors: list[int]) -> Staging:
-        layout = self._layout_of(message)
+        if isinstance(message, m.Register):
+            layout = Layout(message.spec.tensors)
+        else:
+            layout = self._layout_of(message.model)
         start, stop = self._shard.range_of(layout)
         if message.window is None:
             initial, self._initial = self._initial, None
@@ -111,6 +130,15 @@ class Intake:
         )
         return Staging(view.gradients, view.parameters)
 
+    def _loaded(self, message: m.LoadState) -> Staging:
+        state, self._state = self._state, None
+        start, stop = self._shard.range_of(self._layout_of(message.carried.model))
+        if state is None:
+            state = np.empty(0, dtype=np.float32)
+        if len(state) != len(message.states) * (stop - start):
+            raise ProtocolError(f"{type(message).__name__} came without its states")
+        return Staging(state, state)
+
     def _renewed(self, model: int) -> Staging | None:
         """A private buffer for a member that connected anew; None where it has one, which stays.
 
@@ -118,7 +146,7 @@ class Intake:
         """
         old = self._shard.stagings(self._member).get(model)
         if old is None:
-            start, stop = self._shard.range_of(self._layout_of(m.Attach(0, model, None)))
+            start, stop = self._shard.range_of(self._layout_of(model))
             initial = np.zeros(stop - start, dtype=np.float32)
         elif is_private(old):
             return None
@@ -126,12 +154,10 @@ class Intake:
             initial = self._shard.staged(self._member, model).copy()
         return Staging(initial, initial)
 
-    def _layout_of(self, message: m.Register | m.Attach | m.Renew) -> Layout:
-        if isinstance(message, m.Register):
-            return Layout(message.spec.tensors)
-        vector = self._shard.vectors.get(message.model)
+    def _layout_of(self, model: int) -> Layout:
+        vector = self._shard.vectors.get(model)
         if vector is None:
-            raise ProtocolError(f"there is no model {message.model}, known are {sorted(self._shard.vectors)}")
+            raise ProtocolError(f"there is no model {model}, known are {sorted(self._shard.vectors)}")
         return vector.layout
 
     def payload(self, answer: m.Answer | m.Description) -> list[NDArray[Any]]:

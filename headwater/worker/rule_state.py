@@ -1,0 +1,80 @@
+"""The state of a model's rule as users have it, by tensor, and as it travels: one vector for each state."""
+
+from __future__ import annotations
+
+import hashlib
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater.errors import GradientError
+from headwater.spec.layout import Layout
+from headwater.spec.rules import Rule
+from headwater.worker.model_spec import as_array, named
+
+STEP = "step"
+"""The count of a tensor's updates, beside its states."""
+
+
+def vectors_of(
+    what: str, layout: Layout, rules: list[Rule], state: Mapping[str, Mapping[str, Any]]
+) -> tuple[tuple[int, ...], dict[str, NDArray[np.float32]]]:
+    """Updates of each tensor, in the order of the layout, and by state name float32[elements].
+
+    Raises:
+        GradientError: an unknown tensor or state, one that is missing, a wrong shape or dtype, an impossible
+            step; names it.
+    """
+    if unknown := [name for name in state if name not in layout.index]:
+        raise GradientError(f"{what} has no tensor {named(unknown)}, it has {named(layout.index)}")
+    names = list(dict.fromkeys(name for rule in rules for name in rule.states()))
+    vectors = {name: np.zeros(layout.elements, dtype=np.float32) for name in names}
+    views = {name: layout.views(vector) for name, vector in vectors.items()}
+    counts = [0] * len(layout.tensors)
+    for name, one in state.items():
+        place = layout.index[name]
+        tensor = layout.tensors[place]
+        initial = rules[tensor.group].states()
+        of = f"tensor {name!r} of {what}"
+        if strange := [key for key in one if key != STEP and key not in initial]:
+            raise GradientError(
+                f"{of} has no state {named(strange)}, its rule has {named(initial) or 'none'}"
+            )
+        counts[place] = _count(of, one)
+        for key, value in initial.items():
+            if key in one:
+                array = as_array(f"state {key!r} of {of}", one[key])
+                if array.shape != tensor.shape:
+                    raise GradientError(f"state {key!r} of {of} has shape {tensor.shape}, got {array.shape}")
+                views[key][name][...] = array
+            elif counts[place]:
+                raise GradientError(
+                    f"{of} has had {counts[place]} updates, but its state {key!r} is missing, there is "
+                    f"{named(one)}"
+                )
+            else:
+                views[key][name][...] = value
+    return tuple(counts), vectors
+
+
+def _count(of: str, state: Mapping[str, Any]) -> int:
+    if STEP not in state:
+        raise GradientError(
+            f"{of}: its state lacks {STEP!r}, the number of its updates; it has {named(state)}"
+        )
+    count = state[STEP]
+    whole = isinstance(count, numbers.Real) and not isinstance(count, bool) and float(count).is_integer()
+    if not whole or not 0 <= int(count) < 2**53:
+        raise GradientError(f"{of}: {STEP!r} must be a whole number ≥ 0, got {count!r}")
+    return int(count)
+
+
+def digest_of(told: object, arrays: Iterable[NDArray[np.float32]]) -> int:
+    """A sum of 56 bits of arrays and of what is said of them."""
+    summed = hashlib.blake2b(repr(told).encode(), digest_size=7)
+    for array in arrays:
+        summed.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return int.from_bytes(summed.digest())
