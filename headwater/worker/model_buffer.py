@@ -103,7 +103,7 @@ class ModelBuffer:
         return Frame(m.Assign(number, carried, runs, written), values)
 
     def load_state(self, request: m.LoadState, states: Sequence[Array], server: int, number: int) -> Frame:
-        """Set states on the servers: `states` are vectors of the model's layout, one of each that is named."""
+        """Set states on the servers: `states` are vectors of the model's layout, in the request's order."""
         start, stop = self._cuts[server]
         ranges = self.vectors(server, states) if stop > start else []
         return Frame(msgspec.structs.replace(request, number=number), ranges)
