@@ -364,13 +364,13 @@ def test_a_state_and_values_that_ranks_wrote_alike_are_taken_once_on_both():
     loaded = np.arange(2 * PAGE, dtype=np.float32)
     states = ("exp_avg", "exp_avg_sq")
     for member, position in ((1, 3), (2, 4)):
-        request = m.LoadState(2, m.Carried(0, b"\3"), states, (5, 6), 6, m.Written(9, 0))
+        request = m.LoadState(2, m.Carried(0, b"\3"), states, (5, 6), 6, m.ProgramWrite(9, 0))
         shard.hold(member, request, Staging(loaded * member, loaded * member))
         follow(m.Assigned(position, position - 2, m.ExchangeId(member, 2)))
     for member, position, digest in ((1, 5, 7), (2, 6, 7), (2, 7, 8)):
         members[member - 1].parameters[:10] = position
         number = 3 if position < 7 else 4
-        shard.hold(member, m.Assign(number, m.Carried(0, b"\3"), (), m.Written(digest, 0)))
+        shard.hold(member, m.Assign(number, m.Carried(0, b"\3"), (), m.ProgramWrite(digest, 0)))
         follow(m.Assigned(position, position - 2, m.ExchangeId(member, number)))
     assert [answer.failure and answer.failure.error for _, answer in answers] == [*[None] * 4, "UsageError"]
     for one in (shard, standby):

@@ -9,7 +9,7 @@ from torch import nn
 
 import headwater as hw
 from headwater.errors import UsageError, WorkerError
-from headwater.messages import Written
+from headwater.messages import ProgramWrite
 from headwater.shard.writes import Writes
 
 
@@ -499,7 +499,7 @@ def test_a_layer_frozen_after_construction_trains_once_it_is_unfrozen():
 
 def test_what_another_rank_wrote_at_one_place_is_taken_once_or_refused():
     writes = Writes("model 'm'")
-    first, other = Written(digest=1, step=0), Written(digest=2, step=0)
+    first, other = ProgramWrite(digest=1, step=0), ProgramWrite(digest=2, step=0)
     assert writes.admit("values", first, member=1, updates=0)
     assert not writes.admit("values", first, member=2, updates=0)
     assert writes.admit("states", other, member=2, updates=0)
@@ -508,17 +508,17 @@ def test_what_another_rank_wrote_at_one_place_is_taken_once_or_refused():
     assert not writes.admit("values", first, member=3, updates=10)  # the same place of its program
     with pytest.raises(UsageError):
         writes.admit("values", other, member=3, updates=10)
-    assert writes.admit("values", Written(digest=3, step=5), member=2, updates=10)
-    assert not writes.admit("values", Written(digest=3, step=9), member=1, updates=10)
-    assert writes.admit("values", Written(digest=4, step=5), member=2, updates=10)
+    assert writes.admit("values", ProgramWrite(digest=3, step=5), member=2, updates=10)
+    assert not writes.admit("values", ProgramWrite(digest=3, step=9), member=1, updates=10)
+    assert writes.admit("values", ProgramWrite(digest=4, step=5), member=2, updates=10)
     again = Writes("model 'm'", writes.records())
-    assert not again.admit("values", Written(digest=4, step=5), member=1, updates=12)
+    assert not again.admit("values", ProgramWrite(digest=4, step=5), member=1, updates=12)
     assert len(writes.records()) == 4
 
 
 def test_writes_are_remembered_for_a_while_only():
     writes = Writes("model 'm'")
     for step in range(100):
-        assert writes.admit("values", Written(step, step), member=1, updates=step)
+        assert writes.admit("values", ProgramWrite(step, step), member=1, updates=step)
     assert len(writes.records()) == 16
-    assert not writes.admit("values", Written(90, 90), member=2, updates=100)
+    assert not writes.admit("values", ProgramWrite(90, 90), member=2, updates=100)

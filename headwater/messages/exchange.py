@@ -160,7 +160,7 @@ class ReadState(Message, frozen=True):
     model: int
 
 
-class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ProgramWrite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The program wrote what is assigned to its parameters, as those of other ranks may have done too.
 
     `digest`: of what it wrote; `step`: how many steps this worker had made.
@@ -176,7 +176,7 @@ class Assign(Message, frozen=True):
     number: int
     carried: Carried
     payload: tuple[Run, ...] = ()
-    written: Written | None = None
+    written: ProgramWrite | None = None
 
 
 class LoadState(Message, frozen=True):
@@ -191,7 +191,7 @@ class LoadState(Message, frozen=True):
     states: tuple[str, ...]
     counts: tuple[int, ...]
     updates: int = -1
-    written: Written | None = None
+    written: ProgramWrite | None = None
 
 
 class Meet(Message, frozen=True):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from headwater.kernels import add_up, copy_out, dense, middle, multiply_up, square_up, weigh
 from headwater.log.norms import Node, scale, subtrees, total
-from headwater.messages import ModelSpec, ModelStatistics, Written
+from headwater.messages import ModelSpec, ModelStatistics, ProgramWrite
 from headwater.shard.governed import GovernedRules
 from headwater.shard.merges import PLAIN, Merge
 from headwater.shard.snapshot import ModelSnapshot
@@ -304,7 +304,7 @@ class Vector:
             self.values[here] = source.parameters[here]
         self.changed = version
 
-    def admits(self, kind: str, written: Written, member: int) -> bool:
+    def admits(self, kind: str, written: ProgramWrite, member: int) -> bool:
         """Whether to take what a program wrote; False where it is there already. Raises UsageError."""
         return self._writes.admit(kind, written, member, self.updates)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import msgspec
 
 from headwater.errors import UsageError
-from headwater.messages import WriteRecord, Written
+from headwater.messages import ProgramWrite, WriteRecord
 
 _KEPT = 16
 """Writes of each kind that are remembered, for ranks that come to the same place later."""
@@ -28,7 +28,7 @@ class Writes:
         self._what = what
         self._records = list(records)
 
-    def admit(self, kind: str, written: Written, member: int, updates: int) -> bool:
+    def admit(self, kind: str, written: ProgramWrite, member: int, updates: int) -> bool:
         """Whether to take what a member wrote when the model had had `updates`; False where it is there.
 
         Raises:

@@ -246,7 +246,9 @@ class Model:
         carried = m.Carried(self.id, self.layout.mask(names))
         written = None
         if step is not None:
-            written = m.Written(digest_of(carried.tensors, [self.parameters[name] for name in names]), step)
+            written = m.ProgramWrite(
+                digest_of(carried.tensors, [self.parameters[name] for name in names]), step
+            )
         self._session.call(partial(self._buffer.assign, carried, written), "assign")
 
     # ── for the worker ──────────────────────────────────────────────────────────────────────────
@@ -264,7 +266,7 @@ class Model:
         carried = m.Carried(self.id, self.layout.mask(state))
         told = max(counts) if updates is None else updates
         digest = digest_of((carried.tensors, counts, told), vectors.values())
-        written = None if step is None else m.Written(digest, step)
+        written = None if step is None else m.ProgramWrite(digest, step)
 
         request = m.LoadState(0, carried, tuple(vectors), counts, told, written)
         self._session.call(partial(self._buffer.load_state, request, list(vectors.values())), "load_state")

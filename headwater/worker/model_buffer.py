@@ -97,7 +97,7 @@ class ModelBuffer:
         window, descriptors = self._window(self._machine.shares[server])
         return Frame(m.Attach(number, model, window), (), descriptors)
 
-    def assign(self, carried: m.Carried, written: m.Written | None, server: int, number: int) -> Frame:
+    def assign(self, carried: m.Carried, written: m.ProgramWrite | None, server: int, number: int) -> Frame:
         """Set tensors on the servers to what is in the parameters."""
         runs, values = self._runs(server, carried.tensors, self.memory.parameters)
         return Frame(m.Assign(number, carried, runs, written), values)
