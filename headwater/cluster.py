@@ -187,9 +187,25 @@ class Cluster:
         return self._coordinator.generation
 
     @property
-    def checkpoint(self) -> str | None:
+    def last_checkpoint(self) -> str | None:
         """Path of the newest checkpoint that was written, or resumed from; None without one."""
         return self._storage.last
+
+    @property
+    def writes_checkpoints(self) -> bool:
+        """Whether there is a directory for checkpoints."""
+        return bool(self._storage.settings.directory)
+
+    def checkpoint(self) -> str:
+        """Write a checkpoint of now while training goes on, and return its path; blocks until it is on disk.
+
+        Raises:
+            ConfigurationError: the cluster has no directory for checkpoints.
+            CheckpointError: it cannot be written.
+        """
+        self._check_open()
+        self._storage.take_now()
+        return self._storage.last or ""
 
     def worker(self) -> Worker:
         """Join as the next worker, from any thread of this process; blocks until the servers are up."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Unpack
 
 import numpy as np
@@ -14,7 +18,7 @@ from numpy.typing import NDArray
 
 from headwater.cluster import Cluster, ClusterOptions
 from headwater.engines import Outcome, RayEngine
-from headwater.errors import ConfigurationError
+from headwater.errors import CheckpointError, ConfigurationError, HeadwaterError
 from headwater.messages import ClusterStatistics
 from headwater.spec.sync import Mode
 from headwater.worker import Worker
@@ -22,6 +26,8 @@ from headwater.worker import Worker
 _log = logging.getLogger("headwater")
 
 _WATCH_S = 0.5
+_LAST_S = 60
+"""How long an interrupted run may take for its last checkpoint, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,7 @@ class RunResult:
         statistics: the cluster's, at the end.
         seconds: from the first worker's start to the last one's end.
         checkpoint: path of the newest checkpoint; None without a directory for them.
+        checkpoint_error: why the last checkpoint could not be written, such as a full disk; else None.
     """
 
     values: list[Any]
@@ -43,6 +50,7 @@ class RunResult:
     statistics: ClusterStatistics
     seconds: float
     checkpoint: str | None = None
+    checkpoint_error: CheckpointError | None = None
 
 
 def run(
@@ -81,7 +89,10 @@ def run(
         WorkerError: `train` raised in a worker, or its process died too often; carries rank and traceback.
         EngineError: a node could not be started, or a server died and nothing takes its place.
         ConfigurationError: an impossible argument; nothing was started.
-        CheckpointError: no checkpoint to resume from is good.
+        CheckpointError: no checkpoint to resume from is good. That the last one cannot be written is told by
+            `RunResult.checkpoint_error`.
+        KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM; where there is a directory, a last checkpoint
+            was written, for at most a minute. A second signal ends the run at once.
     """
     if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 0:
         raise ConfigurationError(f"restarts must be an integer ≥ 0, got {restarts!r}")
@@ -106,9 +117,10 @@ def run(
         began = time.monotonic()
         for rank in range(workers):
             cluster.start_worker(rank, train)
-        values = _collect(cluster, train, workers, restarts, watch)
+        with _last_checkpoint_of(cluster):
+            values = _collect(cluster, train, workers, restarts, watch)
         seconds = time.monotonic() - began
-        cluster.take_last_checkpoint()
+        failure = _take_last_checkpoint(cluster)
         version, parameters = cluster.parameters()
         return RunResult(
             [values[rank] for rank in range(workers)],
@@ -116,8 +128,69 @@ def run(
             version,
             cluster.statistics(),
             seconds,
-            cluster.checkpoint,
+            cluster.last_checkpoint,
+            failure,
         )
+
+
+def _take_last_checkpoint(cluster: Cluster) -> CheckpointError | None:
+    """Write it; where the disk refuses, why. What training came to is still in the servers' memory then."""
+    try:
+        cluster.take_last_checkpoint()
+    except CheckpointError as error:
+        _log.warning("no last checkpoint: %s; the result has the parameters", error)
+        return error
+    return None
+
+
+@contextmanager
+def _last_checkpoint_of(cluster: Cluster) -> Iterator[None]:
+    """Where Ctrl-C or SIGTERM ends the block, write a last checkpoint before everything ends.
+
+    For at most `_LAST_S` seconds; a second signal ends this at once. SIGTERM counts where run is called in
+    the main thread of a program that does not handle it.
+    """
+    with _terminated_by_exit():
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit) as error:
+            if cluster.writes_checkpoints:
+                _log.warning(
+                    "%s: writing a last checkpoint, for at most %d s; again to end at once",
+                    "interrupted" if isinstance(error, KeyboardInterrupt) else "told to end",
+                    _LAST_S,
+                )
+                writing = threading.Thread(target=_write_last, args=(cluster,), daemon=True)
+                writing.start()
+                writing.join(_LAST_S)
+            raise
+
+
+def _write_last(cluster: Cluster) -> None:
+    try:
+        cluster.take_last_checkpoint()
+        _log.warning("last checkpoint: %s", cluster.last_checkpoint)
+    except HeadwaterError as error:
+        _log.warning("no last checkpoint: %s", error)
+
+
+@contextmanager
+def _terminated_by_exit() -> Iterator[None]:
+    """SIGTERM raises SystemExit in the block; a second one ends this process at once."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def first(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _collect(

@@ -141,6 +141,16 @@ class Storage:
         if self._checkpointer is not None:
             self._checkpointer.take_last()
 
+    def take_now(self) -> None:
+        """Take a checkpoint of now, unless it is written already.
+
+        Raises:
+            ConfigurationError: there is no directory for it.
+        """
+        if self._checkpointer is None:
+            raise ConfigurationError("a checkpoint needs a directory: pass checkpoint=DIR")
+        self._checkpointer.take_now()
+
     def interrupt(self) -> None:
         """Take no more checkpoints, and give up one that is being written; does not block, idempotent."""
         if self._checkpointer is not None:

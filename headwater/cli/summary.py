@@ -20,6 +20,8 @@ def summarize(result: RunResult) -> list[str]:
         lines.append(
             f"{left.samples} samples of call {left.call} of batches, for {whose}, were read by nobody"
         )
+    if result.checkpoint_error is not None:
+        lines.append(f"no last checkpoint: {result.checkpoint_error}")
     for rank, value in enumerate(result.values):
         if value is not None:
             lines.append(f"worker {rank} returned {value!r}")

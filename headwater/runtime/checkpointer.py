@@ -112,6 +112,14 @@ class Checkpointer:
         with self._busy:
             pass  # none is begun any more
         self.close()
+        self.take_now()
+
+    def take_now(self) -> None:
+        """Take one of now, unless that was written already; blocks until it is on disk. From any thread.
+
+        Raises:
+            HeadwaterError: it could not be written.
+        """
         session = Client(self._address, "observer", security=self._security)
         try:
             self._take(session, 0, final=True)
@@ -152,20 +160,19 @@ class Checkpointer:
         """
         generation = session.welcome.generation
         version: int = session.ask(lambda number: m.Checkpoint(number, at), "checkpoint").version
-        if (generation, version) == self._written:
-            return version
         began = time.monotonic()
         try:
             with self._busy:
-                if self._closing.is_set() and not final:
+                # Whoever was before may have written this one, or a newer one.
+                if (generation, version) <= self._written or (self._closing.is_set() and not final):
                     return version
                 self._write(session, generation, version)
+                self._written = generation, version
         except HeadwaterError as error:
             if final or not session.usable():
                 raise
             _log.warning("no checkpoint of version %d: %s", version, error)
             return version
-        self._written = generation, version
         _log.info("%s written in %.2f s", self.last, time.monotonic() - began)
         return version
 
