@@ -293,7 +293,8 @@ class StepResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `staleness`: commits between the version its gradients were computed on and this one. `norms`: by name of
     each model that is clipped or merged by lengths, the norm of the commit's gradient, before it was clipped.
-    `reason`: why it was not applied, in words; "" where it was.
+    `reason`: why it was not applied, in words; "" where it was. What was not applied is dropped, or with
+    `late=carry` kept by the worker, which sends it with its next step.
     """
 
     version: int

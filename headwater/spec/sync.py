@@ -27,6 +27,7 @@ from headwater.spec.registry import Registry, register
 from headwater.spec.settings import Settings, field_types, require, required_fields
 
 Reduce: TypeAlias = Literal["mean", "sum"]
+Late: TypeAlias = Literal["drop", "carry"]
 
 
 # ── what is asked, and what is answered ─────────────────────────────────────────────────────────
@@ -131,6 +132,13 @@ class Mode(Settings):
         """Whether the gradients of a commit are averaged over its contributors, or added up."""
         return "mean"
 
+    @property
+    def late(self) -> Late:
+        """What becomes of the gradients of a late step: they are dropped, or its worker carries them over: it
+        keeps them, and they go out with its next step.
+        """
+        return "drop"
+
     def may_count(self, missed: int) -> Decision:
         """Decide whether a step may be committed whose worker missed so many commits; if not, it is late."""
         return YES
@@ -152,6 +160,7 @@ class Mode(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.reduce in ("mean", "sum"), self, "reduce", "'mean' or 'sum'")
+        require(self.late in ("drop", "carry"), self, "late", "'drop' or 'carry'")
 
     # ── as text ─────────────────────────────────────────────────────────────────────────────────
 
@@ -262,22 +271,24 @@ class Synchronous(Mode):
 
     With `quorum` a round does not wait for stragglers (Chen et al. 2016): it is closed when that many
     updates have arrived, or all active workers' where there are fewer. An update that comes later than
-    that is dropped: its step is answered with `applied=False` and current values.
+    that is late: its step is answered with `applied=False` and current values.
 
     `grace_s`: seconds that a round is held open for more after the quorum's last update.
     `reduce`: how the gradients of a round are combined, "mean" over the contributors or "sum".
+    `late`: what becomes of a late update, "drop", or "carry": its worker sends it with the next one.
 
     Raises:
-        ConfigurationError: `quorum` is not an integer ≥ 1, `grace_s` not a number ≥ 0 or without a
-            quorum, or `reduce` neither of the two.
+        ConfigurationError: `quorum` is not an integer ≥ 1, `grace_s` not a number ≥ 0, `grace_s` or
+            `late="carry"` without a quorum, or `reduce` or `late` none of the two.
     """
 
     keyword = "sync"
-    form = "'sync', 'sync:quorum=K,grace=SECONDS,reduce=sum' (any of these)"
+    form = "'sync', 'sync:quorum=K,grace=SECONDS,reduce=sum,late=carry' (any of these)"
 
     quorum: int | None = None
     grace_s: float = 0.0
     reduce: Reduce = "mean"
+    late: Late = "drop"
 
     def check(self) -> None:
         require(self.quorum is None or self.quorum >= 1, self, "quorum", "≥ 1, or None for everybody")
@@ -286,6 +297,8 @@ class Synchronous(Mode):
             raise ConfigurationError(
                 f"sync: grace_s={self.grace_s:g} without a quorum: a round waits for everybody anyway"
             )
+        if self.quorum is None and self.late == "carry":
+            raise ConfigurationError("sync: late=carry without a quorum: nobody is ever late")
 
     @property
     def rounds(self) -> bool:

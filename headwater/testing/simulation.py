@@ -55,6 +55,7 @@ def run(schedule: Schedule, *, trace: bool = False) -> Result:
         schedule.checkpoints,
         schedule.weighted,
         schedule.merge,
+        schedule.mode.late == "carry",
     )
     world = _world(schedule, workload, trace)
     inject(world, schedule.faults)

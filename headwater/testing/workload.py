@@ -37,6 +37,7 @@ class Workload:
         meets: after this many steps a worker waits in a barrier, once; 0: never.
         checkpoints: after this many steps the first worker has a checkpoint taken; 0: never.
         merge: how gradients of that model become one, as its spec says.
+        carries: what came too late for its round goes out with the next step.
         weighted: steps have weights, which follow from (rank, step) and differ within a round.
     """
 
@@ -51,6 +52,7 @@ class Workload:
     checkpoints: int = 0
     weighted: bool = False
     merge: str | None = None
+    carries: bool = False
 
     # ── what is trained ─────────────────────────────────────────────────────────────────────────
 
@@ -78,6 +80,17 @@ class Workload:
     def carried(self, rank: int, step: int) -> list[str]:
         """The tensors of the trained model that a step carries."""
         return [["a", "b"], ["b"], ["a"], []][(rank + step) % 4]
+
+    def fill(self, grads: NDArray[np.float32], rank: int, steps: tuple[int, ...], name: str) -> bool:
+        """Write what these steps of a worker have for a tensor, added up; False where none carries it."""
+        parts = [
+            self.gradient(rank, step, name, grads.size).reshape(grads.shape)
+            for step in steps
+            if name in self.carried(rank, step)
+        ]
+        for number, part in enumerate(parts):
+            grads[...] = grads + part if number else part
+        return bool(parts)
 
     def weight(self, rank: int, step: int) -> float:
         """What a step of the worker counts in a mean; some of a round are equal, some not."""
@@ -137,15 +150,17 @@ class Workload:
 
     def _step(self, me: Client, position: m.Position) -> Steps:
         step = me.steps + 1
+        contained = (*me.late_steps, step)
         counts = me.windows[LEDGER].gradients.reshape(self.servers, self.block)
-        counts[:, me.rank] = 1
-        counts[:, self.ranks + me.rank] = step
+        counts[:, me.rank] = len(contained)
+        counts[:, self.ranks + me.rank] = sum(contained)
         me.carry("count", LEDGER)
         if self.rule is not None:
-            for name in self.carried(me.rank, step):
-                grads = me.windows[TRAINED].grads[name]
-                grads[...] = self.gradient(me.rank, step, name, grads.size)
-                me.carry(name, TRAINED)
+            for name, grads in me.windows[TRAINED].grads.items():
+                if self.fill(grads, me.rank, contained, name):
+                    me.carry(name, TRAINED)
         answer = yield me.step(position=position, weight=self.weight(me.rank, step))
+        late = answer.result is not None and not answer.result.applied
+        me.late_steps = contained if late and self.carries else ()
         if answer.version % 5 == me.rank % 5:
             yield me.pull(have=me.version if answer.version % 2 else -1)

@@ -111,6 +111,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         check_nonfinite(nonfinite)
         check_clip_norm(clip_norm)
         check_merge(merge, worker.workers)
+        if worker.mode.late == "carry":
+            raise ConfigurationError(
+                f"sync={worker.sync!r}: a DistributedOptimizer sends the gradients that parameters have now, "
+                f"and cannot carry late ones over: leave out late=carry, or use Model.push and Worker.step"
+            )
         self._accumulates = _check_periods(worker, rule, push_every, pull_every)
         trained = find_parameters(module)
         self._every = [one for one, _ in module.named_parameters()]

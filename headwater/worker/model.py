@@ -312,6 +312,12 @@ class Model:
         self._staged, self._skip = set(), False
         return carried, settings, skip
 
+    def keep_staged(self, carried: m.Carried) -> None:
+        """Have the next step carry these again, with what is pushed until then: they came too late."""
+        names = [tensor.name for tensor in self.layout.tensors]
+        kept = self.layout.unmask(carried.tensors)
+        self._staged |= {name for name, keep in zip(names, kept, strict=True) if keep}
+
     def gradient_payload(self, server: int, mask: bytes) -> tuple[tuple[m.Run, ...], list[Array]]:
         """The runs and arrays of staged gradients for a server without a window."""
         return self._buffer.staged(mask, server)

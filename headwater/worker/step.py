@@ -16,10 +16,12 @@ from headwater.worker.table import Table
 class StepExchange:
     """Takes what is staged; nothing may be under way in the session.
 
-    `weight`: what its gradients count in a mean; with 0 they are dropped, and it is an empty turn.
+    `weight`: what its gradients count in a mean; with 0 they are dropped, and it is an empty turn. `since`:
+    the version that those were computed on which came too late before, and are sent again.
 
     Attributes:
         skip: whether it is an empty turn because a gradient was not finite.
+        carried_since: as `since`, for the next step; None where nothing is kept for it.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class StepExchange:
         models: Iterable[Model],
         tables: Iterable[Table],
         weight: float = 1.0,
+        since: int | None = None,
     ) -> None:
         self._session = session
         self._memory = memory
@@ -40,6 +43,8 @@ class StepExchange:
         self._carried: dict[Model, m.Carried] = {}
         self._pushed: dict[Table, RowSlice] = {}
         self._weight = weight or 1.0
+        self._since = since
+        self.carried_since: int | None = None
         if weight and not self.skip:
             self._carried = {
                 model: carried for model, (carried, _, _) in staged.items() if carried is not None
@@ -60,6 +65,7 @@ class StepExchange:
         has changed.
         """
         self._position, self._kept = position, kept
+        seen = self._seen()
         ids = read if isinstance(read, bool) else tuple(model.id for model in read)
         answer: m.Answer = self._session.call(
             lambda server, number: self._outgoing(server, number, step, ids),
@@ -69,6 +75,8 @@ class StepExchange:
         )
         assert answer.result is not None
         self._told(answer.rules)
+        if not answer.result.applied and self._session.mode.late == "carry":
+            self._keep(seen)
         for table, place in self._pulled.items():
             table.brought(place)
         self._memory.reset()
@@ -79,6 +87,15 @@ class StepExchange:
             else:
                 model.outdated()
         return answer.result, answer.stopped
+
+    def _keep(self, seen: int) -> None:
+        """It came too late, and the mode has its gradients go out with the next step."""
+        if self._carried or self._pushed:
+            self.carried_since = seen
+        for model, carried in self._carried.items():
+            model.keep_staged(carried)
+        for table, place in self._pushed.items():
+            table.keep_staged(place)
 
     def _told(self, rules: Iterable[m.RulesInForce]) -> None:
         """Take over the settings in force that this worker did not know."""
@@ -118,6 +135,8 @@ class StepExchange:
         """The oldest version that gradients of this turn were computed on."""
         versions = [model.read_version for model in self._carried]
         versions += [table.read_version for table in self._pushed]
+        if self._since is not None:
+            versions.append(self._since)
         return min((version for version in versions if version >= 0), default=self._session.version)
 
     def _parts(self, places: dict[Table, RowSlice], server: int) -> tuple[m.Rows, ...]:

@@ -301,6 +301,11 @@ class Table:
         self._skip = False
         return pushed, wanted, settings[0] if settings else None, skip
 
+    def keep_staged(self, place: RowSlice) -> None:
+        """Have the next step push these again, with what is pushed until then: they came too late."""
+        self._sums = RowSums(self.dim)
+        self._sums.add(place.plan.ids, self._memory.rows(place), tested=False)
+
     def brought(self, place: RowSlice) -> None:
         """Note that a step brought the rows that `prefetch` wanted."""
         assert self._wanted is not None

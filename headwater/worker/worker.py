@@ -83,6 +83,7 @@ class Worker:
         self._rows = RowBuffer(self._session.machine, Scratch(shared=any(self._session.shares)))
         self._step = 0
         self._skipped = 0
+        self._carried_since: int | None = None
         recalled = self._session.ask(m.Recall, "recall").recalled
         assert recalled is not None
         self._program = Program(recalled)
@@ -220,6 +221,10 @@ class Worker:
         rules that always add up (`Accumulate`) ignore it. A weight of 0 drops what was pushed: an empty turn,
         which is not divided by.
 
+        A step that came too late for its round is answered with `applied=False` and current values. Under
+        `late=carry` its gradients stay staged and go out with the next step, which adds what is pushed until
+        then: as two pushes before one step do, with that step's weight. `Model.discard` forgets them.
+
         Raises:
             ConfigurationError: `weight` is negative, not finite or no number; nothing was sent.
             StalledError: no answer within the deadline; names whom it waited for; final for this worker.
@@ -230,10 +235,12 @@ class Worker:
         self._session.finish()
         for model in self._models.values() if read is True else read or ():
             model.before_read()
-        turn = StepExchange(self._session, self._rows, self._models.values(), self._tables.values(), weight)
+        models, tables, since = self._models.values(), self._tables.values(), self._carried_since
+        turn = StepExchange(self._session, self._rows, models, tables, weight, since)
         position, kept = self._feed.position(), self._program.unsent()
         result, stopped = turn.take(self._step + 1, read, position, kept)
         self._step += 1
+        self._carried_since = turn.carried_since
         self._skipped += turn.skip
         self._staleness[result.staleness] += 1
         self._feed.stopped |= stopped

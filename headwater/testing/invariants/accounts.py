@@ -50,6 +50,7 @@ class Accounts:
         self.decided: dict[int, int] = {}
         self.clocks: dict[int, int] = {}
         self._kept = kept
+        self._carried: dict[int, tuple[int, ...]] = {}
         self._vector: Vector | None = None
         self._phases: dict[type, Callable[[Any], None]] = {
             m.Activated: self._activated,
@@ -59,7 +60,7 @@ class Accounts:
             m.Committed: self._committed,
             m.Registered: self._registered,
             m.Assigned: lambda entry: self._reached(entry.version),
-            m.Late: lambda entry: self.late.update({self.step_of(entry.ticket): self.version}),
+            m.Late: self._came_late,
         }
 
     def read(self, entry: m.AnyEntry) -> bool:
@@ -93,13 +94,25 @@ class Accounts:
         for ticket in entry.updates:
             member, step = self.step_of(ticket)
             rank = self.rank_of(member)
-            self.counts[rank] += 1
-            self.counts[self.workload.ranks + rank] += step
+            self.counts[rank] += len(self._contained(member, step))
+            self.counts[self.workload.ranks + rank] += sum(self._contained(member, step))
             self.applied.setdefault((member, step), entry.version)
             if member in self.clocks:
                 self.clocks[member] += 1
         self._train(entry)
+        for ticket in entry.updates:
+            self._carried.pop(ticket.member, None)
         self._reached(entry.version)
+
+    def _came_late(self, entry: m.Late) -> None:
+        member, step = self.step_of(entry.ticket)
+        self.late[member, step] = self.version
+        if self.workload.carries:
+            self._carried[member] = self._contained(member, step)
+
+    def _contained(self, member: int, step: int) -> tuple[int, ...]:
+        """The steps whose gradients a step brings: those before it that came too late are carried over."""
+        return (*self._carried.get(member, ()), step)
 
     def _reached(self, version: int) -> None:
         self.version = version
@@ -177,14 +190,14 @@ class Accounts:
 
     def _update(self, vector: Vector, ticket: m.ExchangeId, place: int) -> Update | None:
         member, step = self.step_of(ticket)
-        rank = self.rank_of(member)
-        names = self.workload.carried(rank, step)
+        gradients = np.zeros(vector.layout.elements, np.float32)
+        names = [
+            name
+            for name, view in vector.layout.views(gradients).items()
+            if self.workload.fill(view, self.rank_of(member), self._contained(member, step), name)
+        ]
         if not names:
             return None
-        gradients = np.zeros(vector.layout.elements, np.float32)
-        for name, view in vector.layout.views(gradients).items():
-            if name in names:
-                view[...] = self.workload.gradient(rank, step, name, view.size)
         return Update(Staging(gradients, gradients), vector.layout.unmask(vector.layout.mask(names)), place)
 
     # ── what values must be ─────────────────────────────────────────────────────────────────────

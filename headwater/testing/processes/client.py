@@ -83,6 +83,7 @@ class Client:
         windows: its models, by id; tables: dim of each table, by id.
         rows: what was last pulled, by (table, id).
         place: where the log recorded its rank, when it joined.
+        late_steps: those whose gradients the next step carries again.
     """
 
     def __init__(self, *, shares: bool) -> None:
@@ -96,6 +97,7 @@ class Client:
         self._shares = shares
         self._staged: dict[int, set[str]] = {}
         self._staged_rows: dict[int, Rows] = {}
+        self.late_steps: tuple[int, ...] = ()
         self._questions = 0
 
     # ── calls to yield ──────────────────────────────────────────────────────────────────────────
