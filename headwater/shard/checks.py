@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from headwater import messages as m
 from headwater.errors import ProtocolError, RegistrationError
+from headwater.kernels import dense
 from headwater.log.meetings import describe as describe_meeting
 from headwater.log.state import UNFINISHED
 from headwater.shard.outstanding import Members
+from headwater.shard.runnable import check_runs
 from headwater.shard.tables import StagedRows, Tables
 from headwater.shard.vector import Vector
 from headwater.spec.layout import Layout
@@ -166,3 +168,4 @@ def _check_spec(spec: m.ModelSpec) -> None:
             )
         if rule.rows_only:
             raise RegistrationError(f"model {spec.name!r}: {rule.name} is a rule for tables' rows only")
+        check_runs(rule, dense)

@@ -10,10 +10,13 @@ Invariant: all of it follows from the log, so it is the same on every server and
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
+from headwater.errors import ConfigurationError
 from headwater.log.state import LogState
 from headwater.messages import ProgramRecord, RulesInForce, RuleSpec
+from headwater.shard.runnable import is_our_own
 from headwater.spec.declaration import Declaration, fingerprint
 from headwater.spec.rules import Rule, from_spec
 from headwater.spec.schedules import Schedule
@@ -25,11 +28,13 @@ class GovernedRules:
     Attributes:
         rules: by group, with the settings in force.
         resumed: they are from a checkpoint, and nobody has declared them since.
+        of_users: some are rules of users' own, which may fail where ours cannot.
     """
 
     def __init__(self, declared: Sequence[RuleSpec]) -> None:
         self.rules: list[Rule] = [from_spec(spec) for spec in declared]
         self.resumed = False
+        self.of_users = not all(map(is_our_own, self.rules))
         self._declared = tuple(declared)
         self._first: tuple[RuleSpec, ...] = ()
         self._governor = -1
@@ -45,9 +50,10 @@ class GovernedRules:
         return self._specs
 
     def set(self, group: int, values: Mapping[str, object]) -> None:
-        """Change settings of one group (-1: all)."""
+        """Change settings of one group (-1: all); what they cannot be with those in force by now stays."""
         for i in range(len(self.rules)) if group < 0 else (group,):
-            self.rules[i] = self.rules[i].with_settings(**values)
+            with contextlib.suppress(ConfigurationError):
+                self.rules[i] = self.rules[i].with_settings(**values)
         self._specs = self._fingerprint = None
 
     def begin(self) -> None:

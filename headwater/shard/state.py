@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.errors import HeadwaterError, MeetingError, RegistrationError, UsageError
+from headwater.errors import ConfigurationError, HeadwaterError, MeetingError, RegistrationError, UsageError
 from headwater.log.meetings import describe
 from headwater.log.positions import Positions
 from headwater.log.programs import Programs
@@ -33,6 +33,7 @@ from headwater.shard.tables import Tables
 from headwater.shard.vector import Staging, Vector
 from headwater.spec.declaration import model_difference
 from headwater.spec.layout import Layout
+from headwater.spec.rules import evaluated
 from headwater.spec.sync import Reduce
 
 Answers: TypeAlias = list[tuple[int, m.Answer | None]]
@@ -133,6 +134,10 @@ class State:
         readers = [self._members.reader(ticket) for ticket in entry.answered]
         present = [reader for reader in readers if reader is not None]
         norms = dict(entry.norms)
+        try:
+            self._check_rules(step for _, step in steps)
+        except ConfigurationError as error:
+            return self._failed(entry, steps, error)
         self._apply(steps, merges, [asked[reader.held.member] for reader in present], norms)
         for reader in present:
             self.tables.pull(reader.pulled(), self.version)
@@ -146,6 +151,28 @@ class State:
         for ticket in entry.answered:
             answers += self._answer_step(ticket, tuple(asked[ticket.member]))
         return answers
+
+    def _check_rules(self, steps: Iterable[m.Step]) -> None:
+        """Refuse a commit that a user's rule cannot be run for; raises ConfigurationError."""
+        for step in steps:
+            for carried in step.carried:
+                vector = self.vectors[carried.model]
+                if vector.governed.of_users:
+                    vector.check(vector.layout.unmask(carried.tensors))
+            for rows in step.pushed:
+                table = self.tables[rows.table]
+                if table.governed.of_users:
+                    evaluated(table.rule, table.updates, 1)
+
+    def _failed(
+        self, entry: m.Committed, steps: Sequence[tuple[m.ExchangeId, m.Step]], error: ConfigurationError
+    ) -> Answers:
+        """Nothing is applied. A worker that is answered here is told so and has not taken its turn."""
+        result = m.StepResult(entry.version, False, 0, 0, reason=str(error))
+        for ticket, step in steps:
+            if ticket not in entry.answered:
+                self.ledger.record(ticket.member, step.step, result)
+        return [one for ticket in entry.answered for one in self._answer(ticket, failure=_refused(error))]
 
     def _late(self, entry: m.Late) -> Answers:
         """Settings take effect all the same: they are orders to the rule, not part of the gradient."""

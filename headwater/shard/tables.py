@@ -15,12 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.errors import ProtocolError, RegistrationError
+from headwater.kernels.rows import row_rule
 from headwater.messages import TableSetting, TableSpec
 from headwater.shard.merges import Merge
+from headwater.shard.runnable import check_runs
 from headwater.shard.snapshot import TableSnapshot
 from headwater.shard.table import Gradients, Table
 from headwater.spec.declaration import table_difference
 from headwater.spec.placement import slots_of_server
+from headwater.spec.rules import from_spec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +98,7 @@ class Tables:
             RegistrationError: an impossible dim.
             ConfigurationError: an unknown or impossible rule, initialiser, admission or expiry.
         """
+        check_runs(from_spec(spec.rule), row_rule)
         Table(spec, range(0))
 
     def create(self, spec: TableSpec) -> None:

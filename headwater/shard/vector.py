@@ -25,7 +25,7 @@ from headwater.shard.merges import PLAIN, Merge
 from headwater.shard.snapshot import ModelSnapshot
 from headwater.shard.writes import Writes
 from headwater.spec.layout import LINE, PAGE, Layout
-from headwater.spec.rules import Rule
+from headwater.spec.rules import Rule, evaluated
 
 Array = NDArray[np.float32]
 
@@ -179,6 +179,16 @@ class Vector:
                 )
         self.updates += 1
         self.changed = version
+
+    def check(self, touched: NDArray[np.bool_]) -> None:
+        """Refuse an update of these tensors, bool[tensors], that a rule cannot be run for.
+
+        Raises:
+            ConfigurationError: a user's rule has no scalars for it, on every server alike.
+        """
+        counts = zip(self.layout.groups[touched].tolist(), self.counts[touched].tolist(), strict=True)
+        for group, count in sorted(set(counts)):
+            evaluated(self.rules[group], self.updates, count + 1)
 
     def _own(self, merge: Merge) -> Merge:
         """As this model merges: all groups have one kind of rule, which may take every gradient as it is."""

@@ -95,6 +95,27 @@ def from_spec(spec: RuleSpec) -> Rule:
     return rule.from_flat({name: _revived(value) for name, value in spec.settings.items()})
 
 
+def evaluated(rule: Rule, updates: int, count: int) -> tuple[float, ...]:
+    """What `rule.scalars` gives, as finite numbers.
+
+    Raises:
+        ConfigurationError: it raises, or gives anything else; says for which update.
+    """
+    try:
+        numbers = tuple(float(number) for number in rule.scalars(updates, count))
+    except Exception as error:  # a user's method
+        raise ConfigurationError(
+            f"rule {rule.name}: scalars(updates={updates}, count={count}) raised "
+            f"{type(error).__name__}: {error}: it must give numbers for any updates ≥ 0 and count ≥ 1"
+        ) from error
+    if not all(map(math.isfinite, numbers)):
+        raise ConfigurationError(
+            f"rule {rule.name}: scalars(updates={updates}, count={count}) gave {numbers}: expected finite "
+            f"numbers"
+        )
+    return numbers
+
+
 def _revived(value: object) -> object:
     if not isinstance(value, RuleSpec):
         return value
