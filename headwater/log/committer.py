@@ -15,7 +15,7 @@ from typing import cast
 
 from headwater import messages as m
 from headwater.errors import ConfigurationError
-from headwater.log.measures import Measured
+from headwater.log.measures import MeasuredGradients
 from headwater.log.pending import COMMITTED, READY, PendingExchange, ReadySteps, by_rank, ids, weights_of
 from headwater.log.writer import LogWriter
 from headwater.spec.sync import Commits, Mode, PendingStep, Wait
@@ -101,7 +101,7 @@ class Committer:
             self._commit(steps, measured)
         return measured is not None
 
-    def _commit(self, steps: list[PendingExchange], measured: Measured | None = None) -> None:
+    def _commit(self, steps: list[PendingExchange], measured: MeasuredGradients | None = None) -> None:
         """Commit these as one update; those are answered with it whose answers the mode does not withhold."""
         clocks = [step.state.clock for step in steps]
         slowest = self._state.clocks.slowest_after(clocks)

@@ -35,7 +35,7 @@ class _Measure:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredGradients:
     """Of one commit, as its entry has them.
 
     Attributes:
@@ -77,7 +77,7 @@ class Measures:
             if one.position in self._at:
                 self._at[one.position].parts[server] = one.parts
 
-    def result(self, exchanges: Sequence[PendingExchange]) -> Measured | None:
+    def result(self, exchanges: Sequence[PendingExchange]) -> MeasuredGradients | None:
         """What the servers have measured of these; None until every server has said its part."""
         measure = self._of[exchanges[0].member]
         if len(measure.parts) < self._servers:
@@ -104,7 +104,7 @@ class Measures:
                 del self._of[member]
 
 
-def _measured(sums: Mapping[_What, float], weights: Sequence[float]) -> Measured:
+def _measured(sums: Mapping[_What, float], weights: Sequence[float]) -> MeasuredGradients:
     """From the sums of all servers, and the weights of the updates."""
     squares: defaultdict[int, float] = defaultdict(float)
     scales: list[Scales] = []
@@ -117,7 +117,9 @@ def _measured(sums: Mapping[_What, float], weights: Sequence[float]) -> Measured
         factors, length = coefficients(products, contributors)
         scales.append(Scales(model, tensor, tuple(factors.get(i, 0.0) for i in range(len(weights)))))
         squares[model] += length * length
-    return Measured(tuple((model, math.sqrt(squares[model])) for model in sorted(squares)), tuple(scales))
+    return MeasuredGradients(
+        tuple((model, math.sqrt(squares[model])) for model in sorted(squares)), tuple(scales)
+    )
 
 
 def _key(exchanges: Iterable[PendingExchange]) -> _Key:
