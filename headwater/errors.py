@@ -22,6 +22,7 @@ HeadwaterError
     ├── RewoundError            everything began anew from a checkpoint; make a new Worker
     ├── DataError               a file cannot be read, or not as it was described
     ├── StalledError            a wait passed its deadline, or could never end (also TimeoutError)
+    │   └── DeadlockError       waits that wait for each other; names all of them
     ├── EngineError             a node could not be started or ended unasked
     ├── CheckpointError         a checkpoint is damaged, or cannot be read or written
     ├── WeightsError            a published version is damaged, or does not follow the one before
@@ -129,6 +130,10 @@ class DataError(EnvironmentFailure):
 
 class StalledError(EnvironmentFailure, TimeoutError):
     """A wait passed its deadline, or could never have ended; the text says for whom."""
+
+
+class DeadlockError(StalledError):
+    """Waits that wait for each other, so that none of them could ever have ended; the text names all."""
 
 
 class EngineError(EnvironmentFailure):

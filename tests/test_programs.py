@@ -181,6 +181,33 @@ def test_workers_at_two_places_never_pair_and_are_named():
             assert "worker 1 waits in sum of loss (meeting 2, epoch 0)" in str(error)
 
 
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_last_split_and_a_meeting_that_wait_for_each_other_fail_at_once_and_name_both(servers):
+    with hw.Cluster(workers=2, servers=servers, sync="async", patience=30, deadline=60) as cluster:
+        first, second = joined(cluster, 0), joined(cluster, 1)
+        reading, held = second.batches(np.arange(8), 4), first.batches(np.arange(8), 4)
+        next(reading)
+        next(held)
+        for error in side_by_side(second.barrier, lambda: next(held)):
+            assert isinstance(error, StalledError)
+            assert "worker 1 has samples 0–3 of epoch 0" in str(error)
+            assert "worker 1 waits in barrier (meeting 1) for worker 0" in str(error)
+        first.leave()
+        second.leave()
+
+
+def test_meetings_inside_of_a_loop_over_leased_splits_are_no_deadlock():
+    def train(worker):
+        for number, _ in enumerate(worker.batches(np.arange(64), 1)):
+            worker.step()
+            if number < 4:
+                worker.barrier()
+        return worker.sum(one=1)["one"]
+
+    result = hw.run(train, workers=3, sync="async", engine="inline", deadline=30)
+    assert result.values == [3.0] * 3
+
+
 def test_a_program_that_makes_other_meetings_than_before_is_told_so():
     with hw.Cluster(workers=1, deadline=30) as cluster:
         worker = joined(cluster)

@@ -106,6 +106,7 @@ class Sequencer:
         self._committed = self.standings.position
         self._prepared = [0] * servers
         self._roster_term = 0
+        self._deadlocked: dict[int, str] = {}  # members that wait for meetings outside of the log, and why
         self._now = 0.0
         self._writer = LogWriter(servers, self.standings)
         self._pending = self._writer.pending
@@ -249,6 +250,7 @@ class Sequencer:
     def _decide(self, exchange: PendingExchange) -> None:
         """It became complete, for the first time or again in a newer connection epoch."""
         assert exchange.held is not None
+        self._deadlocked.pop(exchange.member, None)
         if exchange.held.number == exchange.state.answered:
             self._serve(exchange)
         elif exchange.stage is COMPLETE:
@@ -323,6 +325,8 @@ class Sequencer:
         self._writer.write(
             m.Retired(self._writer.next, exchange.member, False, "its batches are over", exchange.id)
         )
+        if exchange.held is not None and exchange.held.name:
+            self._deadlocked[exchange.member] = exchange.held.name
         self._writer.done(exchange)
 
     def _stop(self, exchange: PendingExchange) -> None:
@@ -373,6 +377,7 @@ class Sequencer:
     ) -> None:
         self._writer.write(m.Retired(self._writer.next, exchange.member, True, reason, answered, finished))
         self._writer.done(exchange)
+        self._deadlocked.pop(exchange.member, None)
         self._pending.remove(exchange)
 
     # ── settle: what follows for those who wait ─────────────────────────────────────────────────
@@ -385,6 +390,8 @@ class Sequencer:
             for exchange in self._pending.at(DECLARING):
                 if exchange.stage is DECLARING:  # the one before it may have declared for it
                     self._register(exchange)
+            if self._deadlocked and (meeting := self._pending.at(MEETING)):
+                self._fail("; ".join(self._deadlocked.values()), meeting)
             if self._pending.all_wait() and not self.standings.clocks and self._enough():
                 self._end_meeting()
             if self._pending.all_wait() and self.due is None and not self._writer.measures and self._enough():
@@ -415,7 +422,7 @@ class Sequencer:
             for exchange in workers:
                 self._writer.done(exchange)
         elif verdict.failure:
-            self._fail(verdict.failure)
+            self._fail(verdict.failure, workers)
         elif resuming := self._pending.at(RESUMING):
             self._activate(resuming)
             for exchange in resuming:
@@ -427,11 +434,10 @@ class Sequencer:
         workers = self._pending.workers()
         if not meetings.judge(workers, self.standings).absent:
             told = (f"worker {exchange.rank} waits in {exchange.what}" for exchange in workers)
-            self._fail(f"everybody waits for each other: {'; '.join(told)}")
+            self._fail(f"everybody waits for each other: {'; '.join(told)}", workers)
 
-    def _fail(self, reason: str) -> None:
-        """What every worker waits for can never come."""
-        workers = self._pending.workers()
+    def _fail(self, reason: str, workers: list[PendingExchange]) -> None:
+        """What these workers wait for can never come."""
         self._writer.write(m.Stalled(self._writer.next, ids(workers), reason))
         for exchange in workers:
             self._writer.done(exchange)

@@ -22,7 +22,18 @@ from numpy.typing import NDArray
 
 from headwater.errors import ConfigurationError, ProtocolError
 from headwater.log.positions import Ranges, VisitedCall
-from headwater.messages import DataProgress, Finish, Lease, Leased, Recut, Span, Unleased, Unvisited
+from headwater.messages import (
+    DataProgress,
+    Finish,
+    InMeeting,
+    Lease,
+    Leased,
+    Recut,
+    Refused,
+    Span,
+    Unleased,
+    Unvisited,
+)
 
 Indices: TypeAlias = NDArray[np.int64]
 Places: TypeAlias = range | Indices
@@ -136,7 +147,8 @@ class _Reader:
     """A worker in a call. `taken`: what it was leased and may not have committed, in order.
 
     `split`: what it reads now, the last of `taken`, and `leased` the answer that said so. `waiting`: the
-    number of its unanswered request; `told`: whether it knows that it waits.
+    number of its unanswered request; `told`: whether it knows that it waits. `meetings`: that it
+    has been in; `meeting`: the last one that it told of, which it may be out of by now.
     """
 
     rank: int
@@ -146,6 +158,12 @@ class _Reader:
     leased: Leased | None = None
     waiting: int | None = None
     told: bool = False
+    meetings: int = 0
+    meeting: InMeeting | None = None
+
+    def is_in_meeting(self, after: int) -> bool:
+        """Whether it waits for those who have been in so many meetings so far."""
+        return self.meeting is not None and self.meeting.number > after
 
     def keep_last(self, pending: int) -> None:
         """All that was taken but the last `pending` samples is part of committed steps."""
@@ -258,6 +276,7 @@ class LeaseBook:
         call.readers[member] = reader  # the last of those that wait
         reader.keep_last(lease.pending)
         reader.batch, reader.split, reader.waiting = lease.batch, None, lease.number
+        reader.meetings = lease.meetings
         return self._settle()
 
     def finish(self, member: int, finish: Finish) -> Replies:
@@ -271,6 +290,13 @@ class LeaseBook:
         elif reader.split is not None and finish.left > 0:
             epoch, start, stop = reader.split.epoch, reader.split.start, reader.split.stop
             call.give_back((Span(epoch, max(start, stop - finish.left), stop),))
+        return self._settle()
+
+    def meets(self, member: int, meeting: InMeeting) -> Replies:
+        """A worker waits in a meeting, and does not go on with its splits before everybody is there."""
+        for call in self._calls.values():
+            if (reader := call.readers.get(member)) is not None:
+                reader.meeting = meeting
         return self._settle()
 
     def gone(self, member: int, recorded: DataProgress) -> Replies:
@@ -328,9 +354,14 @@ class LeaseBook:
                 if span is not None:
                     reader.leased = Leased(number, span, call.total - call.free, call.total)
                     return member, reader.leased
-                if not self._reading(call, member):
+                reading = self._reading(call, member)
+                if not reading:
                     del call.readers[member]
                     return member, Unleased(number, True, f"call {call.number} of batches is read")
+                if all(other.is_in_meeting(reader.meetings) for other in reading):
+                    del call.readers[member]
+                    why = f"{self._reason(call, member)}, {_met(reading, reader.rank)}"
+                    return member, Unleased(number, True, why, Refused("DeadlockError", why))
         return None
 
     def _reading(self, call: _Call, member: int) -> list[_Reader]:
@@ -365,6 +396,13 @@ class LeaseBook:
                 self._lost.append(Unvisited(call.number, None, call.unvisited()))
             self._calls.pop(self._first, None)
             self._first += 1
+
+
+def _met(readers: Iterable[_Reader], rank: int) -> str:
+    """Why they do not go on, in words."""
+    return "; ".join(
+        f"worker {one.rank} waits in {one.meeting.what} for worker {rank}" for one in readers if one.meeting
+    )
 
 
 def _plan(lease: Lease) -> str:

@@ -216,11 +216,15 @@ class Recall(Message, frozen=True):
 
 
 class End(Message, frozen=True):
-    """The worker's batches are over: rounds no longer wait for it. `position`, `kept`: as of a Step."""
+    """The worker's batches are over: rounds no longer wait for it. `position`, `kept`: as of a Step.
+
+    `stalled`: they can never go on, as meetings that wait for this worker cannot; why.
+    """
 
     number: int
     position: Position | None = None
     kept: bytes | None = None
+    stalled: str = ""
 
 
 class Stop(Message, frozen=True):

@@ -110,6 +110,7 @@ class Lease(Message, frozen=True):
 
     The same call is made by all workers, so `call`, `epochs`, `size`, `shuffle` and `seed` must agree.
     `pending`: of the samples handed out, how many are not part of a committed step yet, the last ones.
+    `meetings`: how many meetings the worker's program has been in.
     """
 
     number: int
@@ -120,6 +121,7 @@ class Lease(Message, frozen=True):
     seed: int
     batch: int
     pending: int
+    meetings: int = 0
 
 
 class Leased(Message, frozen=True):
@@ -154,6 +156,16 @@ class Finish(Message, frozen=True):
     stopped: bool
 
 
+class InMeeting(Message, frozen=True):
+    """From a worker that has a split to the coordinator: it waits in meeting `number` of its program.
+
+    Whoever waits for that split and has not been in that meeting waits for ever, as the meeting waits for it.
+    """
+
+    number: int
+    what: str
+
+
 class Unvisited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Samples of a call that nobody reads any more: of a rank's part, or (`rank` None) of what all shared."""
 
@@ -162,5 +174,5 @@ class Unvisited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     samples: int
 
 
-ReadingMessage: TypeAlias = Lease | Leased | Unleased | Finish
+ReadingMessage: TypeAlias = Lease | Leased | Unleased | Finish | InMeeting
 """What a worker and the coordinator tell each other of splits."""

@@ -52,6 +52,8 @@ def name_of(request: m.Request) -> str:
         return str(request.at)
     if isinstance(request, m.Meet):
         return describe_meeting(request.meeting)
+    if isinstance(request, m.End):
+        return request.stalled
     if isinstance(request, m.Leave):
         return "" if request.finished else UNFINISHED
     return str(request.step) if isinstance(request, m.Step) else ""

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from headwater import messages as m
 from headwater.data import fetch
+from headwater.errors import DeadlockError
 from headwater.machines.splits import Indices, Order, Places
 from headwater.runtime.client import Client
 from headwater.worker.parts import Call, LeasedSplits, StaticPart, batches_an_epoch
@@ -98,7 +99,9 @@ class DataReader:
         if plan.splits == "static":
             recuts = [cut for cut in self._recuts if cut.call == number]
             return StaticPart(number, plan, self._rank, self.workers, place, recuts)
-        return LeasedSplits(number, plan, self.workers, self._session, self._send_end)
+        return LeasedSplits(
+            number, plan, self.workers, self._session, self._send_end, lambda: self._program.meetings
+        )
 
     @property
     def workers(self) -> int:
@@ -137,6 +140,15 @@ class DataReader:
         position, kept = self.resting(), self._program.unsent()
         self._session.ask(lambda number: m.End(number, position, kept), "end of batches")
         self._program.recorded(kept)
+
+    def holds_split(self) -> bool:
+        """Whether others may wait for what this worker has leased."""
+        return any(isinstance(call, LeasedSplits) for call in self._open.values())
+
+    def stall(self, why: str) -> None:
+        """Have meetings that wait for this worker fail, for it waits for them."""
+        position, kept = self.resting(), self._program.unsent()
+        self._session.ask(lambda number: m.End(number, position, kept, why), "end of batches")
 
     def check(self) -> None:
         """Raises SystemExit where this worker was dismissed: its data are not at an end by that."""
@@ -237,7 +249,11 @@ class _Reading(Iterator[Item]):
 
     def _advance(self, call: Call) -> bool:
         """Go on to the next piece; False at the end, which is told to everybody."""
-        piece = call.next_piece()
+        try:
+            piece = call.next_piece()
+        except DeadlockError as error:
+            self._reader.stall(str(error))
+            raise
         if piece is None:
             self._end(interrupted=False)
             return False

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.errors import ConfigurationError, MeetingError, UsageError
+from headwater.log.meetings import describe
 from headwater.runtime.client import Client
 from headwater.worker import plain
 from headwater.worker.batches import DataReader
@@ -126,10 +127,13 @@ class Meetings:
         self._reader.settle()
         meeting = self._program.next_meeting(kind, names, of, root)
         position, kept = self._reader.resting(), self._program.unsent()
+        new = self._program.is_new(meeting)
+        if new and self._reader.holds_split():
+            self._session.tell(m.InMeeting(meeting.number, describe(meeting)))
         answer: m.Answer = self._session.ask(
             lambda number: m.Meet(number, meeting, values or {}, data, position, kept), kind
         )
-        if self._program.is_new(meeting):
+        if new:
             self._program.recorded(kept)
         return answer
 

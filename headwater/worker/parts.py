@@ -134,14 +134,23 @@ class StaticPart:
 
 
 class LeasedSplits:
-    """A call whose splits all workers lease. `on_wait`: as for `Client.next_split`."""
+    """A call whose splits all workers lease.
+
+    `on_wait`: as for `Client.next_split`; `meetings`: how many the program has been in.
+    """
 
     def __init__(
-        self, number: int, plan: ReadPlan, workers: int, client: Client, on_wait: Callable[[], None]
+        self,
+        number: int,
+        plan: ReadPlan,
+        workers: int,
+        client: Client,
+        on_wait: Callable[[], None],
+        meetings: Callable[[], int],
     ) -> None:
         self.left = False
         self._number, self._plan = number, plan
-        self._client, self._on_wait = client, on_wait
+        self._client, self._on_wait, self._meetings = client, on_wait, meetings
         self._mine = self._rest = self._last = 0
         self._pending: list[m.Span] = []
         self._over = True  # until the coordinator says otherwise
@@ -191,5 +200,13 @@ class LeasedSplits:
         plan = self._plan
         pending = sum(span.stop - span.start for span in self._pending)
         return m.Lease(
-            number, self._number, plan.epochs, plan.size, plan.shuffle, plan.seed, plan.batch, pending
+            number,
+            self._number,
+            plan.epochs,
+            plan.size,
+            plan.shuffle,
+            plan.seed,
+            plan.batch,
+            pending,
+            self._meetings(),
         )

@@ -81,7 +81,7 @@ class Members:
     def _on_progress(self, conn: Conn, member: m.Member, progress: m.Progress) -> None:
         self.progress[member.index] = progress
 
-    def _on_reading(self, conn: Conn, member: m.Member, message: m.Lease | m.Finish) -> None:
+    def _on_reading(self, conn: Conn, member: m.Member, message: m.Lease | m.Finish | m.InMeeting) -> None:
         self._reply(self.reading.serve(member, message))
 
     def _on_get_servers(self, conn: Conn, member: m.Member, message: m.GetServers) -> None:
@@ -227,6 +227,7 @@ FROM_MEMBERS: dict[type, FromMember] = {
     m.Progress: Members._on_progress,
     m.Lease: Members._on_reading,
     m.Finish: Members._on_reading,
+    m.InMeeting: Members._on_reading,
     m.GetServers: Members._on_get_servers,
     m.CaughtUp: Members._on_caught_up,
     m.StandbyLost: Members._on_standby_lost,

@@ -16,14 +16,24 @@ from dataclasses import dataclass, field
 
 from headwater.errors import HeadwaterError
 from headwater.machines.splits import LeaseBook, Replies, unvisited_parts
-from headwater.messages import DataProgress, Finish, Lease, Member, Position, Refused, Unleased, Unvisited
+from headwater.messages import (
+    DataProgress,
+    Finish,
+    InMeeting,
+    Lease,
+    Member,
+    Position,
+    Refused,
+    Unleased,
+    Unvisited,
+)
 
 
 @dataclass(slots=True)
 class _Waiting:
     """What waits for an answer of server 0."""
 
-    requests: list[tuple[Member, Lease | Finish]] = field(default_factory=list)
+    requests: list[tuple[Member, Lease | Finish | InMeeting]] = field(default_factory=list)
     gone: list[tuple[Member, bool]] = field(default_factory=list)
     newcomers: list[Member] = field(default_factory=list)
 
@@ -59,8 +69,8 @@ class Reading:
         """Whether something waits for a question that was not asked yet."""
         return self._asked is None and bool(self._waiting)
 
-    def serve(self, worker: Member, message: Lease | Finish) -> Replies:
-        """A worker asks for a split, or gives one back; answers whoever is answered by it."""
+    def serve(self, worker: Member, message: Lease | Finish | InMeeting) -> Replies:
+        """A worker asks for a split, gives one back, or meets; answers whoever is answered by it."""
         if self._book is None:
             self._waiting.requests.append((worker, message))
             return []
@@ -118,9 +128,11 @@ class Reading:
         return self._book.unvisited() if self._book is not None else []
 
 
-def _served(book: LeaseBook, worker: Member, message: Lease | Finish) -> Replies:
+def _served(book: LeaseBook, worker: Member, message: Lease | Finish | InMeeting) -> Replies:
     if isinstance(message, Finish):
         return book.finish(worker.id, message)
+    if isinstance(message, InMeeting):
+        return book.meets(worker.id, message)
     try:
         return book.lease(worker.id, worker.index, message)
     except HeadwaterError as error:
