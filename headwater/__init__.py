@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from headwater import errors
+from headwater import errors, kvstore
 from headwater.checkpoint import load_checkpoint
 from headwater.cluster import Cluster, connect
 from headwater.data import Csv, Files, Parquet
@@ -87,6 +87,7 @@ __all__ = [
     "connect",
     "errors",
     "initializers",
+    "kvstore",
     "load_checkpoint",
     "load_weights",
     "register",

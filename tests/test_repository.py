@@ -27,7 +27,7 @@ LAYERS = [
     ["worker"],
     ["torch", "jax"],
     ["engines"],
-    ["cluster", "supervisor", "storage", "run", "standalone"],
+    ["kvstore", "cluster", "supervisor", "storage", "run", "standalone"],
     ["cli", "bench", "testing", "__main__", "__init__"],
 ]
 """A module imports from its own group and the groups above it (docs/architecture.md)."""

@@ -68,12 +68,14 @@ class Worker:
         rank: which worker this is, from 0.
         workers: how many were declared.
         settings: what `run(settings=…)` was given.
+        address, security: of the coordinator, and how this worker speaks to it.
     """
 
     def __init__(
         self, address: str, rank: int | None = None, *, security: Security = PLAIN, cluster: str = ""
     ) -> None:
         self._session = Client(address, "worker", rank, security=security, cluster=cluster)
+        self.address, self.security = address, security
         welcome = self._session.welcome
         self.rank = welcome.member.index
         self.workers = welcome.workers
