@@ -100,9 +100,13 @@ def test_a_description_lists_what_every_server_knows():
     assert exchange.outcome().models == tuple(known[:1])
 
 
-def test_what_each_server_did_is_told_in_their_order():
-    exchange = Exchange(1, 2, Stored)
-    parts = [Stored(1, None), Stored(1, None, failure=Refused("CheckpointError", "the disk is full"))]
+PARTS = [Stored(1, None), Stored(1, None, failure=Refused("CheckpointError", "the disk is full"))]
+DIGESTS = [Compared(1, server, 5, 9, (), None, reason="it has no standby") for server in range(2)]
+
+
+@pytest.mark.parametrize("parts", [PARTS, DIGESTS], ids=["stored", "compared"])
+def test_what_each_server_did_is_told_in_their_order(parts):
+    exchange = Exchange(1, 2, type(parts[0]))
     for server in (1, 0):
         exchange.received(server, parts[server])
     assert exchange.outcome() == parts
