@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.engines import Engine, Launch, Outcome, RayEngine, make_engine
-from headwater.errors import ClosedError, ConfigurationError
+from headwater.errors import ClosedError, ConfigurationError, UsageError
 from headwater.messages import ClusterStatistics, Role
 from headwater.runtime.checkpointer import Every
 from headwater.runtime.coordinator import CoordinatorNode
@@ -64,7 +64,8 @@ class Cluster:
         on_server_loss: when a shard is lost with all its copies, "rewind" to the latest checkpoint (default
             where there are checkpoints) or "stop".
         settings: the user's own, for `worker.settings`: numbers, texts, None, and lists and dicts of those.
-        patience: seconds after which a wait is reported; deadline: seconds after which it fails.
+        patience: seconds after which a wait is reported, half the deadline at most; deadline: seconds after
+            which it fails. No time is longer than a year.
         min_workers: with fewer workers than that nothing is committed.
         lease: seconds after which a node that is not heard of is declared dead.
         rules: names of modules with the user's own rules and modes, loaded by every node at its start.
@@ -153,11 +154,12 @@ class Cluster:
             mode,
             self._near,
             _of_servers(reach, transport, self._engine.nearby),
-            patience,
+            told.patience,
             replicas=replicas,
             min_workers=min_workers,
         )
         self._closed = False
+        self._process = os.getpid()
         try:
             self._supervisor.begin()
             self._storage.sign(self._coordinator.cluster)
@@ -257,10 +259,15 @@ class Cluster:
             HeadwaterError: a node could not be asked.
         """
         self._check_open()
-        return verify(self.address)
+        return verify(self._coordinator.addresses[0], security=self._security)
 
     def close(self) -> None:
-        """Stop all nodes; idempotent. Workers that are still joined get ConnectionLostError."""
+        """Stop all nodes; idempotent. Workers that are still joined get ConnectionLostError.
+
+        In a process forked from the cluster's it does nothing: the nodes are not that one's.
+        """
+        if os.getpid() != self._process:
+            return
         self._closed = True
         self._storage.interrupt()
         self._supervisor.close()
@@ -269,6 +276,11 @@ class Cluster:
         self._engine.close()
 
     def _check_open(self) -> None:
+        if os.getpid() != self._process:
+            raise UsageError(
+                f"the cluster belongs to process {self._process}, and this is process {os.getpid()}, forked "
+                "from it: only that process can use it. Join from here with hw.connect(address)"
+            )
         if self._closed:
             raise ClosedError("the cluster is closed: make a new Cluster")
 

@@ -1,5 +1,7 @@
 """What callers and strangers do wrong: a typed error or a closed connection, and nothing changed."""
 
+import functools
+import math
 import os
 import random
 import socket
@@ -8,9 +10,12 @@ import struct
 import msgspec
 import numpy as np
 import pytest
+from connections import TOKEN
+from typer.testing import CliRunner
 
 import headwater as hw
 from headwater import messages as m
+from headwater.cli.app import app
 from headwater.errors import (
     ClosedError,
     ConfigurationError,
@@ -20,13 +25,17 @@ from headwater.errors import (
     ProtocolError,
     RefusedError,
     RegistrationError,
+    UsageError,
 )
 from headwater.runtime.client import Client
+from headwater.spec.cluster import ClusterSettings
 from headwater.spec.rules import RowwiseAdagrad
+from headwater.standalone import StandaloneServer, StandaloneWorker
 from headwater.wire import frames
 from headwater.wire.channel import Outgoing
 from headwater.wire.listener import dial
 from headwater.wire.window import Window
+from headwater.worker import Worker
 
 SHAPES = {"w": (2, 3), "b": (3,)}
 
@@ -67,13 +76,180 @@ def ones(names=SHAPES):
         ({"workers": 1, "sync": "ssp:-1"}, "sync: got 'ssp:-1'"),
         ({"workers": 1, "sync": 3}, "sync: got 3"),
         ({"workers": 1, "engine": "cloud"}, "engine: got 'cloud', expected one of 'inline', 'local'"),
-        ({"workers": 1, "patience": 0}, "patience, deadline and lease must be > 0"),
+        ({"workers": 1, "patience": 0}, "patience must be > 0 seconds"),
         ({"workers": 1, "transport": "pigeon"}, "transport: got 'pigeon'"),
     ],
 )
 def test_an_impossible_cluster_is_refused_before_anything_starts(options, text):
     with pytest.raises(ConfigurationError, match=text):
         hw.Cluster(**options)
+
+
+TIMES = ["patience", "deadline", "lease"]
+
+
+@pytest.mark.parametrize("name", TIMES)
+@pytest.mark.parametrize(
+    "value",
+    [0, -1.0, math.inf, -math.inf, math.nan, 1e10, 366 * 86400.0, 10**400, "5", None, True],
+    ids=lambda value: f"{value!r:.12}",
+)
+def test_a_time_that_is_none_or_that_nothing_can_wait_for_is_refused_at_once_everywhere(name, value):
+    text = rf"{name} must be (> 0 seconds and at most a year \(31536000 s\)|a number of seconds), got"
+    for takes_it in (hw.Cluster, functools.partial(hw.run, lambda worker: None)):
+        with pytest.raises(ConfigurationError, match=text):
+            takes_it(workers=1, **{name: value})
+
+
+@pytest.mark.parametrize("command", [["run", "train.py"], ["serve", "coordinator", "--workers", "1"]])
+@pytest.mark.parametrize("value", ["inf", "nan", "0", "1e10"])
+def test_the_command_line_refuses_such_times_too(command, value, tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text("def train(worker):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    for name in TIMES:
+        done = CliRunner().invoke(app, [*command, f"--{name}", value])
+        assert done.exit_code == 2, done.output
+        assert f"{name} must be" in done.stderr
+
+
+def test_a_served_node_refuses_to_wait_for_ever():
+    for kind in (StandaloneServer, functools.partial(StandaloneWorker, print)):
+        with pytest.raises(ConfigurationError, match="wait must be ≥ 0 seconds"):
+            kind("unix:@nobody", wait=math.inf)
+
+
+@pytest.mark.parametrize("every", ["infs", "nans", "1e300s", "0s"])
+def test_checkpoints_every_so_long_that_nothing_can_wait_for_it_are_refused(every, tmp_path):
+    with pytest.raises(ConfigurationError, match="every"):
+        hw.Cluster(workers=1, checkpoint=tmp_path, every=every)
+
+
+def test_times_of_a_month_and_of_a_year_work(caplog):
+    month, year = 30 * 86400.0, 365 * 86400.0
+    for times in (
+        {"deadline": month},
+        {"patience": month},
+        {"lease": 40 * 86400.0},
+        dict.fromkeys(TIMES, year),
+    ):
+        with (
+            hw.Cluster(workers=1, servers=2, sync="async", bind="127.0.0.1", token=TOKEN, **times) as cluster,
+            hw.connect(cluster.address, token=TOKEN) as worker,
+        ):
+            table = worker.table("t", 2, hw.SGD(lr=1.0))
+            table.prefetch([1, 2])
+            assert table.pull([1, 2]).shape == (2, 2)
+            assert worker.step().version == 1
+            assert cluster.statistics().nodes
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_patience_of_more_than_half_of_the_deadline_is_cut_to_it():
+    assert ClusterSettings(1, 1, "sync", patience=50.0, deadline=60.0).patience == 30.0
+    assert ClusterSettings(1, 1, "sync", patience=20.0, deadline=60.0).patience == 20.0
+
+
+@pytest.mark.parametrize(
+    ("address", "options", "text"),
+    [
+        (3, {}, "the address of a coordinator is a text"),
+        (None, {}, "the address of a coordinator is a text"),
+        (b"unix:@x", {}, "the address of a coordinator is a text"),
+        ("nonsense", {}, "address 'nonsense' is not one of"),
+        ("tcp:127.0.0.1:1", {"token": 3}, "token must be a text, got a int"),
+        ("tcp:127.0.0.1:1", {"token": b"t" * 32}, "token must be a text, got a bytes"),
+        ("tcp:127.0.0.1:1", {"tls": "ca.pem"}, "tls must be a headwater.TLS"),
+    ],
+)
+def test_what_cannot_be_connected_to_is_refused_at_once(address, options, text):
+    with pytest.raises(ConfigurationError, match=text):
+        hw.connect(address, **options)
+
+
+@pytest.mark.parametrize("rank", ["a", -1, 1.5, True, 2**70])
+def test_what_is_no_rank_is_refused_at_once(rank):
+    with pytest.raises(ConfigurationError, match="rank must be an integer ≥ 0"):
+        Worker("unix:@nobody", rank)
+
+
+def _wrong_types():
+    w, sgd = {"w": np.zeros(2, np.float32)}, hw.SGD(lr=1.0)
+    yield "model(name=1)", lambda k: k.model(1, w, sgd)
+    yield "model(name=surrogate)", lambda k: k.model("\udc80", w, sgd)
+    yield "model(params=list)", lambda k: k.model("m", [np.zeros(2, np.float32)], sgd)
+    yield "model with int names", lambda k: k.model("m", {0: np.zeros(2, np.float32)}, sgd)
+    yield "model(groups=pairs)", lambda k: k.model("m", w, sgd, groups=[("w", sgd)])
+    yield "model(clip_norm=inf)", lambda k: k.model("m", w, sgd, clip_norm=1e400)
+    yield "model(nonfinite=1)", lambda k: k.model("m", w, sgd, nonfinite=1)
+    yield "table(name=None)", lambda k: k.table(None, 2, sgd)
+    yield "table(dim=2.0)", lambda k: k.table("t", 2.0, sgd)
+    yield "table(seed=None)", lambda k: k.table("t", 2, sgd, seed=None)
+    yield "pull of bools", lambda k: k.table("t", 2, sgd).pull([True])
+    yield "push of a list", lambda k: k.model("net", ones(), sgd).push([1.0])
+    yield "assign of a list", lambda k: k.model("net", ones(), sgd).assign([1.0])
+    yield "set(lr='high')", lambda k: k.model("net", ones(), sgd).set(lr="high")
+    yield "set(group='w')", lambda k: k.model("net", ones(), sgd).set(group="w", lr=1.0)
+    yield "step(read='net')", lambda k: k.step(read="net")
+    yield "step(read=[3])", lambda k: k.step(read=[3])
+    yield "step(read=None)", lambda k: k.step(read=None)
+    yield "step(weight='1')", lambda k: k.step(weight="1")
+    yield "batches(shuffle='no')", lambda k: k.batches(np.arange(4), 2, shuffle="no")
+    yield "batches(shuffle=2)", lambda k: k.batches(np.arange(4), 2, shuffle=2)
+    yield "batches(drop_last=None)", lambda k: k.batches(np.arange(4), 2, drop_last=None)
+    yield "batches(seed='x')", lambda k: k.batches(np.arange(4), 2, seed="x")
+    yield "splits(epochs=1.5)", lambda k: k.splits(10, epochs=1.5)
+    yield "epochs('all')", lambda k: k.epochs("all")
+    yield "log(loss='high')", lambda k: k.log(loss="high")
+    yield "sum(x=None)", lambda k: k.sum(x=None)
+    yield "keep(x=object)", lambda k: k.keep(x=object())
+
+
+@pytest.mark.parametrize(
+    ("what", "call"), list(_wrong_types()), ids=lambda one: one if isinstance(one, str) else ""
+)
+def test_an_argument_of_a_wrong_type_is_refused_and_the_worker_goes_on(worker, model, what, call):
+    with pytest.raises(UsageError):
+        call(worker)
+    model.push(ones())
+    assert worker.step().version == 1
+    assert (model.pull()["w"] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_yes_or_no_may_be_a_number_or_numpy_s(mode):
+    with hw.Cluster(workers=1, sync=mode, deadline=20) as cluster, cluster.worker() as worker:
+        for shuffle in (1, np.True_, 0):
+            read = [worker.step() and batch for batch in worker.batches(np.arange(4), 2, shuffle=shuffle)]
+            assert sorted(np.concatenate(read)) == [0, 1, 2, 3]
+
+
+def test_a_model_that_no_message_can_hold_is_refused_where_it_is_declared(worker, model):
+    names = [f"{'a long name ' * 1000}{number}" for number in range(800)]
+    with pytest.raises(RegistrationError, match=r"800 tensors take 9,.* bytes, at most 8,388,608"):
+        worker.model("large", {name: np.zeros(1, np.float32) for name in names}, hw.SGD(lr=1.0))
+    assert worker.step().version == 1
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_a_request_that_cannot_be_sent_is_refused_before_any_of_it_is_and_the_worker_goes_on(servers):
+    with (
+        hw.Cluster(workers=1, servers=servers, sync="async", deadline=20) as cluster,
+        cluster.worker() as worker,
+    ):
+        client = worker._session
+        for values in ({"x": object()}, {"x" * (17 << 20): 1.0}):
+            number = client.machine.number
+            with pytest.raises(UsageError, match="cannot be sent"):
+                client.ask(lambda number, values=values: m.Meet(number, "sum", values), "sum")
+            assert client.machine.number == number
+        assert worker.step().version == 1
+
+
+def test_a_prefetch_that_cannot_be_sent_is_refused_and_the_worker_goes_on(worker):
+    client = worker._session
+    with pytest.raises(UsageError, match="cannot be sent"):
+        client.begin(lambda server, number: Outgoing(m.Pull(number, ("x", object()), 0)), "x", None, print)
+    assert worker.step().version == 1
 
 
 @pytest.mark.parametrize(

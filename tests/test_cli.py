@@ -161,7 +161,7 @@ def test_a_missing_function_lists_those_the_script_has(command, script):
             ["--engine", "inline", "--rules", "no_such_rules"],
             "rules module 'no_such_rules' cannot be imported",
         ),
-        (["--patience", "0"], "patience, deadline and lease must be > 0"),
+        (["--patience", "0"], "patience must be > 0 seconds"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(command, script, arguments, complaint):

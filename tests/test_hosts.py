@@ -11,9 +11,11 @@ import threading
 
 import numpy as np
 import pytest
+import typer
 from connections import TOKEN, running, tls
 from hosts import NEAR, both, far, field, in_threads, train
 from typer.testing import CliRunner
+from waiting import wait_until
 
 import headwater as hw
 from headwater.cli import app
@@ -388,6 +390,49 @@ def test_statistics_and_status_show_the_addresses_that_others_dial(tmp_path, mon
         assert status(["status", cluster.address]).exit_code == 1
         monkeypatch.setenv("HEADWATER_TOKEN", TOKEN)
         assert status(["status", cluster.address]).exit_code == 0
+
+
+@pytest.mark.parametrize("proof", PROOFS.values(), ids=PROOFS)
+@pytest.mark.parametrize("only_tcp", [False, True])
+def test_a_cluster_that_demands_proofs_can_verify_itself(proof, only_tcp):
+    transport = {"transport": "tcp"} if only_tcp else {"bind": "127.0.0.1"}
+    cluster = hw.Cluster(workers=1, servers=1, replicas=1, deadline=20, **transport, **proof)
+    with cluster, cluster.worker() as worker:
+        worker.step()
+        assert [shard.index for shard in cluster.verify().shards] == [0]
+
+
+def dialling_commands(group, path=()):
+    """Every command of the command line that is told where a cluster is."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from dialling_commands(command, (*path, name))
+        elif {"address", "coordinator"} & {one.name for one in command.params}:
+            yield (*path, name), command
+
+
+def test_every_command_that_dials_a_cluster_takes_the_same_credentials():
+    commands = dict(dialling_commands(typer.main.get_command(app)))
+    assert {("status",), ("verify",), ("serve", "server"), ("serve", "worker")} <= set(commands)
+    for path, command in commands.items():
+        options = {one.name: one for one in command.params}
+        for name in ("token_file", "tls_ca", "tls_certificate", "tls_key"):
+            assert name in options, path
+            assert f"HEADWATER_{name.upper()}" in str(options[name].envvar), path
+
+
+def test_verify_proves_what_the_cluster_demands(tmp_path):
+    secret = tmp_path / "token"
+    secret.write_text(TOKEN + "\n")
+    verify = functools.partial(CliRunner().invoke, app)
+    cluster = hw.Cluster(workers=1, servers=1, replicas=1, bind="127.0.0.1", token=TOKEN)
+    with cluster, cluster.worker() as worker:
+        worker.step()
+        wait_until(lambda: cluster.verify().equal)
+        assert verify(["verify", cluster.address]).exit_code == 1
+        done = verify(["verify", cluster.address, "--token-file", str(secret), "--json"])
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.output)["shards"][0]["reason"] == ""
 
 
 def test_run_takes_addresses_and_proofs_and_never_shows_the_token(tmp_path):

@@ -1,5 +1,6 @@
 """Connections are cut while everybody lives: members connect anew and repeat; no step is lost or doubled."""
 
+import os
 import random
 import socket
 import threading
@@ -218,3 +219,21 @@ def test_a_pending_wait_ends_when_its_worker_is_declared_dead():
         assert "declared dead" in str(failures[0])
         first.leave()
         second.leave()
+
+
+def test_a_member_that_connects_anew_goes_on_in_other_memory_with_the_same_content():
+    """A server that was taken for dead may still write to what it was given."""
+    cluster = hw.Cluster(workers=1, servers=2, sync="async", patience=5, deadline=20)
+    with cluster, cluster.worker() as worker:
+        model = worker.model("sums", {"a": np.zeros(3, np.float32)}, hw.Accumulate())
+        table = worker.table("rows", 2, hw.Accumulate())
+        values, memories = model.parameters["a"], set()
+        for step in range(1, 4):
+            model.push({"a": np.ones(3)})
+            table.push([1, 2], np.ones((2, 2), np.float32))
+            worker._session.channels[0]._stream.shutdown(socket.SHUT_RDWR)
+            worker.step()
+            memories |= {os.fstat(one.descriptors[0]).st_ino for one in (model._memory, worker._rows._memory)}
+            assert len(memories) == 2 * step
+            assert (values == step).all(), "the user's arrays are where they were"
+            assert (table.pull([1, 2]) == step).all()

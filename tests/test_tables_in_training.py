@@ -472,3 +472,23 @@ def test_the_example_of_the_page_on_tables_runs():
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_worker_s_memory_for_rows_does_not_grow_with_its_steps(mode, transport):
+    cluster = hw.Cluster(workers=1, servers=2, sync=mode, transport=transport, deadline=20)
+    with cluster, cluster.worker() as worker:
+        table = worker.table("rows", 16, hw.SGD(lr=1.0))
+        sizes = set()
+        for step in range(40):
+            ids = np.arange(step, step + 2000)
+            table.pull(ids[:100])
+            table.prefetch(ids + 1)
+            table.push(ids, np.ones((2000, 16), np.float32))
+            worker.step()
+            table.pull(ids + 1)
+            table.delete(ids[:3])
+            sizes.add(len(worker._rows._memory.memory))
+            assert worker._rows.used == 0, "whatever was taken is given back"
+        assert len(sizes) == 1

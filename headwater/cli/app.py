@@ -14,11 +14,7 @@ from headwater.cli.environment import (
     Advertise,
     Bind,
     Insecure,
-    TlsCa,
-    TlsCertificate,
-    TlsKey,
-    TokenFile,
-    security_of,
+    takes_credentials,
 )
 from headwater.cli.faults import faults_reported
 from headwater.cli.options import (
@@ -38,6 +34,7 @@ from headwater.cli.serve import serve
 from headwater.cli.status import show_status
 from headwater.cli.training import train_script
 from headwater.cli.verify import show_verification
+from headwater.wire.security import PLAIN, Security
 
 app = typer.Typer(
     name="headwater",
@@ -64,6 +61,7 @@ def main() -> None:
 
 
 @app.command()
+@takes_credentials
 def run(
     script: Annotated[
         str,
@@ -111,10 +109,7 @@ def run(
     ] = "unix",
     bind: Bind = None,
     advertise: Advertise = None,
-    token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
-    tls_certificate: TlsCertificate = None,
-    tls_key: TlsKey = None,
+    security: Security = PLAIN,
     insecure: Insecure = False,
     patience: Patience = 10.0,
     deadline: Deadline = 600.0,
@@ -139,7 +134,6 @@ def run(
     Exit codes: 0 done, 1 the training or the cluster failed, 2 a wrong argument, 130 interrupted.
     """
     with faults_reported():
-        security = security_of(token_file, tls_ca, tls_certificate, tls_key, insecure)
         train_script(
             script,
             set_ or (),
@@ -171,13 +165,11 @@ def run(
 
 
 @app.command()
+@takes_credentials
 def status(
     address: Annotated[str, typer.Argument(help="What `headwater run` printed as cluster address.")],
     json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
-    token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
-    tls_certificate: TlsCertificate = None,
-    tls_key: TlsKey = None,
+    security: Security = PLAIN,
 ) -> None:
     """Show the nodes and models of a running cluster, and whom each node waits for.
 
@@ -188,27 +180,30 @@ def status(
     headwater status tcp:node1:7000 --token-file token
     """
     with faults_reported():
-        security = security_of(token_file, tls_ca, tls_certificate, tls_key)
         show_status(address, as_json=json, security=security)
 
 
 @app.command()
+@takes_credentials
 def verify(
     address: Annotated[str, typer.Argument(help="What `headwater run` printed as cluster address.")],
     json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
+    security: Security = PLAIN,
 ) -> None:
     """Compare every server of a running cluster with its standby, at one entry of the log.
 
     Training goes on; each node copies what it holds in memory, as for a checkpoint, and sums that up.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
     headwater verify unix:@headwater-0f3a
+
+    headwater verify tcp:node1:7000 --token-file token
 
     Exit codes: 0 all equal, 1 a standby differs, has not caught up or does not exist.
     """
     with faults_reported():
-        show_verification(address, as_json=json)
+        show_verification(address, as_json=json, security=security)
 
 
 @app.command()

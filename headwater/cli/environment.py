@@ -6,12 +6,16 @@ there for everybody on the machine to read.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
+from headwater.cli.faults import faults_reported
 from headwater.errors import ConfigurationError
 from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import TLS, Security
@@ -60,6 +64,42 @@ TlsKey: TypeAlias = Annotated[
 Insecure: TypeAlias = Annotated[
     bool, typer.Option("--insecure", help="Listen beyond this machine with neither token nor TLS.")
 ]
+
+_CREDENTIALS = {
+    "token_file": TokenFile,
+    "tls_ca": TlsCa,
+    "tls_certificate": TlsCertificate,
+    "tls_key": TlsKey,
+}
+
+
+def takes_credentials(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of credentials, in the place of its parameter `security`, which they become.
+
+    Every command that dials a cluster is one of these, so that all take the same. One that listens too has an
+    option `insecure`.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    parameters = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name == "security":
+            parameters += [
+                parameter.replace(name=name, annotation=annotation, default=None)
+                for name, annotation in _CREDENTIALS.items()
+            ]
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+
+    @functools.wraps(command)
+    def with_credentials(**options: Any) -> None:
+        given = {name: options.pop(name) for name in _CREDENTIALS}
+        with faults_reported():
+            security = security_of(**given, insecure=options.get("insecure", False))
+        command(**options, security=security)
+
+    with_credentials.__annotations__ = {one.name: one.annotation for one in parameters}
+    with_credentials.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return with_credentials
 
 
 def security_of(

@@ -14,12 +14,8 @@ from headwater.cli.environment import (
     Advertise,
     Bind,
     Insecure,
-    TlsCa,
-    TlsCertificate,
-    TlsKey,
-    TokenFile,
     reach_of,
-    security_of,
+    takes_credentials,
 )
 from headwater.cli.faults import faults_reported
 from headwater.cli.options import (
@@ -39,6 +35,7 @@ from headwater.cli.serving import load_all, node_reported, serve_coordinator, se
 from headwater.spec.cluster import ClusterSettings
 from headwater.spec.sync import parse_sync
 from headwater.storage import checkpoints_of
+from headwater.wire.security import PLAIN, Security
 
 serve = typer.Typer(
     help="Run nodes one by one, under any scheduler, and make the certificates that they show each other. "
@@ -57,6 +54,7 @@ Wait = Annotated[
 
 
 @serve.command(context_settings=FROM_ENVIRONMENT)
+@takes_credentials
 def coordinator(
     workers: Annotated[int, typer.Option(min=1, help="Workers that must have joined, and must finish.")],
     servers: Annotated[int, typer.Option(min=1, help="Servers, which hold equal parts of the model.")] = 1,
@@ -93,10 +91,7 @@ def coordinator(
     ] = None,
     bind: Bind = None,
     advertise: Advertise = None,
-    token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
-    tls_certificate: TlsCertificate = None,
-    tls_key: TlsKey = None,
+    security: Security = PLAIN,
     insecure: Insecure = False,
 ) -> None:
     """Keep the roster of a cluster, hand out data, take checkpoints; prints its address when it is ready.
@@ -111,7 +106,6 @@ def coordinator(
     to end.
     """
     with faults_reported():
-        security = security_of(token_file, tls_ca, tls_certificate, tls_key, insecure)
         checkpoints = checkpoints_of(checkpoint, every, keep, resume, on_server_loss)  # type: ignore[arg-type]
         load_all(rules)
         settings = ClusterSettings(
@@ -129,6 +123,7 @@ def coordinator(
 
 
 @serve.command(context_settings=FROM_ENVIRONMENT)
+@takes_credentials
 def server(
     coordinator: Coordinator = None,
     role: Annotated[
@@ -141,10 +136,7 @@ def server(
     wait: Wait = 300.0,
     bind: Bind = None,
     advertise: Advertise = None,
-    token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
-    tls_certificate: TlsCertificate = None,
-    tls_key: TlsKey = None,
+    security: Security = PLAIN,
     insecure: Insecure = False,
 ) -> None:
     """Be a server or standby, whichever is missing, or a spare that waits until one is.
@@ -157,12 +149,12 @@ def server(
     start it again, 130 and 143 told to end.
     """
     with node_reported():
-        security = security_of(token_file, tls_ca, tls_certificate, tls_key, insecure)
         load_all(rules)
         serve_server(coordinator, role, index, reach_of(bind, advertise, security), wait)
 
 
 @serve.command(context_settings=FROM_ENVIRONMENT)
+@takes_credentials
 def worker(
     script: Annotated[
         str,
@@ -176,10 +168,7 @@ def worker(
     rank: Annotated[int | None, typer.Option(min=0, help="Which worker; without: the next free one.")] = None,
     rules: Rules = None,
     wait: Wait = 300.0,
-    token_file: TokenFile = None,
-    tls_ca: TlsCa = None,
-    tls_certificate: TlsCertificate = None,
-    tls_key: TlsKey = None,
+    security: Security = PLAIN,
 ) -> None:
     """Run a training function as a worker; its settings come from the coordinator.
 
@@ -191,7 +180,6 @@ def worker(
     is lost: start it again, 130 and 143 told to end.
     """
     with node_reported():
-        security = security_of(token_file, tls_ca, tls_certificate, tls_key)
         load_all(rules)
         serve_worker(script, coordinator, rank, security, wait)
 

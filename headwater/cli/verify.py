@@ -9,16 +9,17 @@ from rich.table import Table
 
 from headwater.cli.faults import FAILED
 from headwater.runtime.verifier import ShardVerification, Verification, verify
+from headwater.wire.security import PLAIN, Security
 
 
-def show_verification(address: str, *, as_json: bool) -> None:
+def show_verification(address: str, *, as_json: bool, security: Security = PLAIN) -> None:
     """Compare, and print what was found.
 
     Raises:
         HeadwaterError: the cluster could not be asked.
         typer.Exit: 1 when something differs or a shard has no caught-up standby.
     """
-    found = verify(address)
+    found = verify(address, security=security)
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
     else:

@@ -178,6 +178,12 @@ class ClientMachine:
         self._wait(now)
         return []
 
+    def withdraw(self) -> Actions:
+        """Forget the request that was begun last: none of it has left."""
+        self.number -= 1
+        self._done()
+        return []
+
     def next_split(self, lease: m.Lease, now: float) -> Actions:
         """Ask the coordinator for a split of a data set."""
         return self.splits.ask(lease, now)

@@ -15,6 +15,7 @@ from headwater import checkpoint as files
 from headwater import messages as m
 from headwater.errors import ConfigurationError, HeadwaterError, RewoundError, named
 from headwater.runtime.client import Client
+from headwater.spec.times import seconds
 from headwater.wire.security import PLAIN, Security
 
 _log = logging.getLogger("headwater.checkpoint")
@@ -44,10 +45,12 @@ class Every:
             every = cls(seconds=float(plain[:-1])) if timed else cls(versions=int(plain))
         except ValueError:
             every = cls()
-        if not (every.versions > 0 or 0 < every.seconds < math.inf):
+        if every.versions <= 0 and not every.seconds > 0:
             raise ConfigurationError(
                 f"every: got {text!r}, expected commits such as 100 or seconds such as '30s'"
             )
+        if every.seconds:
+            seconds("every", every.seconds)
         return every
 
 

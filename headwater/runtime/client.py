@@ -17,7 +17,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from headwater import messages as m
-from headwater.errors import ClosedError, ConnectionLostError, FinishedError, HeadwaterError, StalledError
+from headwater.errors import (
+    ClosedError,
+    ConfigurationError,
+    ConnectionLostError,
+    FinishedError,
+    HeadwaterError,
+    StalledError,
+    UsageError,
+)
 from headwater.machines.actions import Action, Actions, Close, Conn, Dial, Note, Send, Tell
 from headwater.machines.client import Asked, Call, ClientMachine, Failed, Settled
 from headwater.machines.connections import Buffer, Connected, Frame, Outgoing, Renewal
@@ -29,6 +37,7 @@ from headwater.runtime.membership import MembershipThread
 from headwater.spec.sync import Mode, parse_sync
 from headwater.wire.channel import Channel, Received
 from headwater.wire.exchange import exchange
+from headwater.wire.fork import close_in_child
 from headwater.wire.security import PLAIN, Security
 from headwater.wire.shared_memory import windows_possible
 
@@ -58,6 +67,7 @@ class Client:
         dismissed: an exit code with which calls end from now on, until it leaves; None while they do not.
 
     Raises:
+        ConfigurationError: not an address, or not a rank.
         ConnectionLostError: nobody answers at that address.
         RefusedError: the coordinator refuses, with its reason, or one side does not admit the other.
         OtherClusterError: the coordinator there is of another cluster.
@@ -75,6 +85,7 @@ class Client:
         security: Security = PLAIN,
         cluster: str = "",
     ) -> None:
+        _check(coordinator, rank)
         join = m.Join(role, rank, os.getpid(), socket.gethostname(), (), machine(), cluster)
         self.machine = ClientMachine(coordinator, join, deadline=deadline)
         self.channels: list[Channel] = []
@@ -92,9 +103,11 @@ class Client:
         self._begun: Callable[[Outcome], None] | None = None
         self._what = "connect"
         self._closed = False
+        self._process = os.getpid()
         self._member = MembershipThread(self.machine, self.machine.membership, security, self._put_off)
         self._member.watched = lambda: tuple(self._links.values())
         self._lock = self._member.lock
+        close_in_child(self)
         try:
             self._member.begin(f"headwater-membership-{role}")
             self._drive([], time.monotonic())
@@ -137,6 +150,7 @@ class Client:
         """Make the exchange that `Call` of these says; blocks for all answers, and returns what they come to.
 
         Raises:
+            UsageError: the request cannot be sent; nothing was.
             HeadwaterError: what the servers refused it with.
             ClosedError: the member has left.
             StalledError: the deadline passed; says for whom. Final, as is every error below.
@@ -149,7 +163,7 @@ class Client:
     def _make(self, call: Call) -> Any:
         if self._begun is not None:
             self.finish()
-        if self._closed or self.machine.failure is not None:
+        if self._closed or self.machine.failure is not None or self._is_forked:
             self._check_usable(call.what)
         self._what = call.what
         now = time.monotonic()
@@ -193,6 +207,11 @@ class Client:
                 )
             except ConnectionLostError as error:
                 _log.info("%s: %s: %s", self.machine.membership.name, what, error)  # `finish` repeats it
+            except UsageError:
+                self._begun = None
+                with self._lock:
+                    self.machine.withdraw()
+                raise
 
     def finish(self) -> None:
         """Block for the answers to what was begun, if anything was, and hand them on. Raises as `call`."""
@@ -275,7 +294,7 @@ class Client:
 
     def usable(self) -> bool:
         """Whether another exchange can be made."""
-        return not self._closed and self.machine.failure is None
+        return not self._closed and self.machine.failure is None and not self._is_forked
 
     def leave_log(self, request: Callable[[int], m.Leave] = m.Leave) -> None:
         """Leave the log: everybody else goes on without this member. Raises as `call`."""
@@ -293,6 +312,8 @@ class Client:
 
     def interrupt(self) -> None:
         """From another thread: end the membership, and an exchange under way with ConnectionLostError."""
+        if self._is_forked:
+            return  # it is the parent's
         self._closed = True
         self._member.step(lambda now: self.machine.close())
 
@@ -308,13 +329,29 @@ class Client:
     def check_open(self, what: str) -> None:
         """Raise ClosedError unless another exchange can be made; `what` is the user's verb.
 
-        Raises SystemExit where this member was dismissed.
+        Raises UsageError in a forked child, SystemExit where this member was dismissed.
         """
         self._check_usable(what)
         if self.dismissed is not None:
             raise SystemExit(self.dismissed)
 
+    def close_descriptors(self) -> None:
+        """In a forked child: there is no other thread, and locks may be held by one that there is not."""
+        self._member.abandon()
+        self._lock = self._member.lock
+
+    @property
+    def _is_forked(self) -> bool:
+        """Whether this process was forked from the one whose membership this is."""
+        return os.getpid() != self._process
+
     def _check_usable(self, what: str) -> None:
+        if self._is_forked:
+            raise UsageError(
+                f"{what}: {self.machine.membership.name} belongs to process {self._process}, and this is "
+                f"process {os.getpid()}, forked from it: only the process that joined can use it. Join here "
+                "with a worker of its own (hw.connect), or hand data over instead of the worker"
+            )
         if self._closed:
             name = self.machine.membership.name
             raise ClosedError(f"{what}: {name} has left the cluster; connect again for a new one")
@@ -357,6 +394,10 @@ class Client:
             left = None if until is None else max(0.0, until - now)
             exchange(self.channels, frames, self._received, self._place, left, self.machine.number)
             return
+        except UsageError as error:  # it cannot be sent, so nothing has been
+            with self._lock:
+                actions = self.machine.withdraw()
+            self._settled = Settled(None, error)
         except StalledError:
             assert until is not None
             with self._lock:
@@ -485,6 +526,17 @@ class Client:
                 else ConnectionLostError(f"{self._what} was interrupted by {name}")
             )
             self._member.step(lambda now: self.machine.fail(why))
+
+
+def _check(coordinator: Any, rank: Any) -> None:
+    """Raise ConfigurationError unless they can be an address and a rank."""
+    if not isinstance(coordinator, str):
+        raise ConfigurationError(
+            f"the address of a coordinator is a text such as 'tcp:node1:7000', got {coordinator!r}"
+        )
+    whole = isinstance(rank, int) and not isinstance(rank, bool)
+    if rank is not None and not (whole and 0 <= rank < 2**31):
+        raise ConfigurationError(f"rank must be an integer ≥ 0, or None for the next free one, got {rank!r}")
 
 
 def _close(descriptors: Sequence[int]) -> None:

@@ -7,6 +7,8 @@ import msgspec
 from headwater import messages as m
 from headwater.errors import RefusedError, named
 from headwater.runtime.client import Client
+from headwater.spec.times import seconds
+from headwater.wire.security import PLAIN, Security
 
 _TRIES = 3
 
@@ -41,17 +43,20 @@ class Verification(msgspec.Struct, frozen=True):
         return all(shard.equal for shard in self.shards)
 
 
-def verify(coordinator: str, deadline: float | None = None) -> Verification:
+def verify(coordinator: str, *, deadline: float | None = None, security: Security = PLAIN) -> Verification:
     """Compare every server of a cluster with its standby, while training goes on; blocks until all have.
 
     Training pauses for a copy of each shard in memory, as for a checkpoint; digests are made of the copies.
 
     Raises:
+        ConfigurationError: an impossible `deadline`.
         ConnectionLostError: nobody answers there, or the cluster ends.
         StalledError: `deadline` seconds passed, by default those of the cluster.
-        RefusedError: servers were replaced again and again meanwhile.
+        RefusedError: `security` is not what the cluster's nodes must prove, or servers were replaced again
+            and again meanwhile.
     """
-    session = Client(coordinator, "observer", deadline=deadline)
+    limit = None if deadline is None else seconds("deadline", deadline)
+    session = Client(coordinator, "observer", deadline=limit, security=security)
     try:
         for left in reversed(range(_TRIES)):
             session.ask(m.Verify, "verify")

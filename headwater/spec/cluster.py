@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headwater.errors import ConfigurationError
+from headwater.spec.times import seconds
 from headwater.spec.user_settings import checked
 
 
@@ -17,6 +18,7 @@ class ClusterSettings:
     times in seconds.
 
     A member that is not heard of for `lease` is declared dead; it lets itself be heard of three times in one.
+    A `patience` of more than half of the `deadline` is cut to that.
     `rewinds`: when a shard is lost everything begins anew from a checkpoint, instead of ending.
     `generation`: of the log, to begin with. `min_workers`: with fewer nothing is committed.
 
@@ -48,9 +50,10 @@ class ClusterSettings:
             raise ConfigurationError(
                 f"min_workers must be at most workers={self.workers}, got {self.min_workers}"
             )
-        if not (self.patience > 0 and self.deadline > 0 and self.lease > 0):
-            times = f"{self.patience}, {self.deadline}, {self.lease}"
-            raise ConfigurationError(f"patience, deadline and lease must be > 0 seconds, got {times}")
+        for name in ("patience", "deadline", "lease"):
+            object.__setattr__(self, name, seconds(name, getattr(self, name)))
+        # A wait that ends before anybody has said for whom it is could only be reported as silence.
+        object.__setattr__(self, "patience", min(self.patience, self.deadline / 2))
 
     def kept(self) -> dict[str, Any]:
         """What must be the same when a coordinator starts again: all that members were told or go by."""

@@ -16,6 +16,7 @@ from headwater.errors import (
 from headwater.messages import Assignment, RequestSlot
 from headwater.runtime.coordinator_client import enlist
 from headwater.runtime.server import ServerNode, ServerSettings
+from headwater.spec.times import seconds
 from headwater.standalone.patience import patiently
 from headwater.wire.endpoint import LOCAL, Endpoint
 
@@ -43,7 +44,7 @@ class StandaloneServer:
         self._coordinator = coordinator
         self._wanted = RequestSlot(role, index)
         self._reach = reach
-        self._wait = wait
+        self._wait = seconds("wait", wait, zero=True)
 
     def run(self) -> None:
         """Serve until training has finished; blocks.

@@ -8,6 +8,7 @@ from typing import Any
 
 from headwater.engines.engine import Failure
 from headwater.errors import ConnectionLostError, FinishedError, RefusedError, RewoundError, WorkerError
+from headwater.spec.times import seconds
 from headwater.standalone.patience import patiently
 from headwater.wire.security import PLAIN, Security
 from headwater.worker import Worker
@@ -37,7 +38,7 @@ class StandaloneWorker:
         self._coordinator = coordinator
         self._rank = rank
         self._security = security
-        self._wait = wait
+        self._wait = seconds("wait", wait, zero=True)
         self._worker: Worker | None = None
         self._cluster = ""
 

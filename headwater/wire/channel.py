@@ -108,9 +108,11 @@ class Channel:
             timeout: seconds without progress after which the connection is given up.
 
         Raises:
+            UsageError: the message cannot be sent; nothing was.
             ConnectionLostError: the connection is closed, or the peer took nothing for `timeout`
                 seconds: as part of a frame may be out, the connection is then closed here.
         """
+        head = encoded(message, buffers, descriptors, request)  # before anything is sent, as it may fail
         if timeout is None:
             self._writing.acquire()
         elif not self._writing.acquire(timeout=timeout):
@@ -121,7 +123,7 @@ class Channel:
                 raise self._is_closed()
             if timeout != self._send_timeout:
                 self._send_timeout = self._tell_kernel(socket.SO_SNDTIMEO, timeout)
-            unsent = self.start(message, buffers, descriptors, request, 0)
+            unsent = self.start(message, buffers, descriptors, request, 0, head)
             while unsent is not None:
                 unsent = self.push(unsent, 0)
         except BlockingIOError as error:
@@ -236,15 +238,21 @@ class Channel:
         descriptors: Sequence[int],
         request: int,
         flags: int = NO_WAIT,
+        head: bytes = b"",
     ) -> Span | None:
         """Send a small frame at once; return what is left to `push`, None if nothing is.
 
-        Does not block unless `flags` is 0. Raises ConnectionLostError.
+        Does not block unless `flags` is 0. `head`: what `encoded` has made of the others, if it was called.
+
+        Raises:
+            UsageError: the message cannot be sent; nothing was.
+            ConnectionLostError: the connection broke.
         """
         length = 0
         for buffer in buffers:
             length += buffer.nbytes
-        head = encode(message, request=request, payload_length=length, flags=len(descriptors))
+        if not head:
+            head = encode(message, request=request, payload_length=length, flags=len(descriptors))
         if descriptors:
             assert self.can_pass_descriptors
             self._passing = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
@@ -348,3 +356,15 @@ class Channel:
             if not self._reading.locked() and not self._writing.locked():
                 self._incoming.close_descriptors()
                 self._stream.close()
+
+
+def encoded(message: AnyMessage, buffers: Sequence[Array], descriptors: Sequence[int], request: int) -> bytes:
+    """Prefix and header of a frame that these follow.
+
+    Raises:
+        UsageError: the message cannot be sent.
+    """
+    length = 0
+    for buffer in buffers:
+        length += buffer.nbytes
+    return encode(message, request=request, payload_length=length, flags=len(descriptors))

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from headwater.errors import ConnectionLostError, StalledError
 from headwater.messages import AnyMessage
-from headwater.wire.channel import Array, Channel
+from headwater.wire.channel import Array, Channel, encoded
 from headwater.wire.incoming import PlaceOf, Received, Span
 
 
@@ -54,11 +54,15 @@ def exchange(
         request: id of the frames that are sent.
 
     Raises:
+        UsageError: a frame cannot be sent; none was, and the channels are as they were.
         StalledError: the deadline has passed; it names who has not answered.
         ConnectionLostError: a channel broke or was closed before it gave its answer; it names the peer.
         ProtocolError: as for `Channel.receive`.
-    After any error, also of `on_received` and `place`, frames may be half sent: close the channels.
+    After any other error, also of `on_received` and `place`, frames may be half sent: close the channels.
     """
+    heads: list[bytes] = []
+    if len(outgoing) > 1:  # else it is found before anything is sent as well
+        heads = [encoded(frame.message, frame.buffers, frame.descriptors, request) for frame in outgoing]
     entered = 0
     try:
         for channel in channels:
@@ -68,7 +72,10 @@ def exchange(
         lost: dict[int, ConnectionLostError] = {}
         for index, frame in enumerate(outgoing):
             try:
-                rest = channels[index].start(frame.message, frame.buffers, frame.descriptors, request)
+                head = heads[index] if heads else b""
+                rest = channels[index].start(
+                    frame.message, frame.buffers, frame.descriptors, request, head=head
+                )
             except ConnectionLostError as error:
                 lost[index] = error
             else:

@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeAlias
 
 import msgspec
 
-from headwater.errors import ProtocolError
+from headwater.errors import ProtocolError, UsageError
 from headwater.messages import AnyMessage
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
@@ -34,6 +34,9 @@ _new_prefix = tuple.__new__  # a NamedTuple's own constructor takes a third of t
 _START = MAGIC + VERSION.to_bytes(2, "little")
 _PREFIX = struct.Struct("<6sHIQQ")
 PREFIX_SIZE = _PREFIX.size
+
+LONGEST_HEADER = 16 << 20
+"""Bytes of an encoded message that a peer takes."""
 
 _encode_message = msgspec.msgpack.Encoder().encode
 _decode_message: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
@@ -49,7 +52,7 @@ class Limits:
         descriptors: open files that travel with the frame, at most 255.
     """
 
-    header: int = 16 << 20
+    header: int = LONGEST_HEADER
     payload: int = 64 << 30
     descriptors: int = 8
 
@@ -64,8 +67,20 @@ class Prefix(NamedTuple):
 
 
 def encode(message: msgspec.Struct, *, request: int = 0, payload_length: int = 0, flags: int = 0) -> bytes:
-    """Return prefix and header of a frame; `payload_length` bytes must follow them on the wire."""
-    header = _encode_message(message)
+    """Return prefix and header of a frame; `payload_length` bytes must follow them on the wire.
+
+    Raises:
+        UsageError: the message holds what cannot travel, or is longer than a peer takes.
+    """
+    try:
+        header = _encode_message(message)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise UsageError(f"{type(message).__name__} cannot be sent: {error}") from error
+    if len(header) > LONGEST_HEADER:
+        raise UsageError(
+            f"{type(message).__name__} cannot be sent: it has {len(header):,} bytes, "
+            f"at most {LONGEST_HEADER:,} are taken"
+        )
     return _PREFIX.pack(_START, flags, len(header), payload_length, request) + header
 
 

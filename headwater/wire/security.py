@@ -45,7 +45,7 @@ class Security:
         insecure: listen beyond loopback with neither.
 
     Raises:
-        ConfigurationError: the token is too short to be a secret.
+        ConfigurationError: the token is no text, or too short to be a secret; `tls` is no TLS.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -53,6 +53,12 @@ class Security:
     insecure: bool = False
 
     def __post_init__(self) -> None:
+        if self.token is not None and not isinstance(self.token, str):
+            raise ConfigurationError(f"token must be a text, got a {type(self.token).__name__}")
+        if self.tls is not None and not isinstance(self.tls, TLS):
+            raise ConfigurationError(
+                f"tls must be a headwater.TLS of three files, got a {type(self.tls).__name__}"
+            )
         if self.token is not None and len(self.token) < SHORTEST_TOKEN:
             raise ConfigurationError(
                 f"a token of {len(self.token)} characters can be guessed, expected {SHORTEST_TOKEN} or more: "

@@ -375,6 +375,10 @@ class Model:
         return answer
 
     def _checked(self, values: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        if not isinstance(values, Mapping):
+            raise GradientError(
+                f"model {self.name!r} takes a dict of tensor names and arrays, got a {type(values).__name__}"
+            )
         arrays: dict[str, NDArray[Any]] = {}
         for name, value in values.items():
             if name not in self.gradients:

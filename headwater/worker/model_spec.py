@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +20,9 @@ from headwater.spec.layout import Layout
 from headwater.spec.lifetime import AfterCount, Expiry
 from headwater.spec.merges import parse_merge
 from headwater.spec.rules import Rule
+
+LARGEST_SPEC = 8 << 20
+"""Bytes of a model's spec: standbys and readers are told the specs of all models in one message of 16 MiB."""
 
 NonFinite: TypeAlias = Literal["raise", "skip", "off"]
 
@@ -55,12 +59,21 @@ def specify(
     """
     check_clip_norm(clip_norm)
     combined = None if merge is None else str(parse_merge(merge))
+    _check_name("a model", name)
+    if not isinstance(params, Mapping):
+        raise RegistrationError(
+            f"model {name!r}: params must be a dict of names and arrays, got a {type(params).__name__}"
+        )
+    for tensor in params:
+        _check_name(f"a tensor of model {name!r}", tensor)
     if not isinstance(rule, Rule):
         raise RegistrationError(f"model {name!r}: rule must be a Rule such as hw.SGD(lr=0.1), got {rule!r}")
     if not params:
         raise RegistrationError(f"model {name!r} has no tensors: pass at least one")
     group_of: dict[str, int] = {}
     for i, group in enumerate(groups, start=1):
+        if not isinstance(group, Group):
+            raise RegistrationError(f"model {name!r}: groups must be hw.Group objects, got {group!r}")
         for tensor in group.names:
             if tensor not in params:
                 raise RegistrationError(
@@ -85,7 +98,9 @@ def specify(
         )
     rules = tuple(one.to_spec() for one in (rule, *(group.rule for group in groups)))
     largest = None if clip_norm is None else float(clip_norm)
-    return m.ModelSpec(name, Layout(specs).tensors, rules, largest, combined), arrays
+    spec = m.ModelSpec(name, Layout(specs).tensors, rules, largest, combined)
+    _check_size(spec)
+    return spec, arrays
 
 
 def specify_table(
@@ -102,6 +117,7 @@ def specify_table(
     Raises:
         RegistrationError: what it names cannot be a table.
     """
+    _check_name("a table", name)
     what = f"table {name!r}"
     if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= MOST_COLUMNS:
         raise RegistrationError(f"{what} has dim {dim!r}: pass a dim from 1 to {MOST_COLUMNS}")
@@ -121,6 +137,28 @@ def specify_table(
         )
     ends = (None if part is None else part.to_spec() for part in (admission, expiry))
     return m.TableSpec(name, dim, rule.to_spec(), initializer.to_spec(), seed, *ends)
+
+
+def _check_name(what: str, name: Any) -> None:
+    """Raise RegistrationError unless it is a text that can travel."""
+    if not isinstance(name, str):
+        raise RegistrationError(f"the name of {what} must be a text, got {name!r}")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise RegistrationError(
+            f"the name of {what} is {name!r}, which is no Unicode text: {error}"
+        ) from error
+
+
+def _check_size(spec: m.ModelSpec) -> None:
+    """Raise RegistrationError where a message cannot hold it, beside as much of other models."""
+    size = len(msgspec.msgpack.encode(spec))
+    if size > LARGEST_SPEC:
+        raise RegistrationError(
+            f"model {spec.name!r}: names and shapes of {len(spec.tensors):,} tensors take {size:,} bytes, "
+            f"at most {LARGEST_SPEC:,} can be registered: give it fewer tensors, or tensors shorter names"
+        )
 
 
 def check_nonfinite(nonfinite: str) -> None:

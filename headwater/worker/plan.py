@@ -6,6 +6,8 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+
 from headwater.data import groups_of, length_of
 from headwater.errors import ConfigurationError
 
@@ -64,7 +66,19 @@ def plan_of(
     if size < 1:
         raise ConfigurationError(f"batches: the data set has {size} samples, expected at least one")
     groups = None if counted else groups_of(dataset)
-    return ReadPlan(size, groups, batch, epochs, shuffle, seed, splits, bool(drop_last))
+    shuffle, drop_last = flag_of("batches", "shuffle", shuffle), flag_of("batches", "drop_last", drop_last)
+    return ReadPlan(size, groups, batch, epochs, shuffle, seed, splits, drop_last)
+
+
+def flag_of(call: str, name: str, value: Any) -> bool:
+    """A yes or no that a user passed to `call` as `name`; 1 and 0 are such too.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if not isinstance(value, bool | np.bool_ | numbers.Integral) or value not in (0, 1):
+        raise ConfigurationError(f"{call}: got {name}={value!r}, expected True or False")
+    return bool(value)
 
 
 def count_of(call: str, name: str, value: Any, least: int) -> int:

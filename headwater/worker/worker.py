@@ -11,7 +11,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 
 from headwater import messages as m
-from headwater.errors import HeadwaterError
+from headwater.errors import HeadwaterError, UsageError
 from headwater.runtime.client import Client
 from headwater.spec.initializers import Initializer, Zeros
 from headwater.spec.lifetime import AfterCount, Expiry
@@ -229,10 +229,12 @@ class Worker:
 
         Raises:
             ConfigurationError: `weight` is negative, not finite or no number; nothing was sent.
+            UsageError: `read` is neither a yes or no nor models of this worker; nothing was sent.
             StalledError: no answer within the deadline; names whom it waited for; final for this worker.
             ClosedError: the worker has left.
         """
         weight = check_weight(weight)
+        self._check_read(read)
         self._session.check_open("step")
         self._session.finish()
         for model in self._models.values() if read is True else read or ():
@@ -252,6 +254,17 @@ class Worker:
         self._feed.settle()
         self._tell()
         return result
+
+    def _check_read(self, read: Any) -> None:
+        if isinstance(read, bool):
+            return
+        listed = isinstance(read, Sequence | set | frozenset) and not isinstance(read, str | bytes)
+        if not listed or any(one not in self._models.values() for one in read):
+            known = ", ".join(map(repr, self._models)) or "none"
+            raise UsageError(
+                f"step: got read={read!r}, expected True, False or a list of this worker's models, which are "
+                f"{known}; nothing was sent"
+            )
 
     def batches(
         self,
@@ -418,8 +431,20 @@ class Worker:
         self._session.ask(m.Stop, "stop")
 
     def log(self, **metrics: float) -> None:
-        """Show these numbers in the worker's line of `headwater run`; costs no exchange."""
-        self._metrics.update({name: float(value) for name, value in metrics.items()})
+        """Show these numbers in the worker's line of `headwater run`; costs no exchange.
+
+        Raises:
+            UsageError: not a number; nothing was logged.
+        """
+        numbers: dict[str, float] = {}
+        for name, value in metrics.items():
+            try:
+                numbers[name] = float(value)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise UsageError(
+                    f"log: {name} is {value!r}, expected a number; nothing was logged"
+                ) from error
+        self._metrics.update(numbers)
 
     def statistics(self) -> WorkerStatistics:
         """A snapshot of this worker's counters."""
