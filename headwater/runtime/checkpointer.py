@@ -15,7 +15,7 @@ from headwater import checkpoint as files
 from headwater import messages as m
 from headwater.errors import ConfigurationError, HeadwaterError, RewoundError, named
 from headwater.runtime.client import Client
-from headwater.spec.times import seconds
+from headwater.spec.seconds import seconds
 from headwater.wire.security import PLAIN, Security
 
 _log = logging.getLogger("headwater.checkpoint")

@@ -7,7 +7,7 @@ import msgspec
 from headwater import messages as m
 from headwater.errors import RefusedError, named
 from headwater.runtime.client import Client
-from headwater.spec.times import seconds
+from headwater.spec.seconds import seconds
 from headwater.wire.security import PLAIN, Security
 
 _TRIES = 3

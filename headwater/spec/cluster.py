@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headwater.errors import ConfigurationError
-from headwater.spec.times import seconds
+from headwater.spec.seconds import seconds
 from headwater.spec.user_settings import checked
 
 

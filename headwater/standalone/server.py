@@ -16,7 +16,7 @@ from headwater.errors import (
 from headwater.messages import Assignment, RequestSlot
 from headwater.runtime.coordinator_client import enlist
 from headwater.runtime.server import ServerNode, ServerSettings
-from headwater.spec.times import seconds
+from headwater.spec.seconds import seconds
 from headwater.standalone.patience import patiently
 from headwater.wire.endpoint import LOCAL, Endpoint
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from headwater.engines.engine import Failure
 from headwater.errors import ConnectionLostError, FinishedError, RefusedError, RewoundError, WorkerError
-from headwater.spec.times import seconds
+from headwater.spec.seconds import seconds
 from headwater.standalone.patience import patiently
 from headwater.wire.security import PLAIN, Security
 from headwater.worker import Worker
