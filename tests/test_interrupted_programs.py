@@ -1,0 +1,222 @@
+"""Random programs, interrupted at random places, end as if nothing had been: bits, meetings and data read.
+
+Synchronous, static parts, and nothing is committed while a worker is missing (`min_workers`).
+"""
+
+import random
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+import headwater as hw
+from headwater.errors import HeadwaterError, RefusedError
+from headwater.worker import Worker, batches, program
+
+WORKERS = 2
+KINDS = ("exception", "SIGTERM", "kill -9")
+
+
+class Interrupted(Exception):
+    pass
+
+
+@dataclass
+class Plan:
+    """A program, and what happens to it: at which of a rank's steps, over all its incarnations."""
+
+    seed: int
+    epochs: int
+    size: int
+    batch: int
+    meets: tuple[str, ...]
+    patience: int
+    interrupts: dict[tuple[int, int], str] = field(default_factory=dict)
+    resumes_at: int = 0
+
+    @classmethod
+    def draw(cls, seed):
+        chance = random.Random(seed)
+        epochs, size, batch = chance.randint(2, 4), chance.randint(8, 20), chance.randint(1, 3)
+        meets = tuple(chance.choice(("sum", "gather", "broadcast", "barrier")) for _ in range(3))
+        plan = cls(seed, epochs, size, batch, meets, chance.choice((0, 0, 2)))
+        steps = epochs * (size // WORKERS // batch)
+        for _ in range(chance.randint(1, 3)):
+            where = chance.randrange(WORKERS), chance.randint(1, max(1, steps - 1))
+            plan.interrupts[where] = chance.choice(KINDS)
+        plan.resumes_at = chance.choice((0, chance.randint(1, max(1, steps - 1))))
+        if plan.resumes_at:
+            plan.size = max(1, size // (WORKERS * batch)) * WORKERS * batch  # all stop after the same round
+        return plan
+
+
+@dataclass
+class Seen:
+    """What came of a program: by rank and epoch the batches that steps followed, and what meetings gave."""
+
+    read: dict = field(default_factory=dict)
+    met: dict = field(default_factory=dict)
+    values: bytes = b""
+
+
+def die(worker):
+    worker._session.close()
+    worker._close()
+
+
+def train(worker, plan, seen, interrupt):
+    rank, rate = worker.rank, worker.kept.get("rate", 1.0)
+    model = worker.model("m", {"w": np.full(3, 0.5, np.float32)}, hw.SGD(lr=rate))
+    table = worker.table("t", 2, hw.Adagrad(lr=0.5), initializer=hw.Normal(std=1))
+    told = worker.broadcast({"offset": plan.seed % 7} if rank == 0 else None)
+    for epoch in worker.epochs(plan.epochs):
+        data = np.arange(plan.size)
+        for batch in worker.batches(data, plan.batch, shuffle=True, seed=epoch + told["offset"]):
+            w = model.pull()["w"]
+            model.push({"w": (w - batch.mean()) / 8})
+            table.push(batch % 5, table.pull(batch % 5) / 4)
+            worker.step()
+            seen.read.setdefault((rank, epoch), []).append(batch.tolist())
+            interrupt(worker)
+        found = [meet(worker, kind, epoch, model) for kind in plan.meets]
+        before = seen.met.setdefault((rank, epoch), found)
+        assert before == found, "the same meetings came to the same before"
+        best = min(worker.kept.get("best", 1e9), found[0] if isinstance(found[0], float) else 1e9)
+        bad = worker.kept.get("bad", 0) + 1 if best == worker.kept.get("best", best) and epoch else 0
+        rate = rate / 2
+        model.set(lr=rate)
+        worker.keep(best=best, bad=bad, rate=rate, history=[*worker.kept.get("history", []), epoch])
+        if plan.patience and bad >= plan.patience:
+            break
+    seen.met[rank, "end"] = dict(worker.sum(of="all", steps=worker.steps)), worker.kept["history"]
+
+
+def meet(worker, kind, epoch, model):
+    if kind == "sum":
+        return float(worker.sum(loss=model.pull()["w"].sum() + worker.rank)["loss"])
+    if kind == "gather":
+        return [array.tolist() for array in worker.gather(w=model.pull()["w"] + worker.rank)["w"]]
+    if kind == "broadcast":
+        return worker.broadcast((epoch, model.pull()["w"].tolist()))
+    return worker.barrier()
+
+
+def incarnations(cluster, rank, plan, seen, stops_at):
+    """Run the program of a rank to its end, or to `stops_at`, however often it is interrupted."""
+    while True:
+        try:
+            worker = Worker(cluster.address, rank)
+        except RefusedError:
+            continue  # the death of the one before is not known yet
+
+        def interrupt(worker=worker):
+            if worker.steps == stops_at:
+                raise Interrupted("all stop here")
+            kind = plan.interrupts.pop((rank, worker.steps), "")
+            if kind == "exception":
+                raise Interrupted
+            if kind == "SIGTERM":
+                worker.dismiss(143)
+            if kind == "kill -9":
+                die(worker)
+                raise Interrupted
+
+        try:
+            with worker:
+                train(worker, plan, seen, lambda worker: interrupt())
+            return
+        except (Interrupted, SystemExit) as error:
+            if error.args == ("all stop here",):
+                return
+
+
+def ends(plan, folder, resumes_at=0):
+    """What comes of a plan; with `resumes_at` everything is resumed from a checkpoint in the middle."""
+    seen, errors = Seen(), []
+
+    def body(cluster, rank, stops_at):
+        try:
+            incarnations(cluster, rank, plan, seen, stops_at)
+        except BaseException as error:  # noqa: BLE001 - the test raises it
+            errors.append(error)
+
+    for part, stops_at in enumerate([resumes_at, -1] if resumes_at else [-1]):
+        options = {"checkpoint": folder, "every": "1000s", "resume": part > 0} if resumes_at else {}
+        with hw.Cluster(
+            workers=WORKERS, servers=2 + part, min_workers=WORKERS, patience=5, deadline=8, **options
+        ) as cluster:
+            threads = [
+                threading.Thread(target=body, args=(cluster, rank, stops_at)) for rank in range(WORKERS)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            if errors:
+                raise errors[0]
+            if stops_at > 0:
+                cluster.take_last_checkpoint()
+            _, values = cluster.parameters()
+            seen.values = values["m"]["w"].tobytes()
+    return seen
+
+
+def holds(seed, folder):
+    """Whether a plan comes to the same with and without what interrupts it; says what does not."""
+    whole = ends(Plan(**{**vars(Plan.draw(seed)), "interrupts": {}}), folder)
+    plan = Plan.draw(seed)
+    try:
+        found = ends(plan, folder / "runs", plan.resumes_at)
+    except (AssertionError, HeadwaterError) as error:
+        return f"seed {seed}: {type(error).__name__}: {error}"
+    for what in ("read", "met", "values"):
+        if getattr(found, what) != getattr(whole, what):
+            return f"seed {seed}: {what} is {getattr(found, what)}, expected {getattr(whole, what)}"
+    return ""
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_an_interrupted_program_ends_with_the_same_bits_meetings_and_data(seed, tmp_path):
+    assert holds(seed, tmp_path) == ""
+
+
+def _paired_by_arrival(monkeypatch):
+    make = program.Program.__init__
+
+    def begin(self, recalled):
+        make(self, recalled)
+        self.meetings = recalled.met
+
+    monkeypatch.setattr(program.Program, "__init__", begin)
+    monkeypatch.setattr(program.Program, "begin_loop", lambda self, calls: _begun(self, calls))
+
+
+def _begun(self, calls):
+    recorded = self._recorded.pop(self._loops_begun, None)
+    self._loops_begun += 1
+    if recorded is not None:
+        calls.begun = recorded.calls
+    return self._enter(recorded or hw.messages.LoopProgress(0, 0, calls.begun, self.meetings, 1, 0))
+
+
+def _ended_by_a_finaliser(monkeypatch):
+    def ends_it(self):
+        if self._call is not None and not self._over:
+            self._end(interrupted=True)
+
+    monkeypatch.setattr(batches._Reading, "__del__", ends_it)
+
+
+def _not_restored(monkeypatch):
+    monkeypatch.setattr(program, "_fields", lambda kept: {})
+
+
+@pytest.mark.parametrize("plant", [_paired_by_arrival, _ended_by_a_finaliser, _not_restored])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_planted_fault_is_found(plant, tmp_path, monkeypatch):
+    plant(monkeypatch)
+    for seed in range(12):
+        if holds(seed, tmp_path / str(seed)):
+            return
+    pytest.fail("no seed showed the fault")
