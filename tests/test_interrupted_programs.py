@@ -3,9 +3,11 @@
 Synchronous, static parts, and nothing is committed while a worker is missing (`min_workers`).
 """
 
+import contextlib
 import random
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +81,7 @@ def train(worker, plan, seen, interrupt):
             worker.step()
             seen.read.setdefault((rank, epoch), []).append(batch.tolist())
             interrupt(worker)
+        worker.barrier()  # who has fewer batches sees the others' last steps from here on
         found = [meet(worker, kind, epoch, model) for kind in plan.meets]
         before = seen.met.setdefault((rank, epoch), found)
         assert before == found, "the same meetings came to the same before"
@@ -220,3 +223,39 @@ def test_a_planted_fault_is_found(plant, tmp_path, monkeypatch):
         if holds(seed, tmp_path / str(seed)):
             return
     pytest.fail("no seed showed the fault")
+
+
+def test_the_program_in_the_docs_continues_after_a_resume(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "restarts.md").read_text()
+    names = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    whole = hw.run(names["train"], workers=2, engine="inline", deadline=30)
+
+    class Stopping:
+        """A worker that fails in its third epoch."""
+
+        def __init__(self, worker):
+            self._worker = worker
+
+        def __getattr__(self, name):
+            if name == "batches" and self._worker.steps >= 12:
+                raise Interrupted
+            return getattr(self._worker, name)
+
+    with hw.Cluster(workers=2, checkpoint=tmp_path, deadline=30) as cluster:
+
+        def body(worker):
+            with contextlib.suppress(Interrupted), worker:
+                names["train"](Stopping(worker))
+
+        threads = [threading.Thread(target=body, args=(cluster.worker(),)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        cluster.checkpoint()
+    resumed = hw.run(
+        names["train"], workers=2, engine="inline", checkpoint=tmp_path, resume=True, deadline=30
+    )
+    assert resumed.values == whole.values
+    assert resumed.parameters["m"]["w"].tobytes() == whole.parameters["m"]["w"].tobytes()

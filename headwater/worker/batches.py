@@ -125,6 +125,7 @@ class DataReader:
     def settle(self) -> None:
         """The worker goes on: calls that were left are over with what the log records next. Sends only to the
         coordinator, and does not wait."""
+        self._program.settle(self)
         for call in [call for call in self._open.values() if call.left]:
             self._close(call, interrupted=True)
 
@@ -162,6 +163,7 @@ class DataReader:
 
     def position(self) -> m.Position | None:
         """Where the worker is once the step that it now takes is applied; None where it has begun nothing."""
+        self._program.settle(self)
         loops = self._program.loops()
         if not self.begun and not loops:
             return None

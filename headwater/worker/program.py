@@ -22,6 +22,10 @@ LOOPS = 256
 """Loops over epochs of one program at most, not counting those inside of others that have gone on."""
 
 
+ENDED = 1 << 62
+"""Added to the epoch in which a loop was left before its end."""
+
+
 class Calls(Protocol):
     """Who counts the calls of `batches` and `splits`."""
 
@@ -47,6 +51,7 @@ class Program:
         self._recorded = {loop.loop: loop for loop in loops}
         self._loops = dict(self._recorded)
         self._loops_begun = 0
+        self._left: list[int] = []
         self._kept: dict[str, msgspec.Raw] = _fields(recalled.kept) if recalled.kept else {}
         self._unsent: bytes | None = None
 
@@ -110,6 +115,7 @@ class Program:
         Raises:
             UsageError: the program came here with other calls than those recorded, or has too many loops.
         """
+        self.settle(calls)
         number = self._loops_begun
         self._loops_begun += 1
         recorded = self._recorded.pop(number, None)
@@ -136,9 +142,23 @@ class Program:
             )
         )
 
+    def left(self, loop: m.LoopProgress) -> None:
+        """Whoever ran the loop has gone on without its end; from any thread, at any moment."""
+        self._left.append(loop.loop)
+
+    def settle(self, calls: Calls) -> None:
+        """The program goes on: loops that were left are over with what the log records next."""
+        while self._left:
+            number = self._left.pop()
+            if (loop := self._loops.get(number)) is not None:
+                left = ENDED + loop.epoch
+                self._loops[number] = m.LoopProgress(
+                    number, left, calls.begun, self.meetings, self._loops_begun, loop.first
+                )
+
     def _enter(self, loop: m.LoopProgress) -> m.LoopProgress:
         self._loops[loop.loop] = loop
-        self._epoch = loop.epoch
+        self._epoch = loop.epoch % ENDED
         return loop
 
 
@@ -171,6 +191,10 @@ class Epochs(Iterator[int]):
 
     def __len__(self) -> int:
         return self._count
+
+    def __del__(self) -> None:
+        if self._loop is not None and not self._over:
+            self._program.left(self._loop)
 
 
 def _fields(kept: bytes) -> dict[str, msgspec.Raw]:

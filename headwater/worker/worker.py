@@ -529,6 +529,8 @@ class Worker:
 
     def _leave_log(self, finished: bool) -> None:
         """Only whoever has finished says where its program is: an error may have come anywhere."""
+        if finished:
+            self._program.settle(self._feed)
         position = self._feed.resting(leaving=True) if finished else None
         kept = self._program.unsent() if finished else None
         if finished:
