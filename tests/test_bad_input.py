@@ -21,6 +21,7 @@ from headwater.errors import (
     ConfigurationError,
     ConnectionLostError,
     GradientError,
+    HeadwaterError,
     NonFiniteError,
     ProtocolError,
     RefusedError,
@@ -318,6 +319,42 @@ def test_gradients_that_do_not_fit_are_refused_and_nothing_is_staged(worker, mod
         model.assign(grads)
     assert worker.step().contributors == 0
     assert all((values == 1).all() for values in model.pull().values())
+
+
+def test_refused_calls_of_every_kind_change_nothing(worker, model):
+    table = worker.table("rows", 2, hw.SGD(lr=1.0))
+    table.push([1, 2], -np.ones((2, 2)))
+    assert worker.step().version == 1
+    calls = {
+        "an unknown setting": lambda: model.set(rate=2.0),
+        "a setting of an unknown group": lambda: model.set(group=1, lr=2.0),
+        "a setting of a table": lambda: table.set(rate=2.0),
+        "another model of the name": lambda: worker.model(
+            "net", {"w": np.zeros(9, np.float32)}, hw.SGD(lr=2.0)
+        ),
+        "another table of the name": lambda: worker.table("rows", 3, hw.SGD(lr=2.0)),
+        "a gradient of no tensor": lambda: model.push({"w": np.ones((2, 3)), "x": np.ones(3)}),
+        "a gradient that is not finite": lambda: model.push({"w": np.ones((2, 3)), "b": [1.0, np.nan, 1.0]}),
+        "values of no tensor": lambda: model.assign({"w": np.zeros((2, 3)), "x": np.ones(3)}),
+        "rows of another number": lambda: table.push([1, 2], np.ones((3, 2))),
+        "rows of another dim": lambda: table.push([1, 2], np.ones((2, 3))),
+        "rows that are not finite": lambda: table.push([1, 2], [[1.0, 1.0], [np.inf, 1.0]]),
+        "ids that are no integers": lambda: table.push([1.5], np.ones((1, 2))),
+        "rows to assign of another number": lambda: table.assign([1, 2], np.ones((3, 2))),
+        "batches of nothing": lambda: worker.batches(np.ones(4), batch_size=0),
+    }
+    for what, call in calls.items():
+        with pytest.raises(HeadwaterError):
+            pytest.fail(f"{what} was not refused, but gave {call()}")
+    result = worker.step()
+    assert (result.version, result.contributors) == (2, 0)
+    assert all((values == 1).all() for values in model.pull().values())
+    assert table.pull([1, 2, 3]).tolist() == [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+    model.push(ones())
+    table.push([1], np.ones((1, 2)))
+    worker.step()
+    assert all((values == 0).all() for values in model.pull().values())
+    assert table.pull([1]).tolist() == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -2,9 +2,13 @@
 
 import signal
 
+import pytest
 from checkpoints import python
 from serving import codes, site
+from typer.testing import CliRunner
 from waiting import wait_until
+
+from headwater.cli import app
 
 CHECKPOINTS = ("--checkpoint", "runs", "--every", "20steps")
 
@@ -178,13 +182,11 @@ WRONG = [
 ]
 
 
-def test_wrong_arguments_are_named(tmp_path):
-    with site(tmp_path) as cluster:
-        cluster.address = ""
-        nodes = [cluster.start(*arguments) for arguments, _ in WRONG]
-        for node, (arguments, text) in zip(nodes, WRONG, strict=True):
-            assert node.code() == 2, arguments
-            assert text in " ".join(node.text.replace("│", " ").split()), arguments
+@pytest.mark.parametrize(("arguments", "text"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+def test_wrong_arguments_are_named(arguments, text):
+    result = CliRunner().invoke(app, ["serve", *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert text in " ".join(result.output.replace("│", " ").split())
 
 
 def test_a_coordinator_that_never_comes_is_waited_for_and_then_named(tmp_path):
