@@ -59,7 +59,7 @@ def test_schedules_have_something_of_everything():
     done = {type(fault) for result in results for fault in result.faults}
     assert done == {Crash, Stop, Cut, Partition}
     nodes = {fault.node for result in results for fault in result.faults if isinstance(fault, Crash)}
-    assert {"worker 0", "server 0", "server 1", "standby 0", "standby 1"} <= nodes
+    assert {"worker 0", "server 0", "server 1", "standby 0", "standby 1", "coordinator"} <= nodes
     entries = [entry for result in results for entry in result.log]
     tickets = [ticket for entry in entries if isinstance(entry, m.Committed) for ticket in entry.updates]
     assert any(ticket.connection_epoch > 0 for ticket in tickets), "no exchange was ever repeated"

@@ -4,6 +4,8 @@ import pytest
 
 from headwater.log.pending import PendingExchanges
 from headwater.log.state import LogState
+from headwater.machines.coordinator.newcomers import Newcomers
+from headwater.machines.coordinator.state import State
 from headwater.runtime.server.applier import LogApplier
 from headwater.shard.ledger import Ledger
 from headwater.shard.shard import Shard
@@ -103,6 +105,33 @@ def test_a_member_that_goes_on_in_memory_which_a_former_server_may_write(mode, m
     monkeypatch.setattr(Window, "renew", lambda self: None)
     plain = {"steps": 12, "shares": True, "replicas": 1}
     assert found(mode, faults=Faults(1, 3, 1, 1), **plain).invariant in VALUES_WRONG
+
+
+@modes
+def test_a_lease_that_begins_with_the_join_and_not_with_the_welcome(mode, monkeypatch):
+    """A server that waits for the others sends no heartbeats yet, and is declared dead."""
+    enters = Newcomers._enter
+
+    def hasty(self, conn, joining):
+        before = self._state.book.term
+        enters(self, conn, joining)
+        newest = self._state.book.member(self._state.book._next - 1)
+        if self._state.book.term > before:
+            self._state.book.heard(newest.id, self._state.now)
+
+    monkeypatch.setattr(Newcomers, "_enter", hasty)
+    assert found(mode).invariant in NOTICED
+
+
+@modes
+def test_a_message_that_leaves_before_what_it_shows_is_persisted(mode, monkeypatch):
+    """The coordinator dies in between: the next one knows nothing of a member that the servers know."""
+
+    def hasty(self, action):
+        self._out.append(action)
+
+    monkeypatch.setattr(State, "emit", hasty)
+    assert found(mode).invariant in {"EachUpdateOnce", "EverySample", *LOGS_DIFFER, *NOTICED}
 
 
 def test_a_bound_that_is_not_kept(monkeypatch):

@@ -69,6 +69,9 @@ class Partition:
 SHORT_S = LEASE_S / 4
 """What lasts for this long is no reason to declare anybody dead."""
 
+JOINING_S = 0.015
+"""About how long it takes until all have joined."""
+
 Fault: TypeAlias = Crash | Stop | Cut | Partition
 
 
@@ -77,13 +80,16 @@ class Faults:
     """At most how many of each kind a run has; chance says how many, when and whom.
 
     Servers and standbys die, stop for longer than a lease and are parted only where there are standbys, and
-    only while the other of the pair is well: a shard that is lost with all its copies is not simulated.
+    only while the other of the pair is well, or while they join: a shard that is lost with all its copies is
+    not simulated. `coordinator`: deaths of the coordinator, after which the next one goes on with what it has
+    persisted; it dies between any two of its actions.
     """
 
     crashes: int = 3
     stops: int = 2
     cuts: int = 3
     partitions: int = 1
+    coordinator: int = 1
 
     def plan(
         self, chance: random.Random, *, workers: int, servers: int, replicas: int, until: float
@@ -105,6 +111,8 @@ class Faults:
             faults.append(
                 Partition(_moment(chance, until), tuple(sorted(group)), _while(chance, replicas > 0))
             )
+        for _ in range(chance.randint(0, self.coordinator)):
+            faults.append(Crash(_moment(chance, until), "coordinator"))
         return tuple(sorted(faults, key=lambda fault: fault.at))
 
 
@@ -116,12 +124,13 @@ def _while(chance: random.Random, long: bool) -> float:
 
 
 def _moment(chance: random.Random, until: float) -> float:
-    return round(chance.uniform(0.0, until), 5)
+    """Now and then while all join, where much is decided in little time."""
+    return round(chance.uniform(0.0, JOINING_S if chance.random() < 0.25 else until), 5)
 
 
 def _stop(chance: random.Random, until: float, nodes: list[str], hosts: list[str], replicas: int) -> Stop:
-    node = chance.choice(nodes + 2 * hosts)
-    seconds = _while(chance, replicas > 0 or node in nodes)
+    node = chance.choice([*nodes, *2 * hosts, "coordinator"])
+    seconds = _while(chance, replicas > 0 or node not in hosts)
     in_pass = node.startswith("server") and chance.random() < 0.6
     return Stop(_moment(chance, until), node, seconds, in_pass)
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable
 
 from headwater.testing.faults import SHORT_S, Crash, Cut, Fault, Partition, Stop
+from headwater.testing.processes.coordinator import Coordinator
 from headwater.testing.processes.host import Host
 from headwater.testing.processes.member import Member
 from headwater.testing.processes.network import Process
@@ -27,7 +28,9 @@ def _happen(world: World, fault: Fault, chance: random.Random) -> None:
         return
     world.note(f"FAULT: {fault}")
     world.faults.append(fault)
-    if isinstance(fault, Crash):
+    if isinstance(fault, Crash) and isinstance(found[0], Coordinator) and chance.random() < 0.5:
+        found[0].dies_after = chance.randint(0, 4)
+    elif isinstance(fault, Crash):
         world.kill(found[0])
     elif isinstance(fault, Partition):
         world.network.part(found, fault.seconds)
@@ -46,9 +49,15 @@ def _find(world: World, name: str) -> Process | None:
         return world.coordinator
     if role == "worker":
         return next((member for member in reversed(world.living()) if member.rank == int(number)), None)
-    if role == "standby":
-        return world.standby(int(number))
-    return next((host for host in world.serving if host.index == int(number)), None)
+    known = world.standby(int(number)) if role == "standby" else None
+    if role == "server":
+        known = next((host for host in world.serving if host.index == int(number)), None)
+    return known or next((host for host in world.hosts if _is_coming(host, role, int(number))), None)
+
+
+def _is_coming(host: Host, role: str, index: int) -> bool:
+    """Whether this host will be in that place, and is not yet."""
+    return host.alive and not host.id and (host.role, host.index) == (role, index)
 
 
 def _cut(world: World, process: Process, other: str, chance: random.Random) -> None:
@@ -60,13 +69,17 @@ def _cut(world: World, process: Process, other: str, chance: random.Random) -> N
 
 def _may_fail(world: World, process: Process, fault: Fault) -> bool:
     """Whether this leaves a copy of every shard: one of a pair may be lost only while the other is well."""
-    if isinstance(process, Member):
-        return True
+    if isinstance(process, Member | Coordinator):
+        return process.alive
     if isinstance(fault, Cut) and fault.other != "coordinator":
         return True
     if isinstance(fault, Stop | Partition) and fault.seconds <= SHORT_S:
         return True
     assert isinstance(process, Host)
+    if not world.coordinator.alive:
+        return False  # what is known of the pair may be of before
+    if world.coordinator.machine.stage == "forming" and isinstance(fault, Stop | Partition):
+        return True  # nobody has anything yet
     pair = [world.standby(process.index), *(host for host in world.serving if host.index == process.index)]
     names = {f"server {process.index}", f"standby {process.index}"}
     if isinstance(fault, Partition) and names <= set(fault.nodes):
@@ -77,5 +90,7 @@ def _may_fail(world: World, process: Process, fault: Fault) -> bool:
 def _is_well(world: World, host: Host | None) -> bool:
     now = world.agenda.now
     if host is None or not host.alive or host.stopped_until > now or host.stops_in_pass is not None:
+        return False
+    if not world.coordinator.has_back(host.id):
         return False
     return world.network.parted_until(host, world.coordinator) <= now

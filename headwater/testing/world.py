@@ -30,8 +30,8 @@ from headwater.testing.processes.member import Member
 from headwater.testing.processes.network import SPEEDS_S, Network, Process
 from headwater.testing.processes.shard import WatchedShard
 from headwater.testing.processes.times import (
+    BEGIN_S,
     DEADLINE_S,
-    HEARTBEAT_S,
     LEASE_S,
     NO_LEASE_S,
     PATIENCE_S,
@@ -55,6 +55,7 @@ class World:
     Attributes:
         log, versions: every entry that was processed, and the version after it.
         members, hosts: all workers and readers, and all servers and standbys, there ever were.
+        coordinator: the one of now; coordinators: how many there were.
         progress_s: when somebody joined or was answered last.
         faults: that were done to it.
         snapshots: by member and exchange, what each server took for a checkpoint.
@@ -119,6 +120,7 @@ class World:
             min_workers=min_workers,
         )
         self.coordinator = Coordinator(self.network, self, self._settings)
+        self.coordinators = 1
         for role in ("server", "standby")[: 1 + replicas]:
             for index in range(servers):
                 self._start_host(index, "server" if role == "server" else "standby")
@@ -157,9 +159,9 @@ class World:
         self._begin(host)
 
     def _begin(self, process: Member | Host) -> None:
-        process.after(0.0, process.start)
-        if self._beats:
-            process.after(HEARTBEAT_S, process.beat, idle=True)
+        """It is under way; how long that takes nobody knows."""
+        chance = random.Random(f"{self.seed} {process.name} start")
+        process.after(chance.expovariate(1.0 / BEGIN_S), process.start)
 
     def _name(self, name: str) -> str:
         """The second process in one place is called b, the third c."""
@@ -231,6 +233,8 @@ class World:
         quiet = self.agenda.now - self.progress_s
         if quiet < SETTLED_S:
             return False
+        if not self.coordinator.alive or self.coordinator.machine.state.away():
+            return quiet > DEADLINE_S
         return quiet > DEADLINE_S or not (self._starting or any(map(self._is_missed, self.members)))
 
     def _is_missed(self, member: Member) -> bool:
@@ -268,6 +272,7 @@ class World:
         self.kill(self.coordinator)
 
     def _restart_coordinator(self) -> None:
+        self.coordinators += 1
         self.coordinator = Coordinator(self.network, self, self._settings, self.coordinator.record)
 
     def departed(self, departure: Departure) -> None:

@@ -217,6 +217,7 @@ class Newcomers:
         """A newcomer is in the roster. Its lease begins with the welcome: until then it sends no
         heartbeats."""
         state = self._state
+        self._let_go_of_former(joining.join)
         try:
             member = state.book.join(joining.join, math.inf)
         except RefusedError as error:
@@ -236,6 +237,13 @@ class Newcomers:
             self._members.welcome(conn, member)
         if member.role != "server":
             self._members.publish()
+
+    def _let_go_of_former(self, join: m.Join) -> None:
+        """A node that was taken in when the coordinator before died, and never heard of it, comes again."""
+        for member in self._state.away():
+            same = (member.role, member.pid, member.host) == (join.role, join.pid, join.host)
+            if same and member.role != "server":
+                self._members.strike_off(member, "its process has joined again")
 
     def _form(self) -> None:
         """The last server has joined: all are welcomed together."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from headwater.machines.actions import Actions, Tell
 from headwater.machines.coordinator import (
     CheckAddresses,
     CoordinatorMachine,
@@ -65,6 +66,10 @@ class Coordinator(Driven):
         """The roster."""
         return self.machine.state.book
 
+    def has_back(self, member: int) -> bool:
+        """Whether this member is here, after it was started again."""
+        return member in self.machine.state.conns
+
     def persist(self, record: CoordinatorRecord) -> None:
         """As a journal does."""
         self.record = record
@@ -80,8 +85,11 @@ class Coordinator(Driven):
         """Everybody is reached."""
         assert isinstance(task, CheckAddresses)
 
-    def dies(self) -> None:
-        """Between two actions."""
+    def dies(self, undone: Actions) -> None:
+        """Between two actions. Whoever starts processes sees their ends without being told."""
+        for action in undone:
+            if isinstance(action, Tell) and isinstance(action.event, Departure):
+                self._world.departed(action.event)
         self._world.coordinator_dies()
 
     def note(self, text: str) -> None:

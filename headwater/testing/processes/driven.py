@@ -63,8 +63,8 @@ class Driven(Process):
         """What comes of a task; it takes no time."""
         raise NotImplementedError
 
-    def dies(self) -> None:
-        """It dies here and now."""
+    def dies(self, undone: Actions) -> None:
+        """It dies here and now, without having carried these out."""
         raise NotImplementedError
 
     def note(self, text: str) -> None:
@@ -131,9 +131,9 @@ class Driven(Process):
     # ── actions ─────────────────────────────────────────────────────────────────────────────────
 
     def _carry_out(self, actions: Actions) -> None:
-        for action in actions:
+        for number, action in enumerate(actions):
             if self.dies_after == 0:
-                self.dies()
+                self.dies(actions[number:])
                 return
             if self.dies_after is not None:
                 self.dies_after -= 1

@@ -6,22 +6,23 @@ classes that servers run.
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from headwater import messages as m
 from headwater.errors import ProtocolError
+from headwater.machines.membership import Ended, Joined, Returned
 from headwater.runtime.server.applier import LogApplier
 from headwater.runtime.server.sequencing import Policy
 from headwater.runtime.server.standby_link import StandbyLink
 from headwater.shard.replica import MaterializedEntry
 from headwater.shard.snapshot import ShardSnapshot
-from headwater.testing.processes import coordinator
 from headwater.testing.processes.intake import MemberLine
 from headwater.testing.processes.log import LogSide
+from headwater.testing.processes.membership import CoordinatorLine
 from headwater.testing.processes.mirror import MirrorLine
-from headwater.testing.processes.network import End, Frame, Network, Process
+from headwater.testing.processes.network import End, Network, Process
 from headwater.testing.processes.shard import WatchedShard, Write
-from headwater.testing.processes.times import HEARTBEAT_S, PATIENCE_S
+from headwater.testing.processes.times import PATIENCE_S
 from headwater.wire.channel import Channel
 
 
@@ -69,16 +70,14 @@ class Host(Process):
         self.course = LogApplier(shard, replicated=world.policy.replicated)
         self.log = LogSide(self, self.course, index, world.servers, world.policy, coalesce_s, self._settle)
         self._roster = m.Roster(0, 0, ())
-        self._membership: End | None = None
+        self._line = CoordinatorLine(self, m.Join(role, index, self.pid, "here", (name,)), self._told)
+        self._news: dict[int, m.CaughtUp | m.StandbyLost] = {}
         self._early: list[tuple[End, m.Hello]] = []
         self._waiting: list[tuple[End, m.Hello, float]] = []
 
     def start(self) -> None:
         """Join the coordinator."""
-        end = self._membership = self.network.dial(self, coordinator.NAME)
-        assert end is not None
-        end.listen(self._told, lambda: None)
-        end.send(m.Join(self.role, self.index, 0, "here", (self.name,)))
+        self._line.begin()
 
     @property
     def shard(self) -> WatchedShard:
@@ -86,25 +85,22 @@ class Host(Process):
         assert isinstance(self.course.shard, WatchedShard)
         return self.course.shard
 
-    def _told(self, frame: Frame) -> None:
-        if isinstance(frame.message, m.Welcome):
-            self.id = frame.message.member.id
+    def _told(self, event: Any) -> None:
+        if isinstance(event, Joined):
+            self.id = event.welcome.member.id
             early, self._early = self._early, []
             for end, hello in early:
                 self._first(end, hello)
-        elif isinstance(frame.message, m.Refused):
-            self._world.note(f"{self.name} hears that it has lost its place, and ends")
+        elif isinstance(event, Returned):  # it may never have read what it was told of standbys
+            for news in self._news.values():
+                self._line.tell(news)
+        elif isinstance(event, Ended):
+            self._world.note(f"{self.name} hears that it has lost its place, and ends: {event.error}")
             self.exit()
 
-    def _tell(self, message: m.AnyMessage) -> None:
-        if self._membership is not None and not self._membership.closed:
-            self._membership.send(message)
-
-    def beat(self) -> None:
-        """Show the coordinator that it lives, now and from time to time."""
-        if self.id:
-            self._tell(m.Heartbeat())
-        self.after(HEARTBEAT_S, self.beat, idle=True)
+    def _tell(self, news: m.CaughtUp | m.StandbyLost) -> None:
+        self._news[news.standby] = news
+        self._line.tell(news)
 
     # ── connections ─────────────────────────────────────────────────────────────────────────────
 

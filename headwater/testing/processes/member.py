@@ -15,14 +15,15 @@ import msgspec
 import numpy as np
 
 from headwater import messages as m
-from headwater.errors import ConnectionLostError, HeadwaterError, ProtocolError, RefusedError, named
+from headwater.errors import HeadwaterError, ProtocolError
 from headwater.machines.exchange import Exchange
+from headwater.machines.membership import Ended, Heard, Joined, Returned
 from headwater.shard import StagedRows
 from headwater.spec.placement import servers_of
-from headwater.testing.processes import coordinator
 from headwater.testing.processes.client import Call, Client, Floats, Program, Question, Window
+from headwater.testing.processes.membership import CoordinatorLine
 from headwater.testing.processes.network import End, Frame, Network, Process
-from headwater.testing.processes.times import FIRST_PAUSE_S, HEARTBEAT_S, LONGEST_PAUSE_S
+from headwater.testing.processes.times import ANSWER_S, FIRST_PAUSE_S, LONGEST_PAUSE_S
 
 
 class World(Protocol):
@@ -83,9 +84,11 @@ class Member(Client, Process):
         self._exchange = Exchange(0, world.servers)
         self._chance = chance
         self._thinks_s = thinks_s
-        self._membership: End | None = None
+        self._line = CoordinatorLine(self, m.Join(role, wanted, self.pid, "here"), self._told)
         self._refusal: HeadwaterError | None = None
         self._asked = 0
+        self._lease: m.Lease | None = None
+        self._term = 0
         self._listens = False
         self._replies: list[m.Leased | m.Unleased] = []
         self._servers: tuple[m.Member, ...] = ()
@@ -101,53 +104,38 @@ class Member(Client, Process):
 
     def start(self) -> None:
         """Join the coordinator."""
-        end = self._membership = self.network.dial(self, coordinator.NAME)
-        assert end is not None
-        end.listen(self._told, self._membership_ended)
-        end.send(m.Join(self.role, self.wanted, 0, "here"))
+        self._line.begin()
 
     def accept(self, end: End) -> None:
         """Nobody connects to a member."""
         raise AssertionError(end.label)
 
-    def _told(self, frame: Frame) -> None:
-        message = frame.message
-        if isinstance(message, m.Welcome):
-            self.id, self.rank, self.place = message.member.id, message.member.index, message.position
+    def _told(self, event: Any) -> None:
+        if isinstance(event, Joined):
+            welcome = event.welcome
+            self.id, self.rank, self.place = welcome.member.id, welcome.member.index, welcome.position
             self.world.joined(self)
-            self._connect(message.servers, message.term)
-        elif isinstance(message, m.ServerAddresses):
+            self._connect(welcome.servers, welcome.term)
+        elif isinstance(event, Returned):
+            self._line.machine.watching = bool(self._connected)
+            if self._listens and self._lease is not None:
+                self._line.tell(self._lease)  # it may never have read the question
+        elif isinstance(event, m.ServerAddresses):
             if self._locating:
                 self._locating = False
-                self._connect(message.servers, message.term)
+                self._connect(event.servers, event.term)
             else:
-                self._compare(message.servers)
-        elif isinstance(message, m.Leased | m.Unleased):
-            self._replied(message)
-        elif isinstance(message, m.Refused):
-            self._refusal = named(message.error, message.reason, default=RefusedError)
-            if not self.id:
-                self._fail(self._refusal)
-
-    def _membership_ended(self) -> None:
-        if self._locating or self._listens:
-            self._fail(self._refusal or ConnectionLostError("the coordinator is gone"))
+                self._compare(event.servers)
+        elif isinstance(event, Heard) and isinstance(event.message, m.Leased | m.Unleased):
+            self._replied(event.message)
+        elif isinstance(event, Ended):
+            self._refusal = event.error
+            if not self.id or self._locating or self._listens:
+                self._fail(event.error)
 
     def is_cut_off(self) -> bool:
-        """Whether its connection to the coordinator has ended, which makes it a dead one."""
-        return self._membership is None or self._membership.closed
-
-    def _tell(self, message: m.AnyMessage) -> bool:
-        if self._membership is None or self._membership.closed:
-            return False
-        self._membership.send(message)
-        return True
-
-    def beat(self) -> None:
-        """Show the coordinator that it lives, and see whether the servers are the same, now and then."""
-        if self.id and not self.ended:
-            self._tell(m.GetServers() if self._connected else m.Heartbeat())
-        self.after(HEARTBEAT_S, self.beat, idle=True)
+        """Whether it is no member any more, whether it knows that or not."""
+        return self._line.over
 
     def _compare(self, servers: tuple[m.Member, ...]) -> None:
         """A server that is stopped keeps its connections open, so nothing else tells that it was replaced."""
@@ -159,6 +147,7 @@ class Member(Client, Process):
 
     def _connect(self, servers: tuple[m.Member, ...], term: int) -> None:
         self.connection_epoch += 1
+        self._term = term
         ends = []
         if len(servers) == self.world.servers:
             for server in servers:
@@ -182,6 +171,7 @@ class Member(Client, Process):
             self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
             return
         self._servers, self._connected, self._broken = servers, ends, False
+        self._line.machine.watching = True
         self._pause = FIRST_PAUSE_S
         for index, end in enumerate(ends):
             end.listen(lambda frame, index=index: self._heard(index, frame), self._lost)  # type: ignore[misc]
@@ -218,8 +208,19 @@ class Member(Client, Process):
         if self.ended:
             return
         self._locating = True
-        if self._refusal is not None or not self._tell(m.GetServers()):
-            self._fail(self._refusal or ConnectionLostError("the coordinator is gone"))
+        if self._refusal is not None:
+            self._fail(self._refusal)
+        elif self._line.away:  # they may still be where they were
+            self._locating = False
+            self._connect(self._servers, self._term)
+        else:
+            self._line.tell(m.GetServers())
+            self.after(ANSWER_S, self._ask_again, self.connection_epoch)
+
+    def _ask_again(self, epoch: int) -> None:
+        """The coordinator may have ended before it answered."""
+        if self._locating and epoch == self.connection_epoch:
+            self._locate()
 
     def lose(self) -> None:
         """Have its connections break, here and now, as if it had found one broken."""
@@ -262,11 +263,11 @@ class Member(Client, Process):
         """Also once the coordinator has ended the connection: what it said before counts."""
         self._listens = True
         if question.lease is not None:
-            self._asked = question.lease.number
-            self._tell(question.lease)
+            self._asked, self._lease = question.lease.number, question.lease
+            self._line.tell(question.lease)
         self._hear_replies()
-        if self._listens and (self._refusal is not None or self.is_cut_off()):
-            self._fail(self._refusal or ConnectionLostError("the coordinator is gone"))
+        if self._listens and self._refusal is not None:
+            self._fail(self._refusal)
 
     def _replied(self, message: m.Leased | m.Unleased) -> None:
         self._replies.append(message)
@@ -288,7 +289,7 @@ class Member(Client, Process):
         """The program is over; if it left the log before, the coordinator hears of it."""
         self.ended = True
         if self.leaves():
-            self._tell(m.Departed(self.id))
+            self._line.tell(m.Departed(self.id))
             self.exit()
 
     def _fail(self, error: HeadwaterError) -> None:

@@ -43,7 +43,7 @@ class Process:
     Attributes:
         alive: False once it has ended, however.
         stopped_until: it does nothing before this moment.
-        ends: of its connections.
+        ends: of its connections. pid: its number.
     """
 
     def __init__(self, network: Network, name: str) -> None:
@@ -54,6 +54,7 @@ class Process:
         self.ends: set[End] = set()
         self._unfinished: list[Action] = []
         network.processes[name] = self
+        self.pid = len(network.processes)
 
     def accept(self, end: End) -> None:
         """Another process has connected."""

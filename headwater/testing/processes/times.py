@@ -18,6 +18,9 @@ PATIENCE_S = 0.2
 ANSWER_S = 0.04
 """How long a server may take to acknowledge a roster before others need not wait for that."""
 
+BEGIN_S = 0.004
+"""How long a process takes until it joins, on average."""
+
 START_S = 0.05
 """How long it takes to start a process in the place of one that ended."""
 
