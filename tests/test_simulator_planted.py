@@ -104,7 +104,7 @@ def test_a_member_that_goes_on_in_memory_which_a_former_server_may_write(mode, m
     """It stops in the middle of a pass until its lease is over, and writes the rest while others go on."""
     monkeypatch.setattr(Window, "renew", lambda self: None)
     plain = {"steps": 12, "shares": True, "replicas": 1}
-    assert found(mode, faults=Faults(1, 3, 1, 1), **plain).invariant in VALUES_WRONG
+    assert found(mode, faults=Faults(1, 4, 1, 1, coordinator=0), **plain).invariant in VALUES_WRONG
 
 
 @modes
