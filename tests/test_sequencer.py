@@ -785,3 +785,16 @@ def test_a_thousand_workers_on_four_servers_take_ten_steps_each(mode):
     assert answers == workers * steps
     assert sequencer.version == (steps if mode == "sync" else workers * steps)
     assert sequencer.waits() == {}
+
+
+def test_who_joined_beyond_the_declared_workers_and_never_steps_is_named_with_what_to_do():
+    desk = Desk("sync", workers=1)
+    desk.join()
+    desk.hold(0, "step", "1")
+    assert desk.waits(0).startswith(
+        "step 1 waits for worker 1 (worker 1 joined beyond the declared workers and took no step yet: "
+        "have it step, or leave with worker.leave())"
+    )
+    desk.hold(1, "step", "1")
+    desk.hold(0, "step", "2")
+    assert "beyond" not in desk.waits(0)

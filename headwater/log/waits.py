@@ -55,7 +55,8 @@ class Waits:
         if missing := self.measures.missing(exchange):
             return f"{_list('server', missing)} to say how large the gradients are"
         if exchange.stage is READY:
-            named = _named([other for other in active if other.stage is not READY])
+            missing_steps = [other for other in active if other.stage is not READY]
+            named = _named(missing_steps) + self._never_stepped(missing_steps)
             return f"{named}: {self.reason}" if self.reason else named
         going_on = [other for other in others if not other.waits]
         meeting = meetings.meeting_of(exchange)
@@ -63,6 +64,20 @@ class Waits:
         if absent and not going_on:
             return f"{_list('worker', sorted(absent))} to come back"
         return _named(going_on or [other for other in others if other.stage is READY])
+
+    def _never_stepped(self, workers: Iterable[PendingExchange]) -> str:
+        """What to do about those who joined beyond the declared workers and only stand in the way."""
+        idle = [
+            worker
+            for worker in workers
+            if worker.rank >= self.log.workers and not self.log.histories[worker.rank].steps
+        ]
+        if not idle:
+            return ""
+        return (
+            f" ({_named(idle)} joined beyond the declared workers and took no step yet: "
+            f"have it step, or leave with worker.leave())"
+        )
 
 
 def _named(workers: Iterable[PendingExchange]) -> str:
