@@ -37,6 +37,7 @@ from headwater.wire.security import TLS
 from headwater.worker import Worker, WorkerStatistics
 from headwater.worker.model import Model
 from headwater.worker.model_spec import Group
+from headwater.worker.pending_step import PendingStep
 from headwater.worker.table import Table
 
 __version__ = "0.1.0"
@@ -67,6 +68,7 @@ __all__ = [
     "Model",
     "Normal",
     "Parquet",
+    "PendingStep",
     "RMSprop",
     "RayEngine",
     "RowwiseAdagrad",

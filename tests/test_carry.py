@@ -39,6 +39,7 @@ def late_once(sync, after_late):
             "net", {"a": np.zeros(2, np.float32), "b": np.zeros(1, np.float32)}, hw.SGD(lr=1.0)
         )
         table = worker.table("rows", 1, hw.SGD(lr=1.0))
+        worker.barrier()  # rank 1's last answer is from before the round that rank 0 closes
         if worker.rank == 0:
             worker.step()
             closed.set()

@@ -18,7 +18,7 @@ from headwater.errors import ConfigurationError
 from headwater.log.measures import MeasuredGradients
 from headwater.log.pending import COMMITTED, READY, PendingExchange, ReadySteps, by_rank, ids, weights_of
 from headwater.log.writer import LogWriter
-from headwater.spec.sync import Commits, Mode, PendingStep, Wait
+from headwater.spec.sync import Commits, Mode, ReadyStep, Wait
 
 
 class Committer:
@@ -142,6 +142,6 @@ class Committer:
             self._writer.done(step)
 
 
-def _is_ready(step: PendingStep) -> bool:
+def _is_ready(step: ReadyStep) -> bool:
     """Whether a mode may choose this: one of those that it was asked about."""
     return isinstance(step, PendingExchange) and step.stage is READY

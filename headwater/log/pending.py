@@ -66,7 +66,7 @@ MOVES: Mapping[Stage, frozenset[Stage]] = {
 
 @dataclass(slots=True, eq=False)
 class PendingExchange:
-    """What one member has outstanding; to a mode, the `PendingStep` of its worker.
+    """What one member has outstanding; to a mode, the `ReadyStep` of its worker.
 
     Attributes:
         state: the member's, shared with the log's state.

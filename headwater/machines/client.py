@@ -184,6 +184,11 @@ class ClientMachine:
         self._done()
         return []
 
+    def unanswered(self) -> list[int] | None:
+        """The servers whose answer to what is outstanding is still out; None where all are, or nothing is."""
+        exchange = self._exchange
+        return None if exchange is None or exchange.missing == self.servers else exchange.unanswered()
+
     def next_split(self, lease: m.Lease, now: float) -> Actions:
         """Ask the coordinator for a split of a data set."""
         return self.splits.ask(lease, now)

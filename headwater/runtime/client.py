@@ -64,6 +64,7 @@ class Client:
         machine: what decides. welcome: what the coordinator said first.
         channels: to the servers, by index.
         waiting: seconds spent in exchanges.
+        under_way: a step that was begun and whose result was not taken; "" for none.
         dismissed: an exit code with which calls end from now on, until it leaves; None while they do not.
 
     Raises:
@@ -89,6 +90,7 @@ class Client:
         join = m.Join(role, rank, os.getpid(), socket.gethostname(), (), machine(), cluster)
         self.machine = ClientMachine(coordinator, join, deadline=deadline)
         self.channels: list[Channel] = []
+        self.under_way = ""
         self.waiting = 0.0
         self.dismissed: int | None = None
         self._security = security
@@ -223,6 +225,40 @@ class Client:
             actions = self.machine.wait(now)
         arrived(self._drive(actions, now))
 
+    def poll(self, seconds: float = 0.0) -> bool:
+        """Take what has come for what was begun, for at most so long; whether `finish` would return at once.
+
+        The cluster's deadline does not count meanwhile.
+        """
+        over = time.monotonic() + seconds
+        while self._settled is None and self._failure is None and self.machine.failure is None:
+            if self.machine.connections.stage != "connected" or self._todo:
+                self._carry_out(self._news(max(0.0, over - time.monotonic())))
+            else:
+                self._take_what_is_there(max(0.0, over - time.monotonic()))
+            if self._settled is None and time.monotonic() >= over:
+                return False
+        return True
+
+    def _take_what_is_there(self, seconds: float) -> None:
+        waited_for = self.machine.unanswered()
+        if waited_for is None:
+            waited_for = list(range(len(self.channels)))
+        try:
+            exchange(self.channels, (), self._received, self._place, seconds, self.machine.number, waited_for)
+        except StalledError:
+            return
+        except ConnectionLostError as error:
+            _log.info("%s: %s: %s", self.machine.membership.name, self._what, error)
+            with self._lock:
+                actions = self.machine.closed(self._conns[0], time.monotonic())
+        except HeadwaterError as error:
+            with self._lock:
+                actions = self.machine.fail(error)
+        else:
+            return
+        self._carry_out(actions)
+
     def describe(self) -> m.Description:
         """The registered models; answered at once."""
         description: m.Description = self.ask(m.Describe, "describe", expects=m.Description)
@@ -332,6 +368,11 @@ class Client:
         Raises UsageError in a forked child, SystemExit where this member was dismissed.
         """
         self._check_usable(what)
+        if self.under_way and what not in ("batches", "splits"):
+            raise UsageError(
+                f"{what}: {self.under_way} is under way, and until its answer the memory is the servers': "
+                f"take the result() of the PendingStep first"
+            )
         if self.dismissed is not None:
             raise SystemExit(self.dismissed)
 
@@ -392,7 +433,8 @@ class Client:
         frames, self._frames = self._frames, ()
         try:
             left = None if until is None else max(0.0, until - now)
-            exchange(self.channels, frames, self._received, self._place, left, self.machine.number)
+            number, unanswered = self.machine.number, self.machine.unanswered()
+            exchange(self.channels, frames, self._received, self._place, left, number, unanswered)
             return
         except UsageError as error:  # it cannot be sent, so nothing has been
             with self._lock:

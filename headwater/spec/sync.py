@@ -47,7 +47,7 @@ class Decision:
 YES = Decision(True)
 
 
-class PendingStep(Protocol):
+class ReadyStep(Protocol):
     """A step of an active worker that every server holds, and that no commit contains yet.
 
     Attributes:
@@ -77,14 +77,14 @@ class Pending(Protocol):
     @property
     def active(self) -> int: ...
     def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[PendingStep]: ...
+    def __iter__(self) -> Iterator[ReadyStep]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Commits:
     """Commit these now: each group is applied as one update, in the order of the groups."""
 
-    groups: tuple[tuple[PendingStep, ...], ...]
+    groups: tuple[tuple[ReadyStep, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)

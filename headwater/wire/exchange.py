@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from headwater.errors import ConnectionLostError, StalledError
@@ -40,6 +40,7 @@ def exchange(
     place: PlaceOf,
     deadline_s: float | None,
     request: int,
+    unanswered: Collection[int] | None = None,
 ) -> None:
     """Send `outgoing[i]` on `channels[i]` and take what comes back, all at once, in the calling thread.
 
@@ -52,13 +53,15 @@ def exchange(
         place: as for `Channel.receive`, with i in front.
         deadline_s: seconds from now for all of it.
         request: id of the frames that are sent.
+        unanswered: the channels whose answer is still out; None: all.
 
     Raises:
         UsageError: a frame cannot be sent; none was, and the channels are as they were.
         StalledError: the deadline has passed; it names who has not answered.
         ConnectionLostError: a channel broke or was closed before it gave its answer; it names the peer.
         ProtocolError: as for `Channel.receive`.
-    After any other error, also of `on_received` and `place`, frames may be half sent: close the channels.
+    After any other error, also of `on_received` and `place`, frames may be half sent: close the channels. Where
+    nothing was to be sent, more can be taken after a StalledError, with `unanswered`.
     """
     heads: list[bytes] = []
     if len(outgoing) > 1:  # else it is found before anything is sent as well
@@ -81,10 +84,10 @@ def exchange(
             else:
                 if rest is not None:
                     unsent[index] = rest
-        if len(channels) == 1 and not unsent and not lost:
+        if len(channels) == 1 and not unsent and not lost and unanswered is None:
             _listen(channels[0], on_received, place, deadline_s)
         else:
-            _Turn(channels, on_received, place, deadline_s, unsent, lost).drive()
+            _Turn(channels, on_received, place, deadline_s, unsent, lost, unanswered).drive()
     finally:
         for channel in channels[:entered]:
             channel.leave()
@@ -125,6 +128,7 @@ class _Turn:
         deadline_s: float | None,
         unsent: dict[int, Span],
         lost: dict[int, ConnectionLostError],
+        unanswered: Collection[int] | None,
     ) -> None:
         self._channels = channels
         self._on_received = on_received
@@ -133,13 +137,15 @@ class _Turn:
         self._until = math.inf if deadline_s is None else time.monotonic() + deadline_s
         self._unsent = unsent
         self._lost = lost
-        self._unanswered = set(range(len(channels)))
+        self._unanswered = set(range(len(channels)) if unanswered is None else unanswered)
 
     def drive(self) -> None:
         """Read and write whatever is ready, until everything is sent and answered."""
         poller = select.poll()
         index_of: dict[int, int] = {}
         for index, channel in enumerate(self._channels):
+            if index not in self._unanswered and index not in self._unsent:
+                continue
             self._take(index, channel.buffered(self._place, index))
             if index in self._unanswered and channel.pending():
                 self._read(index)

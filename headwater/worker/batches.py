@@ -193,8 +193,9 @@ class DataReader:
         """The step with this position was applied."""
         if position is not None:
             self._applied = position.places
+        visits = () if position is None else position.visits
         for call in self._open.values():
-            call.applied()
+            call.applied(visits)
 
     def _going(self) -> dict[int, Call]:
         """The open calls that somebody may still read."""

@@ -101,6 +101,7 @@ class Model:
             ClosedError: the worker has left.
             StalledError: no answer within the deadline.
         """
+        self._session.check_open("pull")
         if not (self._fresh and self._session.mode.rounds and self._session.usable()):
             have = self.read_version
             self._session.ask(lambda number: m.Pull(number, (self.id,), have), "pull")
@@ -166,6 +167,7 @@ class Model:
         Raises:
             ClosedError: the worker has left.
         """
+        self._session.check_open("state")
         vectors: dict[str, Array] = {}
 
         def place(server: int, answer: m.Answer) -> list[Array]:

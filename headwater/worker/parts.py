@@ -36,8 +36,8 @@ class Call(Protocol):
     def hand_out(self, epoch: int, positions: Places) -> None:
         """The next step that is applied makes these done."""
 
-    def applied(self) -> None:
-        """A step was applied."""
+    def applied(self, visits: Sequence[m.DynamicProgress]) -> None:
+        """A step was applied that says this of what all read together."""
 
     def place(self) -> m.StaticProgress | None:
         """Where the worker's own part is, if it has one."""
@@ -118,7 +118,7 @@ class StaticPart:
             self._epoch, self._done = epoch, 0
         self._done += len(positions)
 
-    def applied(self) -> None:
+    def applied(self, visits: Sequence[m.DynamicProgress]) -> None:
         pass  # a place counts from the beginning, so nothing is kept back for the next one
 
     def place(self) -> m.StaticProgress | None:
@@ -178,8 +178,17 @@ class LeasedSplits:
             start = self._pending.pop().start
         self._pending.append(m.Span(epoch, start, positions.stop))
 
-    def applied(self) -> None:
-        self._pending = []
+    def applied(self, visits: Sequence[m.DynamicProgress]) -> None:
+        """What was handed out since the step was sent is for the next one."""
+        mine = (visit.spans for visit in visits if visit.call == self._number)
+        done = sum(span.stop - span.start for spans in mine for span in spans)
+        left: list[m.Span] = []
+        for span in self._pending:
+            skipped = min(done, span.stop - span.start)
+            done -= skipped
+            if span.start + skipped < span.stop:
+                left.append(m.Span(span.epoch, span.start + skipped, span.stop))
+        self._pending = left
 
     def place(self) -> m.StaticProgress | None:
         return None

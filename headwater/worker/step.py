@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from headwater import messages as m
@@ -45,6 +45,7 @@ class StepExchange:
         self._weight = weight or 1.0
         self._since = since
         self.carried_since: int | None = None
+        self._sent_of = -1
         if weight and not self.skip:
             self._carried = {
                 model: carried for model, (carried, _, _) in staged.items() if carried is not None
@@ -64,8 +65,7 @@ class StepExchange:
         `position`: where the worker is in its data then; `kept`: what its program keeps from then on, if that
         has changed.
         """
-        self._position, self._kept = position, kept
-        seen = self._seen()
+        self._begin(position, kept)
         ids = read if isinstance(read, bool) else tuple(model.id for model in read)
         answer: m.Answer = self._session.call(
             lambda server, number: self._outgoing(server, number, step, ids),
@@ -73,10 +73,37 @@ class StepExchange:
             self._places,
             memory=self._memory,
         )
+        return self._answered(answer, read)
+
+    def begin(
+        self,
+        step: int,
+        read: bool | Sequence[Model],
+        position: m.Position | None,
+        kept: bytes | None,
+        arrived: Callable[[m.StepResult, bool], None],
+    ) -> None:
+        """As `take`, but does not block for the answer: `arrived` is told once that is taken."""
+        self._begin(position, kept)
+        ids = read if isinstance(read, bool) else tuple(model.id for model in read)
+        self._session.begin(
+            lambda server, number: self._outgoing(server, number, step, ids),
+            f"step {step}",
+            self._places,
+            lambda answer: arrived(*self._answered(answer, read)),
+            memory=self._memory,
+        )
+
+    def _begin(self, position: m.Position | None, kept: bytes | None) -> None:
+        self._position, self._kept = position, kept
+        self._sent_of = self._seen()
+
+    def _answered(self, answer: m.Answer, read: bool | Sequence[Model]) -> tuple[m.StepResult, bool]:
+        """What became of it, and whether batches end."""
         assert answer.result is not None
         self._told(answer.rules)
         if not answer.result.applied and self._session.mode.late == "carry":
-            self._keep(seen)
+            self._keep(self._sent_of)
         for table, place in self._pulled.items():
             table.brought(place)
         self._memory.reset()

@@ -31,6 +31,7 @@ from headwater.worker.model_spec import (
     specify,
     specify_table,
 )
+from headwater.worker.pending_step import PendingStep
 from headwater.worker.plan import SplitKind, count_of, plan_of
 from headwater.worker.program import Epochs, Program
 from headwater.worker.row_buffer import RowBuffer
@@ -233,6 +234,38 @@ class Worker:
             StalledError: no answer within the deadline; names whom it waited for; final for this worker.
             ClosedError: the worker has left.
         """
+        turn = self._turn(read, weight)
+        position, kept = self._feed.position(), self._program.unsent()
+        result, stopped = turn.take(self._step + 1, read, position, kept)
+        return self._took(turn, position, kept, result, stopped)
+
+    def begin_step(self, *, read: bool | Sequence[Model] = True, weight: float = 1.0) -> PendingStep:
+        """As `step`, but return once it is sent: its result, and the values that it reads, come later.
+
+        One at a time; what may be done meanwhile: see `PendingStep`. Views that `pull` or a step gave are
+        written while it is under way.
+
+        Raises:
+            ConfigurationError: `weight` is negative, not finite or no number; nothing was sent.
+            UsageError: the step before it is still under way.
+            ClosedError: the worker has left.
+        """
+        turn = self._turn(read, weight)
+        position, kept = self._feed.position(), self._program.unsent()
+        pending = PendingStep(self._session, f"step {self._step + 1}")
+
+        def arrived(result: m.StepResult, stopped: bool) -> None:
+            pending.arrived(self._took(turn, position, kept, result, stopped))
+
+        try:
+            turn.begin(self._step + 1, read, position, kept, arrived)
+        except BaseException:
+            self._session.under_way = ""
+            raise
+        return pending
+
+    def _turn(self, read: bool | Sequence[Model], weight: float) -> StepExchange:
+        """What is staged, taken for a step."""
         weight = check_weight(weight)
         self._check_read(read)
         self._session.check_open("step")
@@ -240,9 +273,17 @@ class Worker:
         for model in self._models.values() if read is True else read or ():
             model.before_read()
         models, tables, since = self._models.values(), self._tables.values(), self._carried_since
-        turn = StepExchange(self._session, self._rows, models, tables, weight, since)
-        position, kept = self._feed.position(), self._program.unsent()
-        result, stopped = turn.take(self._step + 1, read, position, kept)
+        return StepExchange(self._session, self._rows, models, tables, weight, since)
+
+    def _took(
+        self,
+        turn: StepExchange,
+        position: m.Position | None,
+        kept: bytes | None,
+        result: m.StepResult,
+        stopped: bool,
+    ) -> m.StepResult:
+        """Note what became of a step."""
         self._step += 1
         self._carried_since = turn.carried_since
         self._skipped += turn.skip
