@@ -60,8 +60,8 @@ def exchange(
         StalledError: the deadline has passed; it names who has not answered.
         ConnectionLostError: a channel broke or was closed before it gave its answer; it names the peer.
         ProtocolError: as for `Channel.receive`.
-    After any other error, also of `on_received` and `place`, frames may be half sent: close the channels. Where
-    nothing was to be sent, more can be taken after a StalledError, with `unanswered`.
+    After any other error, also of `on_received` and `place`, frames may be half sent: close the channels.
+    Where nothing was to be sent, more can be taken after a StalledError, with `unanswered`.
     """
     heads: list[bytes] = []
     if len(outgoing) > 1:  # else it is found before anything is sent as well
