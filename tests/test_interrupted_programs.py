@@ -4,7 +4,10 @@ Synchronous, static parts, and nothing is committed while a worker is missing (`
 """
 
 import contextlib
+import functools
+import os
 import random
+import signal
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -259,3 +262,31 @@ def test_the_program_in_the_docs_continues_after_a_resume(tmp_path):
     )
     assert resumed.values == whole.values
     assert resumed.parameters["m"]["w"].tobytes() == whole.parameters["m"]["w"].tobytes()
+
+
+def loses_its_process(worker, folder):
+    """The program of `train`; with a folder, rank 1 is killed once."""
+    plan, seen = Plan(3, 3, 14, 2, ("sum", "gather"), 0), Seen()
+
+    def interrupt(worker):
+        if folder and worker.rank == 1 and worker.steps == 5 and not (folder / "died").exists():
+            (folder / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(worker, plan, seen, interrupt)
+    return seen.met[worker.rank, "end"], seen.met[worker.rank, plan.epochs - 1]
+
+
+def test_a_run_whose_process_is_killed_ends_as_one_in_which_nobody_died(tmp_path):
+    options = {"workers": WORKERS, "min_workers": WORKERS, "deadline": 60, "patience": 10}
+    whole = hw.run(functools.partial(loses_its_process, folder=None), engine="inline", **options)
+    killed = hw.run(
+        functools.partial(loses_its_process, folder=tmp_path),
+        engine="local",
+        output=lambda line: None,
+        **options,
+    )
+    assert (tmp_path / "died").exists()
+    assert killed.values == whole.values
+    assert killed.version == whole.version
+    assert killed.parameters["m"]["w"].tobytes() == whole.parameters["m"]["w"].tobytes()
