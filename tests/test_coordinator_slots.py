@@ -64,7 +64,7 @@ def test_servers_come_first_then_standbys_then_spares():
     assert nodes[4].last() == NoSlot("no server or standby is missing: it waits as a spare")
     first = nodes[0].last(Assignment)
     assert (first.servers, first.sync, first.replicas, first.min_workers) == (2, "sync", 1, 1)
-    assert first.restore == "runs/g000-v000000001"
+    assert (first.restore, first.cluster) == ("runs/g000-v000000001", "c1")
     assert nodes[2].last(Assignment).restore == "", "a standby begins with what its server has"
     assert len(made.chosen) == 1
     for node in nodes[:4]:

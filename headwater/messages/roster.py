@@ -46,7 +46,7 @@ class Assignment(Message, frozen=True):
     """The answer to RequestSlot: what the node is to be, in which cluster. The slot is kept for the Join that
     follows on this connection.
 
-    `restore`: path of the checkpoint that a server begins with, "" for none.
+    `restore`: path of the checkpoint that a server begins with, "" for none. `cluster`: what it is of then.
     """
 
     role: Literal["server", "standby"]
@@ -57,6 +57,7 @@ class Assignment(Message, frozen=True):
     min_workers: int
     patience: float
     restore: str
+    cluster: str = ""
 
 
 class Join(Message, frozen=True):

@@ -56,6 +56,7 @@ class StandaloneServer:
             ConnectionLostError: there is no coordinator (any more), or it closed the cluster.
             ConfigurationError: there can be no such server.
             RefusedError: one side does not admit the other.
+            OtherClusterError: at that address there is now the coordinator of another cluster.
             HeadwaterError: it cannot go on, and why.
         """
         prepare_server()
@@ -78,6 +79,7 @@ class StandaloneServer:
             spare=lambda reason: _log.info("%s", reason),
             security=self._reach.security,
         )
+        self._wanted = RequestSlot(self._wanted.role, self._wanted.index, terms.cluster)
         try:
             node = self._node(terms)
         except BaseException:

@@ -172,6 +172,7 @@ class Newcomers:
                 settings.min_workers,
                 settings.patience,
                 restore,
+                self._state.identity.cluster,
             ),
         )
 
