@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from torch import nn
 from torch_loops import STEPS, assert_agrees, loss_of, network, optimizer, reference, train
@@ -144,7 +145,32 @@ def test_tied_parameters_are_one_tensor_with_one_gradient():
     plain = Tied()
     plain(torch.ones(2, 3)).sum().backward()
     torch.optim.SGD(plain.parameters(), lr=0.2).step()
-    assert_agrees(train(work).parameters["model"], {"first.weight": plain.first.weight.detach()})
+    expected = plain.first.weight.detach()
+    assert_agrees(train(work).parameters["model"], {"first.weight": expected, "second.weight": expected})
+
+
+def test_tied_weights_are_in_results_and_checkpoints_under_both_names(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(4, 3)
+            self.head = nn.Linear(3, 4)
+            self.head.weight = self.embedding.weight
+
+    def work(worker):
+        net = Tied()
+        opt = optimizer(worker, net, hw.SGD(lr=0.1))
+        net.head(net.embedding(torch.tensor([1]))).sum().backward()
+        opt.step()
+
+    result = train(work, servers=2, checkpoint=tmp_path)
+    hw.checkpoint.export(tmp_path, tmp_path / "net.safetensors")
+    exported = safetensors.numpy.load_file(tmp_path / "net.safetensors")
+    for values in (result.parameters["model"], hw.load_checkpoint(tmp_path)["model"], exported):
+        net = Tied()
+        net.load_state_dict({name: torch.from_numpy(value) for name, value in values.items()})
+        assert net.head.weight is net.embedding.weight
+        assert (values["head.weight"] == values["embedding.weight"]).all()
 
 
 def test_clipping_in_place_is_seen_by_the_servers():

@@ -276,6 +276,23 @@ def test_impossible_arguments_are_refused_before_anything_changes(options, error
     alone(work)
 
 
+@pytest.mark.parametrize(
+    "wrong", [lambda net: net.parameters(), lambda net: list(net.parameters()), lambda net: net.state_dict()]
+)
+def test_parameters_where_the_module_is_expected_are_an_error_that_says_what_to_pass(wrong):
+    def work(worker):
+        net = nn.Linear(2, 1)
+        with pytest.raises(
+            ConfigurationError, match=r"takes the module itself, got .*where torch's optimizers"
+        ):
+            hw.torch.DistributedOptimizer(worker, wrong(net), hw.SGD(lr=0.1))
+        with pytest.raises(ConfigurationError, match="takes the worker first, got Linear"):
+            hw.torch.DistributedOptimizer(net, hw.SGD(lr=0.1))
+        assert worker._models == {}
+
+    alone(work)
+
+
 def test_modules_that_cannot_be_trained_are_refused():
     def work(worker):
         with pytest.raises(RegistrationError, match=r"float64.*module.float\(\)"):

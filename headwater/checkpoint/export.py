@@ -53,7 +53,8 @@ def load_checkpoint(path: Location) -> dict[str, dict[str, NDArray[Any]]]:
     loaded: dict[str, dict[str, NDArray[Any]]] = {}
     for model in checkpoint.manifest.models:
         layout = Layout(model.spec.tensors)
-        loaded[model.spec.name] = layout.views(_elements(checkpoint, model, 0, layout.elements))
+        values = layout.views(_elements(checkpoint, model, 0, layout.elements))
+        loaded[model.spec.name] = layout.with_aliases(values)
     for table in checkpoint.manifest.tables:
         if table.spec.name in loaded:
             raise ConfigurationError(f"a model and a table are both named {table.spec.name!r}: rename one")
@@ -126,8 +127,9 @@ def _of_model(checkpoint: Checkpoint, model: ModelRecord, prefix: str) -> Iterat
     for tensor, start, stop in zip(
         layout.tensors, layout.starts.tolist(), layout.stops.tolist(), strict=True
     ):
-        pieces = _pieces(checkpoint, model, start, stop)
-        yield Tensor(prefix + tensor.name, np.dtype("<f4"), tensor.shape, pieces)
+        for name in (tensor.name, *tensor.aliases):
+            pieces = _pieces(checkpoint, model, start, stop)
+            yield Tensor(prefix + name, np.dtype("<f4"), tensor.shape, pieces)
 
 
 def _pieces(checkpoint: Checkpoint, model: ModelRecord, start: int, stop: int) -> Iterator[Array]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import cloudpickle
 
+from headwater.engines.by_value import hand_on_by_value
 from headwater.errors import ConfigurationError, HeadwaterError
 
 MODULE = "headwater_script"
@@ -57,6 +58,7 @@ def load_script(path: Path) -> ModuleType:
     module.__file__ = str(path.resolve())
     sys.modules[MODULE] = module
     cloudpickle.register_pickle_by_value(module)
+    hand_on_by_value()
     sys.path.insert(0, str(path.resolve().parent))
     sys.argv = [str(path)]
     try:

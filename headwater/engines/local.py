@@ -11,6 +11,7 @@ from typing import Any
 
 import cloudpickle
 
+from headwater.engines.cores import available_cores
 from headwater.engines.engine import Launch, Outcome, Process
 from headwater.engines.logs import Logs
 from headwater.engines.output import Output
@@ -108,5 +109,5 @@ class LocalEngine:
 
 def _environment(workers: int) -> dict[str, str]:
     """The children's environment: torch and NumPy share the cores out, unless the user said otherwise."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, available_cores() // workers)
     return {"OMP_NUM_THREADS": str(threads), **os.environ}

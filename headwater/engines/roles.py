@@ -8,6 +8,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
+from headwater.engines.by_value import hand_on_by_value
 from headwater.engines.engine import Failure, run_worker
 from headwater.kernels import copy_out
 from headwater.runtime.server import ServerNode, ServerSettings
@@ -29,6 +30,7 @@ def run_role(role: str, rules: tuple[str, ...], start: Any) -> tuple[Any, Failur
         if role == "server":
             _serve(start)
             return None, None
+        hand_on_by_value()
         address, rank, train, security = start
         return run_worker(address, rank, cloudpickle.loads(train), security), None
     except BaseException as error:  # noqa: BLE001 - it is handed to the caller of `run`

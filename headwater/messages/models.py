@@ -8,12 +8,16 @@ from headwater.messages.base import Scalar
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A named tensor of a model and the parameter group it belongs to."""
+    """A named tensor of a model and the parameter group it belongs to.
+
+    `aliases`: what else it is called where values are shown, such as the other name of tied weights.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     group: int = 0
+    aliases: tuple[str, ...] = ()
 
 
 class RuleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

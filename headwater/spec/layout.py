@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headwater.errors import RegistrationError
 from headwater.messages import TensorSpec
+
+Value = TypeVar("Value")
 
 PAGE = 1024
 """Elements in a page of 4,096 bytes: ranges start and stop at multiples of it."""
@@ -58,8 +61,9 @@ class Layout:
         if not self.tensors:
             raise RegistrationError("a model needs at least one tensor, got none")
         self.index = {tensor.name: i for i, tensor in enumerate(self.tensors)}
-        if len(self.index) < len(self.tensors):
-            raise RegistrationError(f"tensor names must differ, got {[t.name for t in self.tensors]}")
+        names = [name for tensor in self.tensors for name in (tensor.name, *tensor.aliases)]
+        if len(set(names)) < len(names):
+            raise RegistrationError(f"tensor names must differ, got {names}")
         starts, stops, end = [], [], 0
         for tensor in self.tensors:
             _check(tensor)
@@ -86,6 +90,13 @@ class Layout:
             tensor.name: vector[start:stop].reshape(tensor.shape)
             for tensor, start, stop in zip(self.tensors, self.starts, self.stops, strict=True)
         }
+
+    def with_aliases(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """What there is by tensor name, under the tensors' other names too."""
+        named = dict(values)
+        for tensor in self.tensors:
+            named.update(dict.fromkeys(tensor.aliases, values[tensor.name]))
+        return named
 
     def mask(self, names: Iterable[str]) -> bytes:
         """A bit a tensor, little-endian, set for the given ones."""

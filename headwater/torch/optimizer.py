@@ -24,7 +24,7 @@ from headwater.spec.rules import Rule
 from headwater.torch.binding import Binding, is_bound
 from headwater.torch.buffers import BufferMode, SharedBuffers, check_mode
 from headwater.torch.groups import make_groups, shown
-from headwater.torch.parameters import BoundParameter, find_parameters, wait_for_copies
+from headwater.torch.parameters import BoundParameter, find_parameters, tied_names, wait_for_copies
 from headwater.torch.saved_state import RULE, UPDATES, to_tensors
 from headwater.torch.saved_state import read as read_saved
 from headwater.torch.tables import TrainedTables, report_nonfinite
@@ -107,6 +107,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         nonfinite: NonFinite = "raise",
     ) -> None:
         module = getattr(module, "_orig_mod", module)  # what torch.compile wraps: names must not depend on it
+        _check_arguments(worker, module)
         check_mode(buffers)
         check_nonfinite(nonfinite)
         check_clip_norm(clip_norm)
@@ -138,7 +139,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._taken = 0
         self._accrued: set[str] = set()
         self.result: StepResult | None = None
-        self._model = None if tables_only else self._register(name, trained, rule, clip_norm, merge)
+        aliases = tied_names(module, trained)
+        self._model = None if tables_only else self._register(name, trained, aliases, rule, clip_norm, merge)
         self._buffers = shared or SharedBuffers(worker, module, f"{name}.buffers", buffers)
         self._models = [model for model in (self._model, self._buffers.model) if model is not None]
         self._binding = known or (Binding(worker, self._model, module, trained) if self._model else None)
@@ -159,6 +161,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self,
         name: str,
         trained: Mapping[str, torch.nn.Parameter],
+        aliases: Mapping[str, str],
         rule: Rule | None,
         clip_norm: float | None,
         merge: str | None,
@@ -173,6 +176,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             groups=own,
             clip_norm=clip_norm,
             merge=merge,
+            aliases=aliases,
             nonfinite=self._nonfinite,
         )
         model.settings.governs = True
@@ -488,6 +492,21 @@ class DistributedOptimizer(torch.optim.Optimizer):
                     f"was made and would not be trained: make the optimizer while it needs one and freeze it "
                     f"afterwards, or make another DistributedOptimizer for it with another name"
                 )
+
+
+def _check_arguments(worker: Any, module: Any) -> None:
+    """Raise ConfigurationError unless these are a worker and a module; says what to pass."""
+    if not isinstance(worker, Worker):
+        raise ConfigurationError(
+            f"DistributedOptimizer takes the worker first, got {type(worker).__name__}: pass "
+            f"DistributedOptimizer(worker, module, rule)"
+        )
+    if not isinstance(module, torch.nn.Module):
+        raise ConfigurationError(
+            f"DistributedOptimizer takes the module itself, got {type(module).__name__}: pass "
+            f"DistributedOptimizer(worker, net, rule) where torch's optimizers take net.parameters(); "
+            f"parameters with settings of their own go into groups=[{{'params': …, 'lr': …}}]"
+        )
 
 
 def _check_periods(worker: Worker, rule: Rule | None, push_every: int, pull_every: int) -> bool:

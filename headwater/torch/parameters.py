@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -201,6 +201,13 @@ def find_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         if parameter.requires_grad:
             found[name] = parameter
     return found
+
+
+def tied_names(module: torch.nn.Module, trained: Mapping[str, torch.nn.Parameter]) -> dict[str, str]:
+    """Other names of parameters that are used in several places → the name that they are trained under."""
+    names = {parameter: name for name, parameter in trained.items()}
+    every = module.named_parameters(remove_duplicate=False)
+    return {name: names[one] for name, one in every if one in names and names[one] != name}
 
 
 def _memory_of(parameter: torch.nn.Parameter) -> tuple[torch.device, int]:

@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -50,6 +51,7 @@ def specify(
     groups: Sequence[Group],
     clip_norm: float | None = None,
     merge: str | None = None,
+    aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[m.ModelSpec, dict[str, NDArray[Any]]]:
     """The spec of a model and its initial values as arrays.
 
@@ -89,7 +91,13 @@ def specify(
         tensor: as_array(f"tensor {tensor!r}", value, RegistrationError) for tensor, value in params.items()
     }
     specs = tuple(
-        m.TensorSpec(tensor, array.shape, _dtype(params[tensor], array), group_of.get(tensor, 0))
+        m.TensorSpec(
+            tensor,
+            array.shape,
+            _dtype(params[tensor], array),
+            group_of.get(tensor, 0),
+            tuple(alias for alias, of in aliases.items() if of == tensor),
+        )
         for tensor, array in arrays.items()
     )
     if rule.always_sum and combined not in (None, "sum"):

@@ -29,7 +29,10 @@ def read_parameters(
         ids = tuple(model.id for model in models)
         answer = session.ask(lambda number: m.Pull(number, ids, -1), "read")
         values = {
-            model.name: {name: view.copy() for name, view in model.parameters.items()} for model in models
+            model.name: model.layout.with_aliases(
+                {name: view.copy() for name, view in model.parameters.items()}
+            )
+            for model in models
         }
         for model in models:
             model.release()

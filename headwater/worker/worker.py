@@ -133,6 +133,7 @@ class Worker:
         groups: Sequence[Group] = (),
         clip_norm: float | None = None,
         merge: str | None = None,
+        aliases: Mapping[str, str] = MappingProxyType({}),
         nonfinite: NonFinite = "raise",
     ) -> Model:
         """Register a model, or join the one that has this name; blocks until the lowest rank declared it.
@@ -153,6 +154,8 @@ class Worker:
         mode's `reduce` says. "rda" costs a pass over each pair of gradients and one exchange more between
         servers; `StepResult.norms` then has the norm of the result.
 
+        `aliases`: other name → tensor, for results and checkpoints to have the tensor under both.
+
         Raises:
             ConfigurationError: an impossible `clip_norm` or `merge`, or a merge that needs more contributors
                 than the cluster has workers.
@@ -161,7 +164,7 @@ class Worker:
         """
         self._session.check_open("model")
         check_merge(merge, self.workers)
-        spec, initial = specify(name, params, rule, groups, clip_norm, merge)
+        spec, initial = specify(name, params, rule, groups, clip_norm, merge, aliases)
         known = self._models.get(name)
         if known is not None:
             known.redeclare(spec, nonfinite)
