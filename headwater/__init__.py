@@ -1,44 +1,53 @@
-"""Headwater, a parameter server: `run` a training function, or start a `Cluster` and join it."""
+"""Headwater, a parameter server: `run` a training function, or start a `Cluster` and join it.
+
+A name is imported when it is first used: `import headwater` costs nothing, and neither does a command that
+needs little of it. `headwater.torch` and `headwater.jax` need those libraries.
+"""
 
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from headwater import errors, kvstore
-from headwater.checkpoint import load_checkpoint
-from headwater.cluster import Cluster, connect
-from headwater.data import Csv, Files, Parquet
-from headwater.engines import RayEngine
-from headwater.messages import ClusterStatistics, StepResult
-from headwater.run import RunResult, run
-from headwater.spec import initializers
-from headwater.spec.initializers import Normal, TruncatedNormal, Uniform, Zeros
-from headwater.spec.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
-from headwater.spec.registry import register
-from headwater.spec.rules import (
-    SGD,
-    Accumulate,
-    Adagrad,
-    Adam,
-    AdamW,
-    Assign,
-    Ftrl,
-    Lion,
-    RMSprop,
-    RowwiseAdagrad,
-    Rule,
-    Yogi,
-)
-from headwater.spec.schedules import Constant, Cosine, Linear, Schedule, StepDecay
-from headwater.spec.sync import Asynchronous, Mode, StaleSynchronous, Synchronous
-from headwater.weights import load_weights
-from headwater.wire.security import TLS
-from headwater.worker import Worker, WorkerStatistics
-from headwater.worker.model import Model
-from headwater.worker.model_spec import Group
-from headwater.worker.pending_step import PendingStep
-from headwater.worker.table import Table
+from headwater import errors
+
+if TYPE_CHECKING:  # the same as `_HOMES`, for type checkers and editors
+    from headwater import jax as jax
+    from headwater import kvstore as kvstore
+    from headwater import torch as torch
+    from headwater.checkpoint import load_checkpoint
+    from headwater.cluster import Cluster, connect
+    from headwater.data import Csv, Files, Parquet
+    from headwater.driver import RunResult, run
+    from headwater.engines import RayEngine
+    from headwater.messages import ClusterStatistics, Progress, StepResult
+    from headwater.spec import initializers
+    from headwater.spec.initializers import Normal, TruncatedNormal, Uniform, Zeros
+    from headwater.spec.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
+    from headwater.spec.registry import register
+    from headwater.spec.rules import (
+        SGD,
+        Accumulate,
+        Adagrad,
+        Adam,
+        AdamW,
+        Assign,
+        Ftrl,
+        Lion,
+        RMSprop,
+        RowwiseAdagrad,
+        Rule,
+        Yogi,
+    )
+    from headwater.spec.schedules import Constant, Cosine, Linear, Schedule, StepDecay
+    from headwater.spec.sync import Asynchronous, Mode, StaleSynchronous, Synchronous
+    from headwater.weights import load_weights
+    from headwater.wire.security import TLS
+    from headwater.worker import Worker, WorkerStatistics
+    from headwater.worker.model import Model
+    from headwater.worker.model_spec import Group
+    from headwater.worker.pending_step import PendingStep
+    from headwater.worker.table import Table
 
 __version__ = "0.1.0"
 
@@ -69,6 +78,7 @@ __all__ = [
     "Normal",
     "Parquet",
     "PendingStep",
+    "Progress",
     "RMSprop",
     "RayEngine",
     "RowwiseAdagrad",
@@ -96,9 +106,57 @@ __all__ = [
     "run",
 ]
 
+_SUBMODULES = ("jax", "kvstore", "torch")
+_HOMES = {
+    "checkpoint": ("load_checkpoint",),
+    "cluster": ("Cluster", "connect"),
+    "data": ("Csv", "Files", "Parquet"),
+    "driver": ("RunResult", "run"),
+    "engines": ("RayEngine",),
+    "messages": ("ClusterStatistics", "Progress", "StepResult"),
+    "spec": ("initializers",),
+    "spec.initializers": ("Normal", "TruncatedNormal", "Uniform", "Zeros"),
+    "spec.lifetime": ("AfterCount", "AfterSteps", "LeastRecentlyUsed"),
+    "spec.registry": ("register",),
+    "spec.rules": (
+        "SGD",
+        "Accumulate",
+        "Adagrad",
+        "Adam",
+        "AdamW",
+        "Assign",
+        "Ftrl",
+        "Lion",
+        "RMSprop",
+        "RowwiseAdagrad",
+        "Rule",
+        "Yogi",
+    ),
+    "spec.schedules": ("Constant", "Cosine", "Linear", "Schedule", "StepDecay"),
+    "spec.sync": ("Asynchronous", "Mode", "StaleSynchronous", "Synchronous"),
+    "weights": ("load_weights",),
+    "wire.security": ("TLS",),
+    "worker": ("Worker", "WorkerStatistics"),
+    "worker.model": ("Model",),
+    "worker.model_spec": ("Group",),
+    "worker.pending_step": ("PendingStep",),
+    "worker.table": ("Table",),
+}
+"""Module → the public names that it defines."""
+_MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
-def __getattr__(name: str) -> ModuleType:
-    """`headwater.torch` and `headwater.jax` are imported when first named: they are optional, and slow to."""
-    if name in ("torch", "jax"):
-        return importlib.import_module(f"headwater.{name}")
-    raise AttributeError(f"module 'headwater' has no attribute {name!r}")
+
+if not TYPE_CHECKING:  # a wrong name is told by type checkers too
+
+    def __getattr__(name: str) -> Any:
+        if name in _SUBMODULES:
+            return importlib.import_module(f"headwater.{name}")
+        if name not in _MODULES:
+            raise AttributeError(f"module 'headwater' has no attribute {name!r}")
+        module = importlib.import_module(f"headwater.{_MODULES[name]}")
+        globals()[name] = value = getattr(module, name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_SUBMODULES]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +15,13 @@ from numpy.typing import NDArray
 from headwater.engines import Engine, Launch, Outcome, RayEngine, make_engine
 from headwater.errors import ClosedError, ConfigurationError, UsageError
 from headwater.messages import ClusterStatistics, Role
-from headwater.runtime.checkpointer import Every
 from headwater.runtime.coordinator import CoordinatorNode
 from headwater.runtime.server import ServerSettings
 from headwater.runtime.verifier import Verification, verify
-from headwater.spec.cluster import ClusterSettings
-from headwater.spec.registry import load_rules
-from headwater.spec.sync import Mode, parse_sync
-from headwater.storage import OnServerLoss, Storage, checkpoints_of
+from headwater.spec.cluster import ClusterConfig, ClusterOptions
+from headwater.spec.keywords import chosen, means, takes
+from headwater.spec.words import option
+from headwater.storage import Storage
 from headwater.supervisor import Supervisor
 from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import TLS, Security
@@ -32,14 +32,9 @@ TRANSPORTS = ("unix", "tcp")
 _LOOPBACK = "127.0.0.1"
 
 
-class ClusterOptions(TypedDict, total=False):
-    """What `run` passes on to `Cluster` as it is; the defaults stand there."""
+class NodeOptions(TypedDict, total=False):
+    """The fields of `NodeConfig` as keywords."""
 
-    every: str | int | Every
-    keep: int
-    on_server_loss: OnServerLoss | None
-    lease: float
-    rules: Sequence[str]
     transport: str
     bind: str | None
     advertise: str | None
@@ -49,114 +44,120 @@ class ClusterOptions(TypedDict, total=False):
     output: Callable[[str], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    """Where the nodes of one cluster listen, who is admitted, and where what they print goes.
+
+    Raises:
+        ConfigurationError: an impossible value.
+    """
+
+    transport: str = field(
+        default="unix", metadata=means('"unix" (shared memory) or "tcp" (loopback, as between machines).')
+    )
+    bind: str | None = field(
+        default=None,
+        metadata=means(
+            '"host[:port]" to listen on for nodes of other machines, "0.0.0.0" or "::" for every address; '
+            "the port is the coordinator's. None: this machine alone."
+        ),
+    )
+    advertise: str | None = field(
+        default=None,
+        metadata=means(
+            '"host[:port]" that others dial, where that is another. A port is the coordinator\'s alone.'
+        ),
+    )
+    token: str | None = field(
+        default=None, metadata=means("A secret that all nodes share and prove to know over TCP.")
+    )
+    tls: TLS | None = field(
+        default=None, metadata=means("Certificates that all nodes show over TCP: see `headwater.TLS`.")
+    )
+    insecure: bool = field(
+        default=False, metadata=means("Listen beyond loopback with neither a token nor TLS.")
+    )
+    output: Callable[[str], None] = field(
+        default=print,
+        metadata=means("Takes each line that a node's process prints, one at a time; its errors are logged."),
+    )
+
+    def __post_init__(self) -> None:
+        if self.transport not in TRANSPORTS:
+            raise ConfigurationError(
+                f"{option('transport')}: got {self.transport!r}, "
+                f"expected {' or '.join(map(repr, TRANSPORTS))}"
+            )
+        if not callable(self.output):
+            raise ConfigurationError(f"output: got {self.output!r}, expected a function that takes a line")
+
+    @property
+    def security(self) -> Security:
+        """What nodes must prove."""
+        return Security(self.token, self.tls, self.insecure)
+
+    @property
+    def reach(self) -> Endpoint:
+        """Where the coordinator listens."""
+        return Endpoint(self.bind, self.advertise, self.security)
+
+
+class ClusterKeywords(ClusterOptions, NodeOptions, total=False):
+    """The keywords of `Cluster`."""
+
+
 class Cluster:
     """Servers and a coordinator that workers of this or other processes join. A context manager.
 
-    Args:
-        workers: how many workers must have joined before anything is committed.
-        servers: into how many ranges every model is cut; one process (or thread) each.
-        sync: "sync", "async", "ssp:N", or a `Mode`, also one of your own (docs/testing.md).
-        engine: "inline" (threads of this process), "local" (processes), "ray" (actors) or a `RayEngine`.
-        replicas: 0, or 1 for a standby of every server, which takes over when it is lost.
-        checkpoint: directory or fsspec URL for checkpoints; of one cluster at a time.
-        resume: begin with the latest good checkpoint there; training then continues from its positions.
-        every: between checkpoints, commits (100 or "100steps") or seconds ("30s"); keep: how many stay.
-        on_server_loss: when a shard is lost with all its copies, "rewind" to the latest checkpoint (default
-            where there are checkpoints) or "stop".
-        settings: the user's own, for `worker.settings`: numbers, texts, None, and lists and dicts of those.
-        patience: seconds after which a wait is reported, half the deadline at most; deadline: seconds after
-            which it fails. No time is longer than a year.
-        min_workers: with fewer workers than that nothing is committed.
-        lease: seconds after which a node that is not heard of is declared dead.
-        rules: names of modules with the user's own rules and modes, loaded by every node at its start.
-        transport: "unix" (shared memory) or "tcp" (loopback, as between machines).
-        bind: "host[:port]" to listen on for nodes of other machines, "0.0.0.0" or "::" for every address;
-            the port is the coordinator's. None: this machine alone.
-        advertise: "host[:port]" that they dial, where that is another. A port is the coordinator's alone.
-        token, tls: what nodes must prove over TCP, see `headwater.TLS`; one of them is needed beyond
-            loopback unless `insecure`.
-        output: takes each line that a node's process prints.
-
-    Raises:
-        ConfigurationError: an impossible argument; nothing was started.
-        CheckpointError: no checkpoint to resume from is good.
+    Attributes:
+        config: what was said of it.
     """
 
-    def __init__(
-        self,
-        *,
-        workers: int,
-        servers: int = 1,
-        sync: str | Mode = "sync",
-        engine: str | RayEngine = "inline",
-        replicas: int = 0,
-        checkpoint: str | os.PathLike[str] | None = None,
-        resume: bool = False,
-        every: str | int | Every = "60s",
-        keep: int = 3,
-        on_server_loss: OnServerLoss | None = None,
-        settings: Mapping[str, Any] | None = None,
-        patience: float = 10.0,
-        deadline: float = 600.0,
-        min_workers: int = 1,
-        lease: float = 15.0,
-        rules: Sequence[str] = (),
-        transport: str = "unix",
-        bind: str | None = None,
-        advertise: str | None = None,
-        token: str | None = None,
-        tls: TLS | None = None,
-        insecure: bool = False,
-        output: Callable[[str], None] = print,
-    ) -> None:
-        if transport not in TRANSPORTS:
-            raise ConfigurationError(f"transport: got {transport!r}, expected one of {TRANSPORTS}")
-        for module in rules:
-            load_rules(module)
-        mode = str(parse_sync(sync))
-        security = Security(token, tls, insecure)
-        reach = Endpoint(bind, advertise, security)
-        checkpoints = checkpoints_of(checkpoint, every, keep, resume, on_server_loss)
-        told = ClusterSettings(
-            workers=workers,
-            servers=servers,
-            sync=mode,
-            settings={} if settings is None else settings,
-            patience=patience,
-            deadline=deadline,
-            lease=lease,
-            replicas=replicas,
-            rewinds=checkpoints.rewinds,
-            min_workers=min_workers,
-        )
-        launch = Launch(workers, tuple(rules), output, servers, replicas, security)
+    @takes((ClusterConfig, ClusterOptions), (NodeConfig, NodeOptions))
+    def __init__(self, *, engine: str | RayEngine = "inline", **options: Unpack[ClusterKeywords]) -> None:
+        """Start the servers; does not block until they have joined.
+
+        Args:
+            engine: "inline" (threads of this process), "local" (processes), "ray" (actors) or a `RayEngine`.
+
+        Raises:
+            ConfigurationError: an impossible argument; nothing was started.
+            EngineError: a node could not be started.
+            CheckpointError: there are checkpoints to resume from, and none is good.
+        """
+        of_cluster, of_nodes = chosen(options, ClusterConfig, NodeConfig)
+        self.config = config = ClusterConfig.of(**of_cluster)
+        nodes = NodeConfig(**of_nodes)
+        security, reach = nodes.security, nodes.reach
+        launch = Launch(config.workers, config.rules, nodes.output, config.servers, config.replicas, security)
         self._engine: Engine = make_engine(engine, launch)
-        self._storage = Storage(checkpoints)
-        if checkpoints.resume:
-            self._storage.resume()
+        self._storage = Storage(config)
+        self._storage.resume()
         self._supervisor = Supervisor(
             self._engine,
             self._start_server,
             coordinator=lambda: self._coordinator,
-            servers=servers,
-            replicas=replicas,
-            rewind=self._storage.rewind if checkpoints.rewinds else None,
+            servers=config.servers,
+            replicas=config.replicas,
+            rewind=self._storage.rewind if config.rewinds else None,
         )
         self._coordinator = CoordinatorNode(
-            dataclasses.replace(told, generation=self._storage.generation),
+            config,
             self._supervisor.departures.put,
+            self._supervisor.end_asked,
+            generation=self._storage.generation,
             reach=reach,
         )
         self._security = security
         self._server = ServerSettings(
             0,
-            servers,
-            mode,
+            config.servers,
+            config.sync,
             self._near,
-            _of_servers(reach, transport, self._engine.nearby),
-            told.patience,
-            replicas=replicas,
-            min_workers=min_workers,
+            _of_servers(reach, nodes.transport, self._engine.nearby),
+            config.patience,
+            replicas=config.replicas,
+            min_workers=config.min_workers,
         )
         self._closed = False
         self._process = os.getpid()
@@ -193,10 +194,9 @@ class Cluster:
         """Path of the newest checkpoint that was written, or resumed from; None without one."""
         return self._storage.last
 
-    @property
-    def writes_checkpoints(self) -> bool:
-        """Whether there is a directory for checkpoints."""
-        return bool(self._storage.settings.directory)
+    def complete(self) -> bool:
+        """Whether there is a server of every index now."""
+        return self._coordinator.complete()
 
     def checkpoint(self) -> str:
         """Write a checkpoint of now while training goes on, and return its path; blocks until it is on disk.
@@ -216,7 +216,7 @@ class Cluster:
 
     def reserve_ranks(self) -> None:
         """Keep the declared workers' ranks for `start_worker`: whoever joins otherwise gets a later one."""
-        self._coordinator.reserve(range(self._coordinator.settings.workers))
+        self._coordinator.reserve(range(self.config.workers))
 
     def start_worker(self, rank: int, train: Callable[[Worker], Any]) -> None:
         """Have the engine start a worker that runs `train`; its end arrives at `next_outcome`."""

@@ -4,61 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from headwater import checkpoint as files
 from headwater.errors import ConfigurationError
-from headwater.runtime.checkpointer import Checkpointer, Every
+from headwater.runtime.checkpointer import Checkpointer
+from headwater.spec.cluster import ClusterConfig
+from headwater.spec.words import option
 from headwater.wire.security import PLAIN, Security
 
-OnServerLoss: TypeAlias = Literal["rewind", "stop"]
-
 _log = logging.getLogger("headwater.checkpoint")
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoints:
-    """The checkpoint settings of a cluster, as a user gives them; "" directory: none.
-
-    Raises:
-        ConfigurationError: impossible ones.
-    """
-
-    directory: str
-    every: Every
-    keep: int
-    resume: bool
-    on_server_loss: OnServerLoss | None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 1:
-            raise ConfigurationError(f"keep must be an integer ≥ 1, got {self.keep!r}")
-        if self.on_server_loss not in (None, "rewind", "stop"):
-            raise ConfigurationError(
-                f"on_server_loss must be 'rewind' or 'stop', got {self.on_server_loss!r}"
-            )
-        if not self.directory and self.resume:
-            raise ConfigurationError("resume needs a checkpoint directory: pass checkpoint=DIR")
-        if not self.directory and self.on_server_loss == "rewind":
-            raise ConfigurationError("on_server_loss='rewind' needs checkpoints: pass checkpoint=DIR")
-
-    @property
-    def rewinds(self) -> bool:
-        """Whether training begins anew from a checkpoint when a shard is lost."""
-        return bool(self.directory) and self.on_server_loss != "stop"
-
-
-def checkpoints_of(
-    checkpoint: str | os.PathLike[str] | None,
-    every: str | int | Every,
-    keep: int,
-    resume: bool,
-    on_server_loss: OnServerLoss | None,
-) -> Checkpoints:
-    """The settings as `run` and `Cluster` take them."""
-    directory = "" if checkpoint is None else os.fspath(checkpoint)
-    return Checkpoints(directory, Every.parse(every), keep, resume, on_server_loss)
 
 
 class Storage:
@@ -73,17 +27,18 @@ class Storage:
         CheckpointError: it cannot be made or read.
     """
 
-    def __init__(self, settings: Checkpoints) -> None:
-        self.settings = settings
+    def __init__(self, config: ClusterConfig) -> None:
         self.generation = 0
         self.restore = ""
+        self._config = config
+        self._directory = _everywhere(config.checkpoint)
         self._lock: files.DirectoryLock | None = None
         self._checkpointer: Checkpointer | None = None
-        if not settings.directory:
+        if not self._directory:
             return
-        self._lock = files.DirectoryLock(settings.directory)
+        self._lock = files.DirectoryLock(self._directory)
         try:
-            self.generation = files.next_generation(settings.directory)
+            self.generation = files.next_generation(self._directory)
         except BaseException:
             self._lock.release()
             raise
@@ -101,23 +56,27 @@ class Storage:
 
     def begin(self, address: str, *, security: Security = PLAIN) -> None:
         """Take checkpoints of the cluster at this address from now on."""
-        settings = self.settings
-        if settings.directory:
+        config = self._config
+        if self._directory:
             self._checkpointer = Checkpointer(
-                address, settings.directory, settings.every, settings.keep, security=security
+                address, self._directory, config.every, config.keep, security=security
             )
             self._checkpointer.begin()
 
-    def resume(self, *, required: bool = True) -> None:
-        """Have servers begin with the latest good checkpoint; without one, if not `required`, with nothing.
+    def resume(self) -> None:
+        """Have servers begin with the latest good checkpoint, where that is asked for; with nothing where
+        there is none yet.
 
         Raises:
-            ConfigurationError: there is none at all.
-            CheckpointError: none is good.
+            CheckpointError: there are some, and none is good.
         """
+        if not self._config.resume:
+            return
         try:
-            if required or files.list_checkpoints(self.settings.directory):
-                self._use(files.latest(self.settings.directory))
+            if files.list_checkpoints(self._directory):
+                self._use(files.latest(self._directory))
+            else:
+                _log.warning("%s holds no checkpoint yet: training begins at the start", self._directory)
         except BaseException:
             self.close()
             raise
@@ -130,9 +89,9 @@ class Storage:
         Returns the checkpoint's path, "" for none.
         """
         self.restore = ""
-        since = 0 if self.settings.resume else self.generation if first is None else first
-        if any(found.generation >= since for found in files.list_checkpoints(self.settings.directory)):
-            self._use(files.latest(self.settings.directory, since=since))
+        since = 0 if self._config.resume else self.generation if first is None else first
+        if any(found.generation >= since for found in files.list_checkpoints(self._directory)):
+            self._use(files.latest(self._directory, since=since))
         _log.warning("training begins anew from %s", self.restore or "the start: there is no checkpoint yet")
         return self.restore
 
@@ -148,7 +107,7 @@ class Storage:
             ConfigurationError: there is no directory for it.
         """
         if self._checkpointer is None:
-            raise ConfigurationError("a checkpoint needs a directory: pass checkpoint=DIR")
+            raise ConfigurationError(f"a checkpoint needs a directory: pass {option('checkpoint', 'DIR')}")
         self._checkpointer.take_now()
 
     def interrupt(self) -> None:
@@ -168,3 +127,8 @@ class Storage:
         for reason in found.skipped:
             _log.warning("%s is used, since a newer one is not good: %s", found.checkpoint.path, reason)
         self.restore = found.checkpoint.path
+
+
+def _everywhere(directory: str) -> str:
+    """What servers with other working directories find it by."""
+    return os.path.abspath(directory) if directory and "://" not in directory else directory

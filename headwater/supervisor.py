@@ -23,7 +23,14 @@ from typing import Protocol
 
 from headwater.engines import Engine, Outcome
 from headwater.engines.engine import Process
-from headwater.errors import ConfigurationError, EngineError, HeadwaterError, RefusedError, UnreachableError
+from headwater.errors import (
+    ClusterEndedError,
+    ConfigurationError,
+    EngineError,
+    HeadwaterError,
+    RefusedError,
+    UnreachableError,
+)
 from headwater.machines.roster import Departure
 from headwater.messages import Role
 
@@ -85,7 +92,7 @@ class Supervisor:
         self._servers = servers
         self._replicas = replicas
         self._rewind = rewind
-        self._outcomes: queue.SimpleQueue[Outcome | EngineError] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[Outcome | HeadwaterError] = queue.SimpleQueue()
         self._ends: list[Outcome] = []
         self._departed: set[Process] = set()
         self._failed: dict[tuple[Role, int], int] = {}
@@ -109,14 +116,19 @@ class Supervisor:
 
         Raises:
             EngineError: a server ended, and nothing takes its place.
+            ClusterEndedError: somebody asked for the end of the cluster.
         """
         try:
             outcome = self._outcomes.get(timeout=timeout)
         except queue.Empty:
             return None
-        if isinstance(outcome, EngineError):
+        if isinstance(outcome, HeadwaterError):
             raise outcome
         return outcome
+
+    def end_asked(self, by: str) -> None:
+        """Somebody wants the cluster to end: `next_outcome` raises that. From any thread."""
+        self._outcomes.put(ClusterEndedError(f"the cluster was ended by {by}"))
 
     def close(self) -> None:
         """Watch no more; idempotent."""

@@ -22,12 +22,12 @@ from headwater.wire.listener import dial
 
 ALONE = """
 import json, sys
-from headwater.spec.cluster import ClusterSettings
+from headwater.spec.cluster import ClusterConfig
 from headwater.runtime.coordinator import CoordinatorNode
 from headwater.wire.endpoint import Endpoint
 
 settings, journal, reach = json.loads(sys.argv[1])
-node = CoordinatorNode(ClusterSettings(**settings), journal=journal, reach=Endpoint(**reach))
+node = CoordinatorNode(ClusterConfig(**settings), journal=journal, reach=Endpoint(**reach))
 print(node.address, flush=True)
 sys.stdin.read()
 node.close()

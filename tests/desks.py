@@ -15,7 +15,7 @@ from headwater.messages import (
     ServerStatistics,
     Welcome,
 )
-from headwater.spec.cluster import ClusterSettings
+from headwater.spec.cluster import ClusterConfig
 
 IDENTITY = Identity("c1", b"secret", returns=True, pid=1)
 
@@ -69,8 +69,10 @@ class Desk:
 
     def __init__(self, *, workers=1, servers=1, record=None, enlists=False, identity=IDENTITY, **settings):
         settings = {"patience": 10.0, "deadline": 60.0, "lease": 15.0, **settings}
+        if settings.pop("rewinds", False):
+            settings["checkpoint"] = "runs/a"
         self.now = 1000.0
-        self.settings = ClusterSettings(workers, servers, "sync", **settings)
+        self.settings = ClusterConfig(workers=workers, servers=servers, **settings)
         self.machine = CoordinatorMachine(
             self.settings, identity, self.now, record=record, enlists=enlists, answer_s=2.0
         )

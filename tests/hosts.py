@@ -13,7 +13,7 @@ from headwater.engines import Launch
 from headwater.engines.local import LocalEngine
 from headwater.runtime.coordinator import CoordinatorNode
 from headwater.runtime.server import ServerSettings
-from headwater.spec.cluster import ClusterSettings
+from headwater.spec.cluster import ClusterConfig
 from headwater.wire.endpoint import LOCAL, Endpoint
 
 WAIT_S = 60.0
@@ -40,8 +40,14 @@ class Field:
         self.security = security
         self.lines = []
         self._engine = LocalEngine(Launch(workers, output=self.lines.append, security=security))
-        settings = ClusterSettings(
-            workers, servers, sync, patience=2.0, deadline=WAIT_S, lease=lease, replicas=replicas
+        settings = ClusterConfig(
+            workers=workers,
+            servers=servers,
+            sync=sync,
+            patience=2.0,
+            deadline=WAIT_S,
+            lease=lease,
+            replicas=replicas,
         )
         self.coordinator = CoordinatorNode(settings, reach=both(security))
 

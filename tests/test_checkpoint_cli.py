@@ -8,7 +8,7 @@ import safetensors.numpy
 from checkpoints import model, table, write
 from typer.testing import CliRunner
 
-from headwater.cli import app
+from headwater.cli.app import app
 
 
 @pytest.fixture
@@ -52,9 +52,11 @@ def test_list_says_which_cannot_be_used_and_why(directory):
     assert "is damaged" in second["problem"]
 
 
-def test_list_of_an_empty_directory_is_empty(tmp_path):
-    assert run("list", tmp_path).output == f"no checkpoints in {tmp_path}\n"
-    assert json.loads(run("list", tmp_path, "--json").output) == []
+@pytest.mark.parametrize("command", ["list", "show", "verify"])
+def test_a_directory_without_a_checkpoint_is_told_alike(tmp_path, command):
+    result = run(command, tmp_path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"headwater: {tmp_path} holds no checkpoint\n"
 
 
 def test_show_tells_what_a_checkpoint_holds(directory):

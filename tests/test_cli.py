@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import queue
 import re
 import signal
 import socket
@@ -12,11 +13,13 @@ import textwrap
 import threading
 import time
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
+from waiting import wait_until
 
 import headwater as hw
 from headwater.bench import figures as bench_figures
@@ -26,13 +29,17 @@ from headwater.bench.resnet import resnet50_shapes
 from headwater.bench.rivals import RIVALS
 from headwater.bench.suites import SUITES
 from headwater.bench.turns import take_turns
-from headwater.cli import app
 from headwater.cli import bench as cli_bench
+from headwater.cli.app import COMMANDS, app
 from headwater.cli.assignments import parse_settings
 from headwater.cli.display import LiveDisplay, PlainDisplay, duration
 from headwater.cli.progress import ProgressLines
 from headwater.cli.script import MODULE
 from headwater.messages import ClusterStatistics, NodeStatistics, Progress
+from headwater.runtime.coordinator import CoordinatorNode
+from headwater.spec.cluster import ClusterConfig
+
+TOKEN = "a secret of at least sixteen characters"
 
 TINY = Effort(repeats=2, rounds=2, shapes={"w": (64, 1024), "b": (100,)})
 
@@ -79,12 +86,14 @@ def script(tmp_path):
 def test_run_trains_and_sums_up(command, script):
     result = command("run", script(TRAIN), "--engine", "inline")
     assert result.exit_code == 0, result.output
-    assert re.search(r"^cluster address: (unix:\S+); ask with: headwater status \1$", result.output, re.M)
-    assert re.search(r"^sync: version 3 after .*, [\d.]+ samples/s, [\d.]+ steps/s$", result.output, re.M)
     assert re.search(
-        r"^sync: \d+% of the workers' time waiting, staleness median 0, max 0$", result.output, re.M
+        r"^cluster address: (unix:\S+)\nto see how it is: headwater status \1$", result.stderr, re.M
     )
-    assert "worker 0 returned -3.0\nworker 1 returned -3.0\n" in result.output
+    assert all(len(line) <= 80 for line in result.stderr.splitlines())
+    results = result.stdout.splitlines()
+    assert re.search(r"^sync: version 3 after .*, [\d.]+ samples/s, [\d.]+ steps/s$", results[0])
+    assert re.search(r"^sync: \d+% of the workers' time waiting, staleness median 0, max 0$", results[1])
+    assert results[2:] == ["worker 0 returned -3.0", "worker 1 returned -3.0"]
 
 
 def test_main_block_does_not_run_and_siblings_can_be_imported(command, script):
@@ -161,7 +170,19 @@ def test_a_missing_function_lists_those_the_script_has(command, script):
             ["--engine", "inline", "--rules", "no_such_rules"],
             "rules module 'no_such_rules' cannot be imported",
         ),
-        (["--patience", "0"], "patience must be > 0 seconds"),
+        (["--patience", "0"], "--patience must be > 0 seconds and at most a year"),
+        (["--deadline", "inf"], "--deadline must be > 0 seconds"),
+        (["--every", "10steps"], "--every 10steps has no effect without checkpoints: pass --checkpoint DIR"),
+        (["--keep", "5"], "--keep 5 has no effect without checkpoints"),
+        (["--resume"], "--resume has no effect without checkpoints"),
+        (["--min-workers", "9"], "--min-workers must be at most --workers 2, got 9"),
+        (["--bind", "0.0.0.0"], "--token-file or the three --tls files, or listen on 127.0.0.1; --insecure"),
+        (
+            ["--advertise", "node1"],
+            "--advertise node1 without a TCP address: nothing listens there; pass --bind",
+        ),
+        (["--workers", "few"], "'--workers'"),
+        (["--wrokers", "3"], "No such option: --wrokers"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(command, script, arguments, complaint):
@@ -190,7 +211,7 @@ def test_an_exception_in_train_shows_rank_and_traceback_without_headwaters_own(c
     """)
     result = command("run", path, "--engine", engine)
     assert result.exit_code == 1
-    assert result.stderr.startswith("headwater: worker 1: ValueError: no such data\n\nTraceback")
+    assert "headwater: worker 1: ValueError: no such data\n\nTraceback" in result.stderr
     assert 'raise ValueError("no such data")' in result.stderr
     assert f"{os.sep}headwater{os.sep}" not in result.stderr
 
@@ -213,7 +234,8 @@ def test_ctrl_c_stops_everything_within_two_seconds_and_leaves_no_process(script
         text=True,
     )
     try:
-        address = re.match(r"cluster address: (\S+);", process.stdout.readline()).group(1)
+        address = re.match(r"cluster address: (\S+)$", process.stderr.readline()).group(1)
+        process.stderr.readline()
         assert process.stdout.readline() == "[worker 0] ready\n"
         nodes = json.loads(command("status", address, "--json").stdout)["nodes"]
         assert sorted(node["role"] for node in nodes) == ["coordinator", "server", "worker"]
@@ -246,6 +268,165 @@ def test_ctrl_c_stops_inline_workers_together(script, command, long):
     assert time.monotonic() - began < 3.5 or not long
 
 
+# ── what every command has ──────────────────────────────────────────────────────────────────────
+
+
+def test_the_version_is_told(command):
+    for option in ("--version", "-V"):
+        result = command(option)
+        assert (result.exit_code, result.stdout) == (0, f"headwater {hw.__version__}\n")
+
+
+def test_shells_can_complete_commands_and_options():
+    def completed(words, count):
+        asked = {"COMP_WORDS": words, "COMP_CWORD": str(count), "_HEADWATER_COMPLETE": "complete_bash"}
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import sys; sys.argv = ['headwater']; import headwater.cli as c; c.main()",
+            ],
+            env={**os.environ, **asked},
+            capture_output=True,
+            text=True,
+        )
+        return done.stdout.split()
+
+    assert completed("headwater s", 1) == ["serve", "status", "stop"]
+    assert completed("headwater run --on-s", 2) == ["--on-server-loss"]
+
+
+def test_the_list_of_commands_says_what_each_does(command):
+    result = command("--help")
+    assert result.exit_code == 0
+    for name in COMMANDS:
+        assert command(name, "--help").exit_code == 0
+        assert re.search(rf"│ {name} ", result.stdout)
+
+
+def test_showing_the_commands_loads_neither_the_compiler_nor_arrays():
+    code = (
+        "import sys; sys.argv = ['headwater', '--help']\n"
+        "from headwater.cli import main\n"
+        "try: main()\n"
+        "finally: print([m for m in ('numba', 'numpy', 'torch', 'headwater.driver') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_every_option_can_be_an_environment_variable(command, script, monkeypatch):
+    monkeypatch.setenv("HEADWATER_WORKERS", "3")
+    monkeypatch.setenv("HEADWATER_SET", "epochs=2")
+    path = script("def train(worker): return worker.settings")
+    result = command("run", path, "--engine", "inline")
+    assert result.stdout.count("returned {'epochs': 2}") == 3
+    assert command("run", path, "--engine", "inline", "--workers", 1).stdout.count("returned") == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "complaint"),
+    [
+        ("HEADWATER_WORKERS", "few", r"'--workers'.*\(from the environment variable HEADWATER_WORKERS\)"),
+        ("HEADWATER_LEASE", "-1", r"--lease must be .*\(set by the environment: HEADWATER_LEASE\)"),
+    ],
+)
+def test_an_error_from_a_variable_says_so(command, script, monkeypatch, variable, value, complaint):
+    monkeypatch.setenv(variable, value)
+    result = command("run", script("def train(worker): ..."))
+    assert result.exit_code == 2
+    assert re.search(complaint, result.stderr)
+
+
+@pytest.mark.parametrize("words", [["status"], ["ping"], ["stop"], ["verify"], ["serve", "server"]])
+def test_a_command_that_needs_a_cluster_says_where_to_find_it(command, words):
+    result = command(*words)
+    assert result.exit_code == 2
+    assert "HEADWATER_COORDINATOR" in result.stderr
+
+
+@pytest.mark.timeout(60)
+def test_ctrl_c_while_everything_is_imported_says_nothing():
+    code = "import time; from headwater.cli import main; import headwater.cli.app as app\n"
+    code += "app.app = lambda: (print('here', flush=True), time.sleep(30)); main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
+
+
+# ── clusters seen from outside ──────────────────────────────────────────────────────────────────
+
+
+def test_a_cluster_with_a_token_answers_every_command_that_has_it(command, tmp_path, monkeypatch):
+    (tmp_path / "token").write_text(TOKEN)
+    options = ["--token-file", tmp_path / "token"]
+    with hw.Cluster(workers=1, bind="127.0.0.1", token=TOKEN) as cluster, cluster.worker() as worker:
+        worker.model("mine", {"w": np.zeros(3, np.float32)}, hw.SGD(lr=0.1))
+        monkeypatch.setenv("HEADWATER_COORDINATOR", cluster.address)
+        for name in ("status", "ping"):
+            assert command(name, *options).exit_code == 0
+            assert "the caller has no token" in command(name).stderr
+        assert "no standby" in command("verify", *options).stdout
+        assert not cluster.verify().equal
+
+
+def test_ping_tells_what_lives_and_what_is_ready(command):
+    assert command("ping", "unix:@headwater-nobody-is-here").exit_code == 1
+    with hw.Cluster(workers=1) as cluster, cluster.worker():
+        alive = command("ping", cluster.address)
+        ready = command("ping", cluster.address, "--ready")
+        server = next(node for node in cluster.statistics().nodes if node.role == "server")
+        assert "server 0 answers" in command("ping", server.address).stdout
+    assert (alive.exit_code, ready.exit_code) == (0, 0)
+    assert re.match(r"the coordinator answers after \d+ ms, at version 0; ready$", ready.stdout)
+
+
+def test_ping_is_not_ready_without_a_server_and_waits_for_it(command):
+    node = CoordinatorNode(ClusterConfig(workers=1))
+    try:
+        assert command("ping", node.address).exit_code == 0
+        result = command("ping", node.address, "--ready", "--wait", "0.6")
+        assert result.exit_code == 1
+        assert result.stderr.endswith("not ready: server 0 is not there\n")
+        status = command("status", node.address).stdout
+        assert status.startswith("starting: server 0 is not there; worker 0 is not there\n")
+    finally:
+        node.close()
+
+
+def test_stop_ends_a_cluster_and_its_run_says_who_did(command, tmp_path):
+    addresses, raised = queue.Queue(), queue.Queue()
+
+    def train(worker):
+        model = worker.model("m", {"w": np.zeros(2, np.float32)}, hw.SGD(lr=1.0))
+        while True:
+            model.push({"w": np.ones(2, np.float32)})
+            worker.step()
+
+    def body():
+        try:
+            hw.run(train, workers=1, engine="inline", started=addresses.put, checkpoint=tmp_path)
+        except hw.errors.HeadwaterError as error:
+            raised.put(error)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    address = addresses.get(timeout=30)
+    wait_until(lambda: json.loads(command("status", address, "--json").stdout)["version"])
+    result = command("stop", address)
+    thread.join()
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"the cluster at {address} has ended\n"
+    error = raised.get(timeout=10)
+    assert isinstance(error, hw.errors.ClusterEndedError)
+    assert re.search(r"was ended by headwater stop \(.*pid \d+ on ", str(error))
+    assert command("checkpoint", "list", tmp_path).exit_code == 0
+
+
 # ── status ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -263,11 +444,21 @@ def test_status_shows_nodes_and_models(command):
     assert coordinator["address"] == cluster.address
     assert [node["index"] for node in servers] == [0, 1]
     assert last["rank"] == 0
+    assert (statistics["workers"], statistics["servers"], statistics["finished"]) == (1, 2, [])
     assert set(last) == {"role", "rank", "pid", "address", "term", "version", "waits_for"}
     assert statistics["version"] == 1
     assert statistics["models"][0]["name"] == "mine"
-    assert "sync, 1 workers declared, version 1" in as_table.stdout
-    assert "mine" in as_table.stdout
+    first, second, *tables = as_table.stdout.splitlines()
+    assert first == "healthy"
+    assert second.startswith("sync, version 1, generation 0, term ")
+    assert [line.split()[:2] for line in tables[1:5]] == [
+        ["coordinator", str(os.getpid())],
+        ["server", "0"],
+        ["server", "1"],
+        ["worker", "0"],
+    ]
+    assert any(line.startswith("mine") for line in tables)
+    assert all(len(line) <= 80 for line in as_table.stdout.splitlines())
 
 
 def test_status_of_nobody_is_exit_code_1(command):
@@ -335,7 +526,7 @@ def statistics(*reports, waits_for=None):
 
 
 def test_lines_tell_of_the_time_since_the_last_report():
-    lines = ProgressLines()
+    lines = ProgressLines(1, "job.py")
     lines.update(statistics(progress(10, 10.0)))
     late = progress(30, 14.0, waiting=4.5, staleness={1: 20, 3: 10})
     (line,) = lines.update(statistics(late))
@@ -346,8 +537,25 @@ def test_lines_tell_of_the_time_since_the_last_report():
     assert line.left == (800 - 240) * 14.0 / 240
 
 
+def test_every_worker_has_a_line_from_the_beginning_that_says_what_is_waited_for():
+    lines = ProgressLines(3, "jobs/train.py")
+    assert [line.phase for line in lines.starting()] == ["starts"] * 3
+    joined = statistics(waits_for="register 'net' waits for workers 1, 2 to join")
+    waiting = msgspec.structs.replace(joined, joining=("worker 1 (pid 7 on here) waits for server 0",))
+    assert [line.phase for line in lines.update(waiting)] == [
+        "register 'net' waits for workers 1, 2 to join",
+        "waits for server 0",
+        "imports train.py",
+    ]
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80, color_system=None)
+    with LiveDisplay(console, workers=3, script="train.py"):
+        pass
+    assert out.getvalue().count("starts") % 3 == 0 < out.getvalue().count("starts")
+
+
 def test_a_worker_that_does_not_move_says_whom_it_waits_for():
-    lines = ProgressLines()
+    lines = ProgressLines(1, "job.py")
     waiting = statistics(progress(10, 10.0), waits_for="worker 1")
     assert lines.update(waiting)[0].waits_for is None
     assert lines.update(waiting)[0].waits_for == "worker 1"
@@ -355,7 +563,7 @@ def test_a_worker_that_does_not_move_says_whom_it_waits_for():
 
 
 def test_a_restarted_worker_begins_anew():
-    lines = ProgressLines()
+    lines = ProgressLines(1, "job.py")
     lines.update(statistics(progress(10, 10.0)))
     (line,) = lines.update(statistics(progress(4, 2.0, member=9)))
     assert line.rate == 2.0
@@ -363,7 +571,9 @@ def test_a_restarted_worker_begins_anew():
 
 def test_plain_lines_come_every_five_seconds():
     now, out = [0.0], io.StringIO()
-    with PlainDisplay(Console(file=out, width=40), clock=lambda: now[0]) as display:
+    with PlainDisplay(
+        Console(file=out, width=40), workers=1, script="job.py", clock=lambda: now[0]
+    ) as display:
         for second in range(11):
             now[0] = float(second)
             display.show(statistics(progress(second, float(second))))
@@ -375,9 +585,10 @@ def test_plain_lines_come_every_five_seconds():
 
 def test_live_table_stays_below_the_lines_of_nodes():
     out = io.StringIO()
-    with LiveDisplay(Console(file=out, force_terminal=True, width=100, color_system=None)) as display:
+    console = Console(file=out, force_terminal=True, width=100, color_system=None)
+    with LiveDisplay(console, workers=1, script="job.py") as display:
         display.show(statistics(progress(10, 10.0)))
-        display.line("[worker 0] hello [bold]there[/bold]")
+        display.log("[worker 0] hello [bold]there[/bold]")
         display.show(statistics(progress(10, 10.0), waits_for="waits for worker 1"))
     text = out.getvalue()
     assert "[worker 0] hello [bold]there[/bold]" in text

@@ -15,7 +15,7 @@ from serving import codes, site
 from waiting import wait_until
 
 import headwater as hw
-from headwater.cli.serve import serve
+from headwater.cli.serve import app
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "deploy.md").read_text()
@@ -52,7 +52,7 @@ def test_the_commands_for_plain_processes_run_as_they_stand(tmp_path):
 def test_every_option_and_its_variable_are_in_the_table():
     table = PAGE[PAGE.index("## Options and environment") : PAGE.index("## Slurm")]
     rows = [line for line in table.splitlines() if line.startswith("| `")]
-    commands = typer.main.get_command(serve).commands
+    commands = typer.main.get_command(app).commands
     for name in ("coordinator", "server", "worker"):
         for parameter in commands[name].params:
             option = parameter.opts[0] if parameter.opts[0].startswith("--") else "SCRIPT"

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import headwater as hw
-from headwater.cli import app
+from headwater.cli.app import app
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from waiting import wait_until
 
 import headwater as hw
-from headwater.cli import app
-from headwater.cli.environment import security_of
+from headwater.cli.app import app
+from headwater.cli.options import security_of
 from headwater.errors import (
     ConfigurationError,
     EngineError,
@@ -339,7 +339,7 @@ def test_a_cluster_whose_servers_nobody_reaches_ends_with_the_reason(replicas):
         ({"bind": "::"}, "tls or a token"),
         ({"bind": "127.0.0.1", "token": "short"}, "can be guessed"),
         ({"advertise": "node1"}, "without a TCP address"),
-        ({"bind": "127.0.0.1", "advertise": "0.0.0.0"}, "leads everybody to himself"),
+        ({"bind": "127.0.0.1", "advertise": "0.0.0.0"}, "is not an address that others can dial"),
         ({"bind": "127.0.0.1:port"}, "expected a host to listen on"),
         ({"bind": "[::1"}, "expected a host to listen on"),
         ({"bind": ""}, "expected a host to listen on"),
@@ -450,7 +450,7 @@ def test_run_takes_addresses_and_proofs_and_never_shows_the_token(tmp_path):
     command += ["--bind", "127.0.0.1", "--token-file", str(tmp_path / "token"), "--workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert "cluster address: tcp:127.0.0.1:" in done.stdout
+    assert "cluster address: tcp:127.0.0.1:" in done.stderr
     assert done.stdout.count("headwater.engines.child") >= 2
     assert TOKEN not in done.stdout + done.stderr
 

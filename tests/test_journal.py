@@ -30,7 +30,7 @@ from headwater.messages import Join, Member, Rejoin, Welcome
 from headwater.runtime.coordinator import CoordinatorNode
 from headwater.runtime.journal import Journal
 from headwater.runtime.server import ServerNode, ServerSettings
-from headwater.spec.cluster import ClusterSettings
+from headwater.spec.cluster import ClusterConfig
 from headwater.wire.endpoint import Endpoint
 from headwater.wire.listener import Listener
 from headwater.worker import Worker
@@ -255,7 +255,7 @@ class Small:
     """A coordinator that ends and goes on, and one server; `node` is the coordinator of now."""
 
     def __init__(self, folder, **settings):
-        self._settings = ClusterSettings(1, 1, "sync", patience=0.2, **{"deadline": 30.0, **settings})
+        self._settings = ClusterConfig(workers=1, patience=0.2, **{"deadline": 30.0, **settings})
         self._journal = folder / "journal"
         self._place = f"@headwater-{secrets.token_hex(8)}"
         self.start()
@@ -441,7 +441,7 @@ def test_a_coordinator_that_cannot_keep_its_journal_ends_and_nobody_else(small, 
 
 
 def test_nodes_that_wait_for_the_others_are_not_members_yet_and_are_forgotten(tmp_path):
-    settings = ClusterSettings(1, 2, "sync")
+    settings = ClusterConfig(workers=1, servers=2)
     node = CoordinatorNode(settings, journal=tmp_path / "journal")
     server = ServerNode(ServerSettings(0, 2, "sync", node.address))
 

@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 import headwater as hw
 from headwater.runtime.coordinator import CoordinatorNode
-from headwater.spec.cluster import ClusterSettings
+from headwater.spec.cluster import ClusterConfig
 from headwater.runtime.server import ServerNode, ServerSettings
 from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import TLS, Security
@@ -47,7 +47,7 @@ COORDINATOR = (
     BEGIN
     + """
 bind, settings = arguments
-node = CoordinatorNode(ClusterSettings(**settings), reach=Endpoint(bind, security=security))
+node = CoordinatorNode(ClusterConfig(**settings), reach=Endpoint(bind, security=security))
 say(address=node.address)
 for line in sys.stdin:
     print(msgspec.json.encode(node.statistics()).decode(), flush=True)

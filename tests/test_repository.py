@@ -27,7 +27,7 @@ LAYERS = [
     ["worker"],
     ["torch", "jax"],
     ["engines"],
-    ["kvstore", "cluster", "supervisor", "storage", "run", "standalone"],
+    ["kvstore", "cluster", "supervisor", "storage", "driver", "standalone"],
     ["cli", "bench", "testing", "__main__", "__init__"],
 ]
 """A module imports from its own group and the groups above it (docs/architecture.md)."""
@@ -214,6 +214,35 @@ def test_importing_headwater_loads_neither_torch_nor_ray_nor_jax_nor_the_compile
     code = "import sys, headwater; print([m for m in ('torch', 'ray', 'jax', 'numba') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_public_names_are_the_same_for_type_checkers_and_at_run_time():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = [
+        node for node in tree.body if isinstance(node, ast.If) and not isinstance(node.test, ast.UnaryOp)
+    ]
+    typed = {
+        alias.name: node.module.removeprefix("headwater").removeprefix(".")
+        for node in block.body
+        for alias in node.names
+    }
+    assert typed == {**headwater._MODULES, **dict.fromkeys(headwater._SUBMODULES, "")}
+    assert {*headwater._MODULES, "errors", "kvstore"} == set(headwater.__all__)
+
+
+IMPORT = """
+from resource import RUSAGE_SELF, getrusage
+before = getrusage(RUSAGE_SELF)
+import headwater
+after = getrusage(RUSAGE_SELF)
+print(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+"""
+
+
+def test_importing_headwater_takes_little_time():
+    """CPU time beyond that of the interpreter: whoever uses little of it does not pay for the rest."""
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, timeout=60)
+    assert float(done.stdout) < 0.15, done.stderr
 
 
 def test_every_public_name_exists_and_is_documented():

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import signal
 import subprocess
@@ -85,12 +86,17 @@ def count(worker):
 
 
 def inline(train, **options):
-    return hw.run(train, workers=1, engine="inline", patience=5, deadline=30, **options)
+    return hw.run(train, **{"workers": 1, "engine": "inline", "patience": 5, "deadline": 30, **options})
 
 
-def test_a_directory_without_a_checkpoint_cannot_be_resumed_from(tmp_path):
-    with pytest.raises(ConfigurationError, match="holds no checkpoint"):
-        inline(count, checkpoint=tmp_path, resume=True)
+def test_where_there_is_no_checkpoint_yet_training_begins_and_the_same_call_goes_on_later(tmp_path, caplog):
+    """One command line for every start, as a scheduler has it."""
+    first = inline(count, checkpoint=tmp_path, resume=True)
+    assert f"{tmp_path} holds no checkpoint yet: training begins at the start" in caplog.text
+    caplog.clear()
+    second = inline(count, checkpoint=tmp_path, resume=True)
+    assert "holds no checkpoint" not in caplog.text
+    assert second.version >= first.version > 0
 
 
 def test_damaged_checkpoints_are_named_and_none_is_used(tmp_path):
@@ -153,13 +159,29 @@ def test_two_clusters_cannot_use_one_directory(tmp_path):
         ({"every": "often"}, "every"),
         ({"every": 0}, "every"),
         ({"keep": 0}, "keep"),
-        ({"resume": True}, "checkpoint directory"),
+        ({"resume": True}, "resume=True has no effect without checkpoints: pass checkpoint=DIR"),
         ({"on_server_loss": "rewind"}, "checkpoint=DIR"),
         ({"on_server_loss": "wait"}, "on_server_loss"),
         ({"replicas": 2}, "replicas"),
         ({"min_workers": 2}, "min_workers"),
         ({"restarts": -1}, "restarts"),
         ({"lease": 0}, "lease"),
+        ({"every": "10steps"}, "every=10steps has no effect without checkpoints"),
+        ({"deadline": math.inf}, "deadline must be > 0 seconds and at most a year"),
+        ({"patience": "10"}, "patience must be a number of seconds, got .10"),
+        ({"workers": "2"}, "workers must be an integer ≥ 1, got '2'"),
+        ({"workers": True}, "workers"),
+        ({"rules": "my_rules"}, "rules: got 'my_rules', expected a list of module names"),
+        ({"checkpoint": 3}, "checkpoint: got 3, expected a directory or URL"),
+        ({"resume": "yes", "checkpoint": "runs"}, "resume must be True or False"),
+        ({"sync": 3}, "sync: got 3, expected"),
+        ({"transport": "pigeon"}, "transport: got 'pigeon', expected 'unix' or 'tcp'"),
+        ({"output": "print"}, "output: got 'print', expected a function"),
+        ({"watch": 3}, "watch: got 3, expected a function"),
+        ({"started": "x"}, "started"),
+        ({"token": b"a token of bytes, not of text"}, "token must be a text, got a bytes"),
+        ({"tls": "certs"}, "tls must be a headwater.TLS, got a str"),
+        ({"settings": {"path": Path()}}, "settings"),
     ],
 )
 def test_impossible_options_are_refused_before_anything_starts(options, text):

@@ -9,7 +9,7 @@ import pytest
 from connections import DEADLINE, attended
 from typer.testing import CliRunner
 
-from headwater.cli import app
+from headwater.cli.app import app
 from headwater.cli.certificates import make_certificates
 from headwater.errors import ConfigurationError, RefusedError
 from headwater.wire.certificates import new_authority, new_node, write_new

@@ -166,19 +166,19 @@ def test_impossible_places_are_refused_with_the_reason(tmp_path):
 
 
 WRONG = [
-    (["server"], "whose? Pass --coordinator ADDRESS, or set HEADWATER_COORDINATOR"),
-    (["worker", "count.py"], "whose? Pass --coordinator ADDRESS, or set HEADWATER_COORDINATOR"),
+    (["server"], "of which cluster? Pass --coordinator ADDRESS"),
+    (["worker", "count.py"], "or set HEADWATER_COORDINATOR"),
     (["worker", "absent.py", "--coordinator", "unix:@x"], "cannot read the script absent.py"),
     (["server", "--coordinator", "unix:@x", "--role", "worker"], "expected server or standby"),
     (["server", "--coordinator", "nowhere"], "nowhere"),
     (["server", "--coordinator", "unix:@x", "--rules", "no.such"], "no.such"),
     (["coordinator"], "--workers"),
-    (["coordinator", "--workers", "2", "--min-workers", "3"], "min_workers must be at most workers=2"),
+    (["coordinator", "--workers", "2", "--min-workers", "3"], "--min-workers must be at most --workers 2"),
     (["coordinator", "--workers", "2", "--sync", "often"], "often"),
-    (["coordinator", "--workers", "2", "--resume"], "resume needs a checkpoint directory"),
-    (["coordinator", "--workers", "2", "--journal", "j"], "bind to a fixed port, or to unix:/path"),
-    (["coordinator", "--workers", "2", "--journal", "j", "--bind", "127.0.0.1"], "bind to a fixed port"),
-    (["coordinator", "--workers", "2", "--bind", "0.0.0.0"], "insecure"),
+    (["coordinator", "--workers", "2", "--resume"], "--resume has no effect without checkpoints"),
+    (["coordinator", "--workers", "2", "--journal", "j"], "pass --bind HOST:PORT with a port, or unix:/path"),
+    (["coordinator", "--workers", "2", "--journal", "j", "--bind", "127.0.0.1"], "with a port"),
+    (["coordinator", "--workers", "2", "--bind", "0.0.0.0"], "--insecure listens all the same"),
 ]
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import headwater as hw
 from headwater import messages as m
-from headwater.cli import app
+from headwater.cli.app import app
 from headwater.runtime.server.comparing import compare
 from headwater.shard.digest import digests
 from headwater.shard.snapshot import ShardSnapshot

@@ -19,9 +19,9 @@ from headwater.bench.plain import (
     shared_vectors,
 )
 from headwater.bench.turns import Times, take_turns
+from headwater.driver import run
 from headwater.kernels import dense
 from headwater.messages import TensorSpec
-from headwater.run import run
 from headwater.spec.layout import Layout
 from headwater.spec.rules import SGD
 from headwater.worker import Worker

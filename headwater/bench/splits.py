@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 
 from headwater.bench.figures import Effort, Figure, complain
-from headwater.run import run
+from headwater.driver import run
 from headwater.spec.rules import SGD
 from headwater.worker import Worker
 from headwater.worker.model import Model

@@ -12,9 +12,9 @@ from headwater.bench.figures import Effort, Figure, complain
 from headwater.bench.ids import DRAWS, ROWS, UNIQUE, Ids, forever, known_ids, zipf_draws
 from headwater.bench.plain import make_meeting, new_meeting_name
 from headwater.bench.turns import Times, take_turns
+from headwater.driver import run
 from headwater.kernels.arrange import arrange
 from headwater.messages import TableSpec
-from headwater.run import run
 from headwater.shard.table import Table
 from headwater.spec.initializers import Normal
 from headwater.spec.placement import SLOTS

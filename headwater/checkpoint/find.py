@@ -69,7 +69,7 @@ def latest(directory: Location, *, verify: bool = True, since: int = 0) -> Lates
     """
     listed = [found for found in list_checkpoints(directory) if found.generation >= since]
     if not listed:
-        raise ConfigurationError(f"{open_folder(directory).url} holds no checkpoint: start without resuming")
+        raise ConfigurationError(f"{open_folder(directory).url} holds no checkpoint")
     skipped: list[str] = []
     for found in reversed(listed):
         if isinstance(found.error, ConfigurationError):  # not damaged: an older one would silently lose work

@@ -3,17 +3,51 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import msgspec
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from headwater.bench.figures import FULL, QUICK, Figure, machine
 from headwater.bench.suites import SUITES
+from headwater.cli.options import Json, command
 from headwater.errors import ConfigurationError, EnvironmentFailure
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 _WIDTH = 120
 """Columns of a report that does not go to a terminal."""
+
+
+@command(app)
+def bench(
+    suite: Annotated[
+        str | None, typer.Argument(help=f"One of: {', '.join(SUITES)}. Without: lists them.")
+    ] = None,
+    json: Json = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds: seconds, and less certain.")] = False,
+) -> None:
+    """Measure this machine: each figure beside the limit it is held against, taken in the same run.
+
+    dense: rounds of a model of ResNet-50's size. peers: the same beside gloo, torch RPC and Ray.
+    latency: pulls of 1 KB. kernels: update loops. tcp, tls: the wire alone, against plain sockets.
+    memory: what nodes keep resident. splits: who gets which data. safety: replicas, failover,
+    checkpoints. lookup, table: the loops of embedding tables. rows: tables in a cluster.
+
+    [bold]Examples[/bold]
+
+    headwater bench dense
+
+    headwater bench kernels --quick --json > kernels.json
+
+    Exit codes: 0 measured, 1 this machine cannot be measured, 2 a wrong argument.
+    """
+    if suite is None:
+        print("\n".join(SUITES))
+        return
+    measure(suite, as_json=json, quick=quick)
 
 
 def measure(suite: str, *, as_json: bool, quick: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
 import typer
@@ -14,8 +15,21 @@ from headwater import checkpoint
 from headwater.checkpoint import Listed, Manifest
 from headwater.checkpoint.compare import describe_rule
 from headwater.cli.faults import FAILED, complain
+from headwater.cli.options import Json, command
+from headwater.errors import ConfigurationError
 from headwater.messages import ModelRecord, TableRecord
 from headwater.spec.layout import Layout
+
+app = typer.Typer(
+    help="Look at the checkpoints that trainings wrote; a cluster need not be running.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+
+_Path = Annotated[
+    str, typer.Argument(help="A checkpoint such as runs/g000-v000001200, or a directory of them.")
+]
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -40,35 +54,45 @@ class Shown(msgspec.Struct, frozen=True):
     manifest: Manifest
 
 
-def list_directory(directory: str, *, as_json: bool) -> None:
-    """Print the checkpoints of a directory, oldest first.
+@command(app, name="list")
+def list_checkpoints(
+    directory: Annotated[str, typer.Argument(help="Where a training keeps its checkpoints.")],
+    json: Json = False,
+) -> None:
+    """List the checkpoints of a directory, oldest first; their files are not read.
 
-    Raises:
-        ConfigurationError: there is no such directory.
-        CheckpointError: it cannot be read.
+    [bold]Example[/bold]
+
+    headwater checkpoint list runs/a
+
+    Exit codes: 0 listed, 1 it cannot be read, 2 no such directory, or no checkpoint in it.
     """
     summaries = [_summary(found) for found in checkpoint.list_checkpoints(directory)]
-    if as_json:
+    if json:
         _print_json(summaries)
-    elif summaries:
-        Console(highlight=False).print(_listing(summaries))
-        for one in summaries:
-            if one.problem is not None:
-                print(one.problem)
-    else:
-        print(f"no checkpoints in {directory}")
+    if not summaries:
+        raise ConfigurationError(f"{directory} holds no checkpoint")
+    if json:
+        return
+    Console(highlight=False).print(_listing(summaries))
+    for one in summaries:
+        if one.problem is not None:
+            print(one.problem)
 
 
-def show(path: str, *, as_json: bool) -> None:
-    """Print what a checkpoint holds, of a directory the newest whose manifest is good.
+@command(app)
+def show(path: _Path, json: Json = False) -> None:
+    """Show what a checkpoint holds: models, tables, rules, counts; of a directory, the newest one.
 
-    Raises:
-        ConfigurationError: no checkpoint, or one of a newer format.
-        CheckpointError: its manifest is damaged.
+    [bold]Example[/bold]
+
+    headwater checkpoint show runs/a --json
+
+    Exit codes: 0 shown, 1 its manifest is damaged, 2 no checkpoint, or one of a newer format.
     """
     found = checkpoint.resolve(path, verify=False)
     manifest = found.manifest
-    if as_json:
+    if json:
         _print_json(Shown(found.path, manifest.size, manifest))
         return
     console = Console(highlight=False)
@@ -82,18 +106,21 @@ def show(path: str, *, as_json: bool) -> None:
         console.print(_tables(manifest.tables))
 
 
-def verify(path: str, *, as_json: bool) -> None:
-    """Check every byte of a checkpoint, or of each in a directory, and print what is wrong.
+@command(app)
+def verify(path: _Path, json: Json = False) -> None:
+    """Read every byte of a checkpoint, or of all in a directory, and name each damaged or missing file.
 
-    Raises:
-        ConfigurationError: no checkpoint, or one of a newer format.
-        typer.Exit: 1 where something is damaged.
+    [bold]Example[/bold]
+
+    headwater checkpoint verify runs/a
+
+    Exit codes: 0 all sound, 1 something is damaged, 2 no checkpoint, or one of a newer format.
     """
     found = checkpoint.verify_all(path)
-    if as_json:
+    if json:
         _print_json(found)
     for one in found:
-        if not as_json:
+        if not json:
             print(f"{one.path}: {'sound' if one.sound else 'damaged'}")
             for extra in one.extras:
                 print(f"  {extra} does not belong to it")
@@ -103,12 +130,20 @@ def verify(path: str, *, as_json: bool) -> None:
         raise typer.Exit(FAILED)
 
 
-def export(path: str, file: str) -> None:
-    """Write the values of a checkpoint as one safetensors file.
+@command(app)
+def export(
+    path: _Path,
+    file: Annotated[str, typer.Argument(help="The file to write; one that exists is replaced.")],
+) -> None:
+    """Write a checkpoint's values as one safetensors file, tensors under their own names.
 
-    Raises:
-        ConfigurationError: no checkpoint, one of a newer format, or names that collide.
-        CheckpointError: it is damaged, or the file cannot be written.
+    [bold]Example[/bold]
+
+    headwater checkpoint export runs/a model.safetensors
+
+    Then in Python: module.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+
+    Exit codes: 0 written, 1 damaged or not writable, 2 no checkpoint, or one of a newer format.
     """
     written = checkpoint.export(path, file)
     print(f"{file}: {_megabytes(written.size)}")

@@ -1,7 +1,11 @@
-"""What a person sees while a run goes on: a live table on a terminal, a line now and then elsewhere."""
+"""What a person sees while a run goes on: a live table on a terminal, a line now and then elsewhere.
+
+Every worker has its line from the beginning: before its first step the line says what is waited for.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -19,10 +23,16 @@ _EVERY_S = 5.0
 
 
 class Display(Protocol):
-    """A context manager around a run."""
+    """A context manager around a run; its methods may be called from any thread."""
 
-    def line(self, text: str) -> None:
-        """Print one line; from any thread."""
+    def print(self, text: str) -> None:
+        """Show a line that a node printed, which belongs to the output of the run."""
+
+    def log(self, text: str) -> None:
+        """Show a line about the run."""
+
+    def started(self, address: str) -> None:
+        """Say where the cluster is."""
 
     def show(self, statistics: ClusterStatistics) -> None:
         """Take the newest statistics, a few times a second."""
@@ -35,23 +45,40 @@ class Display(Protocol):
 
 
 class LiveDisplay:
-    """A table with a row for each worker, redrawn in place below the lines that are printed."""
+    """A table with a row for each worker, redrawn in place below the lines that are printed.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: the terminal.
+        script: what the workers run.
+    """
+
+    def __init__(self, console: Console, *, workers: int, script: str) -> None:
         self._console = console
-        self._lines = ProgressLines()
-        self._live = Live(console=console, auto_refresh=False)
+        self._lines = ProgressLines(workers, script)
+        self._live = Live(table(self._lines.starting()), console=console, auto_refresh=False)
 
-    def line(self, text: str) -> None:
+    def print(self, text: str) -> None:
+        """Print above the table, or to where standard output leads."""
+        if sys.stdout.isatty():
+            self.log(text)
+        else:
+            print(text, flush=True)
+
+    def log(self, text: str) -> None:
         """Print above the table."""
         self._console.print(text, markup=False, soft_wrap=True)
+
+    def started(self, address: str) -> None:
+        """Print how to ask for it, in lines that can be copied."""
+        for line in _where(address):
+            self.log(line)
 
     def show(self, statistics: ClusterStatistics) -> None:
         """Redraw the table."""
         self._live.update(table(self._lines.update(statistics)), refresh=True)
 
     def __enter__(self) -> Self:
-        self._live.start()
+        self._live.start(refresh=True)
         return self
 
     def __exit__(
@@ -61,17 +88,39 @@ class LiveDisplay:
 
 
 class PlainDisplay:
-    """A line for each worker every few seconds. `clock`: monotonic seconds."""
+    """A line for each worker every few seconds; before its first step, whenever it waits for something else.
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        console: where lines about the run go.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        workers: int,
+        script: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._console = console
         self._clock = clock
-        self._lines = ProgressLines()
+        self._lines = ProgressLines(workers, script)
         self._due = clock() + _EVERY_S
+        self._said: dict[int, str] = {}
 
-    def line(self, text: str) -> None:
-        """Print it."""
+    def print(self, text: str) -> None:
+        """Print to standard output."""
+        print(text, flush=True)
+
+    def log(self, text: str) -> None:
+        """Print to the console."""
         self._console.print(text, markup=False, soft_wrap=True)
+
+    def started(self, address: str) -> None:
+        """Print how to ask for it."""
+        for line in _where(address):
+            self.log(line)
 
     def show(self, statistics: ClusterStatistics) -> None:
         """Print the workers' lines, when it is time."""
@@ -79,7 +128,11 @@ class PlainDisplay:
             return
         self._due = self._clock() + _EVERY_S
         for line in self._lines.update(statistics):
-            self.line(f"worker {line.rank}: {', '.join(_phrases(line))}")
+            if line.steps:
+                self.log(f"worker {line.rank}: {', '.join(_phrases(line))}")
+            elif self._said.get(line.rank) != line.phase:
+                self._said[line.rank] = line.phase
+                self.log(f"worker {line.rank}: {line.phase}")
 
     def __enter__(self) -> Self:
         return self
@@ -90,13 +143,20 @@ class PlainDisplay:
         pass
 
 
+def _where(address: str) -> list[str]:
+    return [f"cluster address: {address}", f"to see how it is: headwater status {address}"]
+
+
 def table(lines: list[WorkerLine]) -> Table:
-    """The live table."""
+    """The live table: at most 80 columns, but for the user's own metrics."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("worker", "step", "steps/s", "version", "staleness", "waiting", "left"):
-        shown.add_column(heading, justify="right")
+        shown.add_column(heading, justify="right", no_wrap=True)
     shown.add_column("", overflow="fold")
     for line in lines:
+        if not line.steps:
+            shown.add_row(str(line.rank), *[""] * 6, line.phase)
+            continue
         shown.add_row(
             str(line.rank),
             str(line.steps),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from headwater.messages import ClusterStatistics, Progress
 
@@ -12,6 +14,7 @@ class WorkerLine:
     """One worker now.
 
     Attributes:
+        steps: that it has finished; before the first one `phase` says what it does.
         rate: steps a second, since its last report.
         staleness: mean over the steps since its last report; None where there were none.
         waiting: share of the time since its last report, from 0 to 1.
@@ -20,51 +23,59 @@ class WorkerLine:
     """
 
     rank: int
-    steps: int
-    rate: float
-    version: int
-    staleness: float | None
-    waiting: float
-    metrics: dict[str, float]
-    left: float | None
-    waits_for: str | None
+    phase: str = ""
+    steps: int = 0
+    rate: float = 0.0
+    version: int = 0
+    staleness: float | None = None
+    waiting: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    left: float | None = None
+    waits_for: str | None = None
 
 
 class ProgressLines:
-    """Remembers what each rank last reported, so that lines tell of the time since."""
+    """Remembers what each rank last reported, so that lines tell of the time since.
 
-    def __init__(self) -> None:
+    Args:
+        workers: how many are declared: each has a line from the beginning.
+        script: what they run.
+    """
+
+    def __init__(self, workers: int, script: str) -> None:
+        self._imports = f"imports {os.path.basename(script)}"
         self._reports: dict[int, Progress] = {}
-        self._lines: dict[int, WorkerLine] = {}
+        self._lines = {rank: WorkerLine(rank, "starts") for rank in range(workers)}
+
+    def starting(self) -> list[WorkerLine]:
+        """A line for each declared rank before anything is known of it."""
+        return [self._lines[rank] for rank in sorted(self._lines)]
 
     def update(self, statistics: ClusterStatistics) -> list[WorkerLine]:
-        """A line for each rank that has ever joined, in order of rank."""
+        """A line for each declared rank, and each other that has ever joined, in order of rank."""
         reports = {report.rank: report for report in statistics.progress}
         waits = {
             n.rank: n.waits_for for n in statistics.nodes if n.role == "worker" and isinstance(n.rank, int)
         }
-        for rank in reports.keys() | waits.keys():
+        for rank in self._lines.keys() | reports.keys() | waits.keys():
             before, now = self._reports.get(rank), reports.get(rank)
-            if now is not None and now != before:
+            if now is not None and now != before and now.steps:
                 self._reports[rank] = now
                 self._lines[rank] = _line(before, now)
-            else:  # it has not moved since the last look, so what it waits for is worth saying
-                line = self._lines.get(rank, _NOTHING_YET)
-                self._lines[rank] = replace(line, rank=rank, waits_for=waits.get(rank))
-        return [self._lines[rank] for rank in sorted(self._lines)]
+                continue
+            line = self._lines.get(rank, WorkerLine(rank))
+            if line.steps:  # it has not moved since the last look, so what it waits for is worth saying
+                self._lines[rank] = replace(line, waits_for=waits.get(rank))
+            else:
+                self._lines[rank] = replace(line, phase=self._phase(rank, waits, statistics.joining))
+        return self.starting()
 
-
-_NOTHING_YET = WorkerLine(
-    rank=-1,
-    steps=0,
-    rate=0.0,
-    version=0,
-    staleness=None,
-    waiting=0.0,
-    metrics={},
-    left=None,
-    waits_for=None,
-)
+    def _phase(self, rank: int, waits: Mapping[int, str | None], joining: Sequence[str]) -> str:
+        """What a worker that has made no step does."""
+        if rank in waits:
+            return waits[rank] or "has joined, works towards its first step"
+        waiting = (text for text in joining if text.startswith(f"worker {rank} "))
+        return next((text.partition(") ")[2] for text in waiting), self._imports)
 
 
 def _line(before: Progress | None, now: Progress) -> WorkerLine:

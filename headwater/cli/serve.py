@@ -1,4 +1,4 @@
-"""`headwater serve`: nodes one by one, for machines and schedulers of any kind; their options."""
+"""`headwater serve`: nodes one by one, for machines and schedulers of any kind."""
 
 from __future__ import annotations
 
@@ -7,45 +7,27 @@ from typing import Annotated
 
 import typer
 
-from headwater.cli.assignments import parse_settings
 from headwater.cli.certificates import make_certificates
-from headwater.cli.environment import (
-    FROM_ENVIRONMENT,
-    Advertise,
-    Bind,
-    Insecure,
-    reach_of,
-    takes_credentials,
-)
-from headwater.cli.faults import faults_reported
-from headwater.cli.options import (
-    Checkpoint,
-    Deadline,
-    Every,
-    Keep,
-    Lease,
-    MinWorkers,
-    OnServerLoss,
-    Patience,
-    Replicas,
-    Rules,
-    Sync,
-)
-from headwater.cli.serving import load_all, node_reported, serve_coordinator, serve_server, serve_worker
-from headwater.spec.cluster import ClusterSettings
-from headwater.spec.sync import parse_sync
-from headwater.storage import checkpoints_of
-from headwater.wire.security import PLAIN, Security
+from headwater.cli.options import command, configuration, credentials, listening
+from headwater.cli.serving import load_all, losses_reported, serve_coordinator, serve_server, serve_worker
+from headwater.spec.cluster import ClusterConfig
+from headwater.wire.endpoint import Endpoint
+from headwater.wire.security import Security
 
-serve = typer.Typer(
+app = typer.Typer(
     help="Run nodes one by one, under any scheduler, and make the certificates that they show each other. "
-    "Every option of a node can be an environment variable: HEADWATER_MIN_WORKERS for --min-workers.",
+    "Every option can be an environment variable: HEADWATER_MIN_WORKERS for --min-workers.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="rich",
 )
 
 Coordinator = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="What `headwater serve coordinator` printed.")
+]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODULE", help="A module with rules and modes of your own; repeatable."),
 ]
 Wait = Annotated[
     float,
@@ -53,34 +35,9 @@ Wait = Annotated[
 ]
 
 
-@serve.command(context_settings=FROM_ENVIRONMENT)
-@takes_credentials
+@command(app, config=configuration("workers"), reach=listening())
 def coordinator(
-    workers: Annotated[int, typer.Option(min=1, help="Workers that must have joined, and must finish.")],
-    servers: Annotated[int, typer.Option(min=1, help="Servers, which hold equal parts of the model.")] = 1,
-    sync: Sync = "sync",
-    rules: Rules = None,
-    replicas: Replicas = 0,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            envvar="HEADWATER_SET",
-            help="A setting for `worker.settings`; repeatable.",
-        ),
-    ] = None,
-    checkpoint: Checkpoint = None,
-    every: Every = "60s",
-    keep: Keep = 3,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Begin with the latest good checkpoint, where there is one.")
-    ] = False,
-    on_server_loss: OnServerLoss = None,
-    min_workers: MinWorkers = 1,
-    patience: Patience = 10.0,
-    deadline: Deadline = 600.0,
-    lease: Lease = 15.0,
+    config: ClusterConfig,
     journal: Annotated[
         str | None,
         typer.Option(
@@ -89,10 +46,7 @@ def coordinator(
             "Needs a --bind that is always the same.",
         ),
     ] = None,
-    bind: Bind = None,
-    advertise: Advertise = None,
-    security: Security = PLAIN,
-    insecure: Insecure = False,
+    reach: Endpoint = Endpoint(),  # noqa: B008 - made from its options
 ) -> None:
     """Keep the roster of a cluster, hand out data, take checkpoints; prints its address when it is ready.
 
@@ -102,28 +56,13 @@ def coordinator(
 
     headwater serve coordinator --workers 4 --bind unix:/tmp/hw --journal hw.journal --checkpoint runs/a
 
-    Exit codes: 0 every worker has finished, 1 the cluster cannot go on, 2 a wrong argument, 130 and 143 told
-    to end.
+    Exit codes: 0 every worker has finished, or `headwater stop` has ended it; 1 the cluster cannot go on; 2 a
+    wrong argument; 130 and 143 told to end.
     """
-    with faults_reported():
-        checkpoints = checkpoints_of(checkpoint, every, keep, resume, on_server_loss)  # type: ignore[arg-type]
-        load_all(rules)
-        settings = ClusterSettings(
-            workers=workers,
-            servers=servers,
-            sync=str(parse_sync(sync)),
-            settings=parse_settings(tuple(set_ or ())),
-            patience=patience,
-            deadline=deadline,
-            lease=lease,
-            replicas=replicas,
-            min_workers=min_workers,
-        )
-        serve_coordinator(settings, checkpoints, journal, reach_of(bind, advertise, security))
+    serve_coordinator(config, journal, reach)
 
 
-@serve.command(context_settings=FROM_ENVIRONMENT)
-@takes_credentials
+@command(app, reach=listening())
 def server(
     coordinator: Coordinator = None,
     role: Annotated[
@@ -134,10 +73,7 @@ def server(
     ] = None,
     rules: Rules = None,
     wait: Wait = 300.0,
-    bind: Bind = None,
-    advertise: Advertise = None,
-    security: Security = PLAIN,
-    insecure: Insecure = False,
+    reach: Endpoint = Endpoint(),  # noqa: B008 - made from its options
 ) -> None:
     """Be a server or standby, whichever is missing, or a spare that waits until one is.
 
@@ -148,13 +84,12 @@ def server(
     Exit codes: 0 training has finished, 1 it cannot go on, 2 a wrong argument, 75 no coordinator (any more):
     start it again, 130 and 143 told to end.
     """
-    with node_reported():
-        load_all(rules)
-        serve_server(coordinator, role, index, reach_of(bind, advertise, security), wait)
+    load_all(rules)
+    with losses_reported():
+        serve_server(coordinator, role, index, reach, wait)
 
 
-@serve.command(context_settings=FROM_ENVIRONMENT)
-@takes_credentials
+@command(app, security=credentials())
 def worker(
     script: Annotated[
         str,
@@ -168,7 +103,7 @@ def worker(
     rank: Annotated[int | None, typer.Option(min=0, help="Which worker; without: the next free one.")] = None,
     rules: Rules = None,
     wait: Wait = 300.0,
-    security: Security = PLAIN,
+    security: Security = Security(),  # noqa: B008 - made from its options
 ) -> None:
     """Run a training function as a worker; its settings come from the coordinator.
 
@@ -179,12 +114,12 @@ def worker(
     Exit codes: 0 training has finished, 1 it failed, 2 a wrong argument, 75 the cluster, or the place in it,
     is lost: start it again, 130 and 143 told to end.
     """
-    with node_reported():
-        load_all(rules)
+    load_all(rules)
+    with losses_reported():
         serve_worker(script, coordinator, rank, security, wait)
 
 
-@serve.command()
+@command(app)
 def certificates(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files are written.")],
     host: Annotated[
@@ -205,7 +140,8 @@ def certificates(
     [bold]Examples[/bold]
 
     headwater serve certificates certs --host node1,10.0.0.1 --host node2,10.0.0.2
+
+    Exit codes: 0 written, 1 the files cannot be written, 2 a wrong argument.
     """
-    with faults_reported():
-        for line in make_certificates(directory, host or []):
-            print(line)
+    for line in make_certificates(directory, host or []):
+        print(line)

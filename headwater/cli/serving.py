@@ -11,7 +11,7 @@ from typing import Literal
 
 import typer
 
-from headwater.cli.faults import complain, faults_reported
+from headwater.cli.faults import complain
 from headwater.cli.script import load_function
 from headwater.cli.signals import signals_to
 from headwater.errors import (
@@ -21,10 +21,9 @@ from headwater.errors import (
     RefusedError,
     UnreachableError,
 )
-from headwater.spec.cluster import ClusterSettings
+from headwater.spec.cluster import ClusterConfig
 from headwater.spec.registry import load_rules
 from headwater.standalone import StandaloneCluster, StandaloneServer, StandaloneWorker
-from headwater.storage import Checkpoints
 from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import Security
 
@@ -44,9 +43,7 @@ def load_all(rules: Sequence[str] | None) -> None:
         load_rules(module)
 
 
-def serve_coordinator(
-    settings: ClusterSettings, checkpoints: Checkpoints, journal: str | None, reach: Endpoint
-) -> None:
+def serve_coordinator(config: ClusterConfig, journal: str | None, reach: Endpoint) -> None:
     """Be the coordinator until training has finished; prints its address on standard output.
 
     Raises:
@@ -54,19 +51,19 @@ def serve_coordinator(
         typer.Exit: 128 + the number of a signal.
     """
     _log_plainly()
-    cluster = StandaloneCluster(settings, checkpoints, journal=journal or "", reach=reach)
+    cluster = StandaloneCluster(config, journal=journal or "", reach=reach)
     with signals_to(cluster.interrupt):
         print(cluster.address, flush=True)
         _log.info(
             "coordinator at %s, for %d workers, %d servers",
             cluster.address,
-            settings.workers,
-            settings.servers,
+            config.workers,
+            config.servers,
         )
         number = cluster.run()
     if number:
         raise typer.Exit(128 + number)
-    _log.info("training has finished")
+    _log.info("the cluster has ended")
 
 
 def serve_server(
@@ -107,20 +104,19 @@ def serve_worker(
 
 
 @contextmanager
-def node_reported() -> Iterator[None]:
-    """As `faults_reported`, for a node that others can do without.
+def losses_reported() -> Iterator[None]:
+    """For a node that others can do without: it may be started again where it has lost its cluster.
 
     Raises:
         typer.Exit: AGAIN for one that has lost its cluster, or its place in it.
     """
-    with faults_reported():
-        try:
-            yield
-        except (UnreachableError, OtherClusterError):
-            raise  # it would be the same again, or another job's
-        except (ConnectionLostError, RefusedError) as error:
-            complain(str(error))
-            raise typer.Exit(AGAIN) from None
+    try:
+        yield
+    except (UnreachableError, OtherClusterError):
+        raise  # it would be the same again, or another job's
+    except (ConnectionLostError, RefusedError) as error:
+        complain(str(error))
+        raise typer.Exit(AGAIN) from None
 
 
 def _end(number: int) -> None:
@@ -134,7 +130,10 @@ def _end(number: int) -> None:
 
 def _given(coordinator: str | None) -> str:
     if not coordinator:
-        raise ConfigurationError("whose? Pass --coordinator ADDRESS, or set HEADWATER_COORDINATOR")
+        raise ConfigurationError(
+            "of which cluster? Pass --coordinator ADDRESS, which `headwater serve coordinator` printed, "
+            "or set HEADWATER_COORDINATOR"
+        )
     return coordinator
 
 

@@ -2,55 +2,113 @@
 
 from __future__ import annotations
 
+import time
+from typing import Annotated
+
 import msgspec
-from rich.console import Console
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from headwater.messages import ClusterStatistics
+from headwater.cli.health import Health
+from headwater.cli.options import Address, Json, command, credentials, the
+from headwater.messages import ClusterStatistics, NodeStatistics
 from headwater.runtime.inquiry import ask
-from headwater.wire.security import PLAIN, Security
+from headwater.wire.security import Security
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+_WATCH_S = 1.0
+_INTERNAL = ("observer",)
+"""Roles of members that a cluster has for itself."""
 
 
-def show_status(address: str, *, as_json: bool, security: Security = PLAIN) -> None:
-    """Print the state of the cluster at `address`; blocks for its answer.
+@command(app, security=credentials())
+def status(
+    address: Address = None,
+    json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it anew each second.")] = False,
+    security: Security = Security(),  # noqa: B008 - made from its options
+) -> None:
+    """Show the nodes, models and tables of a running cluster, and who waits for whom.
 
-    Raises:
-        ConnectionLostError: nobody answers there.
-        ProtocolError: whoever answers is not a coordinator.
+    The first line says whether it is healthy, and if not, why.
+
+    [bold]Examples[/bold]
+
+    headwater status unix:@hw-k3f9x2q7
+
+    headwater status tcp:node1:7000 --token-file token --watch
+
+    Exit codes: 0 it answered, 1 it did not, 2 a wrong argument.
     """
-    statistics = ask(address, security)
-    if as_json:
-        print(msgspec.json.format(msgspec.json.encode(statistics), indent=2).decode())
-        return
+    where = the(address)
+    if json:
+        statistics = ask(where, security)
+        nodes = tuple(node for node in statistics.nodes if node.role not in _INTERNAL)
+        shown = msgspec.structs.replace(statistics, nodes=nodes)
+        print(msgspec.json.format(msgspec.json.encode(shown), indent=2).decode())
+    elif watch:
+        _watch(where, security)
+    else:
+        Console(highlight=False).print(page(ask(where, security)))
+
+
+def _watch(address: str, security: Security) -> None:
+    """Until Ctrl-C, or until the cluster has ended."""
     console = Console(highlight=False)
-    console.print(
-        f"{statistics.sync}, {statistics.workers} workers declared, "
-        f"version {statistics.version}, term {statistics.term}"
-        + (f", spares {statistics.spares}" if statistics.spares else "")
-    )
-    console.print(_nodes(statistics))
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(page(ask(address, security)), refresh=True)
+            time.sleep(_WATCH_S)
+
+
+def page(statistics: ClusterStatistics) -> RenderableType:
+    """What a person sees: 80 columns are enough for everything but long names."""
+    parts: list[RenderableType] = [
+        Text(Health.of(statistics).summary()),
+        Text(_about(statistics)),
+        _nodes(statistics),
+    ]
+    parts += [Text(line) for line in statistics.joining]
     if statistics.models:
-        console.print(_models(statistics))
+        parts.append(_models(statistics))
     if statistics.tables:
-        console.print(_tables(statistics))
+        parts.append(_tables(statistics))
+    return Group(*parts)
+
+
+def _about(statistics: ClusterStatistics) -> str:
+    spares = f", {statistics.spares} spares" if statistics.spares else ""
+    return (
+        f"{statistics.sync}, version {statistics.version}, generation {statistics.generation}, "
+        f"term {statistics.term}{spares}"
+    )
 
 
 def _nodes(statistics: ClusterStatistics) -> Table:
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("role", "rank", "index", "pid", "term", "version", "address", "waits for"):
-        shown.add_column(heading, overflow="fold")
+    rates = {report.rank: report.steps / report.elapsed for report in statistics.progress if report.elapsed}
+    shown = _empty("node", "pid", "version", "steps/s", "waits for")
     for node in statistics.nodes:
-        rank = str(node.rank) if isinstance(node.rank, int) else ""
-        index = str(node.index) if isinstance(node.index, int) else ""
-        numbers = (str(node.pid), str(node.term), str(node.version))
-        shown.add_row(node.role, rank, index, *numbers, node.address, node.waits_for or "")
+        if node.role in _INTERNAL:
+            continue
+        rate = rates.get(node.rank) if isinstance(node.rank, int) else None
+        numbers = (str(node.pid), str(node.version), "" if rate is None else f"{rate:.1f}")
+        shown.add_row(name_of(node), *numbers, node.waits_for or "")
     return shown
 
 
+def name_of(node: NodeStatistics) -> str:
+    """`server 0`, `worker 3`, `coordinator`."""
+    if node.role == "coordinator":
+        return node.role
+    return f"{node.role} {node.rank if isinstance(node.rank, int) else node.index}"
+
+
 def _models(statistics: ClusterStatistics) -> Table:
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("model", "rule", "tensors", "elements", "updates", "on server 0"):
-        shown.add_column(heading, overflow="fold")
+    shown = _empty("model", "rule", "tensors", "elements", "updates", "on server 0")
     for model in statistics.models:
         counts = (str(model.tensors), f"{model.elements:,}", str(model.updates))
         shown.add_row(model.name, model.rule, *counts, f"{model.resident / 1e6:,.1f} MB")
@@ -58,21 +116,16 @@ def _models(statistics: ClusterStatistics) -> Table:
 
 
 def _tables(statistics: ClusterStatistics) -> Table:
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in (
-        "table",
-        "rule",
-        "dim",
-        "rows",
-        "updates",
-        "hits",
-        "refused",
-        "expired",
-        "on all servers",
-    ):
-        shown.add_column(heading, overflow="fold")
+    shown = _empty("table", "rule", "dim", "rows", "updates", "hits", "refused", "expired", "memory")
     for table in statistics.tables:
         counts = (str(table.dim), f"{table.rows:,}", str(table.updates), f"{table.hit_ratio:.0%}")
         ended = (f"{table.refused:,}", f"{table.expired:,}")
         shown.add_row(table.name, table.rule, *counts, *ended, f"{table.resident / 1e6:,.1f} MB")
+    return shown
+
+
+def _empty(*headings: str) -> Table:
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        shown.add_column(heading, overflow="fold")
     return shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from headwater.cli.display import duration
-from headwater.run import RunResult
+from headwater.driver import RunResult
 
 
 def summarize(result: RunResult) -> list[str]:
@@ -42,7 +42,7 @@ def _pace(result: RunResult) -> str:
 def _waiting(result: RunResult) -> float:
     progress = result.statistics.progress
     elapsed = sum(report.elapsed for report in progress)
-    return sum(report.waiting for report in progress) / elapsed if elapsed else 0.0
+    return min(1.0, sum(report.waiting for report in progress) / elapsed) if elapsed else 0.0
 
 
 def _staleness(result: RunResult) -> str:

@@ -9,6 +9,7 @@ from headwater.engines.inline import InlineEngine
 from headwater.engines.local import LocalEngine
 from headwater.engines.ray import RayEngine
 from headwater.errors import ConfigurationError
+from headwater.spec.words import option, wording
 
 ENGINES: dict[str, Callable[[Launch], Engine]] = {
     "inline": InlineEngine,
@@ -28,7 +29,8 @@ def make_engine(engine: str | RayEngine, launch: Launch) -> Engine:
         return engine.start(launch)
     if engine not in ENGINES:
         raise ConfigurationError(
-            f"engine: got {engine!r}, expected one of {', '.join(map(repr, ENGINES))}, or a RayEngine"
+            f"{option('engine')}: got {engine!r}, expected one of {', '.join(map(repr, ENGINES))}"
+            f"{wording(', or a RayEngine', '')}"
         )
     return ENGINES[engine](launch)
 

@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from headwater.engines.ray import RayEngine
 from headwater.errors import ConfigurationError, EngineError
+from headwater.spec.words import option, wording
 from headwater.wire.addresses import split_place
 from headwater.wire.endpoint import EVERYWHERE
 
@@ -103,12 +104,12 @@ class Places:
             raise ConfigurationError(
                 f"Ray's nodes on {', '.join(sorted(others))} cannot reach this cluster, whose coordinator "
                 f"listens at {address} on {socket.gethostname()}: give it an address for other hosts, with "
-                "bind='0.0.0.0' and tls or a token"
+                f"{option('bind', '0.0.0.0')} and {wording('tls or a token', 'TLS or a --token-file')}"
             )
         if others and bind is not None and split_place(bind)[0] not in EVERYWHERE:
             raise ConfigurationError(
-                f"bind={bind!r} is an address of {socket.gethostname()}, but servers are to listen on "
-                f"{', '.join(sorted(others))} too: pass bind='0.0.0.0', or '::' for IPv6"
+                f"{option('bind', bind)} is an address of {socket.gethostname()}, but servers are to listen "
+                f"on {', '.join(sorted(others))} too: pass {option('bind', '0.0.0.0')}, or '::' for IPv6"
             )
 
     def options(self, place: int) -> dict[str, Any]:

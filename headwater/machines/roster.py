@@ -215,6 +215,10 @@ class RosterBook:
         """Indices of which there is no server."""
         return sorted(set(range(self._servers)) - {server.index for server in self.of("server")})
 
+    def finished(self) -> list[int]:
+        """Ranks that have done all their work."""
+        return sorted(self._finished)
+
     def all_finished(self) -> bool:
         """Whether every declared worker has done its work, and nobody else is at work."""
         return {*range(self._workers), *(worker.index for worker in self.of("worker"))} <= self._finished

@@ -208,6 +208,12 @@ class Finished(Message, frozen=True):
     member: int = 0
 
 
+class EndCluster(Message, frozen=True):
+    """Somebody asks the coordinator to end the whole cluster in order; `by`: who, in words for its log."""
+
+    by: str
+
+
 ToCoordinator: TypeAlias = (
     RequestSlot
     | Join
@@ -219,6 +225,7 @@ ToCoordinator: TypeAlias = (
     | Progress
     | Departed
     | Finished
+    | EndCluster
 )
 """What a node says on its connection to the coordinator."""
 

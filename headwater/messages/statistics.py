@@ -84,11 +84,12 @@ class NodeStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 
 
 class ClusterStatistics(Message, frozen=True):
-    """The coordinator's answer to Ask.
+    """The coordinator's answer to Ask: the state of a cluster at one moment.
 
-    `tables` in all, over the servers; `unvisited`: samples that a worker left, and nobody took over;
-    `unreplicated`: indices of servers that should have a caught-up standby and have none; `spares`: how many
-    nodes wait to become a server or standby; `joining`: each node that waits to join, and whom it waits for.
+    `workers`, `servers`: how many were declared; `finished`: ranks that have done all their work. `tables` in
+    all, over the servers; `unvisited`: samples that a worker left, and nobody took over; `unreplicated`:
+    indices of servers that should have a caught-up standby and have none; `spares`: how many nodes wait to
+    become a server or standby; `joining`: each node that waits to join, and whom it waits for.
     """
 
     term: int
@@ -103,6 +104,8 @@ class ClusterStatistics(Message, frozen=True):
     unreplicated: tuple[int, ...] = ()
     unvisited: tuple[Unvisited, ...] = ()
     spares: int = 0
+    servers: int = 1
+    finished: tuple[int, ...] = ()
     joining: tuple[str, ...] = ()
 
 

@@ -9,49 +9,17 @@ import math
 import os
 import threading
 import time
-from dataclasses import dataclass
 
 from headwater import checkpoint as files
 from headwater import messages as m
 from headwater.errors import ConfigurationError, HeadwaterError, RewoundError, named
 from headwater.runtime.client import Client
-from headwater.spec.seconds import seconds
+from headwater.spec.every import Every
 from headwater.wire.security import PLAIN, Security
 
 _log = logging.getLogger("headwater.checkpoint")
 
 _AGAIN_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Every:
-    """How often: every `versions` commits, or every `seconds`; exactly one of them is set."""
-
-    versions: int = 0
-    seconds: float = 0.0
-
-    @classmethod
-    def parse(cls, text: str | int | float | Every) -> Every:
-        """From "100", "100steps" or 100 (commits), or "30s" (seconds).
-
-        Raises:
-            ConfigurationError: not one of these, or not above 0.
-        """
-        if isinstance(text, Every):
-            return text
-        plain = str(text).strip().removesuffix("steps").strip()
-        try:
-            timed = plain.endswith("s")
-            every = cls(seconds=float(plain[:-1])) if timed else cls(versions=int(plain))
-        except ValueError:
-            every = cls()
-        if every.versions <= 0 and not every.seconds > 0:
-            raise ConfigurationError(
-                f"every: got {text!r}, expected commits such as 100 or seconds such as '30s'"
-            )
-        if every.seconds:
-            seconds("every", every.seconds)
-        return every
 
 
 class Checkpointer:

@@ -20,6 +20,7 @@ from headwater.machines.coordinator import (
     CheckAddresses,
     ChooseCheckpoint,
     CoordinatorMachine,
+    EndAsked,
     Ended,
     Identity,
 )
@@ -28,7 +29,7 @@ from headwater.runtime.dialling import check_reachable, dial_member
 from headwater.runtime.journal import Journal
 from headwater.runtime.pump import Pump
 from headwater.runtime.threads import ConnectionThreads
-from headwater.spec.cluster import ClusterSettings
+from headwater.spec.cluster import ClusterConfig
 from headwater.wire.channel import Channel
 from headwater.wire.endpoint import LOCAL, Endpoint
 from headwater.wire.listener import dial
@@ -61,6 +62,8 @@ class CoordinatorNode:
     Args:
         on_departure: told of every server, standby and worker that ended without leaving; called from a
             thread of the coordinator, which it may not block for long.
+        on_end_asked: told by whom, when somebody asks for the end of the cluster; as `on_departure`.
+        generation: of the log, to begin with.
         journal: a file in which the roster survives this process; "" keeps it in memory, and members take
             the end of this process for the end of the cluster.
         reach: where nodes join. With a journal it must lead to the same address at every start: a fixed
@@ -79,15 +82,18 @@ class CoordinatorNode:
 
     def __init__(
         self,
-        settings: ClusterSettings,
+        settings: ClusterConfig,
         on_departure: Callable[[Departure], None] = lambda departure: None,
+        on_end_asked: Callable[[str], None] = lambda by: None,
         *,
+        generation: int = 0,
         journal: str | os.PathLike[str] = "",
         reach: Endpoint = LOCAL,
         serving: Serving | None = None,
     ) -> None:
         self.settings = settings
         self._on_departure = on_departure
+        self._on_end_asked = on_end_asked
         self._serving = serving
         self._security = reach.security
         self._why: JournalError | None = None
@@ -98,6 +104,7 @@ class CoordinatorNode:
             settings,
             Identity(self.cluster, self._journal.secret, bool(self._journal.path), os.getpid()),
             time.monotonic(),
+            generation=generation,
             record=self._journal.found,
             enlists=serving is not None,
         )
@@ -182,6 +189,8 @@ class CoordinatorNode:
         """Pass on who has departed, and that there is nothing left to do."""
         if isinstance(event, Departure):
             self._on_departure(event)
+        elif isinstance(event, EndAsked):
+            self._on_end_asked(event.by)
         elif isinstance(event, AllFinished) and self._serving is not None:
             self._serving.over(None)
         elif isinstance(event, Ended):

@@ -1,14 +1,14 @@
-"""One question to a coordinator: its statistics."""
+"""One question to a node that one is no member of: its statistics."""
 
 from __future__ import annotations
 
-from headwater.errors import ConnectionLostError, HeadwaterError, ProtocolError
-from headwater.messages import Ask, ClusterStatistics, ServerStatistics
+from headwater.errors import ConnectionLostError, HeadwaterError, ProtocolError, RefusedError, named
+from headwater.messages import AnyMessage, Ask, ClusterStatistics, Refused, ServerStatistics
 from headwater.wire.listener import dial
 from headwater.wire.security import PLAIN, Security
 
-_ANSWER_S = 10.0
-"""How long a coordinator may take to be reached, and again to answer, in seconds."""
+ANSWER_S = 10.0
+"""How long a node may take to be reached, and again to answer, in seconds."""
 
 
 def ask(address: str, security: Security = PLAIN) -> ClusterStatistics:
@@ -17,21 +17,39 @@ def ask(address: str, security: Security = PLAIN) -> ClusterStatistics:
     Raises:
         ConnectionLostError: nobody answers there.
         ProtocolError: whoever answers is not a coordinator.
+        RefusedError: it refuses, with its reason.
     """
-    channel = dial(address, timeout=_ANSWER_S, security=security)
+    answer = ask_node(address, security)
+    if isinstance(answer, ServerStatistics):
+        raise ProtocolError(f"{address} is server {answer.index}: ask the coordinator of its cluster")
+    return answer
+
+
+def ask_node(
+    address: str, security: Security = PLAIN, *, seconds: float = ANSWER_S
+) -> ClusterStatistics | ServerStatistics:
+    """The statistics of the coordinator, server or standby at `address`, which has `seconds` to answer.
+
+    Raises as `ask`.
+    """
+    channel = dial(address, timeout=seconds, security=security)
     try:
-        channel.send(Ask(), timeout=_ANSWER_S)
-        received = channel.receive(timeout=_ANSWER_S)
-    except (HeadwaterError, TimeoutError) as error:
+        channel.send(Ask(), timeout=seconds)
+        received = channel.receive(timeout=seconds)
+    except TimeoutError as error:
+        raise ConnectionLostError(f"{address} did not answer for {seconds:g} s") from error
+    except HeadwaterError as error:
         raise ProtocolError(f"what listens at {address} is not a coordinator: {error}") from error
     finally:
         channel.close()
     if received is None:
         raise ConnectionLostError(f"{address} closed the connection without an answer")
-    if isinstance(received.message, ServerStatistics):
-        raise ProtocolError(
-            f"{address} is server {received.message.index}: ask the coordinator of its cluster"
-        )
-    if not isinstance(received.message, ClusterStatistics):
-        raise ProtocolError(f"{address} answered {type(received.message).__name__}, expected statistics")
-    return received.message
+    return _statistics(address, received.message)
+
+
+def _statistics(address: str, message: AnyMessage) -> ClusterStatistics | ServerStatistics:
+    if isinstance(message, ClusterStatistics | ServerStatistics):
+        return message
+    if isinstance(message, Refused):
+        raise named(message.error, message.reason, default=RefusedError)
+    raise ProtocolError(f"{address} answered {type(message).__name__}, expected statistics")

@@ -48,6 +48,8 @@ def verify(coordinator: str, *, deadline: float | None = None, security: Securit
 
     Training pauses for a copy of each shard in memory, as for a checkpoint; digests are made of the copies.
 
+    `security`: what all nodes of the cluster were given.
+
     Raises:
         ConfigurationError: an impossible `deadline`.
         ConnectionLostError: nobody answers there, or the cluster ends.

@@ -1,62 +1,227 @@
-"""What a coordinator is told of its cluster, and passes on to every member."""
+"""One configuration of a cluster: everything that a user may say of it that holds wherever its nodes run.
+
+`run`, `Cluster` and the command line take the fields of `ClusterConfig` as they are: their keywords, options,
+environment variables and help are made from this file, so a new field is added here alone. What differs from
+machine to machine (addresses, certificates, engines) is no part of it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, Unpack, runtime_checkable
 
 from headwater.errors import ConfigurationError
+from headwater.spec.every import Every
+from headwater.spec.keywords import means
+from headwater.spec.registry import load_rules
 from headwater.spec.seconds import seconds
+from headwater.spec.sync import Mode, parse_sync
 from headwater.spec.user_settings import checked
+from headwater.spec.words import option
+
+OnServerLoss: TypeAlias = Literal["rewind", "stop"]
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterSettings:
-    """What every member is told. `settings`: the user's own, plain data for `worker.settings`;
-    times in seconds.
+@runtime_checkable
+class PathLike(Protocol):
+    """A path as an object, such as `pathlib.Path`."""
 
-    A member that is not heard of for `lease` is declared dead; it lets itself be heard of three times in one.
-    A `patience` of more than half of the `deadline` is cut to that.
-    `rewinds`: when a shard is lost everything begins anew from a checkpoint, instead of ending.
-    `generation`: of the log, to begin with. `min_workers`: with fewer nothing is committed.
+    def __fspath__(self) -> str:
+        """The path as text."""
 
-    Raises:
-        ConfigurationError: an impossible one.
-    """
+
+class ClusterOptions(TypedDict, total=False):
+    """The fields of `ClusterConfig` as keywords."""
 
     workers: int
     servers: int
-    sync: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    patience: float = 10.0
-    deadline: float = 600.0
-    lease: float = 15.0
-    replicas: int = 0
-    rewinds: bool = False
-    generation: int = 0
-    min_workers: int = 1
+    sync: str | Mode
+    replicas: int
+    settings: Mapping[str, Any] | None
+    checkpoint: str | PathLike | None
+    resume: bool
+    every: str | int | Every
+    keep: int
+    on_server_loss: OnServerLoss | None
+    min_workers: int
+    patience: float
+    deadline: float
+    lease: float
+    rules: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """What is said of a cluster, checked.
+
+    Raises:
+        ConfigurationError: an impossible value, or values that do not go together.
+    """
+
+    workers: int = field(
+        default=2, metadata=means("Workers that must have joined before anything is committed.", least=1)
+    )
+    servers: int = field(
+        default=1, metadata=means("How many equal ranges every model is cut into: a server has one.", least=1)
+    )
+    sync: str = field(
+        default="sync",
+        metadata=means(
+            "When updates are committed and answers may be read: sync, async, ssp:N (lead at most N steps), "
+            "sync:quorum=K,grace=SECONDS (backup workers), or a mode of your own by its name.",
+            "MODE",
+        ),
+    )
+    replicas: int = field(
+        default=0,
+        metadata=means("Standbys of every server, 0 or 1, which take over when it is lost.", least=0),
+    )
+    settings: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata=means(
+            "Your own, for worker.settings: numbers, texts, None, and lists and dicts of those.", "KEY=VALUE"
+        ),
+    )
+    checkpoint: str = field(
+        default="",
+        metadata=means(
+            "Where checkpoints go: a directory or fsspec URL that every server reaches, of one cluster.",
+            "DIR",
+        ),
+    )
+    resume: bool = field(
+        default=False,
+        metadata=means(
+            "Begin with the latest good checkpoint there and its positions; anew where there is none yet."
+        ),
+    )
+    every: Every = field(
+        default=Every(seconds=60.0),
+        metadata=means("Between checkpoints: commits (100 or 100steps) or seconds (30s).", "N[steps]|Ns"),
+    )
+    keep: int = field(default=3, metadata=means("How many checkpoints stay.", least=1))
+    on_server_loss: OnServerLoss | None = field(
+        default=None,
+        metadata=means(
+            "When a shard is lost with all its copies: rewind to the latest checkpoint, the default where "
+            "there are any, or stop.",
+            "rewind|stop",
+        ),
+    )
+    min_workers: int = field(
+        default=1, metadata=means("With fewer workers than that nothing is committed.", least=1)
+    )
+    patience: float = field(
+        default=10.0,
+        metadata=means("Seconds after which a wait is reported, half the deadline at most.", "SECONDS"),
+    )
+    deadline: float = field(default=600.0, metadata=means("Seconds after which a wait fails.", "SECONDS"))
+    lease: float = field(
+        default=15.0,
+        metadata=means("Seconds after which a node that is not heard of is declared dead.", "SECONDS"),
+    )
+    rules: tuple[str, ...] = field(
+        default=(),
+        metadata=means(
+            "Modules with rules and modes of your own, which every node loads at its start.", "MODULE"
+        ),
+    )
+
+    @classmethod
+    def of(cls, **options: Unpack[ClusterOptions]) -> ClusterConfig:
+        """The configuration that a user's keywords say, whose mode every server can know; raises as the
+        class."""
+        if isinstance(mode := options.get("sync"), Mode):
+            parse_sync(mode)
+        return cls(**options)  # type: ignore[arg-type]  # `__post_init__` checks and converts
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "settings", checked(self.settings))
-        for name in ("workers", "servers", "min_workers"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigurationError(f"{name} must be an integer ≥ 1, got {value!r}")
-        if isinstance(self.replicas, bool) or self.replicas not in (0, 1):
-            raise ConfigurationError(f"replicas must be 0 or 1, got {self.replicas!r}")
+        self._load_rules()
+        for one in dataclasses.fields(self):
+            if one.metadata["least"] is not None:
+                _check_count(one.name, getattr(self, one.name), one.metadata["least"])
+        for name in ("patience", "deadline", "lease"):
+            self._set(name, seconds(option(name), getattr(self, name)))
+        # A wait that ends before anybody has said for whom it is could only be reported as silence.
+        self._set("patience", min(self.patience, self.deadline / 2))
+        self._set("sync", str(self.sync if isinstance(self.sync, Mode) else parse_sync(self.sync)))
+        self._set("settings", checked({} if self.settings is None else self.settings))
+        self._set("checkpoint", _directory(self.checkpoint))
+        self._set("every", Every.parse(self.every))
+        if self.replicas > 1:
+            raise ConfigurationError(f"{option('replicas')} must be 0 or 1, got {self.replicas!r}")
         if self.min_workers > self.workers:
             raise ConfigurationError(
-                f"min_workers must be at most workers={self.workers}, got {self.min_workers}"
+                f"{option('min_workers')} must be at most {option('workers', self.workers)}, "
+                f"got {self.min_workers}"
             )
-        for name in ("patience", "deadline", "lease"):
-            object.__setattr__(self, name, seconds(name, getattr(self, name)))
-        # A wait that ends before anybody has said for whom it is could only be reported as silence.
-        object.__setattr__(self, "patience", min(self.patience, self.deadline / 2))
+        self._check_checkpoints()
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _load_rules(self) -> None:
+        """First of all, as a mode of the user's own is in one of them."""
+        if isinstance(self.rules, str) or not all(isinstance(name, str) for name in self.rules):
+            raise ConfigurationError(
+                f"{option('rules')}: got {self.rules!r}, expected a list of module names"
+            )
+        self._set("rules", tuple(self.rules))
+        for module in self.rules:
+            load_rules(module)
+
+    def _check_checkpoints(self) -> None:
+        if not isinstance(self.resume, bool):
+            raise ConfigurationError(f"{option('resume')} must be True or False, got {self.resume!r}")
+        if self.on_server_loss not in (None, "rewind", "stop"):
+            raise ConfigurationError(
+                f"{option('on_server_loss')} must be 'rewind' or 'stop', got {self.on_server_loss!r}"
+            )
+        if self.checkpoint:
+            return
+        for name in ("resume", "every", "keep", "on_server_loss"):
+            value = getattr(self, name)
+            if value not in _WITHOUT_CHECKPOINTS[name]:
+                raise ConfigurationError(
+                    f"{option(name, value)} has no effect without checkpoints: "
+                    f"pass {option('checkpoint', 'DIR')}, or leave it out"
+                )
+
+    @property
+    def mode(self) -> Mode:
+        """What `sync` means."""
+        return parse_sync(self.sync)
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether training begins anew from a checkpoint when a shard is lost."""
+        return bool(self.checkpoint) and self.on_server_loss != "stop"
 
     def kept(self) -> dict[str, Any]:
         """What must be the same when a coordinator starts again: all that members were told or go by."""
-        kept = dataclasses.asdict(self)
-        del kept["generation"]
-        return kept
+        names = ("workers", "servers", "sync", "settings", "patience", "deadline", "lease", "replicas")
+        return {name: getattr(self, name) for name in (*names, "rewinds", "min_workers")}
+
+
+_WITHOUT_CHECKPOINTS = {
+    "resume": (False,),
+    "every": (Every(seconds=60.0),),
+    "keep": (3,),
+    "on_server_loss": (None, "stop"),
+}
+"""The values that say nothing of checkpoints."""
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigurationError(f"{option(name)} must be an integer ≥ {least}, got {value!r}")
+
+
+def _directory(value: object) -> str:
+    """ "" for none."""
+    path = value.__fspath__() if isinstance(value, PathLike) else value
+    if path is not None and not isinstance(path, str):
+        raise ConfigurationError(f"{option('checkpoint')}: got {value!r}, expected a directory or URL")
+    return path or ""

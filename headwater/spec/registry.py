@@ -89,3 +89,7 @@ def load_rules(module_name: str) -> None:
             f"rules module {module_name!r} cannot be imported ({error}): "
             "give a module name that Python finds from here, without .py"
         ) from error
+    except Exception as error:
+        raise ConfigurationError(
+            f"rules module {module_name!r} raised while it was imported: {type(error).__name__}: {error}"
+        ) from error

@@ -25,6 +25,7 @@ from typing import ClassVar, Literal, Protocol, Self, TypeAlias
 from headwater.errors import ConfigurationError
 from headwater.spec.registry import Registry, register
 from headwater.spec.settings import Settings, field_types, require, required_fields
+from headwater.spec.words import option
 
 Reduce: TypeAlias = Literal["mean", "sum"]
 Late: TypeAlias = Literal["drop", "carry"]
@@ -218,26 +219,28 @@ def parse_sync(value: str | Mode) -> Mode:
     if isinstance(value, Mode):
         if type(value) not in Mode.registry.classes():
             raise ConfigurationError(
-                f"sync: mode {value.name} is not registered, so servers cannot know it: decorate its class "
-                f"with @headwater.register"
+                f"{option('sync')}: mode {value.name} is not registered, so servers cannot know it: "
+                f"decorate its class with @headwater.register"
             )
         return value
     expected = ", ".join(mode.expected() for mode in Mode.registry.classes())
     if not isinstance(value, str):
-        raise ConfigurationError(f"sync: got {value!r}, expected {expected} or an object of such a mode")
+        raise ConfigurationError(
+            f"{option('sync')}: got {value!r}, expected {expected} or an object of such a mode"
+        )
     name, colon, argument = value.strip().partition(":")
     known = {mode.registered_name(): mode for mode in Mode.registry.classes()}
     if name not in known:
         raise ConfigurationError(
-            f"sync: got {value!r}, expected {expected}; for a mode of your own, import the module that "
-            f"defines it, or name that module with rules=… or --rules"
+            f"{option('sync')}: got {value!r}, expected {expected}; for a mode of your own, import the "
+            f"module that defines it, or name that module with {option('rules', 'MODULE')}"
         )
     if colon and not argument:
-        raise ConfigurationError(f"sync: got {value!r}, expected {expected}")
+        raise ConfigurationError(f"{option('sync')}: got {value!r}, expected {expected}")
     try:
         return known[name].of_text(argument)
     except ConfigurationError as error:
-        raise ConfigurationError(f"sync: got {value!r}: {error}; expected {expected}") from error
+        raise ConfigurationError(f"{option('sync')}: got {value!r}: {error}; expected {expected}") from error
 
 
 def _text_name(field: str) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import queue
 import signal
 
 from headwater.errors import ConfigurationError, HeadwaterError, RewoundError
+from headwater.machines.coordinator import EndAsked
 from headwater.messages import Refused
 from headwater.runtime.coordinator import CoordinatorNode, Serving
-from headwater.spec.cluster import ClusterSettings
-from headwater.storage import Checkpoints, Storage
+from headwater.spec.cluster import ClusterConfig
+from headwater.spec.words import option
+from headwater.storage import Storage
 from headwater.wire.endpoint import LOCAL, Endpoint
 
 _log = logging.getLogger("headwater.coordinator")
@@ -25,42 +26,38 @@ class StandaloneCluster:
     its address must be the same at every start.
 
     Args:
-        settings: `rewinds` and `generation` follow from the checkpoints.
-        checkpoints: with `resume` a new cluster begins with the latest good one, if there is any.
+        config: what holds for the cluster, and where its checkpoints go.
 
     Attributes:
         address: where nodes join.
 
     Raises:
-        ConfigurationError: impossible settings, or the directory, the journal or the address is in use.
+        ConfigurationError: the directory, the journal or the address is in use.
         JournalError: the journal is damaged.
         CheckpointError: the directory cannot be used.
     """
 
     def __init__(
         self,
-        settings: ClusterSettings,
-        checkpoints: Checkpoints,
+        config: ClusterConfig,
         *,
         journal: str | os.PathLike[str] = "",
         reach: Endpoint = LOCAL,
     ) -> None:
         if journal and not reach.is_fixed:
             raise ConfigurationError(
-                "a coordinator with a journal must be found again where it was: "
-                "bind to a fixed port, or to unix:/path"
+                "a coordinator with a journal must be found again where it was: pass "
+                f"{option('bind', 'HOST:PORT')} with a port, or unix:/path"
             )
         self._journal = journal
         self._security = reach.security
-        self._events: queue.SimpleQueue[HeadwaterError | int | None] = queue.SimpleQueue()
-        self._storage = Storage(
-            dataclasses.replace(checkpoints, directory=_everywhere(checkpoints.directory))
-        )
+        self._events: queue.SimpleQueue[HeadwaterError | EndAsked | int | None] = queue.SimpleQueue()
+        self._storage = Storage(config)
         try:
             self._node = CoordinatorNode(
-                dataclasses.replace(
-                    settings, rewinds=checkpoints.rewinds, generation=self._storage.generation
-                ),
+                config,
+                on_end_asked=lambda by: self._events.put(EndAsked(by)),
+                generation=self._storage.generation,
                 journal=journal,
                 reach=reach,
                 serving=Serving(self._restore, self._events.put),
@@ -82,7 +79,7 @@ class StandaloneCluster:
         alone where it has a journal and the number is not SIGINT's.
 
         Returns:
-            0, or the number that `interrupt` was given.
+            0, also where `headwater stop` has ended it, or the number that `interrupt` was given.
 
         Raises:
             HeadwaterError: the cluster cannot go on, and why.
@@ -93,6 +90,9 @@ class StandaloneCluster:
                 if isinstance(event, int):
                     self._interrupted(event)
                     return event
+                if isinstance(event, EndAsked):
+                    self._end(f"it was ended by {event.by}")
+                    return 0
                 if event is not None:
                     raise event
                 if self._node.finished() and self._finish():
@@ -120,16 +120,24 @@ class StandaloneCluster:
         return True
 
     def _interrupted(self, number: int) -> None:
+        if self._journal and number != signal.SIGINT:
+            self._take_last()
+            _log.warning("the coordinator ends alone: start it again on its journal, %s", self._journal)
+            self._node.halt()
+        else:
+            self._end("the cluster is closed")
+
+    def _end(self, why: str) -> None:
+        """End the cluster before its workers have finished."""
+        self._take_last()
+        self._node.finish(Refused("ClusterEndedError", why))
+
+    def _take_last(self) -> None:
         if self._node.complete():
             try:
                 self._storage.take_last()
             except HeadwaterError as error:
                 _log.warning("no last checkpoint: %s", error)
-        if self._journal and number != signal.SIGINT:
-            _log.warning("the coordinator ends alone: start it again on its journal, %s", self._journal)
-            self._node.halt()
-        else:
-            self._node.finish(Refused("ClusterEndedError", "the cluster is closed"))
 
     def _keep_checkpoints(self) -> None:
         self._storage.sign(self._node.cluster)
@@ -139,11 +147,6 @@ class StandaloneCluster:
         """The checkpoint that a generation begins with."""
         if begun:
             self._storage.rewind(first)
-        elif self._storage.settings.resume:
-            self._storage.resume(required=False)
+        else:
+            self._storage.resume()
         return self._storage.restore
-
-
-def _everywhere(directory: str) -> str:
-    """What servers with other working directories find it by."""
-    return os.path.abspath(directory) if directory and "://" not in directory else directory

@@ -17,7 +17,7 @@ from headwater.machines.roster import Departure
 from headwater.runtime.server.sequencing import Policy
 from headwater.shard.replica import MaterializedEntry
 from headwater.shard.snapshot import ShardSnapshot
-from headwater.spec.cluster import ClusterSettings
+from headwater.spec.cluster import ClusterConfig
 from headwater.spec.sync import Mode, parse_sync
 from headwater.testing.faults import Fault
 from headwater.testing.invariants import ALWAYS, COUNTED, Invariant
@@ -109,10 +109,10 @@ class World:
         self.accounts = None if workload is None else Accounts(self, workload)
         checked = [kind(self) for kind in (*ALWAYS, *(COUNTED if workload is not None else ()), *invariants)]
         self._told = {name: _who_hears(checked, name) for name in _EVENTS}
-        self._settings = ClusterSettings(
-            workers,
-            servers,
-            self.mode,
+        self._settings = ClusterConfig(
+            workers=workers,
+            servers=servers,
+            sync=self.sync,  # type: ignore[arg-type]  # one that nobody registered is explored too
             patience=PATIENCE_S,
             deadline=DEADLINE_S,
             lease=LEASE_S if beats else NO_LEASE_S,

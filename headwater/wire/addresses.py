@@ -40,7 +40,7 @@ def split_tcp(address: str) -> tuple[str, int]:
         host = ""
     if kind != "tcp" or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigurationError(
-            f"address {address!r} is not one of unix:@name, tcp:host:port, tcp:[host]:port"
+            f"address {address!r} is not one of unix:@name, unix:/path, tcp:host:port, tcp:[host]:port"
         )
     return host.removeprefix("[").removesuffix("]"), int(port)
 
@@ -144,10 +144,18 @@ def _connect_unix(place: str, timeout: float) -> socket.socket:
     return connection
 
 
+_LETTERS = "abcdefghijkmnpqrstuvwxyz23456789"
+"""Without l and o, 1 and 0."""
+
+
 def fresh_name(directory: str) -> str:
-    """A place to listen that nobody has, in `directory` where the system knows no abstract names."""
-    name = f"headwater-{secrets.token_hex(16)}"
-    return f"{directory}/{name[:24]}" if directory else f"@{name}"  # names of Unix sockets are short
+    """A place to listen that nobody has, in `directory` where the system knows no abstract names.
+
+    Short, as a person copies it from one line into another: 40 random bits, of which no two are mistaken for
+    each other. It need not be secret, as only processes of the same user are admitted.
+    """
+    name = "hw-" + "".join(secrets.choice(_LETTERS) for _ in range(8))
+    return f"{directory}/{name}" if directory else f"@{name}"
 
 
 def listen_unix(place: str) -> tuple[socket.socket, str]:

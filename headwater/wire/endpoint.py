@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from headwater.errors import ConfigurationError
+from headwater.spec.words import option
 from headwater.wire.addresses import advertised, is_numeric, split_place
 from headwater.wire.listener import Listener
 from headwater.wire.security import PLAIN, Security
@@ -44,14 +45,17 @@ class Endpoint:
             self.security.check_bind(split_place(self.bind)[0])
         elif self.advertise is not None:
             raise ConfigurationError(
-                f"advertise={self.advertise!r} without a TCP address: nothing listens there; pass bind too"
+                f"{option('advertise', self.advertise)} without a TCP address: nothing listens there; "
+                f"pass {option('bind', 'HOST')} too"
             )
         elif not self.local:
-            raise ConfigurationError("a node that listens nowhere is reached by nobody: pass bind")
+            raise ConfigurationError(
+                f"a node that listens nowhere is reached by nobody: pass {option('bind', 'HOST')}"
+            )
         if self.advertise is not None and split_place(self.advertise)[0] in EVERYWHERE:
             raise ConfigurationError(
-                f"advertise={self.advertise!r} leads everybody to himself: pass a name or an address of "
-                "this machine that others reach"
+                f"{option('advertise', self.advertise)} is not an address that others can dial: "
+                "pass a host name or an IP address of this machine"
             )
 
     @property

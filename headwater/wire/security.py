@@ -13,6 +13,7 @@ import socket
 from dataclasses import dataclass, field
 
 from headwater.errors import ConfigurationError, RefusedError
+from headwater.spec.words import option, wording
 from headwater.wire.sockets import peer_credentials
 
 SHORTEST_TOKEN = 16
@@ -77,7 +78,8 @@ class Security:
             raise ConfigurationError(
                 f"listening on {host!r} ({', '.join(outside)}) would let anyone who reaches this machine "
                 "read and change the model, because connections are not authenticated: give every node "
-                "tls or a token, or listen on 127.0.0.1; insecure=True listens all the same"
+                f"{wording('tls or a token', 'a --token-file or the three --tls files')}, or listen on "
+                f"127.0.0.1; {option('insecure', True)} listens all the same"
             )
 
     def admit(self, connection: socket.socket) -> None:

@@ -1,7 +1,7 @@
 """The coordinator as a machine: every decision of the master node, and how they couple (`machine`)."""
 
 from headwater.machines.coordinator.identity import Identity
-from headwater.machines.coordinator.machine import AllFinished, CoordinatorMachine
+from headwater.machines.coordinator.machine import AllFinished, CoordinatorMachine, EndAsked
 from headwater.machines.coordinator.members import Ended
 from headwater.machines.coordinator.newcomers import CheckAddresses, ChooseCheckpoint
 from headwater.machines.coordinator.state import CoordinatorRecord
@@ -12,6 +12,7 @@ __all__ = [
     "ChooseCheckpoint",
     "CoordinatorMachine",
     "CoordinatorRecord",
+    "EndAsked",
     "Ended",
     "Identity",
 ]

@@ -19,6 +19,7 @@ of a shard with all its copies begins the next generation, or the end.
 **Each connection** is in one phase (`phases`):
 
     Stranger ──Ask─────────▶ Survey ──all asked have answered──▶ (closed)
+       ├──EndCluster───────▶ (closed), and the owner is told
        ├──RequestSlot──────▶ Spare ──a slot is free──▶ Invited ──Join──▶ Joining
        ├──Join─────────────▶ Joining ──others reach it, and its turn has come──▶ Entered ──▶ Present
        └──Rejoin───────────▶ Present ──Departed, closed, silent for a lease, struck off──▶ (closed)
@@ -64,7 +65,7 @@ from headwater.machines.coordinator.phases import (
 )
 from headwater.machines.coordinator.state import CoordinatorRecord, Stage, State
 from headwater.machines.coordinator.surveys import Surveys
-from headwater.spec.cluster import ClusterSettings
+from headwater.spec.cluster import ClusterConfig
 
 FIRST_S = 10.0
 """How long a stranger may take to say what it wants, in seconds."""
@@ -79,6 +80,13 @@ class AllFinished:
     """An event: every declared worker has done its work, and nobody else is at work."""
 
 
+@dataclass(frozen=True, slots=True)
+class EndAsked:
+    """An event: somebody wants the cluster to end in order."""
+
+    by: str
+
+
 class CoordinatorMachine:
     """The decisions of one coordinator.
 
@@ -86,6 +94,7 @@ class CoordinatorMachine:
         settings: what every member is told.
         identity: of the cluster.
         now: the driver's clock.
+        generation: of the log, to begin with.
         record: what a former coordinator persisted, to go on with.
         enlists: whether servers come by themselves and ask what they are to be.
         answer_s: how long a host may take to answer, in seconds.
@@ -97,16 +106,17 @@ class CoordinatorMachine:
 
     def __init__(
         self,
-        settings: ClusterSettings,
+        settings: ClusterConfig,
         identity: Identity,
         now: float,
         *,
+        generation: int = 0,
         record: CoordinatorRecord | None = None,
         enlists: bool = False,
         answer_s: float = ANSWER_S,
     ) -> None:
         self.due: float | None = now
-        self.state = State(settings, identity, now, record)
+        self.state = State(settings, identity, now, record, generation)
         self._hosts = Hosts(self.state.emit, identity.cluster, answer_s)
         self.members = Members(self.state, self._hosts)
         self.newcomers = Newcomers(self.state, self._hosts, self.members, enlists)
@@ -117,6 +127,7 @@ class CoordinatorMachine:
                 m.RequestSlot: self.newcomers.on_request_slot,
                 m.Join: self.newcomers.on_join,
                 m.Rejoin: self.newcomers.on_rejoin,
+                m.EndCluster: self._end_asked,
             },
             Invited: {m.Join: self.newcomers.on_join},
             Present: dict.fromkeys(FROM_MEMBERS, self.members.received),
@@ -264,6 +275,13 @@ class CoordinatorMachine:
             self._hosts.again(self.state.now)
         self.newcomers.tick()
         return self._done()
+
+    def _end_asked(self, conn: Conn, stranger: Stranger, message: m.EndCluster) -> None:
+        """Have the owner end the cluster: there is a last checkpoint to take first."""
+        self.state.warn(f"the cluster is ended, as {message.by} asks")
+        self.state.send(conn, m.Acknowledged())
+        self.state.hang_up(conn)
+        self.state.emit(Tell(EndAsked(message.by)))
 
     # ── what follows from every event ───────────────────────────────────────────────────────────
 

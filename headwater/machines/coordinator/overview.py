@@ -23,6 +23,8 @@ def overview(
     unreplicated: Sequence[int],
     unvisited: Sequence[m.Unvisited],
     spares: int,
+    servers: int,
+    finished: Sequence[int],
     joining: Sequence[str],
 ) -> m.ClusterStatistics:
     """The answer to Ask.
@@ -67,6 +69,8 @@ def overview(
         unreplicated=tuple(unreplicated),
         unvisited=(*unvisited, *_unvisited_parts(first, roster)),
         spares=spares,
+        servers=servers,
+        finished=tuple(finished),
         joining=tuple(joining),
     )
 

@@ -19,7 +19,7 @@ from headwater.machines.own_time import OwnTime
 from headwater.machines.roster import RosterBook, RosterRecord
 from headwater.machines.slots import SlotAllocator
 from headwater.messages import AnyMessage, Finished, Member, Refused
-from headwater.spec.cluster import ClusterSettings
+from headwater.spec.cluster import ClusterConfig
 
 Stage: TypeAlias = Literal["forming", "running", "finishing", "ended"]
 
@@ -43,7 +43,12 @@ class State:
     """
 
     def __init__(
-        self, settings: ClusterSettings, identity: Identity, now: float, record: CoordinatorRecord | None
+        self,
+        settings: ClusterConfig,
+        identity: Identity,
+        now: float,
+        record: CoordinatorRecord | None,
+        generation: int,
     ) -> None:
         self.settings, self.identity = settings, identity
         self.own = OwnTime(settings.lease / 4, now)
@@ -51,7 +56,7 @@ class State:
             settings.workers,
             settings.servers,
             lease_s=settings.lease,
-            generation=settings.generation,
+            generation=generation,
             record=record.roster if record is not None else None,
             cluster=identity.cluster,
         )

@@ -60,5 +60,7 @@ class Surveys:
             unreplicated=state.book.unreplicated() if settings.replicas else [],
             unvisited=self._members.reading.unvisited(),
             spares=sum(isinstance(one, Spare) for one in state.phases.values()),
+            servers=settings.servers,
+            finished=state.book.finished(),
             joining=self._newcomers.waiting(),
         )

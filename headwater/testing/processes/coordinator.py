@@ -14,7 +14,7 @@ from headwater.machines.coordinator import (
     Identity,
 )
 from headwater.machines.roster import Departure, RosterBook
-from headwater.spec.cluster import ClusterSettings
+from headwater.spec.cluster import ClusterConfig
 from headwater.testing.processes.driven import Driven
 from headwater.testing.processes.network import Network
 from headwater.testing.processes.times import ANSWER_S
@@ -49,7 +49,7 @@ class Coordinator(Driven):
         self,
         network: Network,
         world: Surroundings,
-        settings: ClusterSettings,
+        settings: ClusterConfig,
         record: CoordinatorRecord | None = None,
     ) -> None:
         self.machine = CoordinatorMachine(

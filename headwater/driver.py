@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
+import reprlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -16,11 +16,18 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.cluster import Cluster, ClusterOptions
+from headwater.cluster import Cluster, ClusterKeywords, NodeConfig, NodeOptions
 from headwater.engines import Outcome, RayEngine
-from headwater.errors import CheckpointError, ConfigurationError, HeadwaterError
+from headwater.errors import (
+    CheckpointError,
+    ClusterEndedError,
+    ConfigurationError,
+    HeadwaterError,
+)
 from headwater.messages import ClusterStatistics
-from headwater.spec.sync import Mode
+from headwater.spec.cluster import ClusterConfig, ClusterOptions
+from headwater.spec.keywords import takes
+from headwater.spec.words import option
 from headwater.worker import Worker
 
 _log = logging.getLogger("headwater")
@@ -30,7 +37,7 @@ _LAST_S = 60
 """How long an interrupted run may take for its last checkpoint, in seconds."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RunResult:
     """What a run left.
 
@@ -52,78 +59,72 @@ class RunResult:
     checkpoint: str | None = None
     checkpoint_error: CheckpointError | None = None
 
+    def __repr__(self) -> str:
+        """A line: arrays are counted, not printed."""
+        models = {
+            name: f"{len(tensors)} tensors, {sum(array.size for array in tensors.values()):,} elements"
+            for name, tensors in self.parameters.items()
+        }
+        return (
+            f"RunResult(version={self.version}, seconds={self.seconds:.1f}, "
+            f"values={reprlib.repr(self.values)}, parameters={models}, checkpoint={self.checkpoint!r})"
+        )
 
+
+@takes((ClusterConfig, ClusterOptions), (NodeConfig, NodeOptions))
 def run(
     train: Callable[[Worker], Any],
     *,
-    workers: int = 2,
-    servers: int = 1,
-    sync: str | Mode = "sync",
     engine: str | RayEngine = "local",
-    replicas: int = 0,
-    checkpoint: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    settings: Mapping[str, Any] | None = None,
-    patience: float = 10.0,
-    deadline: float = 600.0,
-    min_workers: int = 1,
     restarts: int = 3,
     started: Callable[[str], None] | None = None,
     watch: Callable[[ClusterStatistics], None] | None = None,
-    **options: Unpack[ClusterOptions],
+    **options: Unpack[ClusterKeywords],
 ) -> RunResult:
-    """Run `train(worker)` in `workers` workers against `servers` servers; blocks until all have returned.
+    """Run `train(worker)` in every worker of a new cluster; blocks until all have returned.
 
-    The arguments are those of `Cluster`, with processes as the default engine. `train` may be any
-    function: of a module, a script without a guard, a notebook, a closure.
+    `train` may be any function: of a module, a script without a guard, a notebook, a closure.
 
-    A worker whose process dies is started again, as a new incarnation of its rank, `restarts` times; the
-    others go on meanwhile. When training begins anew from a checkpoint, `train` is called again in every
-    worker. With a checkpoint directory a last checkpoint is written at the end.
+    A worker whose process dies, or is not heard of for its lease, is started again, as a new incarnation of
+    its rank; the others go on meanwhile. When training begins anew from a checkpoint, `train` is called again
+    in every worker. With a checkpoint directory a last checkpoint is written at the end.
 
     Args:
-        restarts: how often the process of one rank may die; an exception in `train` ends the run at once.
-        started: gets the cluster's address once. watch: gets its statistics twice a second.
+        train: called with a `Worker` in every worker; what it returns comes back.
+        engine: "local" (processes of this machine), "ray" (actors) or a `RayEngine`, "inline" (threads).
+        restarts: how often the worker of one rank may die; an exception in `train` ends the run at once.
+        started: gets the cluster's address, once; what it raises ends the run.
+        watch: gets the cluster's statistics twice a second; what it raises ends the run and is raised.
 
     Raises:
         WorkerError: `train` raised in a worker, or its process died too often; carries rank and traceback.
         EngineError: a node could not be started, or a server died and nothing takes its place.
         ConfigurationError: an impossible argument; nothing was started.
-        CheckpointError: no checkpoint to resume from is good. That the last one cannot be written is told by
-            `RunResult.checkpoint_error`.
+        CheckpointError: there are checkpoints to resume from, and none is good. That the last one cannot be
+            written is told by `RunResult.checkpoint_error`.
+        ClusterEndedError: `headwater stop` has ended it, after a last checkpoint.
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM; where there is a directory, a last checkpoint
             was written, for at most a minute. A second signal ends the run at once.
     """
     if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 0:
-        raise ConfigurationError(f"restarts must be an integer ≥ 0, got {restarts!r}")
-    cluster = Cluster(
-        workers=workers,
-        servers=servers,
-        sync=sync,
-        engine=engine,
-        replicas=replicas,
-        checkpoint=checkpoint,
-        resume=resume,
-        settings=settings,
-        patience=patience,
-        deadline=deadline,
-        min_workers=min_workers,
-        **options,
-    )
-    with cluster:
+        raise ConfigurationError(f"{option('restarts')} must be an integer ≥ 0, got {restarts!r}")
+    for name, callback in {"train": train, "started": started, "watch": watch}.items():
+        if not callable(callback) and (name == "train" or callback is not None):
+            raise ConfigurationError(f"{name}: got {callback!r}, expected a function")
+    with Cluster(engine=engine, **options) as cluster:
         cluster.reserve_ranks()
         if started is not None:
             started(cluster.address)
         began = time.monotonic()
-        for rank in range(workers):
+        for rank in range(cluster.config.workers):
             cluster.start_worker(rank, train)
         with _last_checkpoint_of(cluster):
-            values = _collect(cluster, train, workers, restarts, watch)
+            values = _collect(cluster, train, restarts, watch)
         seconds = time.monotonic() - began
         failure = _take_last_checkpoint(cluster)
         version, parameters = cluster.parameters()
         return RunResult(
-            [values[rank] for rank in range(workers)],
+            [values[rank] for rank in range(cluster.config.workers)],
             parameters,
             version,
             cluster.statistics(),
@@ -145,7 +146,7 @@ def _take_last_checkpoint(cluster: Cluster) -> CheckpointError | None:
 
 @contextmanager
 def _last_checkpoint_of(cluster: Cluster) -> Iterator[None]:
-    """Where Ctrl-C or SIGTERM ends the block, write a last checkpoint before everything ends.
+    """Where Ctrl-C, SIGTERM or `headwater stop` ends the block, write a last checkpoint first.
 
     For at most `_LAST_S` seconds; a second signal ends this at once. SIGTERM counts where run is called in
     the main thread of a program that does not handle it.
@@ -153,10 +154,10 @@ def _last_checkpoint_of(cluster: Cluster) -> Iterator[None]:
     with _terminated_by_exit():
         try:
             yield
-        except (KeyboardInterrupt, SystemExit) as error:
-            if cluster.writes_checkpoints:
+        except (KeyboardInterrupt, SystemExit, ClusterEndedError) as error:
+            if cluster.config.checkpoint and cluster.complete():
                 _log.warning(
-                    "%s: writing a last checkpoint, for at most %d s; again to end at once",
+                    "%s: writing a last checkpoint, for at most %d s; Ctrl-C to end at once",
                     "interrupted" if isinstance(error, KeyboardInterrupt) else "told to end",
                     _LAST_S,
                 )
@@ -196,7 +197,6 @@ def _terminated_by_exit() -> Iterator[None]:
 def _collect(
     cluster: Cluster,
     train: Callable[[Worker], Any],
-    workers: int,
     restarts: int,
     watch: Callable[[ClusterStatistics], None] | None,
 ) -> dict[int, Any]:
@@ -204,6 +204,7 @@ def _collect(
 
     One that had finished when training began anew is started again, too: all are needed for what follows.
     """
+    workers = cluster.config.workers
     ended: dict[int, Outcome] = {}
     left = dict.fromkeys(range(workers), restarts)
     while len(ended) < workers:

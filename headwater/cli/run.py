@@ -1,0 +1,157 @@
+"""`headwater run`: load the script, train, and show how it goes.
+
+What `train` prints and the summary go to standard output; how it goes, and what is logged, to standard error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from headwater.cli.display import Display, LiveDisplay, PlainDisplay
+from headwater.cli.engines import chosen_engine
+from headwater.cli.options import command, configuration, listening
+from headwater.cli.script import load_function
+from headwater.cli.summary import summarize
+from headwater.driver import RunResult
+from headwater.driver import run as train_with
+from headwater.engines import RayEngine
+from headwater.spec.cluster import ClusterConfig
+from headwater.wire.endpoint import Endpoint
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+@command(app, config=configuration(), reach=listening())
+def run(
+    script: Annotated[
+        str,
+        typer.Argument(
+            metavar="SCRIPT[:FUNCTION]",
+            envvar="HEADWATER_SCRIPT",
+            help="A Python file; FUNCTION(worker) is `train` unless named.",
+        ),
+    ],
+    config: ClusterConfig,
+    engine: Annotated[
+        str, typer.Option(help="local (processes), ray (actors), or inline (threads, for debugging).")
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="The Ray cluster; otherwise what `ray.init()` finds."),
+    ] = None,
+    working_dir: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="With ray: uploaded, for scripts that import modules of their own."),
+    ] = None,
+    server_resource: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=AMOUNT", help="With ray: what a server reserves, as num_cpus=2."),
+    ] = None,
+    worker_resource: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=AMOUNT", help="With ray: what a worker reserves; repeatable."),
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="How often the worker of one rank may die and be started again.")
+    ] = 3,
+    transport: Annotated[
+        str, typer.Option(help="unix (shared memory) or tcp (as between machines).")
+    ] = "unix",
+    reach: Endpoint = Endpoint(),  # noqa: B008 - made from its options
+) -> None:
+    """Run a training function in every worker, against servers on this machine or in a Ray cluster.
+
+    The script is loaded without its `if __name__ == "__main__":` block, and its folder is importable.
+
+    [bold]Examples[/bold]
+
+    headwater run train.py --workers 4 --servers 2 --sync ssp:3
+
+    headwater run train.py:fit --set epochs=3 --set lr=0.05 --set 'layers=[64,32]'
+
+    headwater run train.py --replicas 1 --checkpoint runs/a --every 1000steps --resume
+
+    headwater run train.py --engine ray --ray-address 10.0.0.1:6379 --worker-resource num_cpus=4
+
+    headwater run train.py --bind 0.0.0.0:7000 --token-file token
+
+    Exit codes: 0 done, 1 the training or the cluster failed, 2 a wrong argument, 130 interrupted.
+    """
+    chosen = chosen_engine(engine, ray_address, working_dir, server_resource or (), worker_resource or ())
+    result = train_script(script, config, chosen, restarts=restarts, transport=transport, reach=reach)
+    for line in summarize(result):
+        print(line)
+
+
+def train_script(
+    script: str,
+    config: ClusterConfig,
+    engine: str | RayEngine,
+    *,
+    reach: Endpoint,
+    **options: Any,
+) -> RunResult:
+    """Run the script's function and show how it goes; blocks until it is over.
+
+    `options`: arguments of `headwater.run` beside the cluster's configuration.
+
+    Raises:
+        HeadwaterError: as `headwater.run`, or the script cannot be loaded.
+    """
+    train = load_function(script)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what a terminal lacks is escaped
+            stream.reconfigure(errors="backslashreplace")
+    console = Console(highlight=False, stderr=True)
+    kind = LiveDisplay if console.is_terminal else PlainDisplay
+    display: Display = kind(console, workers=config.workers, script=script)
+    with display, _logs_to(display):
+        result = train_with(
+            train,
+            **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
+            engine=engine,
+            bind=reach.bind,
+            advertise=reach.advertise,
+            token=reach.security.token,
+            tls=reach.security.tls,
+            insecure=reach.security.insecure,
+            output=display.print,
+            started=display.started,
+            watch=display.show,
+            **options,
+        )
+        display.show(result.statistics)
+    return result
+
+
+class _LinesHandler(logging.Handler):
+    """Sends log records to a display, one line each."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__(logging.WARNING)
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._display.log(self.format(record))
+        except Exception:  # noqa: BLE001 - as every handler of Python's does
+            self.handleError(record)
+
+
+@contextmanager
+def _logs_to(display: Display) -> Iterator[None]:
+    """Show what Headwater logs in this process, which is the coordinator's, while the block runs."""
+    logger, handler = logging.getLogger("headwater"), _LinesHandler(display)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
