@@ -29,7 +29,7 @@ from headwater.errors import (
     UsageError,
 )
 from headwater.runtime.client import Client
-from headwater.spec.cluster import ClusterSettings
+from headwater.spec.cluster import ClusterConfig
 from headwater.spec.rules import RowwiseAdagrad
 from headwater.standalone import StandaloneServer, StandaloneWorker
 from headwater.wire import frames
@@ -146,8 +146,8 @@ def test_times_of_a_month_and_of_a_year_work(caplog):
 
 
 def test_a_patience_of_more_than_half_of_the_deadline_is_cut_to_it():
-    assert ClusterSettings(1, 1, "sync", patience=50.0, deadline=60.0).patience == 30.0
-    assert ClusterSettings(1, 1, "sync", patience=20.0, deadline=60.0).patience == 20.0
+    assert ClusterConfig(patience=50.0, deadline=60.0).patience == 30.0
+    assert ClusterConfig(patience=20.0, deadline=60.0).patience == 20.0
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_two_clusters_cannot_use_one_directory(tmp_path):
         ({"watch": 3}, "watch: got 3, expected a function"),
         ({"started": "x"}, "started"),
         ({"token": b"a token of bytes, not of text"}, "token must be a text, got a bytes"),
-        ({"tls": "certs"}, "tls must be a headwater.TLS, got a str"),
+        ({"tls": "certs"}, "tls must be a headwater.TLS of three files, got a str"),
         ({"settings": {"path": Path()}}, "settings"),
     ],
 )
