@@ -23,6 +23,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 settings.register_profile("default", print_blob=True, deadline=None)
 settings.register_profile("nightly", print_blob=True, deadline=None, max_examples=1000)
+LONGEST = (
+    "test_simulator.py",
+    "test_serve_ends.py",
+    "test_serve.py",
+    "test_log_clipping.py",
+    "test_examples.py",
+)
+"""Files with tests that take long: they begin first, so that no process is alone with them at the end."""
+
 _LONG_TIMEOUT_S = 1800
 """Of a test with `--long`, in seconds: it takes more schedules and examples."""
 
@@ -72,6 +81,8 @@ def pytest_collection_modifyitems(config, items):
     if len(chosen) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
         items[:] = chosen
+    if _is_whole(config):
+        items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -292,6 +292,7 @@ def test_what_is_collected_in_the_middle_of_an_exchange_sends_nothing(elsewhere,
 
     monkeypatch.setattr(clients, "exchange", collecting)
     gc.disable()
+    gc.freeze()  # a collection takes long where torch and JAX are loaded
     try:
         with hw.Cluster(workers=1, servers=2, sync="async", deadline=20) as cluster:
             worker, model = joined(cluster)
@@ -304,6 +305,7 @@ def test_what_is_collected_in_the_middle_of_an_exchange_sends_nothing(elsewhere,
                     assert len(worker._feed._open) <= 1, "what was collected is closed with the next call"
                 assert len(collected) > 5
     finally:
+        gc.unfreeze()
         gc.enable()
 
 

@@ -140,7 +140,7 @@ def test_many_pushes_before_a_step_take_memory_by_their_different_ids_and_add_up
             table.push(ids, np.full((50, 4), k + 1, np.float32))
             for id in ids.tolist():
                 expected[id] = expected.get(id, 0) + k + 1
-            assert worker._rows._scratch.used < 4096
+            assert worker._rows.used < 4096
         worker.step()
         assert table.pull(list(expected))[:, 0].tolist() == list(expected.values())
 

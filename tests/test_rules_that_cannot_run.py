@@ -121,7 +121,7 @@ CANNOT_RUN = {
     Squashing: r"squash, line 2: 'math.exp\(gradient\)' cannot be in a rule",
     TakingMore: "takes_more|TakingMore",
     GivingMore: "gives_more|GivingMore",
-    WithoutFunction: "a rule's function must be a plain function of a module",
+    WithoutFunction: "must be a plain function of a module|WithoutFunction cannot be compiled",
     StatesOfAnotherKind: "takes 3 arguments, its rule passes 4|StatesOfAnotherKind cannot be compiled",
     Fading: r"Fading: scalars\(updates=3, count=4\) raised ZeroDivisionError",
     ByCount: r"ByCount: scalars\(updates=899, count=900\) raised ValueError",

@@ -1,15 +1,20 @@
 """Faults put into what servers run are found: each within 200 schedules, by the invariant that it breaks."""
 
 import pytest
+from msgspec.structs import replace
 
 from headwater.log.pending import PendingExchanges
+from headwater.log.positions import Positions
 from headwater.log.state import LogState
+from headwater.log.waits import Waits
 from headwater.machines.coordinator.newcomers import Newcomers
 from headwater.machines.coordinator.state import State
 from headwater.runtime.server.applier import LogApplier
 from headwater.shard.ledger import Ledger
 from headwater.shard.shard import Shard
-from headwater.spec.sync import Decision, StaleSynchronous
+from headwater.shard.vector import Vector
+from headwater.spec.rules import Adam
+from headwater.spec.sync import Decision, StaleSynchronous, Synchronous
 from headwater.testing import Faults, Violation, explore
 from headwater.testing.processes.client import Window
 
@@ -137,3 +142,71 @@ def test_a_message_that_leaves_before_what_it_shows_is_persisted(mode, monkeypat
 def test_a_bound_that_is_not_kept(monkeypatch):
     monkeypatch.setattr(StaleSynchronous, "may_read", lambda *arguments: Decision(True))
     assert found("ssp:1", workers=3, steps=6).invariant == "BoundedStaleness"
+
+
+# ── each of the other invariants notices what no other does ─────────────────────────────────────
+
+
+def noticed(mode, **fixed):
+    """The invariant that notices something though nothing goes wrong but what was planted."""
+    return found(mode, faults=Faults(0, 0, 0, 0), **fixed).invariant
+
+
+@modes
+def test_a_step_that_is_said_to_be_staler_than_it_is(mode, monkeypatch):
+    records = Ledger.record
+
+    def stale(self, member, step, result):
+        records(self, member, step, replace(result, staleness=result.staleness + 1))
+
+    monkeypatch.setattr(Ledger, "record", stale)
+    assert noticed(mode) == "GrowingVersions"
+
+
+@modes
+def test_a_wait_of_which_nobody_is_told_why(mode, monkeypatch):
+    monkeypatch.setattr(Waits, "why", lambda self, exchange: "")
+    assert noticed(mode, workers=3) == "NamedWaits"
+
+
+@pytest.mark.parametrize("mode", ["sync", "sync:quorum=2"])
+def test_a_round_that_is_closed_before_all_that_it_needs_are_there(mode, monkeypatch):
+    needed = Synchronous.needed
+    monkeypatch.setattr(Synchronous, "needed", lambda self, active: max(1, needed(self, active) - 1))
+    assert noticed(mode, workers=3) == "CompleteRounds"
+
+
+def test_a_late_step_that_is_said_to_have_contributed(monkeypatch):
+    records = Ledger.record
+
+    def contributes(self, member, step, result):
+        records(self, member, step, result if result.applied else replace(result, contributors=1))
+
+    monkeypatch.setattr(Ledger, "record", contributes)
+    assert noticed("sync:quorum=1", workers=3) == "LateUpdatesAreNowhere"
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_position_in_the_data_that_is_not_recorded(mode, monkeypatch):
+    records = Positions.record
+
+    def forgets(self, position):
+        if position.rank != 0:
+            records(self, position)
+
+    monkeypatch.setattr(Positions, "record", forgets)
+    assert noticed(mode, workers=2, splits=False) == "EverySample"
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_checkpoint_without_the_state_of_the_rule(mode, monkeypatch):
+    restores = Vector.restore.__func__
+
+    def forgets(cls, snapshot, changed):
+        vector = restores(cls, snapshot, changed)
+        for state in vector.states.values():
+            state[:] = 0
+        return vector
+
+    monkeypatch.setattr(Vector, "restore", classmethod(forgets))
+    assert noticed(mode, rule=Adam(), checkpoints=2, replicas=1) == "ConsistentCut"

@@ -152,19 +152,39 @@ class Index:
             ids, self._first, self._pages, self._directory, self._chunks, rows, counts
         )  # fmt: skip
         absent = np.flatnonzero(rows < 0).astype(np.int32) if known < len(ids) else _NONE
+        fresh = self._admit(ids, absent, self._needed, rows, counts)
+        return Claim(rows, counts, fresh, int(self._counters[_REFUSED]))
+
+    def put(self, ids: Ids, counts: Counts) -> Rows:
+        """Have an entry with this count of updates for each id, whatever was counted before; their rows.
+
+        Raises:
+            EnvironmentFailure: there could be more than 2³¹ − 2 rows; nothing changed.
+        """
+        self._check_room(len(ids))
+        rows, known = self.find(ids)
+        if known < len(ids):
+            absent = np.flatnonzero(rows < 0).astype(np.int32)
+            self.remove(ids[absent])  # what admission counted of them
+            self._admit(ids, absent, 1, rows, np.empty_like(rows))
+        _loops().set_counts(ids, counts, self._first, self._pages, self._directory, self._chunks)
+        return rows
+
+    def _admit(self, ids: Ids, absent: Rows, needed: int, rows: Rows, counts: Counts) -> Rows:
+        """Make entries for the ids at positions `absent`, at their `needed`-th claim; where those are."""
         fresh, counters = np.empty_like(absent), self._counters
         counters[[_FRESH, _REFUSED]] = 0
         done = 0
         while done < len(absent):
             done = _loops().claim(
                 ids, absent, done, self._first, self._pages, self._used, self._directory, self._chunks,
-                counters, self._free, self._needed, self._pending_ids, self._pending_counts, rows, counts,
+                counters, self._free, needed, self._pending_ids, self._pending_counts, rows, counts,
                 fresh,
             )  # fmt: skip
             if done < len(absent):
                 self._make_room(int(counters[_WANTED]))
         self._memory.reserve(int(counters[_NEXT_PAGE]) + _PREPARED_PAGES)
-        return Claim(rows, counts, fresh[: counters[_FRESH]], int(counters[_REFUSED]))
+        return fresh[: counters[_FRESH]]
 
     def _make_room(self, pages: int) -> None:
         """So that one slot can have `pages` pages."""

@@ -376,6 +376,17 @@ def remove(ids, first, pages, used, directory, chunks, counters, free, pending_i
     return removed
 
 
+@outer("void(int64[::1], int32[::1], int64, int32[::1], int32[:, ::1], int64[::1])")
+def set_counts(ids, counts, first, pages, directory, chunks):
+    """Set the count of each of the ids, which have entries."""
+    for i in range(len(ids)):
+        if i + AHEAD < len(ids):
+            ask_for(ids[i + AHEAD], first, pages, directory, chunks)
+        hashed = mix(np.uint64(ids[i]))
+        line, way = search(ids[i], hashed, slot_of(hashed, first), pages, directory, chunks)[1:]
+        write_int(line, COUNTS + way, counts[i])
+
+
 # ── whole slots ─────────────────────────────────────────────────────────────────────────────────
 
 

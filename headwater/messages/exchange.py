@@ -146,6 +146,17 @@ class DeleteRows(Message, frozen=True):
     rows: Rows
 
 
+class AssignRows(Message, frozen=True):
+    """Set rows of a table. Each is `width` float32: values, and with `state` each of the rule's states and
+    the count of updates, whose int32 bits are there; without, these are as before a first update.
+    """
+
+    number: int
+    rows: Rows
+    width: int
+    state: bool
+
+
 class CountRows(Message, frozen=True):
     """Ask how many rows a table has; they are the answer's payload, int64[1]."""
 
@@ -278,6 +289,7 @@ Request: TypeAlias = (
     | Pull
     | PullRows
     | DeleteRows
+    | AssignRows
     | CountRows
     | ReadState
     | Assign

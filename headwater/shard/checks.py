@@ -27,6 +27,7 @@ _KINDS: dict[type, m.Kind] = {
     m.PullRows: "pull",
     m.CountRows: "pull",
     m.DeleteRows: "delete",
+    m.AssignRows: "assign",
     m.ReadState: "state",
     m.Assign: "assign",
     m.LoadState: "assign",
@@ -95,6 +96,10 @@ class Checks:
             self._tables[request.table]
         elif isinstance(request, m.PullRows | m.DeleteRows):
             self._tables.check(rows)
+        elif isinstance(request, m.AssignRows):
+            self._tables.check(rows)
+            if request.state:
+                self._tables[request.rows.table].check_state(rows[0].rows)
 
     def check_model(self, model: int) -> None:
         """Refuse a model that does not exist.

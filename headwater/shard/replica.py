@@ -65,8 +65,8 @@ class EntryInputs(Protocol):
     def assigned(self, ticket: m.ExchangeId, model: int) -> Staging:
         """Where what is assigned to a model is: values, or its states one after the other."""
 
-    def deleted(self, ticket: m.ExchangeId) -> StagedRows:
-        """The ids to be deleted."""
+    def named_rows(self, ticket: m.ExchangeId) -> StagedRows:
+        """The ids to be deleted, or the rows to be assigned."""
 
 
 class LiveInputs:
@@ -118,7 +118,7 @@ class LiveInputs:
             return exchange.staging
         return self._members.staging(ticket.member, model)
 
-    def deleted(self, ticket: m.ExchangeId) -> StagedRows:
+    def named_rows(self, ticket: m.ExchangeId) -> StagedRows:
         """From the request."""
         (staged,) = self._members.of(ticket).rows
         return staged
@@ -176,7 +176,7 @@ class MaterializedEntry:
         """As they were."""
         return self._staging(model)
 
-    def deleted(self, ticket: m.ExchangeId) -> StagedRows:
+    def named_rows(self, ticket: m.ExchangeId) -> StagedRows:
         """As they were."""
         return self.tables[0]
 
@@ -290,8 +290,9 @@ class InputCollector:
             model = requests[0][1].carried.model
             models[model] = _fill(room, self._live.assigned(entry.source, model).parameters)
         elif isinstance(entry, m.Assigned):
-            staged = self._live.deleted(entry.source)
-            tables = [_copy(StagedRows(staged.table, staged.ids, staged.rows[:, :0]), room)]
+            staged = self._live.named_rows(entry.source)
+            values = staged.rows if isinstance(requests[0][1], m.AssignRows) else staged.rows[:, :0]
+            tables = [_copy(StagedRows(staged.table, staged.ids, values), room)]
         blobs = [(member, field, blob) for member, request in requests for field, blob in _blobs(request)]
         inputs = m.EntryInputs(
             term,

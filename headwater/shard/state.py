@@ -338,10 +338,14 @@ class State:
         request = self._inputs.request(entry.source)
         self.version = entry.version
         if isinstance(request, m.DeleteRows):
-            staged = self._inputs.deleted(entry.source)
+            staged = self._inputs.named_rows(entry.source)
             return self._answer(
                 entry.source, count=self.tables[staged.table].delete(staged.ids, entry.version)
             )
+        if isinstance(request, m.AssignRows):
+            staged = self._inputs.named_rows(entry.source)
+            self.tables[staged.table].assign(staged.ids, staged.rows, request.state, entry.version)
+            return self._answer(entry.source)
         assert isinstance(request, m.Assign | m.LoadState)
         vector = self.vectors[request.carried.model]
         kind = "values" if isinstance(request, m.Assign) else "states"

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.errors import ProtocolError, RegistrationError
+from headwater.errors import ProtocolError, RegistrationError, UsageError
 from headwater.kernels.arrange import trace, unite
 from headwater.kernels.index import Index
 from headwater.kernels.rows import ages, begin, combine, fill, gather, oldest, row_rule, scatter, stamp
@@ -223,6 +223,47 @@ class Table:
         for slab, value in enumerate(self.rule.states().values(), start=1):
             fill(self._slabs.place(slab, rows), self._width, value)
 
+    def width_of(self, state: bool) -> int:
+        """Floats of a row as `assign` takes it."""
+        return self.spec.dim + (self._width * len(self.rule.states()) + 1 if state else 0)
+
+    def check_state(self, rows: Array) -> None:
+        """Refuse rows with states for `assign` whose counts cannot be.
+
+        Raises:
+            UsageError: a count below 0.
+        """
+        counts = rows[:, -1].copy().view(np.int32)
+        if len(counts) and int(counts.min()) < 0:
+            raise UsageError(f"table {self.spec.name!r}: a row cannot have had {counts.min()} updates")
+
+    def assign(self, ids: Ids, rows: Array, state: bool, step: int) -> None:
+        """Set the rows of int64[n] ids, which differ; those without one get one, whatever admission says.
+
+        Args:
+            rows: float32[n, width_of(state)]: values, then with `state` each state and the count of updates,
+                as int32. Without, states are initial ones and the next update is the first.
+            step: version of this change, to which expiry counts from here on.
+
+        Raises:
+            EnvironmentFailure: no more rows can be held; nothing changed.
+        """
+        rows = rows.copy()  # members may change what they share
+        dim, width = self.spec.dim, self._width
+        self._slabs.reserve(self._index.high_water + len(ids))
+        counts = rows[:, -1].copy().view(np.int32).clip(min=0) if state else np.zeros(len(ids), np.int32)
+        places = self._index.put(ids, counts)
+        scatter(places, self._slabs, dim, np.ascontiguousarray(rows[:, :dim]))
+        for slab, initial in enumerate(self.rule.states().values(), start=1):
+            if state:
+                begin_at = dim + width * (slab - 1)
+                part = np.ascontiguousarray(rows[:, begin_at : begin_at + width])
+                scatter(places, self._slabs, width, part, slab)
+            else:
+                fill(self._slabs.place(slab, places), width, initial)
+        self._see(step)
+        self._end_rows(places, step)
+
     def delete(self, ids: Ids, step: int) -> int:
         """Forget int64[n] ids: rows, states, counts, and updates counted before admission.
 
@@ -296,7 +337,7 @@ class Table:
             slabs.append(self._fitting(f"state {name!r}", state, np.float32, n, self._width))
         if self._expiry:
             slabs.append(self._fitting("last", snapshot.last, np.int32, n))
-        if n and int(counts.min()) < 1:
+        if n and int(counts.min()) < 0:
             raise ProtocolError(f"table {self.spec.name!r}: a row has {counts.min()} updates: it is damaged")
         self._index.fill(ids, counts)
         self._index.fill_pending(pending_ids, pending_counts)

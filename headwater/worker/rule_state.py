@@ -60,6 +60,44 @@ def vectors_of(
     return tuple(counts), vectors
 
 
+def rows_of(
+    what: str, shape: tuple[int, ...], dim: int, rule: Rule, rows: Any, state: str | Mapping[str, Any]
+) -> NDArray[np.float32]:
+    """Rows for ids of this shape as they travel: float32[n, …], values, then states and counts if given.
+
+    Raises:
+        GradientError: another shape or dtype, an unknown or a missing state; says what was expected.
+    """
+    values = _fitting(f"rows for {what}", rows, (*shape, dim)).reshape(-1, dim)
+    if isinstance(state, str):
+        if state != "reset":
+            raise GradientError(f"{what}: state must be 'reset' or the states by name, got {state!r}")
+        return values
+    states = rule.states()
+    if strange := [key for key in state if key != STEP and key not in states]:
+        raise GradientError(f"{what} has no state {named(strange)}, its rule has {named(states) or 'none'}")
+    if missing := [key for key in states if key not in state]:
+        raise GradientError(
+            f"{what}: its state {named(missing)} is missing, there is {named(state) or 'none'}"
+        )
+    per_row = shape if rule.rows_only else (*shape, dim)
+    parts = [
+        _fitting(f"state {key!r} of {what}", state[key], per_row).reshape(len(values), -1) for key in states
+    ]
+    counts = np.broadcast_to(np.asarray(state.get(STEP, 1)), shape)
+    if counts.dtype.kind not in "iu" or (counts.size and not 0 <= counts.min() <= counts.max() < 2**31):
+        raise GradientError(f"{what}: {STEP!r} must be whole numbers ≥ 0, got {state.get(STEP)!r}")
+    bits = np.ascontiguousarray(counts, dtype=np.int32).reshape(-1, 1).view(np.float32)
+    return np.ascontiguousarray(np.hstack([values, *parts, bits]))
+
+
+def _fitting(what: str, values: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    array = as_array(what, values)
+    if array.shape != shape:
+        raise GradientError(f"{what} must have shape {shape}, got {array.shape}")
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
 def _count(of: str, state: Mapping[str, Any]) -> int:
     if STEP not in state:
         raise GradientError(

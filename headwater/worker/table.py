@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.errors import GradientError, NonFiniteError, RegistrationError
+from headwater.errors import GradientError, NonFiniteError, RegistrationError, UsageError
 from headwater.kernels import finite, stage
 from headwater.kernels.arrange import Ids, Plan, arrange, as_ids
 from headwater.runtime.client import Client
@@ -24,6 +24,7 @@ from headwater.worker.model_spec import NonFinite, as_array, check_nonfinite
 from headwater.worker.row_buffer import RowBuffer, RowSlice
 from headwater.worker.row_sums import RowSums
 from headwater.worker.rule_settings import RuleSettings
+from headwater.worker.rule_state import rows_of
 
 _log = logging.getLogger("headwater.worker")
 
@@ -157,6 +158,49 @@ class Table:
         try:
             return self._numbers(
                 lambda server, number: self._request(m.DeleteRows, place, server, number), "delete"
+            )
+        finally:
+            self._memory.reset(used)
+
+    def assign(self, ids: Any, rows: Any, state: Literal["reset"] | Mapping[str, Any] = "reset") -> None:
+        """Set rows, a version of its own; blocks for an exchange. Pretrained rows may go under any rule.
+
+        Ids without a row get one, whatever admission says; expiry counts from here on.
+
+        Args:
+            ids: integers of any shape, each once.
+            rows: float32[*ids.shape, dim], or anything with `__dlpack__` or `__array__`; copied.
+            state: of the rule. "reset": as before a row's first update, which the next one then is. Or each
+                of its states by name, float32[*ids.shape, dim] (with one float a row [*ids.shape]), and under
+                "step" how many updates rows have had, an integer or integers of the ids' shape, 1 by default.
+
+        Raises:
+            UsageError: ids that are not integers, do not fit int64, or appear twice.
+            GradientError: another shape or dtype, an unknown or a missing state; says what was expected.
+            ClosedError: the worker has left.
+        """
+        self._session.check_open("assign")
+        given, plan = self._plan(ids)
+        if len(plan.ids) < given.size:
+            raise UsageError(
+                f"table {self.name!r}: assign takes each id once, {_repeated(given)} is there twice"
+            )
+        values = rows_of(f"table {self.name!r}", given.shape, self.dim, self.rule, rows, state)
+        if not len(plan.ids):
+            return
+        self._session.finish()
+        self._ahead = None
+        used, width = self._memory.used, values.shape[1]
+        place = self._memory.take(plan, width)
+        try:
+            plan.combine(values, self._memory.rows(place))
+            self._session.call(
+                lambda server, number: Outgoing(
+                    m.AssignRows(number, self._memory.part(place, self.id, server), width, state != "reset"),
+                    self._memory.outgoing(place, server, rows=True),
+                ),
+                f"assign rows of table {self.name!r}",
+                memory=self._memory,
             )
         finally:
             self._memory.reset(used)
@@ -415,3 +459,9 @@ class Table:
         self._ahead = None
         stale = self._session.mode.answers_wait and ahead.version != self._session.version
         return None if stale else ahead
+
+
+def _repeated(ids: Ids) -> int:
+    """An id that appears twice."""
+    unique, counts = np.unique(ids, return_counts=True)
+    return int(unique[counts > 1][0])

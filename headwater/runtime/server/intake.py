@@ -48,7 +48,7 @@ class Intake:
         if isinstance(message, m.Step):
             runs = [self._run(run).gradients[self._within(run)] for run in message.payload]
             return [*runs, *self._rows.place(message, length)]
-        if isinstance(message, m.PullRows | m.DeleteRows):
+        if isinstance(message, m.PullRows | m.DeleteRows | m.AssignRows):
             return self._rows.place(message, length)
         if isinstance(message, m.LoadState):
             return [self._room_for_state(message, length)]

@@ -49,26 +49,33 @@ class RowIntake:
         count = sum(max(rows.count, 0) for rows in rows_of(message))
         if _ID * count > length:
             raise ProtocolError(f"{type(message).__name__} names {count} rows in {length} bytes of payload")
-        self._private = [self._room(rows) for rows in rows_of(message)]
+        if isinstance(message, m.AssignRows) and length != count * (_ID + _ITEM * message.width):
+            raise ProtocolError(f"{count} rows of {message.width} floats in {length} bytes of payload")
+        self._private = [self._room(message, rows) for rows in rows_of(message)]
         pushed = _pushed(message)
         arrays: list[NDArray[Any]] = []
         for number, staged in enumerate(self._private):
             arrays += [staged.ids, staged.rows] if number < pushed else [staged.ids]
         return arrays
 
-    def _room(self, rows: m.Rows) -> StagedRows:
-        dim = self._check(rows)
+    def _room(self, message: m.Request, rows: m.Rows) -> StagedRows:
+        width = self._check(message, rows)
         return StagedRows(
             rows.table,
             np.empty(rows.count, dtype=np.int64),
-            np.empty((rows.count, dim), dtype=np.float32),
+            np.empty((rows.count, width), dtype=np.float32),
         )
 
-    def _check(self, rows: m.Rows) -> int:
-        """The table's dim."""
+    def _check(self, message: m.Request, rows: m.Rows) -> int:
+        """Floats of each of the rows."""
         if rows.count < 0:
             raise ProtocolError(f"{rows.count} rows of table {rows.table}")
-        return self._shard.tables[rows.table].spec.dim
+        table = self._shard.tables[rows.table]
+        if not isinstance(message, m.AssignRows):
+            return table.spec.dim
+        if message.width != table.width_of(message.state):
+            raise ProtocolError(f"rows of {message.width} floats, expected {table.width_of(message.state)}")
+        return message.width
 
     def staged(self, message: m.Request) -> Sequence[StagedRows]:
         """The ids and the memory of each of the message's rows, in its order.
@@ -78,18 +85,18 @@ class RowIntake:
         """
         rows = list(rows_of(message))
         if self._scratch is not None:
-            staged = [self._mapped(self._scratch, one) for one in rows]
+            staged = [self._mapped(self._scratch, message, one) for one in rows]
         else:
             staged, self._private = self._private, []
             if len(staged) != len(rows):
                 if any(one.count for one in rows):
                     raise ProtocolError(f"{type(message).__name__} names rows, but no ids came with it")
-                staged = [self._room(one) for one in rows]
-        self._pulled = [] if isinstance(message, m.DeleteRows) else staged[_pushed(message) :]
+                staged = [self._room(message, one) for one in rows]
+        self._pulled = staged[_pushed(message) :] if isinstance(message, m.Step | m.PullRows) else []
         return staged
 
-    def _mapped(self, scratch: ScratchView, rows: m.Rows) -> StagedRows:
-        dim = self._check(rows)
+    def _mapped(self, scratch: ScratchView, message: m.Request, rows: m.Rows) -> StagedRows:
+        dim = self._check(message, rows)
         ids = scratch.part(rows.ids, _ID * rows.count).view(np.int64).copy()
         memory = scratch.part(rows.rows, _ITEM * dim * rows.count).view(np.float32)
         return StagedRows(rows.table, ids, memory.reshape(rows.count, dim))
@@ -101,6 +108,9 @@ class RowIntake:
 
 
 def _pushed(message: m.AnyMessage) -> int:
+    """How many of the rows that a message names come with it."""
+    if isinstance(message, m.AssignRows):
+        return 1
     return len(message.pushed) if isinstance(message, m.Step) else 0
 
 
@@ -109,5 +119,5 @@ def rows_of(message: m.AnyMessage) -> Iterator[m.Rows]:
     if isinstance(message, m.Step):
         yield from message.pushed
         yield from message.pulled
-    elif isinstance(message, m.PullRows | m.DeleteRows):
+    elif isinstance(message, m.PullRows | m.DeleteRows | m.AssignRows):
         yield message.rows
