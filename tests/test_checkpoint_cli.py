@@ -66,8 +66,10 @@ def test_show_tells_what_a_checkpoint_holds(directory):
     assert lines[0] == f"{directory}/g000-v000001200"
     assert lines[1].startswith("generation 0, version 1200, written 20")
     assert lines[2].startswith("by 2 servers of headwater ")
-    assert "net    SGD(lr=0.1, momentum=0.9)  momentum_buffer  2        3,072     7" in result.output
-    assert f"users  Adagrad(lr=0.05)  sum    3    {len(table().ids)}" in result.output
+    assert "model net: 2 tensors, " in result.output
+    assert "  rule SGD(lr=0.1, momentum=0.9)\n  state momentum_buffer\n" in result.output
+    assert f"table users: dim 3, {len(table().ids)} rows, " in result.output
+    assert all(len(line) <= 80 for line in lines[1:])
 
 
 def test_show_of_a_directory_takes_the_newest(directory):

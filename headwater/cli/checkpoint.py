@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import msgspec
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from headwater import checkpoint
 from headwater.checkpoint import Listed, Manifest
@@ -100,10 +101,10 @@ def show(path: _Path, json: Json = False) -> None:
     print(f"generation {manifest.generation}, version {manifest.version}, written {manifest.written}")
     print(f"by {manifest.servers} servers of headwater {manifest.headwater}, format {manifest.format}")
     print(f"{_megabytes(manifest.size)} in {len(manifest.files())} files")
-    if manifest.models:
-        console.print(_models(manifest.models))
-    if manifest.tables:
-        console.print(_tables(manifest.tables))
+    for first, *rest in [*map(_model, manifest.models), *map(_table, manifest.tables)]:
+        console.print(Text(first))
+        for line in rest:
+            console.print(Padding(Text(line), (0, 0, 0, 2), expand=False))
 
 
 @command(app)
@@ -185,29 +186,30 @@ def _listing(summaries: Sequence[Summary]) -> Table:
     return shown
 
 
-def _models(models: Sequence[ModelRecord]) -> Table:
-    shown = _empty("model", "rule", "state", "tensors", "elements", "updates", "of each tensor")
-    for model in models:
-        counts = (
-            str(len(model.spec.tensors)),
-            f"{Layout(model.spec.tensors).elements:,}",
-            str(model.updates),
-        )
-        least, most = min(model.counts), max(model.counts)
-        span = str(least) if least == most else f"{least}–{most}"
-        rules = "; ".join(describe_rule(rule) for rule in model.rules)
-        names = map(escape, (model.spec.name, rules, ", ".join(model.states)))
-        shown.add_row(*names, *counts, span)
-    return shown
+def _model(model: ModelRecord) -> list[str]:
+    """What there is of a model: a line, and what is shown below it."""
+    least, most = min(model.counts), max(model.counts)
+    span = str(least) if least == most else f"{least} to {most}"
+    elements = f"{Layout(model.spec.tensors).counted():,}"
+    rules = "; ".join(describe_rule(rule) for rule in model.rules)
+    return [
+        f"model {model.spec.name}: {len(model.spec.tensors)} tensors, {elements} elements, "
+        f"{model.updates} updates ({span} of each tensor)",
+        *_rule(rules, model.states),
+    ]
 
 
-def _tables(tables: Sequence[TableRecord]) -> Table:
-    shown = _empty("table", "rule", "state", "dim", "rows", "not admitted", "updates")
-    for table in tables:
-        counts = (str(table.spec.dim), f"{table.rows:,}", f"{table.pending:,}", str(table.updates))
-        names = map(escape, (table.spec.name, describe_rule(table.rule), ", ".join(table.states)))
-        shown.add_row(*names, *counts)
-    return shown
+def _table(table: TableRecord) -> list[str]:
+    """The same of a table."""
+    return [
+        f"table {table.spec.name}: dim {table.spec.dim}, {table.rows:,} rows, "
+        f"{table.pending:,} ids not admitted, {table.updates} updates",
+        *_rule(describe_rule(table.rule), table.states),
+    ]
+
+
+def _rule(rule: str, states: Iterable[str]) -> list[str]:
+    return [f"rule {rule}", *([f"state {', '.join(states)}"] if [*states] else [])]
 
 
 def _empty(*headings: str) -> Table:

@@ -16,10 +16,13 @@ from headwater.errors import DataError
 
 @dataclass(frozen=True)
 class Parquet:
-    """Files in Parquet format. `columns`: those to read, in this order; None reads all.
+    """Files in Parquet format.
 
     A batch has an array a column, `float32[n, k]` and the like for columns of lists of one size. Groups
     are the file's row groups: 10,000 to 1,000,000 rows each are read and shuffled well.
+
+    Args:
+        columns: those to read, in this order; None reads all.
     """
 
     columns: Sequence[str] | None = None

@@ -305,12 +305,17 @@ Request: TypeAlias = (
 
 
 class StepResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What became of a step: applied as part of `version`, or too late for its commit and not applied.
+    """What became of a step.
 
-    `staleness`: commits between the version its gradients were computed on and this one. `norms`: by name of
-    each model that is clipped or merged by lengths, the norm of the commit's gradient, before it was clipped.
-    `reason`: why it was not applied, in words; "" where it was. What was not applied is dropped, or with
-    `late=carry` kept by the worker, which sends it with its next step.
+    Attributes:
+        version: of the values that came back: the number of commits.
+        applied: whether the update is part of a commit; late ones are dropped, or with `late=carry` kept by
+            the worker, which sends them with its next step.
+        contributors: workers whose gradients are in the commit that contains this update.
+        staleness: commits between the version its gradients were computed on and this one.
+        norms: by name of each model that is clipped or merged by lengths, the norm of the commit's gradient,
+            before it was clipped.
+        reason: why it was not applied, in words; "" where it was.
     """
 
     version: int

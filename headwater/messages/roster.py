@@ -169,10 +169,20 @@ class StandbyLost(Message, frozen=True):
 
 
 class Progress(Message, frozen=True):
-    """A worker's own statistics, to the coordinator. `waiting` and `elapsed` in seconds.
+    """A worker's own statistics, as it last told the coordinator.
 
-    `planned`: samples that the `batches` begun so far have for this worker, 0 where there were none; an
-    estimate while it reads dynamic splits: its share so far of all that there is.
+    Attributes:
+        member: the incarnation of this rank that told them.
+        rank: which worker it is.
+        steps: that it has finished.
+        version: of its last answer, in commits.
+        samples: that its `batches` have handed out.
+        planned: samples that the `batches` begun so far have for it, 0 where there were none; an estimate
+            while it reads dynamic splits: its share so far of all that there is.
+        waiting: seconds spent in exchanges with the servers.
+        elapsed: seconds since it joined.
+        staleness: commits between the version that a gradient was computed on and its own → number of steps.
+        metrics: what `Worker.log` was last told, by name.
     """
 
     member: int

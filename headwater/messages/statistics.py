@@ -16,7 +16,16 @@ class Ask(Message, frozen=True):
 
 
 class ModelStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One model on one server; sizes in bytes."""
+    """One model on one server.
+
+    Attributes:
+        name: of the model.
+        rule: its rule, as text.
+        tensors: how many it has.
+        elements: of all tensors together.
+        updates: that were applied to it.
+        resident: bytes that it takes in this server's memory.
+    """
 
     name: str
     rule: str
@@ -86,10 +95,22 @@ class NodeStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
 class ClusterStatistics(Message, frozen=True):
     """The coordinator's answer to Ask: the state of a cluster at one moment.
 
-    `workers`, `servers`: how many were declared; `finished`: ranks that have done all their work. `tables` in
-    all, over the servers; `unvisited`: samples that a worker left, and nobody took over; `unreplicated`:
-    indices of servers that should have a caught-up standby and have none; `spares`: how many nodes wait to
-    become a server or standby; `joining`: each node that waits to join, and whom it waits for.
+    Attributes:
+        term: number of the roster's last change.
+        generation: counts the times that training began anew from a checkpoint.
+        version: the number of commits.
+        workers: how many were declared.
+        sync: the mode, as text.
+        nodes: the coordinator and every member.
+        models: each model, as server 0 has it.
+        tables: each table, in all over the servers.
+        progress: what each rank told last, also after it left.
+        unreplicated: indices of servers that should have a caught-up standby and have none.
+        unvisited: samples that a worker left, and nobody took over.
+        spares: how many nodes wait to become a server or standby.
+        servers: how many were declared.
+        finished: ranks that have done all their work.
+        joining: each node that waits to join, and whom it waits for, in words.
     """
 
     term: int

@@ -372,7 +372,7 @@ class Vector:
             name=self.spec.name,
             rule=self.rules[0].name,
             tensors=len(self.layout.tensors),
-            elements=self.layout.elements,
+            elements=self.layout.counted(),
             updates=self.updates,
             resident=self.values.nbytes * (1 + len(self.states)),
         )

@@ -72,6 +72,9 @@ class Zeros(Initializer):
 class Constant(Initializer):
     """`value` everywhere.
 
+    Args:
+        value: of every element, a float32.
+
     Raises:
         ConfigurationError: not a float32.
     """
@@ -90,6 +93,10 @@ class Constant(Initializer):
 @dataclass(frozen=True, slots=True)
 class Uniform(Initializer):
     """Evenly between `low` and `high`, either of which rounding to float32 may produce.
+
+    Args:
+        low: the smallest value.
+        high: the largest.
 
     Raises:
         ConfigurationError: `low` above `high`, or not float32s.
@@ -112,6 +119,10 @@ class Uniform(Initializer):
 class Normal(Initializer):
     """Normally distributed.
 
+    Args:
+        mean: of the values.
+        std: their standard deviation, at least 0.
+
     Raises:
         ConfigurationError: a negative `std`, or not float32s.
     """
@@ -132,6 +143,10 @@ class Normal(Initializer):
 @dataclass(frozen=True, slots=True)
 class TruncatedNormal(Normal):
     """Normally distributed, given that it lies within two `std` of `mean`.
+
+    Args:
+        mean: of the values before they are cut.
+        std: their standard deviation before, at least 0.
 
     Raises:
         ConfigurationError: a negative `std`, or not float32s.

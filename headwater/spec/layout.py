@@ -84,6 +84,10 @@ class Layout:
         """
         return ranges(self.elements, servers)
 
+    def counted(self) -> int:
+        """Elements of the tensors alone, which is what a person is told: the vector has gaps and a rest."""
+        return int((self.stops - self.starts).sum())
+
     def views(self, vector: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         """Each tensor as a view of `vector` (float32[elements]) in its shape; `vector` owns the memory."""
         return {

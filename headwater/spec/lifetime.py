@@ -25,6 +25,9 @@ class AfterCount(Settings):
     displaces the one of its bucket that was not pushed for longest, which then starts from nothing: an id may
     be admitted later than at its `count`-th update, never earlier.
 
+    Args:
+        count: how many updates must carry an id before it has a row; 1 admits all.
+
     Raises:
         ConfigurationError: `count` is below 1.
     """
@@ -41,6 +44,9 @@ class AfterSteps(Settings):
     """Treat a row as absent once more than `steps` versions passed since its last applied gradient.
 
     Reading a row does not keep it. One that expired starts anew: admission, initial value, state and count.
+
+    Args:
+        steps: versions that a row outlives its last gradient by.
 
     Raises:
         ConfigurationError: `steps` is below 1.
@@ -59,6 +65,9 @@ class LeastRecentlyUsed(Settings):
 
     Each of the 4096 virtual slots keeps its share. After an update that leaves one with more, its rows
     with the smallest (step, id) go, until fifteen sixteenths of the share are left.
+
+    Args:
+        max_rows: rows of the whole table, at least 4096.
 
     Raises:
         ConfigurationError: not even one row a virtual slot.

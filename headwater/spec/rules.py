@@ -156,6 +156,13 @@ def _check_not_negative(rule: Rule, *settings: str) -> None:
 class SGD(_Rated):
     """Stochastic gradient descent, as torch.optim.SGD; without momentum it has no state.
 
+    Args:
+        lr: learning rate, a number or a `Schedule`.
+        momentum: of the running sum of gradients that the value moves along; 0: none, and no state.
+        dampening: share of each gradient that the running sum leaves out.
+        weight_decay: times the value, added to the gradient.
+        nesterov: look one step ahead along the momentum.
+
     Raises:
         ConfigurationError: a negative setting, or `nesterov` without momentum or with dampening.
     """
@@ -205,6 +212,13 @@ class SGD(_Rated):
 class Adagrad(_Rated):
     """Adagrad, as torch.optim.Adagrad.
 
+    Args:
+        lr: learning rate, a number or a `Schedule`.
+        lr_decay: lr is divided by 1 + lr_decay · (updates before this one).
+        weight_decay: times the value, added to the gradient.
+        initial_accumulator_value: what the sums of squares begin with.
+        eps: added to the root in the denominator.
+
     Raises:
         ConfigurationError: a negative setting.
     """
@@ -243,6 +257,11 @@ class Adagrad(_Rated):
 class RowwiseAdagrad(_Rated):
     """Adagrad with one sum a row instead of one an element; for tables only.
 
+    Args:
+        lr: learning rate, a number or a `Schedule`.
+        initial_accumulator_value: what a row's sum of mean squares begins with.
+        eps: added to the root in the denominator.
+
     Raises:
         ConfigurationError: a negative setting.
     """
@@ -280,6 +299,14 @@ class RowwiseAdagrad(_Rated):
 @dataclass(frozen=True, slots=True)
 class RMSprop(_Rated):
     """RMSprop, as torch.optim.RMSprop.
+
+    Args:
+        lr: learning rate, a number or a `Schedule`.
+        alpha: decay of the average of squares, from 0 to 1.
+        eps: added to the root in the denominator.
+        weight_decay: times the value, added to the gradient.
+        momentum: of the running sum of scaled gradients; 0: none.
+        centered: subtract the square of the average gradient, so that the variance scales.
 
     Raises:
         ConfigurationError: a negative setting, or `alpha` above 1.
@@ -326,6 +353,13 @@ class RMSprop(_Rated):
 class Adam(_Rated):
     """Adam, as torch.optim.Adam; weight decay is added to the gradient.
 
+    Args:
+        lr: learning rate, a number or a `Schedule`.
+        betas: decay of the averages of gradients and of squares, each of at least 0 and below 1.
+        eps: added to the root in the denominator.
+        weight_decay: times the value, added to the gradient.
+        amsgrad: divide by the largest average of squares so far.
+
     Raises:
         ConfigurationError: a negative setting, or a beta that is not below 1.
     """
@@ -368,6 +402,13 @@ class Adam(_Rated):
 @dataclass(frozen=True, slots=True)
 class AdamW(Adam):
     """AdamW, as torch.optim.AdamW; weight decay shrinks the value, apart from the gradient.
+
+    Args:
+        lr: learning rate, a number or a `Schedule`.
+        betas: decay of the averages of gradients and of squares, each of at least 0 and below 1.
+        eps: added to the root in the denominator.
+        weight_decay: lr times this much of the value is taken away.
+        amsgrad: divide by the largest average of squares so far.
 
     Raises:
         ConfigurationError: a negative setting, or a beta that is not below 1.
@@ -476,6 +517,13 @@ class Ftrl(_Rated):
     """Follow the regularised leader, per coordinate, as TensorFlow has it (power −½); `l1` makes zeros.
 
     Its first update forgets most of a tensor's initial value: start from zeros.
+
+    Args:
+        lr: learning rate, a number above 0 or a `Schedule` that stays above 0.
+        l1: strength of the penalty on absolute values, which sets small ones to zero.
+        l2: strength of the penalty on squares.
+        initial_accumulator: what the sums of squares begin with.
+        beta: added to the root in the denominator of the rate.
 
     Raises:
         ConfigurationError: a negative setting, or a learning rate that is or comes to 0.

@@ -46,6 +46,10 @@ class Schedule(Settings):
 class Constant(Schedule):
     """`lr`, always (after `warmup` updates of rising to it).
 
+    Args:
+        lr: the rate.
+        warmup: updates in which the rate rises to `lr` in a straight line.
+
     Raises:
         ConfigurationError: a negative setting.
     """
@@ -61,6 +65,12 @@ class Constant(Schedule):
 @dataclass(frozen=True, slots=True)
 class Linear(Schedule):
     """From `lr` to `end` in a straight line over `over` updates, then `end`.
+
+    Args:
+        lr: the rate at first.
+        over: updates until `end`.
+        end: the rate from then on.
+        warmup: updates in which the rate rises to `lr` in a straight line; `over` and `every` count after it.
 
     Raises:
         ConfigurationError: a negative setting, or `over` is 0.
@@ -85,6 +95,12 @@ class Linear(Schedule):
 @dataclass(frozen=True, slots=True)
 class Cosine(Schedule):
     """From `lr` to `end` along half a cosine over `over` updates, then `end` (Loshchilov & Hutter 2017).
+
+    Args:
+        lr: the rate at first.
+        over: updates until `end`.
+        end: the rate from then on.
+        warmup: updates in which the rate rises to `lr` in a straight line; `over` and `every` count after it.
 
     Raises:
         ConfigurationError: a negative setting, or `over` is 0.
@@ -111,6 +127,13 @@ class Cosine(Schedule):
 @dataclass(frozen=True, slots=True)
 class StepDecay(Schedule):
     """`lr`, multiplied by `factor` after every `every` updates, and never below `end`.
+
+    Args:
+        lr: the rate at first.
+        every: updates between two steps.
+        factor: what each step multiplies the rate by, from 0 to 1.
+        end: the lowest rate.
+        warmup: updates in which the rate rises to `lr` in a straight line; `over` and `every` count after it.
 
     Raises:
         ConfigurationError: a negative setting, `every` is 0, or `factor` above 1.

@@ -276,9 +276,11 @@ class Synchronous(Mode):
     updates have arrived, or all active workers' where there are fewer. An update that comes later than
     that is late: its step is answered with `applied=False` and current values.
 
-    `grace_s`: seconds that a round is held open for more after the quorum's last update.
-    `reduce`: how the gradients of a round are combined, "mean" over the contributors or "sum".
-    `late`: what becomes of a late update, "drop", or "carry": its worker sends it with the next one.
+    Args:
+        quorum: how many updates close a round; None: those of all active workers.
+        grace_s: seconds that a round is held open for more after the quorum's last update.
+        reduce: how the gradients of a round are combined, "mean" over the contributors or "sum".
+        late: what becomes of a late update, "drop", or "carry": its worker sends it with the next one.
 
     Raises:
         ConfigurationError: `quorum` is not an integer ≥ 1, `grace_s` not a number ≥ 0, `grace_s` or
@@ -334,6 +336,9 @@ class Synchronous(Mode):
 @dataclass(frozen=True, slots=True)
 class StaleSynchronous(Mode):
     """Let a worker lead the slowest active worker by at most `bound` steps (Ho et al. 2013).
+
+    Args:
+        bound: steps, at least 0.
 
     Raises:
         ConfigurationError: `bound` is not an integer ≥ 0.

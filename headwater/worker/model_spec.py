@@ -32,6 +32,10 @@ NonFinite: TypeAlias = Literal["raise", "skip", "off"]
 class Group:
     """Tensors of a model that have a rule with other settings than the model's own.
 
+    Args:
+        names: of the tensors, at least one.
+        rule: of the same kind as the model's.
+
     Raises:
         ConfigurationError: no names.
     """

@@ -47,7 +47,19 @@ _PROGRESS_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatistics:
-    """What a worker counted. `waiting` and `elapsed` in seconds; `staleness`: value → number of steps."""
+    """What a worker counted since it joined.
+
+    Attributes:
+        rank: which worker it is.
+        steps: that it has finished.
+        skipped: steps that were empty turns because a gradient was not finite.
+        version: of the last answer, in commits.
+        samples: that its `batches` have handed out.
+        waiting: seconds spent in exchanges with the servers.
+        elapsed: seconds since it joined.
+        staleness: commits between the version that a gradient was computed on and its own → number of steps.
+        metrics: what `log` was last told, by name.
+    """
 
     rank: int
     steps: int
