@@ -155,7 +155,7 @@ def test_values_are_assigned_as_they_were_given_though_connections_are_cut_and_c
 def test_the_log_goes_on_when_the_connection_between_servers_is_cut(mode):
     def link(cluster):
         second = cluster._engine._servers[1]
-        return lambda: [c for c in [second._reporting._link._channel] if c is not None]
+        return lambda: [c for c in [second.pump.channel(second.machine.log.conn)] if c is not None]
 
     results = steps_with_cuts(mode, 60, choose_of=link)
     for _, values, rows in results.values():
@@ -166,8 +166,9 @@ def test_the_log_goes_on_when_the_connection_between_servers_is_cut(mode):
 def test_a_standby_whose_connection_is_cut_is_replaced_and_training_goes_on():
     def link(cluster):
         def choose():
-            replicas = [server._course.replica for server in cluster._engine._servers]
-            return [replica._channel for replica in replicas if replica is not None]
+            links = [(server, server.machine.standby) for server in cluster._engine._servers]
+            found = [server.pump.channel(link.conn) for server, link in links if link is not None]
+            return [channel for channel in found if channel is not None]
 
         return choose
 

@@ -21,7 +21,7 @@ from headwater.checkpoint import list_checkpoints
 from headwater.engines.local import LocalEngine
 from headwater.errors import CheckpointError, ConfigurationError, RegistrationError
 from headwater.runtime.dialling import dial_member
-from headwater.runtime.server import node
+from headwater.runtime import server as node
 
 DATA = np.random.default_rng(0).standard_normal((240, 6)).astype(np.float32)
 

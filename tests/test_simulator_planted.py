@@ -3,13 +3,18 @@
 import pytest
 from msgspec.structs import replace
 
+from headwater import messages as m
 from headwater.log.pending import PendingExchanges
 from headwater.log.positions import Positions
 from headwater.log.state import LogState
 from headwater.log.waits import Waits
+from headwater.machines.actions import Close
+from headwater.machines.applier import LogApplier
 from headwater.machines.coordinator.newcomers import Newcomers
 from headwater.machines.coordinator.state import State
-from headwater.runtime.server.applier import LogApplier
+from headwater.machines.log_host import SequencerMachine
+from headwater.machines.log_link import ReportLink
+from headwater.machines.server import ServerMachine
 from headwater.shard.ledger import Ledger
 from headwater.shard.shard import Shard
 from headwater.shard.vector import Vector
@@ -80,21 +85,43 @@ def test_an_acknowledgement_before_the_standby_has_the_entry(mode, monkeypatch):
 
 @modes
 def test_an_answer_before_all_servers_have_prepared_its_entry(mode, monkeypatch):
-    advances = LogApplier._advance
+    puts = LogApplier.put
 
-    def hasty(self, term, entry, committed):
-        return advances(self, term, entry, max(committed, entry.position if entry is not None else 0))
+    def hasty(self, entries):
+        last = entries.entries[-1].position if entries.entries else 0
+        puts(self, m.Entries(entries.entries, entries.term, max(entries.committed, last)))
 
-    monkeypatch.setattr(LogApplier, "_advance", hasty)
+    monkeypatch.setattr(LogApplier, "put", hasty)
     assert found(mode).invariant in {"EachUpdateOnce", *LOGS_DIFFER, *NOTICED}
 
 
 @modes
-def test_a_term_that_is_not_checked(mode, monkeypatch):
+def test_a_term_that_is_not_checked_where_connections_of_former_ones_go_on(mode, monkeypatch):
+    takes_over, takes_roster = ServerMachine._take_over, ReportLink.take_roster
+    begins = SequencerMachine._roster
+
     def admits(self, term):
         self.term = term
 
+    def follows_on(self, term, own):
+        former = self._receiver
+        actions = takes_over(self, term, own)
+        self._receiver = former
+        return [action for action in actions if not isinstance(action, Close)]
+
+    def listens_on(self, roster):
+        former = self.conn
+        actions = takes_roster(self, roster)
+        self.conn = self.conn or former
+        return [action for action in actions if not isinstance(action, Close)]
+
+    def speaks_on(self, roster, now):
+        return [action for action in begins(self, roster, now) if not isinstance(action, Close)]
+
     monkeypatch.setattr(Shard, "admit", admits)
+    monkeypatch.setattr(ServerMachine, "_take_over", follows_on)
+    monkeypatch.setattr(ReportLink, "take_roster", listens_on)
+    monkeypatch.setattr(SequencerMachine, "_roster", speaks_on)
     assert found(mode).invariant in {*LOGS_DIFFER, *NOTICED}
 
 

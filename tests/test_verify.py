@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from typer.testing import CliRunner
 import headwater as hw
 from headwater import messages as m
 from headwater.cli.app import app
-from headwater.runtime.server.comparing import compare
 from headwater.shard.digest import digests
 from headwater.shard.snapshot import ShardSnapshot
 
@@ -135,8 +133,7 @@ def test_a_standby_that_differs_is_named_with_the_part(corrupt, parts, tmp_path)
         assert cluster.verify().equal
         standbys = [one for one in cluster._engine._servers if one.settings.role == "standby"]
         standby = [one for one in standbys if one.settings.index == 1][-1]  # one that took another's place
-        with standby._course.lock:
-            corrupt(standby._course.shard)
+        standby.pump.look(lambda: corrupt(standby.machine.shard))
         good, bad = cluster.verify().shards
         assert good.equal
         assert (bad.index, bad.reason) == (1, "")
@@ -175,37 +172,6 @@ def snapshot(models=(), tables=()):
         standings=m.LogStateRecord(4, 9, 3, 0, 1, 1, (0,), (), (), ()),
         recorded=m.DataProgress(),
     )
-
-
-def standby(digests=None, *, began=0, caught_up=True, over=False):
-    return SimpleNamespace(
-        began=began, caught_up=caught_up, over=over, digests_at=lambda position, timeout: digests
-    )
-
-
-def test_why_there_is_nothing_to_compare_is_said():
-    for replica, why in [
-        (None, "no standby"),
-        (standby(began=9), "has not caught up"),
-        (standby(caught_up=False), "has not caught up"),
-        (standby(over=True), "lost meanwhile"),
-    ]:
-        compared = compare(3, snapshot(), replica, 0.01, pytest.fail)
-        assert compared.standby is None
-        assert why in compared.reason
-    assert "ask again" in compare(3, None, standby(), 0.01, pytest.fail).failure.reason
-
-
-def test_a_wait_for_the_standby_is_reported():
-    told = []
-    replica = standby()
-
-    def waiting(reason):
-        told.append(reason)
-        replica.over = len(told) == 2
-
-    assert "lost" in compare(3, snapshot(), replica, 0.01, waiting).reason
-    assert told == ["server 1 waits for its standby to sum up what it holds"] * 2
 
 
 def test_every_array_has_its_part_and_rows_count_as_a_set():

@@ -22,12 +22,16 @@ A connection ends once: `closed` is the last that a machine hears of it, whichev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+from headwater.errors import HeadwaterError
 from headwater.messages import AnyMessage, Member
 
 Conn: TypeAlias = int
 """Names one connection of this node. The driver numbers connections from 1 and never uses a number again."""
+
+BESIDE: Conn = 0
+"""To the other machine of this node, where a node has two. Never opened or closed; nothing is lost on it."""
 
 
 class Send(NamedTuple):
@@ -45,10 +49,14 @@ class Send(NamedTuple):
 
 
 class Close(NamedTuple):
-    """End `conn` once what was sent before has left. `why` goes into the log; "" for an ordinary end."""
+    """End `conn` once what was sent before has left. `why` goes into the log; "" for an ordinary end.
+
+    `at_once`: what has not left is not sent any more.
+    """
 
     conn: Conn
     why: str = ""
+    at_once: bool = False
 
 
 class Dial(NamedTuple):
@@ -159,3 +167,29 @@ class Performing(Machine, Protocol):
 
     def performed(self, tag: str, result: Any, now: float) -> Actions:
         """What came of a `Perform`; the error with which it failed where that is one of Headwater's."""
+
+
+@runtime_checkable
+class Advancing(Protocol):
+    """A machine that does some of its work piece by piece, between messages.
+
+    Attributes:
+        busy: whether `advance` has something to do; may be read without the lock.
+    """
+
+    @property
+    def busy(self) -> bool: ...
+
+    def advance(self, now: float) -> Actions:
+        """Do the next piece. Raises HeadwaterError: it cannot be done, so the machine is stopped."""
+
+    def prepare(self) -> None:
+        """Make the next piece quicker; called without the lock when none is left to do. May block."""
+
+
+@runtime_checkable
+class Refusing(Protocol):
+    """A machine that has a word for a peer that breaks the protocol."""
+
+    def failed(self, conn: Conn, error: HeadwaterError, now: float) -> Actions:
+        """What came over `conn`, or `received` made of it, breaks the protocol."""

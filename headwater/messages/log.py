@@ -88,6 +88,17 @@ class Reports(Message, frozen=True):
     sums: tuple[Sums, ...] = ()
 
 
+class Explain(Message, frozen=True):
+    """From a server to the sequencer: for what do members wait?"""
+
+
+class Reasons(Message, frozen=True):
+    """The answer: for what a member waits, by id; `otherwise`: what any other waits for."""
+
+    waits: dict[int, str]
+    otherwise: str
+
+
 class Entry(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """One position of the log; every server processes entries strictly in order."""
 
@@ -314,5 +325,5 @@ class LogStateRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stopping: tuple[int, ...] = ()
 
 
-LogMessage: TypeAlias = Reports | Entries
+LogMessage: TypeAlias = Reports | Entries | Explain | Reasons
 """What a server and the sequencer tell each other, once the server has said where it is."""

@@ -53,7 +53,7 @@ class TablePart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Snapshot(Message, frozen=True):
-    """From a server to its standby, first: a `ShardSnapshot`, whose arrays are the payload.
+    """From a server to its standby, first: a `ShardSnapshot`, whose arrays follow as `SnapshotPart`s.
 
     `programs`: bytes of what programs keep, which come first.
     """
@@ -70,6 +70,10 @@ class Snapshot(Message, frozen=True):
     standings: LogStateRecord
     recorded: DataProgress
     programs: int = 0
+
+
+class SnapshotPart(Message, frozen=True):
+    """The next bytes of a snapshot's arrays, as payload. The standby answers each with `Acknowledged`."""
 
 
 class Recovery(Message, frozen=True):
@@ -91,5 +95,5 @@ class Recovery(Message, frozen=True):
     sums: tuple[Sums, ...] = ()
 
 
-BeginningMessage: TypeAlias = Snapshot | Recovery
+BeginningMessage: TypeAlias = Snapshot | SnapshotPart | Recovery
 """What a standby begins with, and what a new sequencer begins with."""

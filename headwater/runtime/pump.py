@@ -1,30 +1,38 @@
 """Runs a machine: threads and channels around decisions, and nothing decided here.
 
 A thread for every connection reads from it and hands what comes to the machine, under the machine's one
-lock. What the machine asks for is queued before the lock is let go, so actions are carried out in the order
-in which they were decided, by one thread at a time: whichever finds that nobody does. That never blocks for a
-peer: a `Send` goes into the outbox of its connection, which the connection's own thread empties where its own
-message led to it, and else a thread that lives as long as the outbox has something. A `Persist` blocks for
-the disk, and with it everything that was decided afterwards.
+lock. What the machine asks for is queued before the lock is let go: a `Send` in the outbox of its
+connection, a message to the other machine of the node in that one's inbox, and the rest in one queue, which
+one thread at a time carries out. So actions take effect in the order in which they were decided. Nobody
+blocks for a peer: whoever decided a `Send` sends what the kernel takes at once (see `Outbox`). A `Persist`
+blocks for the disk, and with it everything that was decided afterwards.
 
-The order of locks: the machine's, then an outbox's. No lock is held while anything is sent, dialled, written
-or told to the owner.
+What a machine does piece by piece (`Advancing`), and what the two machines of a node tell each other, is
+done by whichever thread finds the machine free; who finds it busy leaves that to the thread that is inside,
+which looks again when it has let go of the lock. So a message to the other machine never waits for what
+that is doing.
+
+The order of locks: a thread holds at most one machine's lock, and inside it at most an outbox's. No lock is
+held while anything is sent, dialled, written or told to the owner.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
-from headwater.errors import HeadwaterError, RefusedError
+from headwater.errors import EngineError, HeadwaterError, RefusedError
 from headwater.machines.actions import (
+    BESIDE,
     Action,
     Actions,
+    Advancing,
     Close,
     Conn,
     Dial,
@@ -35,13 +43,14 @@ from headwater.machines.actions import (
     Perform,
     Performing,
     Persist,
+    Refusing,
     Resume,
     Send,
     Tell,
 )
 from headwater.messages import AnyMessage, Member
 from headwater.runtime.dialling import NOBODY
-from headwater.runtime.outbox import Outbox
+from headwater.runtime.outbox import RESUME, Join, Outbox
 from headwater.runtime.threads import ConnectionThreads
 from headwater.wire.channel import Array, Channel, Received
 
@@ -49,6 +58,11 @@ _log = logging.getLogger("headwater")
 
 GOODBYE_S = 2.0
 """How long a peer may take to read the last that it is sent before its connection is cut, in seconds."""
+
+Decide: TypeAlias = Callable[[float], Actions]
+
+_ROUTED = (Resume, HandOver)
+"""Actions that take effect where those of their connection do; a `Close` is carried out behind them."""
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 
@@ -69,7 +83,7 @@ class Owner(Protocol):
         """Do what takes long; blocks. A HeadwaterError that it raises is the result."""
 
     def failed(self, error: HeadwaterError) -> None:
-        """Nothing more is decided or carried out, since a record could not be made safe."""
+        """Nothing more is decided or carried out: a record could not be made safe, or `advance` failed."""
 
 
 class Payloads(Protocol):
@@ -79,7 +93,7 @@ class Payloads(Protocol):
         """As `Channel.receive` asks."""
 
     def take(self, conn: Conn, received: Received) -> Any:
-        """What the machine is handed, once all of it is there."""
+        """What the machine is handed, once all of it is there; takes the descriptors that it keeps."""
 
     def forget(self, conn: Conn) -> None:
         """The connection has ended."""
@@ -89,18 +103,18 @@ class _Connection:
     """One connection of the machine.
 
     Attributes:
-        goes_on: whether messages are taken from it now.
+        paused: whether the machine takes no further message before it resumes.
         closing: whether the machine has ended it; cut_at: when it is cut, should the peer not end it too.
         handed: the tag with which it belongs to another machine's pump.
     """
 
-    def __init__(self, conn: Conn, channel: Channel) -> None:
+    __slots__ = ("channel", "closing", "conn", "cut_at", "handed", "outbox", "paused")
+
+    def __init__(self, conn: Conn, channel: Channel, join: Join | None) -> None:
         self.conn = conn
         self.channel = channel
-        self.outbox = Outbox(channel)
-        self.goes_on = threading.Event()
-        self.goes_on.set()
-        self.closing = False
+        self.outbox = Outbox(channel, join)
+        self.paused = self.closing = False
         self.cut_at: float | None = None
         self.handed: str | None = None
 
@@ -112,7 +126,8 @@ class Pump:
         threads: of the node; with their end this ends.
         log: of the node.
         keep_alive: seconds after which a silent machine at the other end counts as gone; None: the default.
-        other: gets connections that the machine hands over.
+        other: drives the node's other machine, to which this one hands over connections.
+        join: makes one message of two that wait to be sent.
     """
 
     def __init__(
@@ -125,21 +140,30 @@ class Pump:
         payloads: Payloads | None = None,
         keep_alive: float | None = None,
         other: Pump | None = None,
+        join: Join | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._machine = machine
+        self._advancing = machine if isinstance(machine, Advancing) else None
+        self._refusing = machine if isinstance(machine, Refusing) else None
         self._owner = owner
         self._threads = threads
         self._log = log
         self._payloads = payloads
         self._keep_alive = keep_alive
         self._other = other
+        if other is not None and other._other is None:
+            other._other = self
+        self._join = join
         self._clock = clock
-        self._changed = threading.Condition(threading.Lock())  # its lock is the machine's
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._connections: dict[Conn, _Connection] = {}
         self._mailboxes: dict[Conn, queue.SimpleQueue[AnyMessage | None]] = {}
         self._last: Conn = 0
-        self._queue: deque[Action] = deque()
+        self._inbox: deque[AnyMessage] = deque()
+        self._queue: deque[tuple[Action, bool]] = deque()
+        self._ordered = 0  # actions in the queue that are a `Persist`, or stand behind one
         self._carrying = threading.Lock()
         self._stopped = False
 
@@ -149,13 +173,13 @@ class Pump:
         """Let time pass for the machine from now on."""
         self._threads.start(self._keep_time, "time")
 
-    def do(self, decide: Callable[[float], Actions]) -> None:
+    def do(self, decide: Decide) -> None:
         """Have the machine decide something, as `decide(now)` says; carries out what can be at once."""
-        self._step(decide, None)
+        self._step(decide)
 
     def look(self, at: Callable[[], Any]) -> Any:
         """What `at` returns, while nothing is decided."""
-        with self._changed:
+        with self._lock:
             return at()
 
     def ask(self, message: AnyMessage, timeout: float) -> AnyMessage | None:
@@ -164,7 +188,7 @@ class Pump:
         None where there is none in time, or this was stopped.
         """
         mailbox: queue.SimpleQueue[AnyMessage | None] = queue.SimpleQueue()
-        with self._changed:
+        with self._lock:
             conn = self._number()
             self._mailboxes[conn] = mailbox
             if self._stopped:
@@ -176,28 +200,36 @@ class Pump:
         except queue.Empty:
             return None
         finally:
-            with self._changed:
+            with self._lock:
                 del self._mailboxes[conn]
             self.do(lambda now: self._machine.closed(conn, now))
+
+    def channel(self, conn: Conn) -> Channel | None:
+        """Of a connection; None where it has ended."""
+        connection = self._connections.get(conn)
+        return None if connection is None else connection.channel
 
     def flush(self, seconds: float = GOODBYE_S) -> None:
         """Block until everything that was to be sent has left, for at most so long."""
         until = self._clock() + seconds
-        with self._changed:
+        with self._lock:
             connections = list(self._connections.values())
         for connection in connections:
             connection.outbox.wait_until_empty(max(0.0, until - self._clock()))
 
     def stop(self) -> None:
         """Decide and carry out nothing more; idempotent. Connections are the node's to close."""
-        with self._changed:
+        with self._lock:
             self._stopped = True
             self._queue.clear()
+            self._inbox.clear()
             for mailbox in self._mailboxes.values():
                 mailbox.put(None)
-            for connection in self._connections.values():
-                connection.goes_on.set()
+            paused = [connection for connection in self._connections.values() if connection.paused]
             self._changed.notify_all()
+        for connection in paused:
+            if connection.outbox.put(RESUME):
+                connection.outbox.drain()
 
     def serve(self, channel: Channel, dialled: str | None = None) -> None:
         """Hand the machine what comes over `channel`, in this thread, until that ends; then close it.
@@ -209,25 +241,28 @@ class Pump:
         """
         if self._keep_alive is not None:
             channel.keep_alive(self._keep_alive)
-        with self._changed:
-            connection = _Connection(self._number(), channel)
+        with self._lock:
+            connection = _Connection(self._number(), channel, self._join)
             self._connections[connection.conn] = connection
         conn = connection.conn
         try:
-            self._step(lambda now: self._machine.opened(conn, dialled, now), connection)
+            self._hand(connection, lambda now: self._machine.opened(conn, dialled, now))
             self._read(connection)
+        except HeadwaterError as error:
+            self._refuse(connection, error)
+            raise
         finally:
-            with self._changed:
+            with self._lock:
                 self._connections.pop(conn, None)
             if connection.handed is None:
                 channel.close()
-                self._step(lambda now: self._machine.closed(conn, now), None)
+                self._step(lambda now: self._machine.closed(conn, now))
             if self._payloads is not None:
                 self._payloads.forget(conn)
         if connection.handed is not None and self._other is not None:
             self._other.serve(channel, connection.handed)
 
-    # ── the machine ─────────────────────────────────────────────────────────────────────────────
+    # ── a connection's thread ───────────────────────────────────────────────────────────────────
 
     def _number(self) -> Conn:
         self._last += 1
@@ -236,51 +271,176 @@ class Pump:
     def _read(self, connection: _Connection) -> None:
         conn, payloads = connection.conn, self._payloads
         place = None if payloads is None else lambda message, length: payloads.place(conn, message, length)
-        while connection.goes_on.wait() and connection.handed is None:
+        while connection.handed is None:
             received = connection.channel.receive(place)
             if received is None:
                 return
-            self._hand(connection, received, None if payloads is None else payloads.take(conn, received))
+            try:
+                if not connection.closing:
+                    self._take(connection, received)
+            finally:
+                for descriptor in received.descriptors:
+                    os.close(descriptor)
         connection.outbox.wait_until_empty(GOODBYE_S)
 
-    def _hand(self, own: _Connection, received: Received, payload: Any) -> None:
-        self._step(
-            lambda now: self._machine.received(
-                own.conn, received.message, payload, now, request=received.request
-            ),
-            own,
-        )
+    def _take(self, connection: _Connection, received: Received) -> None:
+        conn, machine, payloads = connection.conn, self._machine, self._payloads
+        payload = None if payloads is None else payloads.take(conn, received)
+        message, request = received.message, received.request
+        self._hand(connection, lambda now: machine.received(conn, message, payload, now, request=request))
 
-    def _step(self, decide: Callable[[float], Actions], own: _Connection | None) -> None:
-        """Decide, queue what follows, and see that it is carried out. `own`: whose thread this is."""
-        with self._changed:
+    def _hand(self, connection: _Connection, decide: Decide) -> None:
+        """Have the machine decide; this thread sends what leaves over its own connection because of it, and,
+        where that is paused, everything until it is not."""
+        outbox = connection.outbox
+        claimed = outbox.claim()
+        try:
+            self._step(decide, connection, claimed)
+        finally:
+            outbox.finish(claimed, connection.paused and not self._stopped)
+            connection.paused = False
+
+    def _refuse(self, connection: _Connection, error: HeadwaterError) -> None:
+        """A peer that broke the protocol may be told so before its connection ends."""
+        refusing = self._refusing
+        if refusing is not None and not connection.closing and connection.handed is None:
+            self._step(lambda now: refusing.failed(connection.conn, error, now))
+            connection.outbox.wait_until_empty(GOODBYE_S)
+
+    # ── the machine ─────────────────────────────────────────────────────────────────────────────
+
+    def _step(self, decide: Decide, own: _Connection | None = None, claimed: bool = False) -> None:
+        """Decide, queue what follows, and see that it is carried out. `own`: whose thread this is; `claimed`:
+        it is the sender there."""
+        with self._lock:
             if self._stopped or (own is not None and (own.closing or own.handed is not None)):
                 return
-            due = self._machine.due
-            for action in decide(self._clock()):
-                self._queue.append(action)
-                self._mark(action)
-            if self._machine.due != due:
-                self._changed.notify_all()
-        self._carry_out(own)
+            senders = self._decide(decide)
+        sender = own if claimed else None
+        self._send(senders)
+        self._carry_out()
+        self._settle(sender)
+
+    def _decide(self, decide: Decide) -> list[_Connection]:
+        """Queue what the machine decides; the caller holds the lock, and sends for those that are returned."""
+        due = self._machine.due
+        senders: list[_Connection] = []
+        for action in decide(self._clock()):
+            kind = type(action)
+            if kind is Send and not self._ordered:
+                self._route(action, senders)
+                continue
+            self._mark(action)
+            if self._ordered or kind is Persist:
+                self._ordered += 1
+                self._queue.append((action, True))
+            elif kind in _ROUTED:
+                self._route(action, senders)
+            else:
+                self._queue.append((action, False))
+        if self._machine.due != due:
+            self._changed.notify_all()
+        return senders
 
     def _mark(self, action: Action) -> None:
         """What counts from the moment at which it is decided; the caller holds the lock."""
-        if isinstance(action, Close | HandOver | Pause | Resume):
-            connection = self._connections.get(action.conn)
-            if connection is None:
+        if not isinstance(action, Close | HandOver | Pause):
+            return
+        connection = self._connections.get(action.conn)
+        if connection is None:
+            return
+        if isinstance(action, Close):
+            connection.closing = True
+            connection.cut_at = self._clock() + GOODBYE_S
+            self._changed.notify_all()
+        elif isinstance(action, HandOver):
+            connection.handed = action.tag
+        else:
+            connection.paused = True
+
+    def _route(self, action: Action, senders: list[_Connection]) -> None:
+        """Put an action where it is carried out, in order with others of its connection; the caller holds the
+        lock, or carries out what is queued. `senders` gets the connection where the caller is the sender now."""
+        if not isinstance(action, Send | Close | Resume | HandOver):
+            return
+        conn, item = action.conn, action if isinstance(action, Send | Close) else RESUME
+        connection = self._connections.get(conn)
+        if connection is not None:
+            if isinstance(action, Resume) and not connection.paused:
                 return
-            if isinstance(action, Close):
-                connection.closing = True
-                connection.cut_at = self._clock() + GOODBYE_S
-                self._changed.notify_all()
-            elif isinstance(action, HandOver):
-                connection.handed = action.tag
-                connection.goes_on.set()
-            elif isinstance(action, Pause):
-                connection.goes_on.clear()
-            else:
-                connection.goes_on.set()
+            if connection.outbox.put(item):
+                senders.append(connection)
+        elif isinstance(action, Send) and conn == BESIDE and self._other is not None:
+            self._other._inbox.append(action.message)
+        elif conn in self._mailboxes and isinstance(action, Send | Close):
+            self._mailboxes[conn].put(action.message if isinstance(action, Send) else None)
+        if isinstance(action, HandOver):
+            self._connections.pop(conn, None)  # what follows is not sent over it any more
+
+    def _send(self, senders: list[_Connection]) -> None:
+        """Send what the kernel takes at once; a thread that lives as long as it must sends the rest."""
+        for connection in senders:
+            if not connection.outbox.push():
+                self._threads.start(connection.outbox.drain, "send")
+
+    def _settle(self, sender: _Connection | None) -> None:
+        """Do what waits for this node's machines, until nothing is left that no other thread does.
+
+        `sender`: the connection of which this thread is the sender: an answer that is there leaves between
+        two pieces of work.
+        """
+        pumps = (self,) if self._other is None else (self._other, self)
+        advanced = None
+        again = True
+        while again:
+            again = False
+            for pump in pumps:
+                while pump._work():
+                    again = True
+                    advanced = pump._advancing or advanced
+                    if sender is not None:
+                        sender.outbox.send_ready()
+        if advanced is not None:
+            advanced.prepare()
+
+    def _work(self) -> bool:
+        """Do one piece of what waits for this machine, unless another thread is inside; whether this did."""
+        advancing = self._advancing
+        if not self._inbox and (advancing is None or not advancing.busy):
+            return False
+        if not self._lock.acquire(blocking=False):
+            return False  # the thread that is inside looks again once it is out
+        failure: HeadwaterError | None = None
+        senders: list[_Connection] = []
+        try:
+            if self._stopped:
+                return False
+            senders = self._decide(self._next_piece)
+        except HeadwaterError as error:
+            failure = error
+        except BaseException as error:
+            failure = EngineError(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._lock.release()
+            if failure is not None:
+                self._fail(failure)
+        self._send(senders)
+        self._carry_out()
+        return failure is None
+
+    def _next_piece(self, now: float) -> Actions:
+        if not self._inbox:
+            return self._advancing.advance(now) if self._advancing is not None else []
+        actions: Actions = []
+        while self._inbox:
+            actions += self._machine.received(BESIDE, self._inbox.popleft(), None, now)
+        return actions
+
+    def _fail(self, error: HeadwaterError) -> None:
+        """The machine cannot go on."""
+        self.stop()
+        self._owner.failed(error)
 
     def _keep_time(self) -> None:
         """Call `tick` when it is due, and cut connections whose peer does not hear of their end."""
@@ -298,7 +458,7 @@ class Pump:
             for connection in late:
                 connection.channel.close()
             if due is not None and due <= now:
-                self._step(self._machine.tick, None)
+                self._step(self._machine.tick)
 
     def _late(self, now: float) -> list[_Connection]:
         """Those that are to be cut now, each once; the caller holds the lock."""
@@ -307,35 +467,30 @@ class Pump:
             connection.cut_at = None
         return late
 
-    # ── actions ─────────────────────────────────────────────────────────────────────────────────
+    # ── what is queued ──────────────────────────────────────────────────────────────────────────
 
-    def _carry_out(self, own: _Connection | None) -> None:
+    def _carry_out(self) -> None:
         """Carry out what is queued, unless another thread does."""
-        mine = False
-        while self._queue:
-            if not self._carrying.acquire(blocking=False):
-                break  # whoever has it looks again after it has let go
+        while self._queue and self._carrying.acquire(blocking=False):
             try:
                 while self._queue:
                     try:
-                        action = self._queue.popleft()
+                        action, ordered = self._queue.popleft()
                     except IndexError:
                         break  # it was stopped in between
-                    mine = self._do_action(action, own) or mine
+                    self._do_action(action)
+                    if ordered:
+                        with self._lock:
+                            self._ordered -= 1
             finally:
-                self._carrying.release()
-        if mine and own is not None:
-            own.outbox.drain()
+                self._carrying.release()  # whoever found it taken left its actions to this thread
 
-    def _do_action(self, action: Action, own: _Connection | None) -> bool:
-        """Carry out one action; whether the thread's own connection has something to send now."""
-        if isinstance(action, Send):
-            return self._put(action, own)
-        if isinstance(action, Close):
-            if action.why:
-                self._log.warning("%s closes a connection: %s", self._threads.name, action.why)
-            return self._put(action, own)
-        if isinstance(action, Persist):
+    def _do_action(self, action: Action) -> None:
+        if isinstance(action, Send | Resume | HandOver):
+            self._route_alone(action)
+        elif isinstance(action, Close):
+            self._close(action)
+        elif isinstance(action, Persist):
             self._persist(action.record)
         elif isinstance(action, Tell):
             self._owner.tell(action.event)
@@ -343,30 +498,28 @@ class Pump:
             self._log.log(_LEVELS[action.level], "%s", action.text)
         elif isinstance(action, Dial):
             self._threads.start(lambda: self._dial(action), "dial")
-        elif isinstance(action, HandOver):
-            with self._changed:  # what follows is not sent over it any more
-                self._connections.pop(action.conn, None)
         elif isinstance(action, Perform):
             self._threads.start(lambda: self._perform(action), "task")
-        return False
 
-    def _put(self, last: Send | Close, own: _Connection | None) -> bool:
-        connection, mailbox = self._connections.get(last.conn), self._mailboxes.get(last.conn)
-        if mailbox is not None:
-            mailbox.put(last.message if isinstance(last, Send) else None)
-        if connection is None or not connection.outbox.put(last):
-            return False
-        if connection is own:
-            return True
-        self._threads.start(connection.outbox.drain, "send")
-        return False
+    def _route_alone(self, action: Send | Close | Resume | HandOver) -> None:
+        senders: list[_Connection] = []
+        with self._lock:
+            self._route(action, senders)
+        self._send(senders)
+
+    def _close(self, close: Close) -> None:
+        if close.why:
+            self._log.warning("%s closes a connection: %s", self._threads.name, close.why)
+        connection = self._connections.get(close.conn)
+        if connection is not None and close.at_once:
+            connection.channel.close()
+        self._route_alone(close)
 
     def _persist(self, record: Any) -> None:
         try:
             self._owner.persist(record)
         except HeadwaterError as error:
-            self.stop()
-            self._owner.failed(error)
+            self._fail(error)
 
     def _dial(self, dial: Dial) -> None:
         try:

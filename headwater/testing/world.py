@@ -13,8 +13,8 @@ from typing import Any
 
 from headwater import messages as m
 from headwater.errors import HeadwaterError, ProtocolError
+from headwater.machines.log_link import Policy
 from headwater.machines.roster import Departure
-from headwater.runtime.server.sequencing import Policy
 from headwater.shard.replica import MaterializedEntry
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.spec.cluster import ClusterConfig
@@ -56,7 +56,7 @@ class World:
         log, versions: every entry that was processed, and the version after it.
         members, hosts: all workers and readers, and all servers and standbys, there ever were.
         coordinator: the one of now; coordinators: how many there were.
-        progress_s: when somebody joined or was answered last.
+        progress_s: when somebody was started, joined, was answered or died last.
         faults: that were done to it.
         snapshots: by member and exchange, what each server took for a checkpoint.
         accounts: what the log says of the workload.
@@ -75,7 +75,6 @@ class World:
         min_workers: int = 1,
         beats: bool = False,
         thinks_s: float = 0.008,
-        coalesce_s: float = 0.0,
         speeds: Sequence[float] = SPEEDS_S,
         restarts: Program | None = None,
         readers: Sequence[Program] = (),
@@ -103,7 +102,7 @@ class World:
         self.agenda = Agenda()
         self.network = Network(self.agenda, seed, speeds)
         self.random = random.Random(f"{seed} world")
-        self._thinks_s, self._coalesce_s, self._beats, self._restarts = thinks_s, coalesce_s, beats, restarts
+        self._thinks_s, self._beats, self._restarts = thinks_s, beats, restarts
         self._ids: dict[int, Member] = {}
         self._names: dict[str, int] = defaultdict(int)
         self.accounts = None if workload is None else Accounts(self, workload)
@@ -145,6 +144,7 @@ class World:
             thinks_s=self._thinks_s,
         )
         self.members.append(member)
+        self.progress_s = self.agenda.now
         self._begin(member)
         return member
 
@@ -154,7 +154,7 @@ class World:
 
     def _start_host(self, index: int, role: m.Role) -> None:
         name = self._name(f"server {index}")
-        host = Host(self.network, self, name, index, role, self._coalesce_s)
+        host = Host(self.network, self, name, index, role)
         self.hosts.append(host)
         self._begin(host)
 
@@ -201,7 +201,7 @@ class World:
     def waits(self) -> dict[int, str]:
         """For each member that waits, by id: for what and for whom, as the sequencer says."""
         serving = self.serving
-        return serving[0].log.waits() if serving else {}
+        return serving[0].waits() if serving else {}
 
     def is_replicated(self, index: int) -> bool:
         """Whether a server can be lost: its standby lives and has all that it has."""
@@ -254,6 +254,7 @@ class World:
     def kill(self, process: Process) -> None:
         """It dies: of what it sent last, a part may still arrive."""
         self.note(f"{process.name} dies")
+        self.progress_s = self.agenda.now
         if isinstance(process, Member):
             process.dead = True
         process.kill(self.random)

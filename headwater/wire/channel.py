@@ -71,6 +71,7 @@ class Channel:
         self._reaping = threading.Lock()
         self._closed = False
         self._passing: Sequence[tuple[int, int, array.array[int]]] = ()  # descriptors of the frame being sent
+        self._rest: Span | None = None  # of a frame that `try_send` began
         close_in_child(self)
         if self.can_pass_descriptors:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER)
@@ -123,9 +124,8 @@ class Channel:
                 raise self._is_closed()
             if timeout != self._send_timeout:
                 self._send_timeout = self._tell_kernel(socket.SO_SNDTIMEO, timeout)
-            unsent = self.start(message, buffers, descriptors, request, 0, head)
-            while unsent is not None:
-                unsent = self.push(unsent, 0)
+            self._push_all(self._rest)
+            self._push_all(self.start(message, buffers, descriptors, request, 0, head))
         except BlockingIOError as error:
             self.close()
             raise self._given_up(timeout) from error
@@ -136,6 +136,68 @@ class Channel:
             self._writing.release()
             if self._closed:
                 self._reap()
+
+    def try_send(
+        self,
+        message: AnyMessage,
+        *,
+        request: int = 0,
+        buffers: Sequence[Array] = (),
+        descriptors: Sequence[int] = (),
+    ) -> bool:
+        """Send as much of a frame as the kernel takes at once; whether that is all. Does not block for the peer.
+
+        What is left stays here, with its `buffers`, until `flush` or the next `send` sends it.
+
+        Raises:
+            ConnectionLostError: the connection is closed, or broken.
+        """
+        self._writing.acquire()
+        try:
+            if self._closed:
+                raise self._is_closed()
+            assert self._rest is None, "flush before the next frame"
+            self._rest = self.start(message, buffers, descriptors, request, NO_WAIT)
+            while self._rest is not None:
+                self._rest = self.push(self._rest, NO_WAIT)
+            return True
+        except BlockingIOError:
+            return False
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._writing.release()
+            if self._closed:
+                self._reap()
+
+    def flush(self) -> None:
+        """Send what `try_send` left; blocks for the peer to take it.
+
+        Raises:
+            ConnectionLostError: the connection is closed, or broken.
+        """
+        if self._rest is None:
+            return
+        self._writing.acquire()
+        try:
+            if self._closed:
+                raise self._is_closed()
+            if self._send_timeout is not None:
+                self._send_timeout = self._tell_kernel(socket.SO_SNDTIMEO, None)
+            self._push_all(self._rest)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._writing.release()
+            if self._closed:
+                self._reap()
+
+    def _push_all(self, unsent: Span | None) -> None:
+        """Send the rest of a frame; blocks for the peer to take it."""
+        while unsent is not None:
+            self._rest = unsent = self.push(unsent, 0)
 
     def receive(self, place: StaticProgress | None = None, timeout: float | None = None) -> Received | None:
         """Return the next frame, or None where the peer, or `close`, ended the connection between frames.

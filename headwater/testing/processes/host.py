@@ -1,29 +1,24 @@
-"""A simulated server or standby: the real course, replica link and sequencer in a process that can fail.
-
-It does what `headwater.runtime.server` does with threads and sockets; whatever is decided is decided by the
-classes that servers run.
-"""
+"""A simulated server or standby: the machines of a server node, in a process that can fail."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from headwater import messages as m
-from headwater.errors import ProtocolError
+from headwater.errors import HeadwaterError, ProtocolError
+from headwater.machines.actions import Conn
+from headwater.machines.log_host import SequencerMachine
+from headwater.machines.log_link import Policy
 from headwater.machines.membership import Ended, Joined, Returned
-from headwater.runtime.server.applier import LogApplier
-from headwater.runtime.server.sequencing import Policy
-from headwater.runtime.server.standby_link import StandbyLink
+from headwater.machines.server import CannotGoOn, ServerMachine, ServerPlan
 from headwater.shard.replica import MaterializedEntry
 from headwater.shard.snapshot import ShardSnapshot
-from headwater.testing.processes.intake import MemberLine
-from headwater.testing.processes.log import LogSide
+from headwater.testing.processes.driver import Driver
 from headwater.testing.processes.membership import CoordinatorLine
-from headwater.testing.processes.mirror import MirrorLine
+from headwater.testing.processes.memory import SharedArrays
 from headwater.testing.processes.network import End, Network, Process
 from headwater.testing.processes.shard import WatchedShard, Write
-from headwater.testing.processes.times import PATIENCE_S
-from headwater.wire.channel import Channel
+from headwater.testing.processes.times import PATIENCE_S, STANDBY_S
 
 
 class World(Protocol):
@@ -31,6 +26,7 @@ class World(Protocol):
 
     servers: int
     policy: Policy
+    shares: bool
 
     def processed(self, host: Host, shard: WatchedShard, entry: m.AnyEntry) -> None:
         """An entry was processed here."""
@@ -52,205 +48,102 @@ class Host(Process):
     """Server or standby `index`.
 
     Attributes:
-        role: "server" or "standby"; changes when this standby takes over.
-        id: of its membership; 0 before it has one.
+        machine: its decisions; sequencer: those of the sequencer beside it, on server 0.
         stops_in_pass: seconds that it will stop in the middle of the next pass over windows, once.
     """
 
-    def __init__(
-        self, network: Network, world: World, name: str, index: int, role: m.Role, coalesce_s: float
-    ) -> None:
+    def __init__(self, network: Network, world: World, name: str, index: int, role: m.Role) -> None:
         super().__init__(network, name)
         self.index = index
-        self.role = role
-        self.id = 0
         self.stops_in_pass: float | None = None
         self._world = world
-        shard = self.watched(WatchedShard(index, world.servers, world.policy.sync.reduce))
-        self.course = LogApplier(shard, replicated=world.policy.replicated)
-        self.log = LogSide(self, self.course, index, world.servers, world.policy, coalesce_s, self._settle)
-        self._roster = m.Roster(0, 0, ())
         self._line = CoordinatorLine(self, m.Join(role, index, self.pid, "here", (name,)), self._told)
-        self._news: dict[int, m.CaughtUp | m.StandbyLost] = {}
-        self._early: list[tuple[End, m.Hello]] = []
-        self._waiting: list[tuple[End, m.Hello, float]] = []
+        plan = ServerPlan(
+            index,
+            world.servers,
+            role,
+            replicated=world.policy.replicated,
+            patience=PATIENCE_S,
+            standby_limit=STANDBY_S,
+        )
+        reduce = world.policy.sync.reduce
+        shard = self._watched(WatchedShard(index, world.servers, reduce))
+        self.machine = ServerMachine(
+            plan,
+            shard,
+            SharedArrays(world.shares),
+            lambda snapshot: self._watched(WatchedShard.restore(snapshot, reduce)),
+        )
+        self.sequencer: SequencerMachine | None = None
+        beside = None
+        if index == 0:
+            self.sequencer = SequencerMachine(world.servers, world.policy, patience=PATIENCE_S)
+            beside = Driver(self, self.sequencer, self)
+        self.driver = Driver(self, self.machine, self, self.machine, beside)
+
+    def _watched(self, shard: WatchedShard) -> WatchedShard:
+        """A shard of this server, whose entries the world is told of."""
+        shard.watcher = self
+        return shard
+
+    @property
+    def shard(self) -> WatchedShard:
+        """Its shard of now."""
+        assert isinstance(self.machine.shard, WatchedShard)
+        return self.machine.shard
+
+    @property
+    def role(self) -> m.Role:
+        """Changes when this standby takes over."""
+        return self.machine.role
+
+    @property
+    def id(self) -> int:
+        """Of its membership; 0 before it has one."""
+        return self.machine.id
+
+    # ── its membership ──────────────────────────────────────────────────────────────────────────
 
     def start(self) -> None:
         """Join the coordinator."""
         self._line.begin()
 
-    @property
-    def shard(self) -> WatchedShard:
-        """Its shard of now."""
-        assert isinstance(self.course.shard, WatchedShard)
-        return self.course.shard
-
     def _told(self, event: Any) -> None:
         if isinstance(event, Joined):
-            self.id = event.welcome.member.id
-            early, self._early = self._early, []
-            for end, hello in early:
-                self._first(end, hello)
-        elif isinstance(event, Returned):  # it may never have read what it was told of standbys
-            for news in self._news.values():
-                self._line.tell(news)
+            self.driver.do(lambda now: self.machine.joined(event.welcome, now))
+        elif isinstance(event, Returned):
+            self.driver.do(self.machine.coordinator_returned)
         elif isinstance(event, Ended):
             self._world.note(f"{self.name} hears that it has lost its place, and ends: {event.error}")
             self.exit()
 
-    def _tell(self, news: m.CaughtUp | m.StandbyLost) -> None:
-        self._news[news.standby] = news
-        self._line.tell(news)
-
-    # ── connections ─────────────────────────────────────────────────────────────────────────────
-
     def accept(self, end: End) -> None:
         """Whoever it is says so first."""
-        end.listen(lambda frame: self._first(end, frame.message), lambda: None)
+        self.driver.connect(end)
 
-    def _first(self, end: End, hello: m.AnyMessage) -> None:
-        assert isinstance(hello, m.Hello), hello
-        if not self.id:
-            end.wait()
-            self._early.append((end, hello))
-        elif hello.role == "coordinator":
-            end.listen(lambda frame: self._obey(end, frame.message), lambda: None)
-        else:
-            end.wait()
-            self._waiting.append((end, hello, self.network.agenda.now + PATIENCE_S))
-            self.after(PATIENCE_S, self._settle)
-            self._settle()
+    # ── as its drivers see it ───────────────────────────────────────────────────────────────────
 
-    def _settle(self) -> None:
-        """Serve those whose time has come, or has passed."""
-        waiting, self._waiting = self._waiting, []
-        for one in waiting:
-            if not self._served(*one):
-                self._waiting.append(one)
+    def tell(self, event: Any) -> None:
+        """What the coordinator is to know, or that this node cannot go on."""
+        if isinstance(event, CannotGoOn):
+            raise AssertionError(f"{self.name} ends: {event.why}")
+        self._line.tell(event)
 
-    def _served(self, end: End, hello: m.Hello, until: float) -> bool:
-        over = self.network.agenda.now >= until
-        if end.closed:
-            return True
-        if self._roster.term < hello.term and not over:
-            return False
-        member = next((one for one in self._roster.members if one.id == hello.member), None)
-        if hello.role == "server":
-            self._serve_server(end, member)
-            return True
-        if self._roster.term < hello.term:
-            end.close()
-            return True
-        if member is None or self.role != "server":
-            end.send(
-                m.Refused("RefusedError", f"member {hello.member} is not in the roster, or came to a standby")
-            )
-            end.close()
-            return True
-        if not self.course.serving.is_set():
-            if over:
-                end.close()
-            return over
-        MemberLine(self, end, member.id, hello.connection_epoch).begin()
-        return True
+    def note(self, text: str) -> None:
+        """For the trace."""
+        self._world.note(text)
 
-    def _serve_server(self, end: End, sender: m.Member | None) -> None:
-        """A server that reports to the sequencer here, or one whose standby this is."""
-        if sender is None or sender.role != "server":
-            end.close()
-        elif sender.index == self.index:
-            MirrorLine(self.course, end, self._world.policy.sync.reduce, self.watched).begin()
-        else:
-            self.log.serve_reports(end, sender.index)
+    def broke_protocol(self, conn: Conn, error: HeadwaterError) -> None:
+        """A connection ends with this; a member's protocol is not broken by one that is what it should be."""
+        served = self.machine.served(conn)
+        if served is not None and isinstance(error, ProtocolError):
+            self._world.broke_protocol(served.member.id, served.connection_epoch, error)
 
-    # ── the coordinator's rosters ───────────────────────────────────────────────────────────────
+    def waits(self) -> dict[int, str]:
+        """For each member that waits, by id: for what and for whom, as the sequencer here says."""
+        return self.sequencer.reasons().waits if self.sequencer is not None else {}
 
-    def _obey(self, end: End, message: m.AnyMessage) -> None:
-        answer: m.AnyMessage = m.Acknowledged()
-        if isinstance(message, m.Roster):
-            self._take_roster(message)
-        else:
-            assert isinstance(message, m.Ask), message
-            answer = self._statistics()
-        if not end.closed:
-            end.send(answer)
-
-    def _statistics(self) -> m.ServerStatistics:
-        shard = self.shard
-        return m.ServerStatistics(
-            self.id,
-            self.role,
-            self.index,
-            shard.version,
-            shard.position,
-            self._roster.term,
-            shard.exchanges,
-            (),
-            (),
-            self.log.waits(),
-            shard.positions.recorded(),
-        )
-
-    def _take_roster(self, roster: m.Roster) -> None:
-        if roster.term <= self._roster.term:
-            return
-        self._roster = roster
-        own = next((one for one in roster.members if one.id == self.id), None)
-        if own is not None and own.role == "server":
-            if self.role == "standby":
-                self.course.shard.promote(roster.since)
-                self.role = "server"
-                self._world.note(f"{self.name} takes over in term {roster.since}")
-            self.log.take_roster(roster)
-            self._keep_standby(roster)
-        self._settle()
-
-    # ── with a standby ──────────────────────────────────────────────────────────────────────────
-
-    def _keep_standby(self, roster: m.Roster) -> None:
-        """Begin with a new standby, and let go of one that is none any more."""
-        standby = next((x for x in roster.members if x.role == "standby" and x.index == self.index), None)
-        replica = self.course.replica
-        if replica is not None and (standby is None or standby.id != replica.member.id):
-            self.course.detach()
-            replica.close()
-            replica = None
-            self.log.held(())  # what only the standby lacked counts now
-        if standby is not None and replica is None:
-            self._replicate(standby, roster.term)
-
-    def _replicate(self, standby: m.Member, term: int) -> None:
-        end = self.network.dial(self, standby.addresses[0])
-        if end is None:
-            self._tell(m.StandbyLost(standby.id))
-            return
-        end.send(m.Hello(self.id, "server", term))
-        replica = StandbyLink(standby, cast(Channel, end))
-        self.course.attach(replica)
-        end.listen(
-            lambda frame: self._followed(replica, cast(m.AppendAck, frame.message)),
-            lambda: self._tell(m.StandbyLost(standby.id)),
-        )
-
-    def _followed(self, replica: StandbyLink, message: m.AppendAck) -> None:
-        if self.course.acknowledged(replica, message):
-            self._tell(m.CaughtUp(replica.member.id))
-        self.log.held(())
-
-    def watched(self, shard: WatchedShard) -> WatchedShard:
-        """A shard of this server, whose entries the world is told of."""
-        shard.watcher = self
-        return shard
-
-    # ── as a member's connection and a shard see it ─────────────────────────────────────────────
-
-    def held(self, held: m.Held) -> None:
-        """This is held here: report it."""
-        self.log.held((held,))
-
-    def broke_protocol(self, member: int, connection_epoch: int, error: ProtocolError) -> None:
-        """A member's connection ends with this."""
-        self._world.broke_protocol(member, connection_epoch, error)
+    # ── as its shard sees it ────────────────────────────────────────────────────────────────────
 
     def took_snapshot(self, member: int, number: int, snapshot: ShardSnapshot) -> None:
         """A checkpoint's part was taken here."""

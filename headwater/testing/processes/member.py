@@ -9,16 +9,17 @@ exchange is repeated in a new connection epoch.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.errors import HeadwaterError, ProtocolError
 from headwater.machines.exchange import Exchange
 from headwater.machines.membership import Ended, Heard, Joined, Returned
-from headwater.shard import StagedRows
 from headwater.spec.placement import servers_of
 from headwater.testing.processes.client import Call, Client, Floats, Program, Question, Window
 from headwater.testing.processes.membership import CoordinatorLine
@@ -185,7 +186,8 @@ class Member(Client, Process):
         if not self.connection_epoch:
             return
         for id, window in self.windows.items():
-            end.send(m.Renew(id, self._offer()), descriptors=(window.gradients, window.parameters))
+            given = (window.gradients, window.parameters) if self._shares else ()
+            end.send(m.Renew(id, self._offer()), descriptors=given)
 
     def _lost(self) -> None:
         """One connection is lost: close all, and connect again when there is something to ask."""
@@ -349,17 +351,23 @@ class Member(Client, Process):
             return m.Assign(request.number, request.carried, tuple(runs)), arrays
         return _replaced(request, payload=tuple(runs)), arrays
 
-    def _with_rows(self, request: m.Step, call: Call, index: int) -> tuple[m.Step, list[StagedRows]]:
+    def _with_rows(self, request: m.Step, call: Call, index: int) -> tuple[m.Step, list[Any]]:
         """The step as one server gets it, with its part of the rows; they always travel."""
-        pushed, pulled = [], []
+        pushed, pulled, arrays = [], [], []
         for table, (ids, gradients) in call.pushed.items():
             here = servers_of(ids, self.world.servers) == index
-            pushed.append(StagedRows(table, ids[here], gradients[here]))
+            pushed.append(m.Rows(table, int(here.sum()), 0, 0))
+            arrays += [ids[here], gradients[here]]
         for table, ids in call.pulled.items():
-            own = ids[servers_of(ids, self.world.servers) == index]
-            pulled.append(StagedRows(table, own, np.zeros((len(own), self.tables[table]), np.float32)))
-        request = _replaced(request, pushed=_specs(pushed), pulled=_specs(pulled))
-        return request, [*pushed, *pulled]
+            own = self._own(ids, index)
+            pulled.append(m.Rows(table, len(own), 0, 0))
+            arrays.append(own)
+        return _replaced(request, pushed=tuple(pushed), pulled=tuple(pulled)), arrays
+
+    def _own(self, ids: NDArray[np.int64], index: int) -> NDArray[np.int64]:
+        """Those that one server has."""
+        own: NDArray[np.int64] = ids[servers_of(ids, self.world.servers) == index]
+        return own
 
     def _heard(self, index: int, frame: Frame) -> None:
         message = frame.message
@@ -374,21 +382,25 @@ class Member(Client, Process):
                 self._fail(error)
             return
         if isinstance(message, m.Answer) and frame.buffers:
-            self._take_values(index, message, *frame.buffers)
+            self._take_values(index, message, frame.buffers)
         if done and not self._exchange.unanswered():
             self._settle()
 
-    def _take_values(
-        self, index: int, answer: m.Answer, values: list[Floats], rows: list[StagedRows]
-    ) -> None:
-        assert self.call is not None
-        for model, array in zip(answer.values, values, strict=False):
-            window = self.call.window or self.windows.get(model)
+    def _take_values(self, index: int, answer: m.Answer, arrays: Sequence[Any]) -> None:
+        """What follows an answer: arrays made for it, values of models without a window, rows."""
+        call = self.call
+        assert call is not None
+        rest = iter(arrays[len(answer.states) :])
+        for model in () if self._shares else answer.values:
+            window = call.window or self.windows.get(model)
             assert window is not None
             start, stop = window.layout.cut(self.world.servers)[index]
-            window.parameters[start:stop] = array
-        for one in rows:
-            self.rows.update({(one.table, int(id)): row for id, row in zip(one.ids, one.rows, strict=True)})
+            window.parameters[start:stop] = next(rest)
+        for table, ids in call.pulled.items():
+            rows = next(rest)
+            self.rows.update(
+                {(table, int(id)): row for id, row in zip(self._own(ids, index), rows, strict=True)}
+            )
 
     def _settle(self) -> None:
         assert self.call is not None
@@ -414,10 +426,6 @@ class Member(Client, Process):
     def _settled(self, outcome: m.Answer | HeadwaterError | None) -> None:
         self.outstanding = False
         self._go_on_with(outcome)
-
-
-def _specs(rows: list[StagedRows]) -> tuple[m.Rows, ...]:
-    return tuple(m.Rows(one.table, len(one.ids), 0, 0) for one in rows)
 
 
 def _replaced(step: m.Step, **fields: Any) -> m.Step:

@@ -116,7 +116,6 @@ class End:
         label: names the connection in traces.
     """
 
-    can_pass_descriptors = False
     peer: End
     _way: _Way
 
@@ -248,7 +247,7 @@ class Network:
         self.speeds = speeds
         self.processes: dict[str, Process] = {}
         self.on_delivery: Callable[[Process, Process, Any], None] | None = None
-        self._seed = seed
+        self.seed = seed
         self._connections: dict[tuple[str, str], int] = {}
         self._partitions: list[tuple[frozenset[Process], float]] = []
 
@@ -262,8 +261,8 @@ class Network:
         label = f"{source.name} – {name} #{ordinal}"
         here, there = End(source, label), End(target, label)
         here.peer, there.peer = there, here
-        here._way = _Way(self, source, there, f"{self._seed} {label} out")
-        there._way = _Way(self, target, here, f"{self._seed} {label} back")
+        here._way = _Way(self, source, there, f"{self.seed} {label} out")
+        there._way = _Way(self, target, here, f"{self.seed} {label} back")
         target.accept(there)
         return here
 

@@ -28,6 +28,9 @@ class Watcher(Protocol):
     def prepared(self, shard: WatchedShard, resolved: MaterializedEntry) -> None:
         """`shard` has collected what its standby must follow."""
 
+    def took_snapshot(self, member: int, number: int, snapshot: ShardSnapshot) -> None:
+        """A member's exchange asked for `snapshot`."""
+
     def interrupts(self, shard: WatchedShard) -> bool:
         """Whether the pass that begins now is to be interrupted."""
 
@@ -54,6 +57,13 @@ class WatchedShard(Shard):
             for resolved in missing:
                 self.watcher.prepared(self, resolved)
         return snapshot, missing
+
+    def take_snapshot(self, member: int) -> ShardSnapshot | None:
+        """As a shard does."""
+        snapshot = super().take_snapshot(member)
+        if snapshot is not None and self.watcher is not None:
+            self.watcher.took_snapshot(member, self.standings.members[member].answered, snapshot)
+        return snapshot
 
     def process(self, entry: m.AnyEntry) -> Answers:
         """As a shard does."""

@@ -30,8 +30,8 @@ DEADLINE_S = 12.0
 SETTLED_S = 0.3
 """How long after the last answer everything that was sent has arrived."""
 
-RETRY_S = 0.02
-"""Between two attempts of a server to reach the log."""
+STANDBY_S = 1.0
+"""How long a standby may be unreachable, or owe an acknowledgement."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.1
 """Between two attempts of a member to reach the servers."""
