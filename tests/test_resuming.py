@@ -20,8 +20,8 @@ import headwater as hw
 from headwater.checkpoint import list_checkpoints
 from headwater.engines.local import LocalEngine
 from headwater.errors import CheckpointError, ConfigurationError, RegistrationError
-from headwater.runtime.dialling import dial_member
 from headwater.runtime import server as node
+from headwater.runtime.dialling import dial_member
 
 DATA = np.random.default_rng(0).standard_normal((240, 6)).astype(np.float32)
 

@@ -61,8 +61,9 @@ class ServerMemory(Protocol):
         """A member's scratch window of `size` bytes. Raises as `window`."""
 
     def new_chunk(self, size: int) -> tuple[Bytes, Any]:
-        """New shared memory, uint8[size], and what is to travel so that a standby can map it; that lives for as
-        long as anybody has it.
+        """New shared memory, uint8[size], and what is to travel so that a standby can map it.
+
+        Both live for as long as anybody has them.
 
         Raises:
             EnvironmentFailure: the system has no memory for it.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from headwater import messages as m
-from headwater.machines.actions import Actions, Close, Conn, Send
+from headwater.machines.actions import Actions, Close, Conn, Pause, Resume, Send
 from headwater.machines.log_link import ReportLink
 from headwater.machines.requests import MemberRequests
 
@@ -37,36 +37,44 @@ class Questions:
         self._asking = False
 
     def ask(self, conn: Conn, request: int, *, stays: bool, sequencer: bool) -> Actions:
-        """Somebody wants statistics; `sequencer`: whether it is here, so that they say for what members wait."""
+        """Somebody wants statistics; with the `sequencer` here they say for what members wait.
+
+        The connection is paused until then, so that answers leave in the order of the questions.
+        """
         asked = _Asked(conn, request, stays)
         if not sequencer or self._log.conn is None:
             return self._answer(asked, {})
         self._asked.append(asked)
-        return [] if self._asking else self._explain()
+        return [Pause(conn), *([] if self._asking else self._explain())]
 
     def _explain(self) -> Actions:
         self._asking = True
         return self._log.explain()
 
     def overdue(self, waiting: Iterable[MemberRequests], now: float) -> Actions:
-        """Tell those members why they wait who have waited for `patience` since they were told last."""
-        late = [one for one in waiting if one.waiting and one.since + self._patience <= now]
+        """Tell those members why they wait who have waited for `patience` since that was last looked at."""
         actions: Actions = []
+        late = [one for one in waiting if one.waiting and one.since + self._patience <= now]
+        asked = self._asking
         for one in late:
-            if one.reason or self._asking or self._log.conn is None:
-                actions += one.tell(one.reason or self._log.why, now)
-        if any(one.since != now for one in late):
-            actions += self._explain()
+            one.since = now
+            if one.reason or asked or self._log.conn is None:
+                actions += one.tell(one.reason or self._log.why)
+            else:
+                one.untold = True
+                actions += [] if self._asking else self._explain()
         return actions
 
-    def explained(self, reasons: m.Reasons, waiting: Iterable[MemberRequests], now: float) -> Actions:
+    def explained(self, reasons: m.Reasons, waiting: Iterable[MemberRequests]) -> Actions:
         """The sequencer says for what members wait."""
         self._asking = False
         asked, self._asked = self._asked, []
-        actions = [action for one in asked for action in self._answer(one, reasons.waits)]
+        actions: Actions = []
+        for asker in asked:
+            actions += [*self._answer(asker, reasons.waits), Resume(asker.conn)]
         for one in waiting:
-            if one.waiting and one.since + self._patience <= now:
-                actions += one.tell(reasons.waits.get(one.member.id, reasons.otherwise), now)
+            if one.waiting and one.untold:
+                actions += one.tell(reasons.waits.get(one.member.id, reasons.otherwise))
         return actions
 
     def closed(self, conn: Conn) -> None:

@@ -67,7 +67,8 @@ class MemberRequests:
 
     Attributes:
         waiting: the number of the exchange that waits for an answer; 0 for none.
-        since: when it began to wait, or the member was last told why.
+        since: when it began to wait, or it was last looked why.
+        untold: the sequencer was asked why, and has not said so yet.
     """
 
     def __init__(self, server: RequestServer, conn: Conn, member: m.Member, connection_epoch: int) -> None:
@@ -76,6 +77,7 @@ class MemberRequests:
         self.connection_epoch = connection_epoch
         self.waiting = 0
         self.since = 0.0
+        self.untold = False
         self._server = server
         self._memory = MemberMemory(server.shard, member.id, server.memory)
         self._message: m.AnyMessage | None = None
@@ -105,7 +107,8 @@ class MemberRequests:
             return []
         if isinstance(message, m.Renew):
             return self._renew(message, brought)
-        self._message, self._request, self.since = message, request, now
+        self._message, self._request = message, request
+        self.since, self.untold = now, False
         outside = _OUTSIDE.get(type(message))
         if outside is not None:
             return outside(self, message)
@@ -145,9 +148,9 @@ class MemberRequests:
         payload = self._memory.payload(answer)
         return [Send(self.conn, answer, payload, self._request), Resume(self.conn)]
 
-    def tell(self, reason: str, now: float) -> Actions:
+    def tell(self, reason: str) -> Actions:
         """Say why there is no answer yet."""
-        self.since = now
+        self.untold = False
         return [Send(self.conn, m.Waiting(self.waiting, reason))]
 
     def _renew(self, message: m.Renew, brought: Brought) -> Actions:
@@ -192,7 +195,7 @@ class MemberRequests:
         return self.compared()
 
     def compared(self) -> Actions:
-        """What follows from what the standby says that it was, or from its loss: an answer, or nothing yet."""
+        """What follows from the standby's digests, or from its loss: an answer, or nothing yet."""
         snapshot, own, standby = self._comparing, self._own, self._server.standby
         if snapshot is None or own is None:
             return []

@@ -246,7 +246,7 @@ class ServerMachine:
         return actions
 
     def failed(self, conn: Conn, error: HeadwaterError, now: float) -> Actions:
-        """What came over a connection, or what `received` made of it, breaks the protocol: a member is told."""
+        """Something that came over a connection breaks the protocol: a member is told before it ends."""
         actions: Actions = []
         if conn in self._requests and isinstance(error, ProtocolError):
             actions.append(Send(conn, m.Refused("ProtocolError", str(error))))
@@ -375,7 +375,7 @@ class ServerMachine:
 
     def _hear_log(self, message: m.AnyMessage, now: float) -> Actions:
         if isinstance(message, m.Reasons):
-            return self._questions.explained(message, self._requests.values(), now)
+            return self._questions.explained(message, self._requests.values())
         try:
             actions = self.log.take(message)
         except HeadwaterError as error:
@@ -489,7 +489,7 @@ class ServerMachine:
             self._wake(early.until)
         for requests in self._requests.values():
             if requests.waiting:
-                self._wake(max(requests.since, now) + self._plan.patience)
+                self._wake(requests.since + self._plan.patience)
         self._wake(self.log.due)
         self._wake(self._standby.due)
         if self._receiver is not None and self._receiver.restoring:

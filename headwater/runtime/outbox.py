@@ -70,7 +70,7 @@ class Outbox:
         return False
 
     def push(self) -> bool:
-        """As the sender: send what the kernel takes at once. False: `drain` is to be called, by any thread."""
+        """As the sender: send what the kernel takes at once. False: any thread is to call `drain`."""
         while (item := self._next()) is not None:
             try:
                 if isinstance(item, Send) and not self._channel.try_send(

@@ -322,7 +322,7 @@ class Pump:
         self._settle(sender)
 
     def _decide(self, decide: Decide) -> list[_Connection]:
-        """Queue what the machine decides; the caller holds the lock, and sends for those that are returned."""
+        """Queue what the machine decides; the caller holds the lock, and sends over what is returned."""
         due = self._machine.due
         senders: list[_Connection] = []
         for action in decide(self._clock()):
@@ -359,8 +359,10 @@ class Pump:
             connection.paused = True
 
     def _route(self, action: Action, senders: list[_Connection]) -> None:
-        """Put an action where it is carried out, in order with others of its connection; the caller holds the
-        lock, or carries out what is queued. `senders` gets the connection where the caller is the sender now."""
+        """Put an action where it is carried out, in order with others of its connection.
+
+        The caller holds the lock. `senders` gets the connection where the caller is its sender from now on.
+        """
         if not isinstance(action, Send | Close | Resume | HandOver):
             return
         conn, item = action.conn, action if isinstance(action, Send | Close) else RESUME

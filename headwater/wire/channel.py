@@ -145,7 +145,7 @@ class Channel:
         buffers: Sequence[Array] = (),
         descriptors: Sequence[int] = (),
     ) -> bool:
-        """Send as much of a frame as the kernel takes at once; whether that is all. Does not block for the peer.
+        """Send as much of a frame as the kernel takes at once; whether that is all. Does not block.
 
         What is left stays here, with its `buffers`, until `flush` or the next `send` sends it.
 

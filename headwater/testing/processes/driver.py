@@ -1,8 +1,8 @@
 """Runs a node's machine in a simulated process: what `headwater.runtime.pump` does with threads and channels.
 
-Actions take effect in the order in which they were decided. A dial, a task, the end of a connection and a message
-to the node's other machine take a moment, drawn from a stream of the process's own, so that other things happen
-meanwhile.
+Actions take effect in the order in which they were decided. A dial, a task, the end of a connection and a
+message to the node's other machine take a moment, drawn from a stream of the process's own, so that other
+things happen meanwhile.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Driver:
             self._working = False
 
     def _queue(self, actions: Actions) -> None:
-        """What is decided takes effect in its turn; from a connection that it stops nothing is taken already."""
+        """What is decided takes effect in its turn; a connection that it stops is not read from already."""
         self._todo.extend(actions)
         for action in actions:
             if isinstance(action, Pause | Close | HandOver) and action.conn in self.ends:

@@ -1,7 +1,7 @@
 """Memory that simulated nodes share: the arrays themselves stand for what a descriptor would give.
 
-A chunk is one array on both sides, and is used again as a real one is: who reads it too late reads what the other
-has written there since.
+A chunk is one array on both sides, and is used again as a real one is: who reads it too late reads what the
+other has written there since.
 """
 
 from __future__ import annotations
