@@ -167,9 +167,9 @@ def test_what_was_renamed_does_not_come_back():
 
 
 SHARED_MODULES = """
-    certificates client cluster codecs coordinator digest exchange faults intake layout lines log
-    measures meetings membership memory merges mirror plain programs reader reading roster rows serving
-    shard snapshots splits state table tables verify worker writer
+    certificates client cluster codecs coordinator digest exchange faults layout lines measures
+    meetings membership memory merges plain programs reader reading roster server shard splits state
+    table tables verify worker writer
 """
 """Names of files that stand for several things still; none is added."""
 
