@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from headwater import messages as m
 
 
-class Verdict(NamedTuple):
+class HelloVerdict(NamedTuple):
     """What becomes of a Hello.
 
     Attributes:
@@ -43,42 +43,44 @@ class Self:
     serving: bool
 
 
-def judge(hello: m.Hello, own: Self, former: int | None = None) -> Verdict:
+def judge(hello: m.Hello, own: Self, former: int | None = None) -> HelloVerdict:
     """What becomes of `hello`; `former`: the epoch of the connection that this member has here already."""
     if not own.id:
-        return Verdict("wait", "this server has not joined the cluster yet")
+        return HelloVerdict("wait", "this server has not joined the cluster yet")
     if hello.cluster and own.cluster and hello.cluster != own.cluster:
-        return Verdict("refuse", f"this server is of cluster {own.cluster}, not {hello.cluster}")
+        return HelloVerdict("refuse", f"this server is of cluster {own.cluster}, not {hello.cluster}")
     if hello.role == "coordinator":
-        return Verdict("coordinator")
+        return HelloVerdict("coordinator")
     term = own.roster.term
     if term < hello.term:
-        return Verdict("wait", f"this server knows term {term}, the Hello is of term {hello.term}")
+        return HelloVerdict("wait", f"this server knows term {term}, the Hello is of term {hello.term}")
     sender = next((one for one in own.roster.members if one.id == hello.member), None)
     if hello.role == "server":
         return _judge_server(hello, sender, own)
     if sender is None:
         why = f"member {hello.member} is not in the roster of term {term}: join the coordinator first"
-        return Verdict("refuse", why)
+        return HelloVerdict("refuse", why)
     if own.role != "server":
         why = f"member {hello.member} came to a standby: ask the coordinator where the servers are"
-        return Verdict("refuse", why)
+        return HelloVerdict("refuse", why)
     if former is not None and former >= hello.connection_epoch:
-        return Verdict("refuse", f"member {hello.member} is connected to this server already")
+        return HelloVerdict("refuse", f"member {hello.member} is connected to this server already")
     if not own.serving:
-        return Verdict("wait", f"server {own.index} does not serve members yet", sender)
+        return HelloVerdict("wait", f"server {own.index} does not serve members yet", sender)
     if former is not None:
-        return Verdict("wait", f"the former connection of member {hello.member} has not ended yet", sender)
-    return Verdict("member", sender=sender)
+        return HelloVerdict(
+            "wait", f"the former connection of member {hello.member} has not ended yet", sender
+        )
+    return HelloVerdict("member", sender=sender)
 
 
-def _judge_server(hello: m.Hello, sender: m.Member | None, own: Self) -> Verdict:
+def _judge_server(hello: m.Hello, sender: m.Member | None, own: Self) -> HelloVerdict:
     if sender is None or sender.role != "server":
-        return Verdict("close", f"member {hello.member} is no server in term {own.roster.term}")
+        return HelloVerdict("close", f"member {hello.member} is no server in term {own.roster.term}")
     if sender.index == own.index:
         if own.role == "standby":
-            return Verdict("followed", sender=sender)
-        return Verdict("close", f"member {hello.member} takes server {own.index} for its standby")
+            return HelloVerdict("followed", sender=sender)
+        return HelloVerdict("close", f"member {hello.member} takes server {own.index} for its standby")
     if own.index == 0 and own.role == "server":
-        return Verdict("reports", sender=sender)
-    return Verdict("close", f"server {sender.index} wants to report to {own.role} {own.index}")
+        return HelloVerdict("reports", sender=sender)
+    return HelloVerdict("close", f"server {sender.index} wants to report to {own.role} {own.index}")

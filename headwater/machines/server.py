@@ -45,7 +45,7 @@ from headwater.machines.actions import (
     Tell,
 )
 from headwater.machines.applier import LogApplier
-from headwater.machines.hello import Self, Verdict, judge
+from headwater.machines.hello import Self, HelloVerdict, judge
 from headwater.machines.log_link import ReportLink
 from headwater.machines.memory import Given, ServerMemory
 from headwater.machines.own_standby import OwnStandby
@@ -279,7 +279,7 @@ class ServerMachine:
                     actions.append(Resume(conn))
         return actions
 
-    def _judge(self, hello: m.Hello) -> Verdict:
+    def _judge(self, hello: m.Hello) -> HelloVerdict:
         known = self._members.get(hello.member)
         former = None if known is None else known.connection_epoch
         serving = self._applier.serving

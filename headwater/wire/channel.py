@@ -150,14 +150,16 @@ class Channel:
         What is left stays here, with its `buffers`, until `flush` or the next `send` sends it.
 
         Raises:
+            UsageError: the message cannot be sent; nothing was.
             ConnectionLostError: the connection is closed, or broken.
         """
+        head = encoded(message, buffers, descriptors, request)
         self._writing.acquire()
         try:
             if self._closed:
                 raise self._is_closed()
             assert self._rest is None, "flush before the next frame"
-            self._rest = self.start(message, buffers, descriptors, request, NO_WAIT)
+            self._rest = self.start(message, buffers, descriptors, request, NO_WAIT, head)
             while self._rest is not None:
                 self._rest = self.push(self._rest, NO_WAIT)
             return True

@@ -48,7 +48,7 @@ class Unpacking(Protocol):
     def unpack(self, conn: Conn, message: m.AnyMessage, given: list[Any]) -> Any: ...
 
 
-class Owner(Protocol):
+class MachineOwner(Protocol):
     """Whose machine it is."""
 
     def tell(self, event: Any) -> None:
@@ -71,7 +71,7 @@ class Driver:
         self,
         process: Process,
         machine: Machine,
-        owner: Owner,
+        owner: MachineOwner,
         payloads: Unpacking | None = None,
         beside: Driver | None = None,
     ) -> None:
