@@ -45,7 +45,7 @@ from headwater.machines.actions import (
     Tell,
 )
 from headwater.machines.applier import LogApplier
-from headwater.machines.hello import Self, HelloVerdict, judge
+from headwater.machines.hello import HelloVerdict, Self, judge
 from headwater.machines.log_link import ReportLink
 from headwater.machines.memory import Given, ServerMemory
 from headwater.machines.own_standby import OwnStandby
