@@ -159,7 +159,7 @@ class Desk:
     def joins(self):
         """It is welcomed as member 1."""
         own = member(1, self.role, self.index)
-        self.do(self.machine.welcomed(m.Welcome(own, 1, (), 1, "sync", {}, 10, 60, cluster="c1"), self.now))
+        self.do(self.machine.joined(m.Welcome(own, 1, (), 1, "sync", {}, 10, 60, cluster="c1"), self.now))
         return self
 
     def hello(self, id=0, role="worker", term=0, epoch=0, cluster="c1"):

@@ -219,12 +219,10 @@ def test_while_a_standby_makes_its_shard_it_says_that_it_lives():
 def test_the_coordinator_is_told_again_when_it_is_back():
     pair = Pair("async", 5)
     pair.settle()
-    own = member(1, "server")
-    again = m.Welcome(own, 9, (), 1, "sync", {}, 10, 60, cluster="c1")
-    pair.server.do(pair.server.machine.welcomed(again, pair.server.now))
+    pair.server.do(pair.server.machine.coordinator_returned(pair.server.now))
     assert pair.server.told == [m.CaughtUp(9)] * 2
     pair.server.takes(4, member(5))
-    pair.server.do(pair.server.machine.welcomed(again, pair.server.now))
+    pair.server.do(pair.server.machine.coordinator_returned(pair.server.now))
     assert len(pair.server.told) == 2, "it is no member any more"
 
 

@@ -7,7 +7,7 @@ from server_desks import SPEC, Desk, member, roster, step
 from headwater import messages as m
 from headwater.errors import ConnectionLostError
 from headwater.machines.log_link import AGAIN_S
-from headwater.machines.server import Ended
+from headwater.machines.server import CannotGoOn
 
 
 def refused(desk, conn):
@@ -230,7 +230,7 @@ def test_with_a_new_term_the_connection_to_the_former_sequencer_ends():
 def test_a_server_that_is_not_admitted_to_the_log_cannot_go_on():
     desk = Desk(1, 2).joins().takes(2)
     desk.do(desk.machine.unreachable("log 1", "wrong token", desk.now, refused=True))
-    assert desk.told == [Ended("it is not admitted to the log: wrong token")]
+    assert desk.told == [CannotGoOn("it is not admitted to the log: wrong token")]
 
 
 @pytest.mark.parametrize(

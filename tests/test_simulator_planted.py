@@ -74,7 +74,7 @@ def test_an_entry_that_is_written_before_one_server_holds_its_exchange(mode, mon
         return holds(self, seat, server, held)
 
     monkeypatch.setattr(PendingExchanges, "hold", early)
-    assert found(mode, servers=2).invariant in NOTICED
+    assert found(mode, servers=2).invariant in {*NOTICED, *VALUES_WRONG}
 
 
 @modes

@@ -20,7 +20,7 @@ machine is `busy` the driver calls `advance`, which makes at most one pass over 
 it leaves before the next.
 
 On server 0 the sequencer speaks over `BESIDE`; what this node hears as a member of the coordinator's comes
-with `welcomed`.
+with `joined` and `coordinator_returned`.
 """
 
 from __future__ import annotations
@@ -324,10 +324,12 @@ class ServerMachine:
 
     # ── the coordinator ─────────────────────────────────────────────────────────────────────────
 
-    def welcomed(self, welcome: m.Welcome, now: float) -> Actions:
-        """The coordinator welcomes this node: when it joins, and when it is back after it was away."""
-        if self.id:
-            return self._standby.tell_again()
+    def coordinator_returned(self, now: float) -> Actions:
+        """The coordinator is back after it was away."""
+        return self._standby.tell_again()
+
+    def joined(self, welcome: m.Welcome, now: float) -> Actions:
+        """The coordinator has taken this node in."""
         self.id, self._cluster = welcome.member.id, welcome.cluster
         return self._look_at_hellos(now)
 

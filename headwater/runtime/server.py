@@ -122,7 +122,7 @@ class ServerNode:
             raise
         membership.watch(self._threads.channels)
         self._membership = membership
-        self.pump.do(lambda now: self.machine.welcomed(membership.welcome, now))
+        self.pump.do(lambda now: self.machine.joined(membership.welcome, now))
         self._threads.start(self._watch_membership, "membership")
         if self._closed:
             membership.close()
@@ -192,7 +192,7 @@ class ServerNode:
 
     def _hear(self, message: m.AnyMessage) -> None:
         if isinstance(message, m.Welcome):
-            self.pump.do(lambda now: self.machine.welcomed(message, now))
+            self.pump.do(self.machine.coordinator_returned)
 
     # ── what the machines ask for ───────────────────────────────────────────────────────────────
 
