@@ -25,7 +25,7 @@ from headwater.machines.server import ServerMachine, ServerPlan
 from headwater.shard import Shard
 from headwater.spec.layout import PAGE
 from headwater.spec.sync import parse_sync
-from headwater.testing.processes.driver import pour
+from headwater.testing.processes.machine_driver import pour
 from headwater.testing.processes.memory import SharedArrays
 
 SPEC = model_spec(shapes={"a": (3,)})

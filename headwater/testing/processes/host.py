@@ -13,7 +13,7 @@ from headwater.machines.membership import Ended, Joined, Returned
 from headwater.machines.server import CannotGoOn, ServerMachine, ServerPlan
 from headwater.shard.replica import MaterializedEntry
 from headwater.shard.snapshot import ShardSnapshot
-from headwater.testing.processes.driver import Driver
+from headwater.testing.processes.machine_driver import MachineDriver
 from headwater.testing.processes.membership import CoordinatorLine
 from headwater.testing.processes.memory import SharedArrays
 from headwater.testing.processes.network import End, Network, Process
@@ -78,8 +78,8 @@ class Host(Process):
         beside = None
         if index == 0:
             self.sequencer = SequencerMachine(world.servers, world.policy, patience=PATIENCE_S)
-            beside = Driver(self, self.sequencer, self)
-        self.driver = Driver(self, self.machine, self, self.machine, beside)
+            beside = MachineDriver(self, self.sequencer, self)
+        self.driver = MachineDriver(self, self.machine, self, self.machine, beside)
 
     def _watched(self, shard: WatchedShard) -> WatchedShard:
         """A shard of this server, whose entries the world is told of."""

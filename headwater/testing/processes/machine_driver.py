@@ -61,7 +61,7 @@ class MachineOwner(Protocol):
         """A connection ends with this."""
 
 
-class Driver:
+class MachineDriver:
     """Drives `machine` in `process`; `payloads` says where payload goes, None where there is none.
 
     `beside`: drives the node's other machine.
@@ -73,7 +73,7 @@ class Driver:
         machine: Machine,
         owner: MachineOwner,
         payloads: Unpacking | None = None,
-        beside: Driver | None = None,
+        beside: MachineDriver | None = None,
     ) -> None:
         self.process = process
         self.ends: dict[Conn, End] = {}
