@@ -133,7 +133,7 @@ class Binding:
         for name in names:
             self.bounds[name].store()
         try:
-            self.model.assign_local(names, self._worker.statistics().steps)
+            self.model.assign_local(names, self._worker.steps)
         except UsageError as error:
             raise UsageError(f"the program wrote to {named(names)}: {error}") from error
         self._watch.note()

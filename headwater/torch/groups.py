@@ -46,8 +46,8 @@ class ParameterGroup:
     def take_changes(self, group: Mapping[str, Any], settings: RuleSettings, what: str) -> dict[str, float]:
         """The settings that somebody changed in torch's `group` since the last answer, to be sent.
 
-        A program that joined a model after its first update has changed what differs from that update's
-        settings: whatever a scheduler writes while it is made, it wrote then too.
+        A program that joined a model after its first update, and writes what was in force in that update, has
+        changed nothing: a scheduler writes its first rate while it is made, and so it did then.
 
         Raises:
             ConfigurationError: an impossible value, or one that cannot change while training.
@@ -57,12 +57,13 @@ class ParameterGroup:
         self._sent = {}
         now = {name: plain(group[name]) for name in self.shown}
         joined = settings.first is not None
-        before = shown(settings.first[index]) if settings.first is not None else self.shown
-        changed = {name: value for name, value in now.items() if value != before[name]}
+        before = self.shown if settings.first is None else shown(settings.first[index])
+        changed = {
+            name: value for name, value in now.items() if value != self.shown[name] and value != before[name]
+        }
         if not changed:
             return {}
-        rule = settings.rules[index] if joined else self.rule
-        old, sent = rule.flat(), changed_scalars(rule, changed)
+        old, sent = self.rule.flat(), changed_scalars(self.rule, changed)
         for name, value in sent.items():
             if joined:
                 _log.warning(
@@ -72,6 +73,11 @@ class ParameterGroup:
                 )
         self._sent = sent
         return sent
+
+    def joined(self, settings: RuleSettings) -> None:
+        """The model was there before this program declared it: show what is in force."""
+        self.rule = settings.rules[self.index or 0]
+        self.shown = shown(self.rule, settings.updates)
 
     def arrived(self, group: dict[str, Any], settings: RuleSettings, what: str) -> None:
         """Show in torch's `group` what is in force as of an answer."""

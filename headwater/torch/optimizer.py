@@ -180,6 +180,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
             nonfinite=self._nonfinite,
         )
         model.settings.governs = True
+        if model.settings.first is not None:
+            for group in self._groups:
+                if group.index is not None:
+                    group.joined(model.settings)
         return model
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -234,7 +238,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._model is not None and self._accrued:
             raise UsageError("load_state_dict: gradients are held back for the next push: call flush() first")
         if self._model is not None:
-            self._model.load_written_state(saved.tensors, saved.updates, self._worker.statistics().steps)
+            self._model.load_written_state(saved.tensors, saved.updates, self._worker.steps)
         with self._tables.hidden():
             groups = super().state_dict()["param_groups"]
             loaded = [{**group, **settings} for group, settings in zip(groups, saved.settings, strict=True)]

@@ -36,6 +36,8 @@ class _TrainedTable:
         self.accrued = RowSums(table.dim)
         table.settings.governs = True
         self.group = ParameterGroup([], from_spec(table.spec.rule), None)
+        if table.settings.first is not None:
+            self.group.joined(table.settings)
         self._modules = modules
         for module in modules:
             self.collected.merge(module.collected)
