@@ -8,7 +8,7 @@ from serving import codes, site
 from typer.testing import CliRunner
 from waiting import wait_until
 
-from headwater.cli import app
+from headwater.cli.app import app
 
 CHECKPOINTS = ("--checkpoint", "runs", "--every", "20steps")
 
