@@ -159,7 +159,7 @@ def test_a_violation_is_shrunk_to_the_faults_that_it_needs():
             if host.name == "server 0b" and host.role == "server":
                 self.fail("another server 0")
 
-    crash = Crash(0.15, "server 0")
+    crash = Crash(0.2, "server 0")
     faults = (Cut(0.05, "worker 0", "server 1"), Crash(0.1, "worker 1"), crash, Stop(0.2, "worker 0", 0.05))
     schedule = Schedule(
         "async", workers=3, servers=3, replicas=1, steps=8, seed=3, meets=4, checkpoints=2, readers=2,

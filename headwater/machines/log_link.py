@@ -167,5 +167,6 @@ class ReportLink:
             self._applier.put(message)
             return []
         if isinstance(message, m.StartTerm):
-            return self._applier.agree(message)
+            # A sequencer that is none any more may say this late, also the one beside this server.
+            return [] if message.term < self.term else self._applier.agree(message)
         raise ProtocolError(f"the sequencer sent {type(message).__name__}")
