@@ -291,7 +291,7 @@ def test_results_that_no_rank_can_ask_for_again_are_forgotten_and_the_rest_is_bo
 
 def _server(cluster):
     (server,) = cluster._engine._servers
-    return server._course.shard._state.programs
+    return server.machine.shard._state.programs
 
 
 # ── epochs ──────────────────────────────────────────────────────────────────────────────────────
