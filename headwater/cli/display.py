@@ -11,9 +11,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from headwater.cli.progress import ProgressLines, WorkerLine
 from headwater.messages import ClusterStatistics
@@ -55,7 +56,7 @@ class LiveDisplay:
     def __init__(self, console: Console, *, workers: int, script: str) -> None:
         self._console = console
         self._lines = ProgressLines(workers, script)
-        self._live = Live(table(self._lines.starting()), console=console, auto_refresh=False)
+        self._live = Live(shown(self._lines.starting()), console=console, auto_refresh=False)
 
     def print(self, text: str) -> None:
         """Print above the table, or to where standard output leads."""
@@ -75,7 +76,7 @@ class LiveDisplay:
 
     def show(self, statistics: ClusterStatistics) -> None:
         """Redraw the table."""
-        self._live.update(table(self._lines.update(statistics)), refresh=True)
+        self._live.update(shown(self._lines.update(statistics)), refresh=True)
 
     def __enter__(self) -> Self:
         self._live.start(refresh=True)
@@ -147,17 +148,27 @@ def _where(address: str) -> list[str]:
     return [f"cluster address: {address}", f"to see how it is: headwater status {address}"]
 
 
-def table(lines: list[WorkerLine]) -> Table:
-    """The live table: at most 80 columns, but for the user's own metrics."""
-    shown = Table(box=None, pad_edge=False, header_style="bold")
+def shown(lines: list[WorkerLine]) -> RenderableType:
+    """The live table: at most 80 columns, but for the user's own metrics.
+
+    Below it is a line for each worker that has made no step yet, or waits: sentences need the whole width.
+    """
+    training = [line for line in lines if line.steps]
+    said = [Text(f"worker {line.rank}: {line.waits_for or line.phase}") for line in lines if _speaks(line)]
+    return Group(*([_table(training)] if training else []), *said)
+
+
+def _speaks(line: WorkerLine) -> bool:
+    return not line.steps or line.waits_for is not None
+
+
+def _table(lines: list[WorkerLine]) -> Table:
+    rows = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("worker", "step", "steps/s", "version", "staleness", "waiting", "left"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    shown.add_column("", overflow="fold")
+        rows.add_column(heading, justify="right", no_wrap=True)
+    rows.add_column("", overflow="fold")
     for line in lines:
-        if not line.steps:
-            shown.add_row(str(line.rank), *[""] * 6, line.phase)
-            continue
-        shown.add_row(
+        rows.add_row(
             str(line.rank),
             str(line.steps),
             f"{line.rate:.1f}",
@@ -167,9 +178,7 @@ def table(lines: list[WorkerLine]) -> Table:
             "" if line.left is None else duration(line.left),
             "  ".join(_metrics(line)),
         )
-        if line.waits_for:
-            shown.add_row(*[""] * 7, line.waits_for)
-    return shown
+    return rows
 
 
 def _metrics(line: WorkerLine) -> list[str]:
