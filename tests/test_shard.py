@@ -168,10 +168,10 @@ def test_an_assignment_takes_the_carried_tensors_and_keeps_the_state():
         assert (vector.changed, vector.updates) == (4, 0)
 
 
-def test_statistics_count_the_whole_model_and_the_bytes_that_lie_here():
+def test_statistics_count_the_elements_of_the_tensors_and_the_bytes_that_lie_here():
     spec = model_spec(shapes={"a": (3,), "b": (2000,)}, rule=Adam())
     vector = vectors(spec, 2, np.zeros(2 * PAGE, np.float32))[0]
-    assert vector.statistics() == m.ModelStatistics("model", "Adam", 2, 2 * PAGE, 0, 3 * 4 * PAGE)
+    assert vector.statistics() == m.ModelStatistics("model", "Adam", 2, 2003, 0, 3 * 4 * PAGE)
 
 
 # ── requests ────────────────────────────────────────────────────────────────────────────────────
