@@ -489,6 +489,6 @@ def test_a_worker_s_memory_for_rows_does_not_grow_with_its_steps(mode, transport
             worker.step()
             table.pull(ids + 1)
             table.delete(ids[:3])
-            sizes.add(len(worker._rows._memory.memory))
+            sizes.add(len(worker._rows._scratch.memory))
             assert worker._rows.used == 0, "whatever was taken is given back"
         assert len(sizes) == 1

@@ -71,7 +71,7 @@ class RowBuffer:
 
     def __init__(self, machine: ClientMachine, memory: RowMemory) -> None:
         self._machine = machine
-        self._memory = memory
+        self._scratch = memory
         self._given: dict[int, int] = {}  # by server, the generation that it has
         machine.connections.buffers.append(self)
 
@@ -82,29 +82,29 @@ class RowBuffer:
             EnvironmentFailure: the system has no memory for it.
         """
         count = len(plan.ids)
-        ids_at = self._memory.take(_ID * count)
-        place = RowSlice(plan, dim, ids_at, self._memory.take(_ITEM * dim * count))
+        ids_at = self._scratch.take(_ID * count)
+        place = RowSlice(plan, dim, ids_at, self._scratch.take(_ITEM * dim * count))
         self._ids(place)[...] = plan.ids
         return place
 
     @property
     def used(self) -> int:
         """What `reset` takes to give back all slices taken from now on."""
-        return self._memory.used
+        return self._scratch.used
 
     def reset(self, used: int = 0) -> None:
         """Give back the slices taken since `used` was read, all by default."""
-        self._memory.used = used
+        self._scratch.used = used
 
     def rows(self, place: RowSlice) -> Array:
         """float32[u, dim], the rows of a slice; a view that a later `take` may make stale."""
         count, size = len(place.plan.ids), _ITEM * place.dim * len(place.plan.ids)
-        flat = self._memory.memory[place.rows_at : place.rows_at + size].view(np.float32)
+        flat = self._scratch.memory[place.rows_at : place.rows_at + size].view(np.float32)
         return flat.reshape(count, place.dim)
 
     def _ids(self, place: RowSlice) -> Ids:
         size = _ID * len(place.plan.ids)
-        return self._memory.memory[place.ids_at : place.ids_at + size].view(np.int64)
+        return self._scratch.memory[place.ids_at : place.ids_at + size].view(np.int64)
 
     # ── on the way ──────────────────────────────────────────────────────────────────────────────
 
@@ -134,23 +134,23 @@ class RowBuffer:
 
     def renew(self) -> None:
         """Go on in memory with the same content that nobody else has."""
-        if self._memory.generation:
-            self._memory.renew()
+        if self._scratch.generation:
+            self._scratch.renew()
 
     def offer(self, server: int, shared: bool, anew: bool) -> Frame | None:
         """What gives the memory to a server that does not have this one, and can share memory."""
         if anew:
             self._given.pop(server, None)
-        generation = self._memory.generation
-        if not shared or not self._memory.shared or self._given.get(server, 0) == generation:
+        generation = self._scratch.generation
+        if not shared or not self._scratch.shared or self._given.get(server, 0) == generation:
             return None
         self._given[server] = generation
-        window = m.WindowSpec(generation, len(self._memory.memory))
-        return Frame(m.Scratch(window), (), self._memory.descriptors)
+        window = m.WindowSpec(generation, len(self._scratch.memory))
+        return Frame(m.Scratch(window), (), self._scratch.descriptors)
 
     def _is_shared(self, server: int) -> bool:
-        return self._memory.shared and self._machine.shares[server]
+        return self._scratch.shared and self._machine.shares[server]
 
     def release(self) -> None:
         """Give the memory back."""
-        self._memory.release()
+        self._scratch.release()
