@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 from checkpoints import assert_same, model, python, small_disk, table, write
+from waiting import wait_until
 
 from headwater import checkpoint
 from headwater.errors import CheckpointError, ConfigurationError
@@ -185,7 +186,14 @@ def test_the_lock_of_a_killed_process_is_gone_even_while_a_child_of_it_lives(tmp
             checkpoint.DirectoryLock(tmp_path / "new")
         holder.send_signal(signal.SIGKILL)
         holder.wait(timeout=20)
-        with checkpoint.DirectoryLock(tmp_path / "new"):
+
+        def free():  # once the child, which was just forked, has closed what it inherited
+            try:
+                return checkpoint.DirectoryLock(tmp_path / "new")
+            except ConfigurationError:
+                return None
+
+        with wait_until(free):
             assert json.loads((tmp_path / "new" / "headwater.lock").read_text())["pid"] == os.getpid()
     finally:
         holder.kill()

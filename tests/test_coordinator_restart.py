@@ -76,7 +76,7 @@ def test_a_server_that_dies_meanwhile_is_replaced_after_the_restart(mode, index,
         wait_until(lambda: heir.pid in [node.pid for node in coordinator.nodes("server")])
         cluster.know_servers()
         cluster.goes_on()
-        assert wait_until(coordinator.roster)[0] == term + 1
+        assert wait_until(coordinator.roster)[0] > term
         steps, _, sums = finish(cluster, tmp_path)
         assert sums == [total(steps)]
 
