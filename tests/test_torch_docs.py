@@ -189,6 +189,7 @@ def both_parts_at_once(worker):
     return [parameter.tolist() for parameter in net.parameters()]
 
 
+@pytest.mark.long
 def test_an_all_reduce_steps_every_workers_own_optimizer_alike():
     train = program("What can be a rule")["train"]
     values = run(train, workers=2).values
