@@ -191,7 +191,7 @@ def both_parts_at_once(worker):
 
 def test_an_all_reduce_steps_every_workers_own_optimizer_alike():
     train = program("What can be a rule")["train"]
-    # Processes, since the workers of an inline run share the random numbers of torch, which the program seeds.
+    # In processes: workers of an inline run share the random numbers that the program seeds.
     values = run(train, workers=2, engine="local").values
     assert values[0] == values[1]
     alone = run(train, workers=1).values[0]
