@@ -118,13 +118,13 @@ class KVStore:
         return True
 
     def num_dead_node(self, node_id: int = 0, timeout: float = 60) -> int:
-        """How many of the declared workers are not there: dead, or gone. Blocks for the coordinator's answer.
+        """How many declared workers are neither there nor finished. Blocks for the coordinator's answer.
 
         `node_id` and `timeout` are there for MXNet's sake.
         """
         statistics = ask(self._worker.address, self._worker.security)
-        present = {node.rank for node in statistics.nodes if node.role == "worker"}
-        return sum(rank not in present for rank in range(self.num_workers))
+        alive = {node.rank for node in statistics.nodes if node.role == "worker"} | set(statistics.finished)
+        return sum(rank not in alive for rank in range(self.num_workers))
 
     def barrier(self) -> None:
         """Block until every worker is here; as `Worker.barrier`, which also raises."""

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from waiting import wait_until
 
 import headwater as hw
 from headwater.errors import ConfigurationError, GradientError, UsageError
+from headwater.runtime.inquiry import ask
 
 S, B = (2, 3), (1200, 1200)
 """Shapes of MXNet's tests; the larger one is cut between servers unevenly."""
@@ -303,6 +305,16 @@ def test_a_store_says_what_it_is():
         return kv.type, kv.rank, kv.num_workers, kv.num_dead_node()
 
     assert in_all(body, workers=2) == [("dist_sync", 0, 2, 0), ("dist_sync", 1, 2, 0)]
+
+
+def test_a_worker_that_has_finished_is_not_dead():
+    def body(kv):
+        if kv.rank == 1:
+            return 0
+        wait_until(lambda: 1 in ask(kv._worker.address, kv._worker.security).finished)
+        return kv.num_dead_node()
+
+    assert in_all(body, workers=2) == [0, 0]
 
 
 def test_bad_calls_are_refused_by_name_and_change_nothing():
