@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 from promises import PromisedTests
 from rays import is_rays_own, ray_engine, ray_nodes, rays_descriptors, wait_for_actors
+from xdist.scheduler import LoadScopeScheduling
 
 from headwater.engines import process
 
@@ -24,7 +25,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 settings.register_profile("default", print_blob=True, deadline=None)
 settings.register_profile("nightly", print_blob=True, deadline=None, max_examples=1000)
 LONGEST = (
+    "test_ray.py",
     "test_simulator.py",
+    "test_simulator_planted.py",
     "test_serve_ends.py",
     "test_serve.py",
     "test_log_clipping.py",
@@ -65,6 +68,20 @@ def pytest_configure(config):
 def pytest_xdist_auto_num_workers(config):
     """One process more than cores, as tests often wait; none for single files, which start sooner alone."""
     return len(os.sched_getaffinity(0)) + 1 if _is_whole(config) else 0
+
+
+class OneRay(LoadScopeScheduling):
+    """Each test goes to the next free process, but all that need Ray to one, so that Ray starts once.
+
+    By names, since the marker `xdist_group` of pytest-xdist 3.8 has no effect with pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid):
+        return "ray" if "test_ray.py" in nodeid or "[ray" in nodeid else nodeid
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return OneRay(config, log)
 
 
 def _is_whole(config):

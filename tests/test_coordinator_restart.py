@@ -98,7 +98,6 @@ def test_a_standby_that_dies_meanwhile_holds_up_commits_until_the_restart_and_no
         assert sums == [total(steps)]
 
 
-@pytest.mark.xdist_group("leases")
 def test_a_worker_that_dies_meanwhile_is_retired_when_its_lease_after_the_restart_ends(tmp_path):
     with field(tmp_path, lease=3.0) as cluster:
         cluster.train(noting(tmp_path, 2))

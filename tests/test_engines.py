@@ -21,7 +21,7 @@ from headwater.engines.engine import Failure, Trained
 from headwater.engines.packing import pack_outcome, unpack_outcome
 
 ONES = {"v": np.ones(3, np.float32)}
-RAY = pytest.param("ray", marks=[pytest.mark.long, pytest.mark.xdist_group("ray")])
+RAY = pytest.param("ray", marks=pytest.mark.long)
 EVERY = [RAY if name == "ray" else name for name in ENGINES]
 
 

@@ -270,7 +270,6 @@ def test_a_host_that_is_cut_off_for_less_than_its_lease_goes_on_and_no_step_is_l
         assert max(answer["sum"] for answer in answers.values()) == total
 
 
-@pytest.mark.xdist_group("leases")
 @pytest.mark.parametrize("host", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_a_host_that_is_cut_off_for_longer_is_refused_and_the_others_go_on(host):
     """Host 3 has a worker; host 2 a worker and a server, whose standby is on host 3."""

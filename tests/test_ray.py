@@ -25,7 +25,6 @@ import headwater as hw
 from headwater.engines.seating import BundleSlots, seats_of_shards
 from headwater.errors import ConfigurationError, EngineError, WorkerError
 
-pytestmark = pytest.mark.xdist_group("ray")
 ONES = {"v": np.ones(3, np.float32)}
 
 

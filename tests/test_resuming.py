@@ -210,7 +210,6 @@ def test_a_stopped_worker_is_started_again_by_run_and_what_it_does_later_ends_no
 
 
 STOPS = {"engine": "local", "patience": 1.0, "deadline": 60.0, "lease": 3.0, "output": lambda line: None}
-leases = pytest.mark.xdist_group("leases")
 
 
 def trains(cluster, folder):
@@ -238,7 +237,6 @@ def stopped(pid):
         os.kill(pid, signal.SIGCONT)
 
 
-@leases
 @pytest.mark.usefixtures("nobody_is_killed")
 def test_a_worker_that_was_stopped_is_named_then_retired_and_refused_when_it_wakes_up(tmp_path):
     def node(rank):
@@ -260,7 +258,6 @@ def test_a_worker_that_was_stopped_is_named_then_retired_and_refused_when_it_wak
         check(cluster.address, parameters, tmp_path, 2, {0: 0, 1: 1})
 
 
-@leases
 @pytest.mark.usefixtures("nobody_is_killed")
 def test_a_server_that_was_stopped_loses_its_place_and_changes_nothing_when_it_wakes_up(tmp_path):
     with hw.Cluster(workers=2, servers=2, replicas=1, **STOPS) as cluster:
@@ -308,7 +305,6 @@ def stop_in_the_middle_of_a_pass(pid):
     wait_until(caught)
 
 
-@leases
 @pytest.mark.usefixtures("nobody_is_killed")
 def test_a_server_stopped_in_the_middle_of_a_pass_writes_to_no_window_that_is_used_when_it_wakes_up(tmp_path):
     if not os.access("/proc/self/syscall", os.R_OK):

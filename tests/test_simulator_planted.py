@@ -23,7 +23,11 @@ from headwater.spec.sync import Decision, StaleSynchronous, Synchronous
 from headwater.testing import Faults, Violation, explore
 from headwater.testing.processes.client import Window
 
-MODES = ["sync", "async", "ssp:1", "sync:quorum=2"]
+MODES = [
+    "sync",
+    "async",
+    *(pytest.param(mode, marks=pytest.mark.long) for mode in ("ssp:1", "sync:quorum=2")),
+]
 modes = pytest.mark.parametrize("mode", MODES)
 
 LOGS_DIFFER = {"OneOrder", "EqualReplicas", "ConsistentCut"}
