@@ -54,6 +54,7 @@ class DistributedOptimizer(Generic[Tree]):
         clip_norm: largest norm of the gradient of all leaves together, as the servers combined it from all
             workers; a larger one is scaled down before the rule gets it. As in `Worker.model`.
         merge: how the gradients of all workers become one, as in `Worker.model`.
+        codec, values_codec: how gradients and values travel, as in `Worker.model`.
         nonfinite: what a NaN or infinite gradient does: "raise", "skip" (an empty turn) or "off".
 
     Attributes:
@@ -78,6 +79,8 @@ class DistributedOptimizer(Generic[Tree]):
         groups: Sequence[Group] = (),
         clip_norm: float | None = None,
         merge: str | None = None,
+        codec: str | None = None,
+        values_codec: str | None = None,
         nonfinite: NonFinite = "raise",
     ) -> None:
         leaves, self._structure = _flatten(params, RegistrationError)
@@ -94,7 +97,15 @@ class DistributedOptimizer(Generic[Tree]):
         self.result: StepResult | None = None
         _check_known(worker, name, values)
         self.model: Model = worker.model(
-            name, values, rule, groups=groups, clip_norm=clip_norm, merge=merge, nonfinite=nonfinite
+            name,
+            values,
+            rule,
+            groups=groups,
+            clip_norm=clip_norm,
+            merge=merge,
+            codec=codec,
+            values_codec=values_codec,
+            nonfinite=nonfinite,
         )
         self._claim = self.model.adapter = _Claim()
         self.params: Tree = self._read()

@@ -13,6 +13,8 @@ Formats, little-endian, of n elements from number `first` of a model's vector on
 - topk: a uint32 count, so many uint32 positions from 0, so many float32 values.
 - 2bit: four to a byte from the highest bits on: 11 is +threshold, 10 is −threshold, 00 is 0.
 - 1bit: eight to a byte from the highest bit on: 1 is +1, 0 is −1.
+- Rows of a table: bf16 and fp16 as above, one row after the other; int8: a float32 scale for each row, then
+  the signed bytes of all.
 
 A block of int8 or q4 with a value that is not finite decodes to NaN. Such a value leaves nothing behind; only
 topk may keep it for later. (Both MXNet forms: gradient_compression-inl.h.)
@@ -30,7 +32,7 @@ from numpy.typing import NDArray
 
 from headwater.errors import ProtocolError
 from headwater.kernels.cache import load
-from headwater.spec.codecs import BLOCK, Codec, TopK, blocks
+from headwater.spec.codecs import BLOCK, Codec, RowCodec, TopK, blocks
 
 _HALF_MOST = np.float32(65504)
 
@@ -90,6 +92,40 @@ def decode(codec: Codec, data: NDArray[np.uint8], first: int, out: NDArray[np.fl
         getattr(_compiled(), f"decode_{_NAMES[codec.kind]}")(data, _threshold(codec), out)
 
 
+def represent(codec: Codec, values: NDArray[np.float32], first: int) -> None:
+    """Make `values`, float32[n] and contiguous, what their bytes stand for, in place."""
+    (data,) = encode(codec, values.copy(), first, [len(values)])
+    decode(codec, data, first, values)
+
+
+def encode_rows(codec: RowCodec, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Represent `rows`, float32[n, dim] and contiguous, each by itself; uint8[n · codec.row_size(dim)]."""
+    count, dim = rows.shape
+    out = np.zeros(count * codec.row_size(dim), dtype=np.uint8)
+    if codec.kind == "int8":
+        scales, codes = out[: 4 * count].view(np.float32), out[4 * count :].reshape(count, dim)
+        _compiled().encode_rows_int8(rows, scales, codes)
+    else:
+        _encode_dense(codec, rows.reshape(-1).copy(), 0, out)
+    return out
+
+
+def decode_rows(codec: RowCodec, data: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    """Write what `data` stands for to `out`, float32[n, dim] and contiguous.
+
+    Raises:
+        ProtocolError: `data` is no representation of so many rows.
+    """
+    count, dim = out.shape
+    if len(data) != count * codec.row_size(dim):
+        raise ProtocolError(f"{count} rows of {dim} as {codec}, got {len(data)} bytes")
+    if codec.kind == "int8":
+        scales, codes = _aligned(data[: 4 * count]), data[4 * count :].reshape(count, dim)
+        _compiled().decode_rows_int8(scales, codes, out)
+    else:
+        decode(codec, data, 0, out.reshape(-1))
+
+
 def _encode_dense(codec: Codec, part: NDArray[np.float32], first: int, out: NDArray[np.uint8]) -> None:
     if len(part) == 0:
         return
@@ -120,8 +156,11 @@ def _threshold(codec: Any) -> float:
 def _split(data: NDArray[np.uint8], first: int, n: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """The scales and the codes behind them; scales of data that came from elsewhere may lie unaligned."""
     end = 4 * blocks(first, n)
-    scales = data[:end]
-    return (scales if scales.ctypes.data % 4 == 0 else scales.copy()).view(np.float32), data[end:]
+    return _aligned(data[:end]), data[end:]
+
+
+def _aligned(scales: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return (scales if scales.ctypes.data % 4 == 0 else scales.copy()).view(np.float32)
 
 
 # ── the largest of a tensor ─────────────────────────────────────────────────────────────────────
@@ -225,6 +264,31 @@ def decode_int8(scales, codes, first, out):
         code = int32(codes[i])
         code = code - 256 if code > 127 else code
         out[i] = float32(code) * scales[(first + i) // SHARED]
+
+
+@outer("void(float32[:, ::1], float32[::1], uint8[:, ::1])")
+def encode_rows_int8(rows, scales, codes):
+    for row in range(len(rows)):
+        most = float32(0)
+        strange = int32(0)
+        for i in range(rows.shape[1]):
+            most = max(most, abs(rows[row, i]))
+            strange |= int32(not math.isfinite(rows[row, i]))
+        scale = most / float32(127) if strange == 0 else float32(math.nan)
+        scales[row] = scale
+        for i in range(rows.shape[1]):
+            code = float32(0)
+            if scale > float32(0):
+                code = min(max(round_to_even(rows[row, i] / scale), float32(-127)), float32(127))
+            codes[row, i] = uint8(int32(code) & 0xFF)
+
+
+@outer("void(float32[::1], uint8[:, ::1], float32[:, ::1])")
+def decode_rows_int8(scales, codes, out):
+    for row in range(len(out)):
+        for i in range(out.shape[1]):
+            code = int32(codes[row, i])
+            out[row, i] = float32(code - 256 if code > 127 else code) * scales[row]
 
 
 @outer("void(float32[::1], int64, float32[::1], uint8[::1])")

@@ -2,7 +2,8 @@
 
 With a window the values lie in memory that both share, and nothing crosses the connection. Without one they
 are the payload, and a private buffer takes the window's place. Rows of tables lie in a scratch window, or
-are payload.
+are payload. Gradients of models and tables with a codec come as its bytes, and are decoded once all of them
+are here; values of a model with a codec for them leave so.
 
 Everything here runs in the connection's own thread and without the server's lock, so that a member whose
 payload comes in never waits for a pass that answers another one. What it reads of the shard (which models
@@ -27,8 +28,10 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.errors import ProtocolError, UsageError
+from headwater.kernels.codecs import decode, decode_rows, encode
 from headwater.machines.memory import Given, ScratchPart, ServerMemory
 from headwater.shard import Shard, StagedRows, Staging
+from headwater.spec.codecs import parse_codec, parse_row_codec, parse_values_codec
 from headwater.spec.layout import Layout
 
 Arrays = list[NDArray[Any]]
@@ -52,9 +55,10 @@ _NOTHING = Brought()
 
 
 class MemberMemory:
-    """Of `member`, over one connection to the server that hosts `shard`."""
+    """Of `member`, over one connection to the server that hosts `shard`. `exact`: values stay float32."""
 
-    def __init__(self, shard: Shard, member: int, memory: ServerMemory) -> None:
+    def __init__(self, shard: Shard, member: int, memory: ServerMemory, exact: bool = False) -> None:
+        self._exact = exact
         self._shard = shard
         self._member = member
         self._memory = memory
@@ -62,6 +66,8 @@ class MemberMemory:
         self._state: NDArray[np.float32] | None = None
         self._scratch: ScratchPart | None = None
         self._received: list[StagedRows] = []
+        self._coded: list[tuple[m.Coded, NDArray[np.uint8]]] = []
+        self._coded_rows: dict[int, NDArray[np.uint8]] = {}  # by the place of theirs in `_received`
         self._pulled: Sequence[StagedRows] = ()
 
     # ── before a payload is received ────────────────────────────────────────────────────────────
@@ -72,6 +78,7 @@ class MemberMemory:
         Raises:
             ProtocolError: the message has no payload, or its runs leave this server's range.
         """
+        self._coded, self._coded_rows = [], {}
         if isinstance(message, m.Register) and message.window is None:
             start, stop = self._shard.range_of(Layout(message.spec.tensors))
             if length != _ITEM * (stop - start):
@@ -80,7 +87,8 @@ class MemberMemory:
             return [self._initial]
         if isinstance(message, m.Step):
             runs: Arrays = [self._private(run).gradients[self._within(run)] for run in message.payload]
-            return runs + self._place_rows(message, length)
+            self._coded = [(coded, self._place_coded(coded)) for coded in message.coded]
+            return [*runs, *(data for _, data in self._coded), *self._place_rows(message, length)]
         if isinstance(message, m.PullRows | m.DeleteRows | m.AssignRows):
             return self._place_rows(message, length)
         if isinstance(message, m.LoadState):
@@ -97,13 +105,32 @@ class MemberMemory:
         start, stop = self._shard.range_of(self._layout_of(message.carried.model))
         return len(message.states) * (stop - start)
 
-    def _private(self, run: m.Run) -> Staging:
+    def _private(self, run: m.Run | m.Coded) -> Staging:
         staging = self._shard.staging(self._member, run.model)
         if not is_private(staging):
             raise ProtocolError(f"payload for model {run.model}, whose values are in a window")
         return staging
 
-    def _within(self, run: m.Run) -> slice:
+    def _place_coded(self, coded: m.Coded) -> NDArray[np.uint8]:
+        """Where the bytes of a codec go; their number is checked before there is memory for them."""
+        self._private(coded)
+        codec = parse_codec(self._shard.vectors[coded.model].spec.codec)
+        here = self._within(coded)
+        if codec is None or not 0 <= coded.size <= codec.size(coded.start, here.stop - here.start):
+            raise ProtocolError(f"{coded.size} bytes of {codec} for {here.stop - here.start} elements")
+        return np.empty(coded.size, dtype=np.uint8)
+
+    def _decode(self, step: m.Step) -> None:
+        """Have what came in a codec's bytes stand where gradients do."""
+        received, self._coded = self._coded, []
+        if len(received) != len(step.coded):
+            raise ProtocolError("a step names what a codec made, but it did not come")
+        for coded, data in received:
+            codec = parse_codec(self._shard.vectors[coded.model].spec.codec)
+            assert codec is not None
+            decode(codec, data, coded.start, self._private(coded).gradients[self._within(coded)])
+
+    def _within(self, run: m.Run | m.Coded) -> slice:
         vector = self._shard.vectors[run.model]
         if not vector.start <= run.start <= run.stop <= vector.stop:
             raise ProtocolError(
@@ -125,8 +152,26 @@ class MemberMemory:
         pushed = _pushed(message)
         arrays: Arrays = []
         for number, staged in enumerate(self._received):
-            arrays += [staged.ids, staged.rows] if number < pushed else [staged.ids]
+            arrays.append(staged.ids)
+            if number < pushed:
+                arrays.append(self._place_gradients(message, number, staged))
         return arrays
+
+    def _place_gradients(self, message: m.Request, number: int, staged: StagedRows) -> NDArray[Any]:
+        codec = parse_row_codec(self._shard.tables[staged.table].spec.codec)
+        if codec is None or not isinstance(message, m.Step):
+            return staged.rows
+        size = len(staged.ids) * codec.row_size(staged.rows.shape[1])
+        data = self._coded_rows[number] = np.empty(size, dtype=np.uint8)
+        return data
+
+    def _decode_rows(self) -> None:
+        coded, self._coded_rows = self._coded_rows, {}
+        for number, data in coded.items():
+            staged = self._received[number]
+            codec = parse_row_codec(self._shard.tables[staged.table].spec.codec)
+            assert codec is not None
+            decode_rows(codec, data, staged.rows)
 
     # ── once the message is here ────────────────────────────────────────────────────────────────
 
@@ -151,6 +196,7 @@ class MemberMemory:
         if isinstance(message, m.LoadState):
             return Brought(self._loaded(message))
         if isinstance(message, m.Step):
+            self._decode(message)
             if not message.pushed and not message.pulled:
                 self._pulled = ()
                 return _NOTHING
@@ -210,6 +256,7 @@ class MemberMemory:
         if self._scratch is not None:
             staged = [self._mapped(self._scratch, message, one) for one in rows]
         else:
+            self._decode_rows()
             staged, self._received = self._received, []
             if len(staged) != len(rows):
                 if any(one.count for one in rows):
@@ -254,10 +301,16 @@ class MemberMemory:
         for model in answer.values:
             staging = self._shard.staging(self._member, model)
             if is_private(staging):
-                arrays.append(staging.parameters)
+                arrays.append(self._values(model, staging.parameters))
         if self._scratch is None:
             arrays += [one.rows for one in pulled]
         return arrays
+
+    def _values(self, model: int, values: NDArray[np.float32]) -> NDArray[Any]:
+        """This server's range of a model as it travels."""
+        vector = self._shard.vectors[model]
+        codec = None if self._exact else parse_values_codec(vector.spec.values_codec)
+        return values if codec is None else encode(codec, values.copy(), vector.start, [len(values)])[0]
 
 
 def is_private(staging: Staging) -> bool:

@@ -79,7 +79,7 @@ class MemberRequests:
         self.since = 0.0
         self.untold = False
         self._server = server
-        self._memory = MemberMemory(server.shard, member.id, server.memory)
+        self._memory = MemberMemory(server.shard, member.id, server.memory, exact=member.role == "observer")
         self._message: m.AnyMessage | None = None
         self._request = 0
         self._snapshot: ShardSnapshot | None = None

@@ -70,6 +70,17 @@ class Carried(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensors: bytes
 
 
+class Coded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Elements [start, stop) of a model's vector, all of one tensor, whose gradients are in the payload as
+    `size` bytes that the model's codec made.
+    """
+
+    model: int
+    start: int
+    stop: int
+    size: int
+
+
 SettingValue: TypeAlias = Scalar | RuleSpec
 """A scalar, or a schedule."""
 
@@ -99,12 +110,13 @@ class Step(Message, frozen=True):
     """One turn. `seen` is the version the gradients were computed on.
 
     `read` asks for values: of all the member's models, of none, or of these. `pushed` are gradients of rows,
-    `pulled` rows that the answer brings. The payload has runs first, then ids and gradients of each of
-    `pushed`, then ids of each of `pulled`; that of the answer has values first, then rows. `position`: where
-    the worker is in its data once this is committed; None where it reads none. `weight`: what its gradients
-    count in a mean over the contributors, > 0. `known`, `known_tables`: the fingerprint of the rules that the
-    member knows to be in force, by model and table; the answer has those that are others. `kept`: what its
-    rank keeps from then on, encoded; None where that has not changed.
+    `pulled` rows that the answer brings. The payload has runs first, then what is `coded`, then ids and
+    gradients of each of `pushed`, then ids of each of `pulled`; that of the answer has values first, then
+    rows. Rows of a table with a codec are its bytes, where they are no memory that is shared.
+    `position`: where the worker is in its data once this is committed; None where it reads none. `weight`:
+    what its gradients count in a mean over the contributors, > 0. `known`, `known_tables`: the fingerprint of
+    the rules that the member knows to be in force, by model and table; the answer has those that are others.
+    `kept`: what its rank keeps from then on, encoded; None where that has not changed.
     """
 
     number: int
@@ -122,6 +134,7 @@ class Step(Message, frozen=True):
     known: tuple[tuple[int, int], ...] = ()
     known_tables: tuple[tuple[int, int], ...] = ()
     kept: bytes | None = None
+    coded: tuple[Coded, ...] = ()
 
 
 class Pull(Message, frozen=True):
@@ -342,11 +355,11 @@ class RulesInForce(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Answer(Message, frozen=True):
     """The end of an exchange. `version` is that of the values now in the window or the payload.
 
-    `values`: the models whose values were written (or follow, in this order, each this server's
-    whole range); `result`: of a step; `model`, `table`: the id given to what was registered. `states`: names
-    of the rule's state vectors whose range follows, in this order; `counts`: updates of each tensor.
-    `notice`: what a person should know of it. `rules`: in force, where the member may not know them. `sums`,
-    `data`, `ranks`: of a meeting, and who was in it.
+    `values`: the models whose values were written (or follow, in this order, each this server's whole range,
+    as the model's codec for values makes it); `result`: of a step; `model`, `table`: the id given to what was
+    registered. `states`: names of the rule's state vectors whose range follows, in this order; `counts`:
+    updates of each tensor. `notice`: what a person should know of it. `rules`: in force, where the member may
+    not know them. `sums`, `data`, `ranks`: of a meeting, and who was in it.
     """
 
     number: int

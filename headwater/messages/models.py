@@ -35,7 +35,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `clip_norm`: the largest norm that the gradient of one commit may have; a larger one is scaled down.
     `merge`: how the gradients of a commit become one, as `headwater.spec.merges` has it; None: as the mode's
-    `reduce` says.
+    `reduce` says. `codec`: how gradients are represented, as `headwater.spec.codecs` has it; `values_codec`:
+    how values are that workers read; None: as float32.
     """
 
     name: str
@@ -43,10 +44,15 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rules: tuple[RuleSpec, ...]
     clip_norm: float | None = None
     merge: str | None = None
+    codec: str | None = None
+    values_codec: str | None = None
 
 
 class TableSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a table is: `dim` float32 a row, its rule, how its rows begin and end (None: at once, never)."""
+    """What a table is: `dim` float32 a row, its rule, how its rows begin and end (None: at once, never).
+
+    `codec`: how gradients of rows are represented; None: as float32.
+    """
 
     name: str
     dim: int
@@ -55,6 +61,7 @@ class TableSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int
     admission: RuleSpec | None
     expiry: RuleSpec | None
+    codec: str | None = None
 
 
 class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

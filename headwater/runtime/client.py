@@ -104,6 +104,7 @@ class Client:
         self._splits: deque[SplitAnswer] = deque()
         self._begun: Callable[[Outcome], None] | None = None
         self._what = "connect"
+        self._traffic = [0, 0]  # of connections that have ended
         self._closed = False
         self._process = os.getpid()
         self._member = MembershipThread(self.machine, self.machine.membership, security, self._put_off)
@@ -138,6 +139,14 @@ class Client:
     def shares(self) -> list[bool]:
         """By server, whether memory can be shared with it; may change with the connections."""
         return self.machine.connections.shares
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes sent and received over the connections to servers, those that have ended included."""
+        now = list(self._links.values())
+        return (
+            self._traffic[0] + sum(channel.sent for channel in now),
+            self._traffic[1] + sum(channel.received for channel in now),
+        )
 
     # ── exchanges ───────────────────────────────────────────────────────────────────────────────
 
@@ -357,9 +366,8 @@ class Client:
         """Close all connections; idempotent."""
         self.interrupt()
         self._member.stop()
-        for channel in list(self._links.values()):
-            channel.close()
-        self._links.clear()
+        for conn in list(self._links):
+            self._hang_up(conn)
         self.machine.connections.buffers.clear()
 
     def check_open(self, what: str) -> None:
@@ -512,6 +520,8 @@ class Client:
         channel = self._links.pop(conn, None)
         if channel is not None:
             channel.close()
+            self._traffic[0] += channel.sent
+            self._traffic[1] += channel.received
 
     def _take(self, event: Any) -> None:
         if isinstance(event, Settled):

@@ -14,6 +14,7 @@ from headwater.shard.outstanding import Members
 from headwater.shard.runnable import check_runs
 from headwater.shard.tables import StagedRows, Tables
 from headwater.shard.vector import Vector
+from headwater.spec.codecs import parse_codec, parse_values_codec
 from headwater.spec.layout import Layout
 from headwater.spec.merges import parse_merge
 from headwater.spec.rules import from_spec
@@ -166,6 +167,7 @@ def _check_spec(spec: m.ModelSpec) -> None:
         )
     if spec.clip_norm is not None and not 0 < spec.clip_norm < math.inf:
         raise RegistrationError(f"model {spec.name!r}: clip_norm={spec.clip_norm}, expected a number > 0")
+    parse_codec(spec.codec), parse_values_codec(spec.values_codec)
     if spec.merge is not None:
         parse_merge(spec.merge)
     for rule in map(from_spec, spec.rules):

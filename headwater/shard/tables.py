@@ -21,6 +21,7 @@ from headwater.shard.merges import Merge
 from headwater.shard.runnable import check_runs
 from headwater.shard.snapshot import TableSnapshot
 from headwater.shard.table import Gradients, Table
+from headwater.spec.codecs import parse_row_codec
 from headwater.spec.declaration import table_difference
 from headwater.spec.placement import slots_of_server
 from headwater.spec.rules import from_spec
@@ -96,8 +97,9 @@ class Tables:
 
         Raises:
             RegistrationError: an impossible dim.
-            ConfigurationError: an unknown or impossible rule, initialiser, admission or expiry.
+            ConfigurationError: an unknown or impossible rule, initialiser, admission, expiry or codec.
         """
+        parse_row_codec(spec.codec)
         check_runs(from_spec(spec.rule), row_rule)
         Table(spec, range(0))
 

@@ -123,8 +123,8 @@ class Vector:
     def declared(self, spec: ModelSpec) -> str:
         """A member declares this model, which is no other one; what a person should know of it, or "".
 
-        After a resume the first declaration says how gradients are merged and clipped, and which settings are
-        new.
+        After a resume the first declaration says how gradients are merged, clipped and represented, and which
+        settings are new.
 
         Raises:
             RegistrationError: a new setting needs other states. Nothing changed.
@@ -132,12 +132,13 @@ class Vector:
         resumed = self.governed.resumed
         told = self.governed.declare(f"model {spec.name!r}", spec.rules)
         changed = [] if not told else [told]
-        for what in ("merge", "clip_norm"):
+        for what in ("merge", "clip_norm", "codec", "values_codec"):
             before, now = getattr(self.spec, what), getattr(spec, what)
             if resumed and before != now:
                 changed.insert(0, f"{what} was {before} in the checkpoint and is {now} from now on")
         if resumed:
-            self.spec = msgspec.structs.replace(self.spec, clip_norm=spec.clip_norm, merge=spec.merge)
+            fields = {what: getattr(spec, what) for what in ("merge", "clip_norm", "codec", "values_codec")}
+            self.spec = msgspec.structs.replace(self.spec, **fields)
         return "; ".join(changed)
 
     def apply(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, get_args
 
 from headwater.errors import ConfigurationError
 
@@ -34,6 +34,10 @@ class BFloat16:
         """Most bytes that n elements from number `first` on take."""
         return 2 * n
 
+    def row_size(self, dim: int) -> int:
+        """Bytes of a row of a table."""
+        return 2 * dim
+
     def __str__(self) -> str:
         return self.kind
 
@@ -48,6 +52,10 @@ class Float16:
         """As `BFloat16.size`."""
         return 2 * n
 
+    def row_size(self, dim: int) -> int:
+        """As `BFloat16.row_size`."""
+        return 2 * dim
+
     def __str__(self) -> str:
         return self.kind
 
@@ -61,6 +69,10 @@ class Int8:
     def size(self, first: int, n: int) -> int:
         """As `BFloat16.size`."""
         return 4 * blocks(first, n) + n
+
+    def row_size(self, dim: int) -> int:
+        """As `BFloat16.row_size`: a row has one scale, however long it is."""
+        return 4 + dim
 
     def __str__(self) -> str:
         return self.kind
@@ -158,6 +170,9 @@ class OneBit:
         return f"1bit:{float(self.threshold)!r}"
 
 
+RowCodec: TypeAlias = BFloat16 | Float16 | Int8
+"""What may represent gradients of a table's rows. Nothing is kept of what they lose: ids have no end."""
+
 Codec: TypeAlias = BFloat16 | Float16 | Int8 | Q4 | TopK | TwoBit | OneBit
 
 _PLAIN: dict[str, Callable[[], Codec]] = {
@@ -172,8 +187,8 @@ _WITH_NUMBER: dict[str, Callable[[float], Codec]] = {"topk": TopK, "2bit": TwoBi
 
 _EXPECTED = "'bf16', 'fp16', 'int8', 'q4', 'topk:FRACTION', '2bit:THRESHOLD', '1bit:THRESHOLD' or None"
 
-VALUE_CODECS = ("bf16", "fp16")
-"""Kinds that may also represent values on their way to workers."""
+_VALUES = BFloat16 | Float16
+"""What may also represent values on their way to workers: each element by itself, and close to it."""
 
 
 def parse_codec(value: str | Codec | None) -> Codec | None:
@@ -194,6 +209,33 @@ def parse_codec(value: str | Codec | None) -> Codec | None:
         if isinstance(error, ConfigurationError):
             raise
         raise ConfigurationError(f"codec: got {value!r}, expected {_EXPECTED}") from None
+
+
+def parse_row_codec(value: str | Codec | None) -> RowCodec | None:
+    """As `parse_codec`, of gradients of rows."""
+    codec = parse_codec(value)
+    if codec is not None and not isinstance(codec, RowCodec):
+        raise ConfigurationError(
+            f"codec: got {value!r} for rows of a table, expected {_of(RowCodec)} or None"
+        )
+    return codec
+
+
+def parse_values_codec(value: str | Codec | None) -> BFloat16 | Float16 | None:
+    """As `parse_codec`, of values on their way to workers."""
+    codec = parse_codec(value)
+    if codec is not None and not isinstance(codec, _VALUES):
+        raise ConfigurationError(f"values_codec: got {value!r}, expected {_of(_VALUES)} or None")
+    return codec
+
+
+def text_of(codec: Codec | None) -> str | None:
+    """How it travels in a spec."""
+    return None if codec is None else str(codec)
+
+
+def _of(union: Any) -> str:
+    return ", ".join(repr(codec.kind) for codec in get_args(union))
 
 
 def _is_number(value: object) -> bool:

@@ -25,8 +25,8 @@ Values: TypeAlias = Mapping[str, Scalar | Settings]
 def model_difference(old: ModelSpec, new: ModelSpec, resumed: bool = False) -> str:
     """What keeps `new` from being the model `old`; "" when nothing does.
 
-    A model that was `resumed` from a checkpoint may be clipped or merged otherwise. Settings are no
-    difference.
+    A model that was `resumed` from a checkpoint may be clipped, merged or represented otherwise. Settings are
+    no difference.
     """
     here, there = set(old.tensors), set(new.tensors)
     if here != there:
@@ -40,7 +40,7 @@ def model_difference(old: ModelSpec, new: ModelSpec, resumed: bool = False) -> s
             f"model {old.name!r} exists with rule {kinds[0]}, got {kinds[1]}: "
             f"pass the same, or name=… for another model"
         )
-    for field in ("clip_norm", "merge"):
+    for field in ("clip_norm", "merge", "codec", "values_codec"):
         before, after = getattr(old, field), getattr(new, field)
         if before != after and not resumed:
             return (
@@ -52,7 +52,7 @@ def model_difference(old: ModelSpec, new: ModelSpec, resumed: bool = False) -> s
 
 def table_difference(old: TableSpec, new: TableSpec) -> str:
     """What keeps `new` from being the table `old`; "" when nothing does. Settings are no difference."""
-    for field in ("dim", "initializer", "seed", "admission", "expiry"):
+    for field in ("dim", "initializer", "seed", "admission", "expiry", "codec"):
         before, after = getattr(old, field), getattr(new, field)
         if before != after:
             return (

@@ -77,6 +77,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
             are not scaled. As in `Worker.model`.
         merge: how the gradients of all workers become one: "mean", "sum", "rda", "median", "trimmed:F", or
             None for what the mode's `reduce` says, as rows of tables are combined. As in `Worker.model`.
+        codec, values_codec: how gradients and values travel, as in `Worker.model`; buffers and rows of tables
+            do not follow them.
         buffers: "rank0", "mean" or "local", see `SharedBuffers`.
         nonfinite: what a NaN or infinite gradient does: "raise", "skip" (an empty turn) or "off".
 
@@ -103,6 +105,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         pull_every: int = 1,
         clip_norm: float | None = None,
         merge: str | None = None,
+        codec: str | None = None,
+        values_codec: str | None = None,
         buffers: BufferMode = "rank0",
         nonfinite: NonFinite = "raise",
     ) -> None:
@@ -140,7 +144,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._accrued: set[str] = set()
         self.result: StepResult | None = None
         aliases = tied_names(module, trained)
-        self._model = None if tables_only else self._register(name, trained, aliases, rule, clip_norm, merge)
+        how = {"clip_norm": clip_norm, "merge": merge, "codec": codec, "values_codec": values_codec}
+        self._model = None if tables_only else self._register(name, trained, aliases, rule, how)
         self._buffers = shared or SharedBuffers(worker, module, f"{name}.buffers", buffers)
         self._models = [model for model in (self._model, self._buffers.model) if model is not None]
         self._binding = known or (Binding(worker, self._model, module, trained) if self._model else None)
@@ -163,8 +168,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         trained: Mapping[str, torch.nn.Parameter],
         aliases: Mapping[str, str],
         rule: Rule | None,
-        clip_norm: float | None,
-        merge: str | None,
+        how: Mapping[str, Any],
     ) -> Model:
         assert rule is not None  # make_groups refuses None
         values = {one: parameter.detach() for one, parameter in trained.items()}
@@ -174,10 +178,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
             values,
             rule,
             groups=own,
-            clip_norm=clip_norm,
-            merge=merge,
             aliases=aliases,
             nonfinite=self._nonfinite,
+            **how,
         )
         model.settings.governs = True
         if model.settings.first is not None:

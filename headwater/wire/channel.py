@@ -56,6 +56,7 @@ class Channel:
     Attributes:
         peer: who is at the other end, for logs: "tcp:127.0.0.1:4000" or "unix pid 123".
         can_pass_descriptors: whether open files can travel with frames (a Unix socket).
+        sent: bytes so far, before encryption; without what travels as descriptors.
     """
 
     def __init__(self, connection: Stream, limits: Limits | None = None) -> None:
@@ -64,6 +65,7 @@ class Channel:
         self.peer = peer_name(connection)
         self.can_pass_descriptors = connection.family == socket.AF_UNIX
         self._incoming = Incoming(connection, limits or Limits(), self.peer)
+        self.sent = 0
         self._receive_timeout: float | None = None  # what the kernel has been told
         self._send_timeout: float | None = None
         self._reading = threading.Lock()
@@ -81,6 +83,11 @@ class Channel:
     def fileno(self) -> int:
         """Return the socket's descriptor, -1 once it is closed."""
         return self._stream.fileno()
+
+    @property
+    def received(self) -> int:
+        """Bytes so far, as `sent`."""
+        return self._incoming.count
 
     def hung_up(self) -> bool:
         """Whether the peer has ended the connection, as far as the kernel knows; does not block or read."""
@@ -331,6 +338,7 @@ class Channel:
             sent = 0
         except OSError as error:
             raise ConnectionLostError(f"lost the connection to {self.peer}: {error}") from error
+        self.sent += sent
         return None if sent == len(data) else Span((memoryview(data)[sent:],))
 
     def push(self, unsent: Span, flags: int = NO_WAIT) -> Span | None:
@@ -346,6 +354,7 @@ class Channel:
             raise ConnectionLostError(f"lost the connection to {self.peer}: {error}") from error
         self._passing = ()  # they left with the first byte
         unsent.advance(sent)
+        self.sent += sent
         return unsent if unsent.left else None
 
     def wait(

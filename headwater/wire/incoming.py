@@ -102,9 +102,11 @@ class Incoming:
 
     Attributes:
         failure: why nothing more can be read, "" while something can.
+        count: bytes that have come.
     """
 
     def __init__(self, connection: Stream, limits: Limits, peer: str) -> None:
+        self.count = 0
         self._stream = connection
         self._limits = limits
         self._peer = peer
@@ -241,6 +243,7 @@ class Incoming:
                 f"{self._peer} closed the connection {span.left} bytes before a frame's end"
             )
         span.advance(count)
+        self.count += count
         return None if span.left else self._finish()
 
     def _finish(self) -> Received | None:
@@ -270,6 +273,7 @@ class Incoming:
                 raise EOFError
             raise ConnectionLostError(f"{self._peer} closed the connection {end} bytes into a frame")
         self._end = end + count
+        self.count += count
 
     def _make_room(self) -> None:
         """Move the begun frame to the front of the buffer, and into a larger one if its header needs it."""

@@ -105,6 +105,7 @@ class Model:
         if not (self._fresh and self._session.mode.rounds and self._session.usable()):
             have = self.read_version
             self._session.ask(lambda number: m.Pull(number, (self.id,), have), "pull")
+            self._buffer.arrived()
             self.read_version = self._session.version
             self.took = False
             if self.adapter is not None:
@@ -320,12 +321,35 @@ class Model:
         kept = self.layout.unmask(carried.tensors)
         self._staged |= {name for name, keep in zip(names, kept, strict=True) if keep}
 
+    def encode(self, mask: bytes) -> None:
+        """Make the gradients of these tensors, which a step carries, what the model's codec says."""
+        self._buffer.take(mask)
+
     def gradient_payload(self, server: int, mask: bytes) -> tuple[tuple[m.Run, ...], list[Array]]:
         """The runs and arrays of staged gradients for a server without a window."""
         return self._buffer.staged(mask, server)
 
+    def coded_payload(self, server: int) -> tuple[tuple[m.Coded, ...], list[Any]]:
+        """The same as the model's codec makes them."""
+        return self._buffer.coded(server)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes that the gradients of all steps so far take, as they are represented."""
+        return self._buffer.taken
+
+    @property
+    def residual(self) -> dict[str, Array]:
+        """By name, what the codec has lost so far and the next gradients bring: views, to look at only.
+
+        Empty without a codec, and before the first step.
+        """
+        lost = self._buffer.lost
+        return {} if lost is None else {n: _read_only(v) for n, v in self.layout.views(lost).items()}
+
     def written(self) -> None:
         """Note that the window holds the values of the last answer's version."""
+        self._buffer.arrived()
         self._fresh, self.read_version = True, self._session.version
         if self.adapter is not None:
             self.adapter.after_read()

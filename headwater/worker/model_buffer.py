@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.machines.client import ClientMachine
 from headwater.machines.connections import Frame
+from headwater.spec.codecs import parse_codec, parse_values_codec
 from headwater.spec.layout import Layout
+from headwater.worker.model_codec import CodedGradients, CodedValues
 
 Array: TypeAlias = NDArray[np.float32]
 
@@ -82,6 +84,10 @@ class ModelBuffer:
         self.id = -1
         self._machine = machine
         self._cuts = self.layout.cut(machine.servers)
+        codec, values = parse_codec(spec.codec), parse_values_codec(spec.values_codec)
+        self._coded = None if codec is None else CodedGradients(codec, self.layout, self._cuts)
+        self._values = None if values is None else CodedValues(values, memory.parameters, self._cuts)
+        self._taken = 0
 
     # ── frames ──────────────────────────────────────────────────────────────────────────────────
 
@@ -108,16 +114,49 @@ class ModelBuffer:
         ranges = self.vectors(server, states) if stop > start else []
         return Frame(msgspec.structs.replace(request, number=number), ranges)
 
-    def staged(self, mask: bytes, server: int) -> tuple[tuple[m.Run, ...], list[Array]]:
-        """The gradients of these tensors that follow a step to a server; none where it reads them itself."""
-        return self._runs(server, mask, self.memory.gradients)
+    def take(self, mask: bytes) -> None:
+        """A step carries the gradients of these tensors: make them what the model's codec says."""
+        if self._coded is not None:
+            self._coded.encode(mask, self.memory.gradients)
+        else:
+            carried = self.layout.unmask(mask)
+            self._taken += 4 * int((self.layout.stops - self.layout.starts)[carried].sum())
 
-    def incoming(self, server: int) -> list[Array]:
+    @property
+    def taken(self) -> int:
+        """Bytes that the gradients of all steps so far take, whether they travelled or lay in memory that is
+        shared."""
+        return self._taken if self._coded is None else self._coded.taken
+
+    @property
+    def lost(self) -> Array | None:
+        """float32[elements]: what the codec lost and the next gradients bring; None where nothing is."""
+        return None if self._coded is None else self._coded.lost
+
+    def staged(self, mask: bytes, server: int) -> tuple[tuple[m.Run, ...], list[Array]]:
+        """The gradients of these tensors that follow a step to a server; none where it reads them itself, or
+        gets them as a codec makes them."""
+        return ((), []) if self._coded is not None else self._runs(server, mask, self.memory.gradients)
+
+    def coded(self, server: int) -> tuple[tuple[m.Coded, ...], list[Any]]:
+        """The gradients that follow a step to a server as the model's codec makes them, behind `staged`."""
+        if self._coded is None or self._is_shared(server):
+            return (), []
+        return self._coded.outgoing(self.id, server)
+
+    def incoming(self, server: int) -> list[Any]:
         """Where a server's range of the parameters goes that follows its answer; none where it writes it."""
         if self._is_shared(server):
             return []
+        if self._values is not None:
+            return self._values.incoming(server)
         start, stop = self._cuts[server]
         return [self.memory.parameters[start:stop]]
+
+    def arrived(self) -> None:
+        """All servers have answered with values."""
+        if self._values is not None:
+            self._values.arrived()
 
     def vectors(self, server: int, vectors: Sequence[Array]) -> list[Array]:
         """The server's range of vectors of the model's layout."""

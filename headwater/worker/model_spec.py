@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.errors import ConfigurationError, GradientError, RegistrationError, UsageError
 from headwater.shard.table import MOST_COLUMNS
+from headwater.spec.codecs import parse_codec, parse_row_codec, parse_values_codec, text_of
 from headwater.spec.initializers import Initializer
 from headwater.spec.layout import Layout
 from headwater.spec.lifetime import AfterCount, Expiry
@@ -56,14 +57,17 @@ def specify(
     clip_norm: float | None = None,
     merge: str | None = None,
     aliases: Mapping[str, str] = MappingProxyType({}),
+    codec: str | None = None,
+    values_codec: str | None = None,
 ) -> tuple[m.ModelSpec, dict[str, NDArray[Any]]]:
     """The spec of a model and its initial values as arrays.
 
     Raises:
         RegistrationError: what it names is not a model.
-        ConfigurationError: an impossible `clip_norm` or `merge`.
+        ConfigurationError: an impossible `clip_norm`, `merge`, `codec` or `values_codec`.
     """
     check_clip_norm(clip_norm)
+    coded, values_coded = text_of(parse_codec(codec)), text_of(parse_values_codec(values_codec))
     combined = None if merge is None else str(parse_merge(merge))
     _check_name("a model", name)
     if not isinstance(params, Mapping):
@@ -110,7 +114,7 @@ def specify(
         )
     rules = tuple(one.to_spec() for one in (rule, *(group.rule for group in groups)))
     largest = None if clip_norm is None else float(clip_norm)
-    spec = m.ModelSpec(name, Layout(specs).tensors, rules, largest, combined)
+    spec = m.ModelSpec(name, Layout(specs).tensors, rules, largest, combined, coded, values_coded)
     _check_size(spec)
     return spec, arrays
 
@@ -123,12 +127,15 @@ def specify_table(
     seed: int,
     admission: AfterCount | None,
     expiry: Expiry | None,
+    codec: str | None = None,
 ) -> m.TableSpec:
     """The spec of a table.
 
     Raises:
         RegistrationError: what it names cannot be a table.
+        ConfigurationError: an impossible `codec`.
     """
+    coded = text_of(parse_row_codec(codec))
     _check_name("a table", name)
     what = f"table {name!r}"
     if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= MOST_COLUMNS:
@@ -147,8 +154,8 @@ def specify_table(
         raise RegistrationError(
             f"{what}: expiry must be hw.AfterSteps(n), hw.LeastRecentlyUsed(n) or None, got {expiry!r}"
         )
-    ends = (None if part is None else part.to_spec() for part in (admission, expiry))
-    return m.TableSpec(name, dim, rule.to_spec(), initializer.to_spec(), seed, *ends)
+    begin, end = (None if part is None else part.to_spec() for part in (admission, expiry))
+    return m.TableSpec(name, dim, rule.to_spec(), initializer.to_spec(), seed, begin, end, coded)
 
 
 def _check_name(what: str, name: Any) -> None:

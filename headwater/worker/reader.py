@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,7 +15,9 @@ from headwater.worker.model import Model
 def read_parameters(
     coordinator: str, *, security: Security = PLAIN
 ) -> tuple[int, dict[str, dict[str, NDArray[np.float32]]]]:
-    """The version and the values of all models then; blocks for a few exchanges. The arrays are the caller's.
+    """The version and the values of all models then, as the servers keep them; blocks for a few exchanges.
+
+    The arrays are the caller's.
 
     Raises:
         ConnectionLostError: a node is gone.
@@ -23,7 +26,7 @@ def read_parameters(
     try:
         models = []
         for info in session.describe().models:
-            model = Model(session, info.spec)
+            model = Model(session, msgspec.structs.replace(info.spec, values_codec=None))
             models.append(model)
             model.attach(info.model)
         ids = tuple(model.id for model in models)

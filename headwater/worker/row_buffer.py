@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.kernels.arrange import Ids, Plan
+from headwater.kernels.codecs import decode_rows, encode_rows
 from headwater.machines.client import ClientMachine
 from headwater.machines.connections import Frame
+from headwater.spec.codecs import RowCodec
 
 Array = NDArray[np.float32]
 
@@ -102,6 +104,15 @@ class RowBuffer:
         flat = self._scratch.memory[place.rows_at : place.rows_at + size].view(np.float32)
         return flat.reshape(count, place.dim)
 
+    def encode(self, place: RowSlice, codec: RowCodec) -> list[NDArray[np.uint8]]:
+        """The bytes of the rows of each server; makes the rows what these stand for."""
+        rows, pieces = self.rows(place), []
+        for server in range(len(place.plan.bounds) - 1):
+            here = slice(*self._bounds(place, server))
+            pieces.append(encode_rows(codec, rows[here]))
+            decode_rows(codec, pieces[-1], rows[here])
+        return pieces
+
     def _ids(self, place: RowSlice) -> Ids:
         size = _ID * len(place.plan.ids)
         return self._scratch.memory[place.ids_at : place.ids_at + size].view(np.int64)
@@ -114,11 +125,16 @@ class RowBuffer:
         rows_at = place.rows_at + _ITEM * place.dim * start
         return m.Rows(table, stop - start, place.ids_at + _ID * start, rows_at)
 
-    def outgoing(self, place: RowSlice, server: int, *, rows: bool) -> list[NDArray[Any]]:
-        """What follows a message to a server that shares no memory: ids, and with `rows` gradients."""
+    def outgoing(
+        self, place: RowSlice, server: int, *, rows: bool, coded: Sequence[NDArray[np.uint8]] = ()
+    ) -> list[NDArray[Any]]:
+        """What follows a message to a server that shares no memory: ids, and with `rows` gradients, which are
+        `coded` for each server where a codec was at work."""
         if self._is_shared(server):
             return []
         here = slice(*self._bounds(place, server))
+        if coded and rows:
+            return [self._ids(place)[here], coded[server]]
         return [self._ids(place)[here], self.rows(place)[here]] if rows else [self._ids(place)[here]]
 
     def incoming(self, places: Sequence[RowSlice], server: int) -> list[Array]:

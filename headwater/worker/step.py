@@ -51,6 +51,9 @@ class StepExchange:
                 model: carried for model, (carried, _, _) in staged.items() if carried is not None
             }
             self._pushed = {table: place for table, (place, *_) in rows.items() if place is not None}
+        for model, carried in self._carried.items():
+            model.encode(carried.tensors)
+        self._coded_rows = {table: table.encode(place) for table, place in self._pushed.items()}
         self._pulled = {table: place for table, (_, place, *_) in rows.items() if place is not None}
         self._settings = tuple(setting for _, settings, _ in staged.values() for setting in settings)
         self._position: m.Position | None = None
@@ -134,6 +137,7 @@ class StepExchange:
 
     def _outgoing(self, server: int, number: int, step: int, read: bool | tuple[int, ...]) -> Outgoing:
         payload = [model.gradient_payload(server, c.tensors) for model, c in self._carried.items()]
+        coded = [model.coded_payload(server) for model in self._carried]
         message = m.Step(
             number,
             step,
@@ -150,10 +154,11 @@ class StepExchange:
             known=tuple((model.id, model.settings.known) for model in self._models),
             known_tables=tuple((table.id, table.settings.known) for table in self._tables),
             kept=self._kept,
+            coded=tuple(piece for pieces, _ in coded for piece in pieces),
         )
-        arrays: list[Any] = [array for _, arrays in payload for array in arrays]
-        for place in self._pushed.values():
-            arrays += self._memory.outgoing(place, server, rows=True)
+        arrays: list[Any] = [array for _, arrays in (*payload, *coded) for array in arrays]
+        for table, place in self._pushed.items():
+            arrays += self._memory.outgoing(place, server, rows=True, coded=self._coded_rows[table])
         for place in self._pulled.values():
             arrays += self._memory.outgoing(place, server, rows=False)
         return Outgoing(message, arrays)

@@ -16,6 +16,7 @@ from headwater.errors import GradientError, NonFiniteError, RegistrationError, U
 from headwater.kernels import finite, stage
 from headwater.kernels.arrange import Ids, Plan, arrange, as_ids
 from headwater.runtime.client import Client
+from headwater.spec.codecs import parse_row_codec
 from headwater.spec.declaration import table_difference
 from headwater.spec.rules import Rule
 from headwater.spec.schedules import Schedule
@@ -49,6 +50,7 @@ class Table:
         name, dim: as registered.
         read_version: version of the rows last pulled; that of the worker before.
         settings: of its rule.
+        gradient_bytes: that the gradients of all steps so far take, as they are represented, without ids.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class Table:
         self._pushed: RowSlice | None = None
         self._sums: RowSums | None = None
         self.settings = RuleSettings(f"table {spec.name!r}", [spec.rule])
+        self._codec = parse_row_codec(spec.codec)
+        self.gradient_bytes = 0
         self._skip = False
         self._wanted: tuple[Ids, Plan] | None = None
         self._ahead: _Ahead | None = None
@@ -349,6 +353,17 @@ class Table:
         """Have the next step push these again, with what is pushed until then: they came too late."""
         self._sums = RowSums(self.dim)
         self._sums.add(place.plan.ids, self._memory.rows(place), tested=False)
+
+    def encode(self, place: RowSlice) -> list[NDArray[np.uint8]]:
+        """What the table's codec makes of rows that a step pushes, for each server; empty without one.
+
+        The rows are afterwards what these bytes stand for.
+        """
+        codec = self._codec
+        coded = [] if codec is None else self._memory.encode(place, codec)
+        plain = 4 * self.dim * len(place.plan.ids)
+        self.gradient_bytes += sum(len(data) for data in coded) if coded else plain
+        return coded
 
     def brought(self, place: RowSlice) -> None:
         """Note that a step brought the rows that `prefetch` wanted."""

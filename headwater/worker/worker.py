@@ -57,6 +57,8 @@ class WorkerStatistics:
         samples: that its `batches` have handed out.
         waiting: seconds spent in exchanges with the servers.
         elapsed: seconds since it joined.
+        sent, received: bytes over its connections to the servers; memory that is shared is none.
+        gradient_bytes: that the gradients of its steps take as they are represented, shared or sent.
         staleness: commits between the version that a gradient was computed on and its own → number of steps.
         metrics: what `log` was last told, by name.
     """
@@ -68,6 +70,9 @@ class WorkerStatistics:
     samples: int
     waiting: float
     elapsed: float
+    sent: int
+    received: int
+    gradient_bytes: int
     staleness: dict[int, int]
     metrics: dict[str, float]
 
@@ -145,6 +150,8 @@ class Worker:
         groups: Sequence[Group] = (),
         clip_norm: float | None = None,
         merge: str | None = None,
+        codec: str | None = None,
+        values_codec: str | None = None,
         aliases: Mapping[str, str] = MappingProxyType({}),
         nonfinite: NonFinite = "raise",
     ) -> Model:
@@ -166,17 +173,24 @@ class Worker:
         mode's `reduce` says. "rda" costs a pass over each pair of gradients and one exchange more between
         servers; `StepResult.norms` then has the norm of the result.
 
+        `codec`: how gradients are represented on their way to the servers: "bf16", "fp16", "int8" (by 256,
+        the largest magnitude / 127), "q4" (sign and 3-bit exponent), "topk:FRACTION", "2bit:THRESHOLD",
+        "1bit:THRESHOLD" (MXNet's); None: as they are. It changes results in the same way whether bytes travel
+        or not. What is lost is kept by this worker, in memory of the model's size, and added to the next
+        gradient of that tensor; one that is started again begins with nothing kept. `values_codec`: how
+        values are represented that workers read, "bf16" or "fp16"; the servers keep them in float32.
+
         `aliases`: other name → tensor, for results and checkpoints to have the tensor under both.
 
         Raises:
-            ConfigurationError: an impossible `clip_norm` or `merge`, or a merge that needs more contributors
-                than the cluster has workers.
+            ConfigurationError: an impossible `clip_norm`, `merge` or codec, or a merge that needs more
+                contributors than the cluster has workers.
             RegistrationError: not a model, or another one than already registered; names both. A model
                 registered before stays as it was.
         """
         self._session.check_open("model")
         check_merge(merge, self.workers)
-        spec, initial = specify(name, params, rule, groups, clip_norm, merge, aliases)
+        spec, initial = specify(name, params, rule, groups, clip_norm, merge, aliases, codec, values_codec)
         known = self._models.get(name)
         if known is not None:
             known.redeclare(spec, nonfinite)
@@ -197,6 +211,7 @@ class Worker:
         seed: int = 0,
         admission: AfterCount | None = None,
         expiry: Expiry | None = None,
+        codec: str | None = None,
         nonfinite: NonFinite = "raise",
     ) -> Table:
         """Register a table, or join the one that has this name; blocks for an exchange.
@@ -206,11 +221,15 @@ class Worker:
         ends as `expiry` says. A later call with the same name and the same table returns the same object, and
         its rule's settings are in force from the next step on, as with `Table.set`.
 
+        `codec`: how gradients of rows are represented, "bf16", "fp16" or "int8" (a scale for each row);
+        nothing is kept of what they lose.
+
         Raises:
             RegistrationError: not a table, or another one than already registered; names both.
+            ConfigurationError: an impossible `codec`.
         """
         self._session.check_open("table")
-        spec = specify_table(name, dim, rule, initializer, seed, admission, expiry)
+        spec = specify_table(name, dim, rule, initializer, seed, admission, expiry, codec)
         known = self._tables.get(name)
         if known is not None:
             known.redeclare(spec, nonfinite)
@@ -504,6 +523,9 @@ class Worker:
 
     def statistics(self) -> WorkerStatistics:
         """A snapshot of this worker's counters."""
+        sent, received = self._session.traffic()
+        parts = [model.gradient_bytes for model in self._models.values()]
+        parts += [table.gradient_bytes for table in self._tables.values()]
         return WorkerStatistics(
             rank=self.rank,
             steps=self._step,
@@ -512,6 +534,9 @@ class Worker:
             samples=self._feed.samples,
             waiting=self._session.waiting,
             elapsed=time.monotonic() - self._began,
+            sent=sent,
+            received=received,
+            gradient_bytes=sum(parts),
             staleness=dict(self._staleness),
             metrics=dict(self._metrics),
         )
