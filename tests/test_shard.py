@@ -129,6 +129,39 @@ def test_apply_touches_what_is_carried_alone_and_answers_with_all(
         assert (vector.updates, vector.changed) == (1, 7)
 
 
+@examples(40)
+@given(models, st.integers(1, 3), st.integers(1, 2), st.data())
+def test_steps_of_any_patterns_one_after_the_other_are_as_if_each_were_the_first_of_its_pattern(
+    drawn, servers, workers, data
+):
+    """Adam's bias correction shows whose counts were taken; states that are loaded make neighbours differ."""
+    spec = spec_of(drawn, (Adam(lr=1.0), Adam(lr=2.0)))
+    layout = Layout(spec.tensors)
+    tensors = len(drawn)
+    masks = [np.stack([data.draw(carried_of(tensors)) for _ in range(workers)]) for _ in range(2)]
+    program = data.draw(st.lists(st.sampled_from(["one", "other", "load"]), min_size=2, max_size=6))
+    both = [vectors(spec, servers, np.zeros(layout.elements, np.float32)) for _ in range(2)]
+    for vector, plain in zip(*both, strict=True):
+        ranges = np.arange(vector.stop - vector.start, dtype=np.float32) % 7
+        stagings = [Staging(ranges + 1 + k, np.zeros_like(ranges)) for k in range(workers)]
+        for version, what in enumerate(program, 1):
+            if what == "load":
+                states, counts = np.tile(ranges, 2), list(range(tensors))
+                for one in (vector, plain):
+                    one.load_state(states, masks[1].any(axis=0), counts, 5, version)
+                continue
+            carried = masks[what == "other"]
+            if not carried.any():
+                continue
+            updates = [Update(one, mask) for one, mask in zip(stagings, carried, strict=True)]
+            vector.apply(updates, Merge(workers), stagings, version)
+            plain._pattern = None
+            plain.apply(updates, Merge(workers), [], version)
+            assert (vector.counts == plain.counts).all()
+            assert vector.values.tobytes() == plain.values.tobytes()
+            assert all(one.parameters.tobytes() == plain.values.tobytes() for one in stagings)
+
+
 @pytest.mark.parametrize(("rule", "value"), [(Accumulate(), 1 + 12), (Assign(), 12 / 2)])
 def test_accumulate_always_sums_and_assign_takes_the_mean(rule, value):
     spec = model_spec(shapes={"x": (5,)}, rule=rule)

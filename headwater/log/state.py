@@ -147,7 +147,7 @@ class LogState:
         )
 
     def _answered_step(self, ticket: m.ExchangeId) -> None:
-        standing = self.standing(ticket.member)
+        standing = self.members.get(ticket.member) or self.standing(ticket.member)
         standing.answered, standing.connection_epoch, standing.round = (
             ticket.number,
             ticket.connection_epoch,
@@ -156,7 +156,7 @@ class LogState:
         standing.stopping = False
 
     def _finished_step(self, ticket: m.ExchangeId) -> None:
-        standing = self.standing(ticket.member)
+        standing = self.members.get(ticket.member) or self.standing(ticket.member)
         if standing.phase == "active":
             self.clocks.advance(standing.clock)
         standing.clock += 1

@@ -82,7 +82,7 @@ class LogApplier:
     @property
     def busy(self) -> bool:
         """Whether `advance` has something to do."""
-        return bool(self._arrived) or self._may_commit()
+        return True if self._arrived else self._replicated and self._may_commit()
 
     @property
     def waiting(self) -> int:
@@ -100,21 +100,23 @@ class LogApplier:
         Raises:
             ProtocolError: what arrived does not continue the log.
         """
-        if self._may_commit():
+        if self._replicated and self._may_commit():
             answers = self.shard.commit(self.shard.position + 1)
             self._note_serving()
             return answers
         term, entry, committed = self._arrived.popleft()
         shard = self.shard
-        try:
-            shard.admit(term)
-        except RefusedError:
-            return []  # from a sequencer that was replaced
+        if term != shard.term:
+            try:
+                shard.admit(term)
+            except RefusedError:
+                return []  # from a sequencer that was replaced
         if not self._replicated:
             if entry is None:
                 return []
-            self.moved |= isinstance(entry, m.Measured)
-            return shard.process(entry)
+            answers = shard.process(entry)
+            self.moved |= shard.has_measured
+            return answers
         self._committed = max(self._committed, committed)
         actions += self._prepare(term, entry, committed)
         return []

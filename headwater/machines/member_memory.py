@@ -183,6 +183,12 @@ class MemberMemory:
                 lies outside of the scratch window, or ids did not come.
             EnvironmentFailure: the system would not map it.
         """
+        if type(message) is m.Step and not given:  # the way of every step
+            self._decode(message)
+            if not message.pushed and not message.pulled:
+                self._pulled = ()
+                return _NOTHING
+            return Brought(rows=self._rows(message))
         if isinstance(message, m.Register | m.Attach | m.Renew):
             try:
                 return Brought(self._staging(message, given))
@@ -195,12 +201,6 @@ class MemberMemory:
             raise ProtocolError(f"{type(message).__name__} came with a descriptor, expected none")
         if isinstance(message, m.LoadState):
             return Brought(self._loaded(message))
-        if isinstance(message, m.Step):
-            self._decode(message)
-            if not message.pushed and not message.pulled:
-                self._pulled = ()
-                return _NOTHING
-            return Brought(rows=self._rows(message))
         if isinstance(message, m.PullRows | m.DeleteRows | m.AssignRows):
             return Brought(rows=self._rows(message))
         self._pulled = ()

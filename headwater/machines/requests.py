@@ -103,17 +103,18 @@ class MemberRequests:
         """
         if self.waiting:
             raise ProtocolError(f"{type(message).__name__} came before exchange {self.waiting} was answered")
-        if isinstance(message, m.Scratch):
+        kind = type(message)
+        if kind is m.Scratch:
             return []
         if isinstance(message, m.Renew):
             return self._renew(message, brought)
         self._message, self._request = message, request
         self.since, self.untold = now, False
-        outside = _OUTSIDE.get(type(message))
+        outside = _OUTSIDE.get(kind)
         if outside is not None:
             return outside(self, message)
         if not isinstance(message, m.Request):
-            raise ProtocolError(f"a member sent {type(message).__name__}")
+            raise ProtocolError(f"a member sent {kind.__name__}")
         if self.member.role == "observer" and not isinstance(message, READING):
             raise ProtocolError(f"an observer sent {type(message).__name__}, which only workers may")
         if brought.failure is not None:

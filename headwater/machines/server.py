@@ -382,7 +382,9 @@ class ServerMachine:
             actions = self.log.take(message)
         except HeadwaterError as error:
             return [Tell(CannotGoOn(f"it cannot follow the log: {error}"))]
-        return actions + self._report_moved() + self._note_serving(now)
+        if self._applier.moved:
+            actions += self._report_moved()
+        return actions if self._served == self._applier.serving else actions + self._note_serving(now)
 
     def _note_serving(self, now: float) -> Actions:
         """Members can be served from now on, or can be no more."""
@@ -404,9 +406,9 @@ class ServerMachine:
                 actions += requests.answered(answer)
         if self._receiver is not None:
             return actions + self._receiver.applied()
-        if not self._applier.waiting:
+        if self._applier.moved and not self._applier.waiting:
             actions += self._report_moved()
-        if self.standby is not None:
+        if self._standby.link is not None:
             self._standby.watch(now)
             self._wake(self._standby.due)
         return actions if self._served else actions + self._note_serving(now)

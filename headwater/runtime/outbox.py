@@ -44,7 +44,8 @@ class Outbox:
     def __init__(self, channel: Channel, join: Join | None = None) -> None:
         self._channel = channel
         self._join = join
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # for those who wait until it is empty
         self._items: deque[Item] = deque()
         self._sending = False  # somebody is the sender
         self._parked = False  # the connection's thread is the sender, and waits for something to send
@@ -53,12 +54,13 @@ class Outbox:
         self._bell = threading.Lock()
         self._bell.acquire()
         self._watched = 0
+        self._begun = False  # a part of a message has left, and the sender sends the rest first
 
     # ── any thread ──────────────────────────────────────────────────────────────────────────────
 
     def put(self, item: Item) -> bool:
         """Let this leave after what was put before. True: the caller is the sender now, and calls `push`."""
-        with self._changed:
+        with self._lock:
             self._items.append(item)
             if not self._sending:
                 self._sending = True
@@ -76,6 +78,7 @@ class Outbox:
                 if isinstance(item, Send) and not self._channel.try_send(
                     item.message, request=item.request, buffers=item.buffers, descriptors=item.descriptors
                 ):
+                    self._begun = True
                     return False
                 if isinstance(item, Close):
                     self._channel.finish()
@@ -85,7 +88,12 @@ class Outbox:
 
     def drain(self) -> None:
         """As the sender: send until nothing is left; what cannot be sent any more is dropped."""
-        self._guard(self._channel.flush)
+        if self._begun:
+            self._begun = False
+            try:
+                self._channel.flush()
+            except ConnectionLostError as error:
+                _log.debug("not sent: %s", error)  # whoever reads from it finds the end
         while (item := self._next()) is not None:
             self._send(item)
 
@@ -102,7 +110,7 @@ class Outbox:
 
     def claim(self) -> bool:
         """Become the sender before anything is put, if nobody is; whether that worked."""
-        with self._changed:
+        with self._lock:
             if self._sending:
                 return False
             self._sending = True
@@ -134,11 +142,11 @@ class Outbox:
 
     def _next(self) -> Send | Close | None:
         """What the sender sends next; None: it is the sender no more."""
-        with self._changed:
+        with self._lock:
             while self._items and not self._heir:
                 item = self._items.popleft()
                 if not isinstance(item, _Resume):
-                    return self._joined(item)
+                    return item if self._join is None or not self._items else self._joined(item)
                 self._resumed = True
             if not self._heir:
                 self._sending = False
@@ -165,7 +173,7 @@ class Outbox:
 
     def _inherit(self) -> bool:
         """Become the sender after the one who is; False where what this would wait for came by meanwhile."""
-        with self._changed:
+        with self._lock:
             if self._resumed:
                 self._resumed = False
                 return False
@@ -174,7 +182,7 @@ class Outbox:
                 return True
             self._heir = True
         self._bell.acquire()
-        with self._changed:
+        with self._lock:
             resumed, self._resumed = self._resumed, False
         if resumed:
             self.drain()
@@ -182,7 +190,7 @@ class Outbox:
 
     def _wait(self) -> Item:
         while True:
-            with self._changed:
+            with self._lock:
                 if self._resumed:
                     self._resumed = False
                     return RESUME
@@ -193,17 +201,11 @@ class Outbox:
 
     def _send(self, item: Item) -> None:
         if isinstance(item, Send):
-            send = item
-            self._guard(
-                lambda: self._channel.send(
-                    send.message, request=send.request, buffers=send.buffers, descriptors=send.descriptors
+            try:
+                self._channel.send(
+                    item.message, request=item.request, buffers=item.buffers, descriptors=item.descriptors
                 )
-            )
+            except ConnectionLostError as error:
+                _log.debug("not sent: %s", error)  # whoever reads from it finds the end
         elif isinstance(item, Close):
             self._channel.finish()
-
-    def _guard(self, send: Callable[[], None]) -> None:
-        try:
-            send()
-        except ConnectionLostError as error:
-            _log.debug("not sent: %s", error)  # whoever reads from it finds the end

@@ -25,6 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeAlias, cast
 
 from headwater.errors import EngineError, HeadwaterError, RefusedError
@@ -60,9 +61,6 @@ GOODBYE_S = 2.0
 """How long a peer may take to read the last that it is sent before its connection is cut, in seconds."""
 
 Decide: TypeAlias = Callable[[float], Actions]
-
-_ROUTED = (Resume, HandOver)
-"""Actions that take effect where those of their connection do; a `Close` is carried out behind them."""
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 
@@ -152,8 +150,9 @@ class Pump:
         self._payloads = payloads
         self._keep_alive = keep_alive
         self._other = other
+        self._together: tuple[Pump, ...] = (self,) if other is None else (other, self)
         if other is not None and other._other is None:
-            other._other = self
+            other._other, other._together = self, (self, other)
         self._join = join
         self._clock = clock
         self._lock = threading.Lock()
@@ -286,8 +285,10 @@ class Pump:
     def _take(self, connection: _Connection, received: Received) -> None:
         conn, machine, payloads = connection.conn, self._machine, self._payloads
         payload = None if payloads is None else payloads.take(conn, received)
-        message, request = received.message, received.request
-        self._hand(connection, lambda now: machine.received(conn, message, payload, now, request=request))
+        self._hand(
+            connection,
+            partial(machine.received, conn, received.message, payload, request=received.request),
+        )
 
     def _hand(self, connection: _Connection, decide: Decide) -> None:
         """Have the machine decide; this thread sends what leaves over its own connection because of it, and,
@@ -316,68 +317,80 @@ class Pump:
             if self._stopped or (own is not None and (own.closing or own.handed is not None)):
                 return
             senders = self._decide(decide)
-        sender = own if claimed else None
-        self._send(senders)
-        self._carry_out()
-        self._settle(sender)
+        if senders:
+            self._send(senders)
+        if self._queue:
+            self._carry_out()
+        self._settle(own if claimed else None)
 
     def _decide(self, decide: Decide) -> list[_Connection]:
         """Queue what the machine decides; the caller holds the lock, and sends over what is returned."""
-        due = self._machine.due
+        machine, due = self._machine, self._machine.due
         senders: list[_Connection] = []
         for action in decide(self._clock()):
-            kind = type(action)
-            if kind is Send and not self._ordered:
-                self._route(action, senders)
+            if isinstance(action, Send) and not self._ordered:
+                self._route_send(action, senders)
                 continue
-            self._mark(action)
-            if self._ordered or kind is Persist:
+            if isinstance(action, Pause):
+                self._pause(action)
+                continue
+            if isinstance(action, Close | HandOver):
+                self._mark(action)
+            if self._ordered or isinstance(action, Persist):
                 self._ordered += 1
                 self._queue.append((action, True))
-            elif kind in _ROUTED:
+            elif isinstance(action, Resume | HandOver):
                 self._route(action, senders)
             else:
                 self._queue.append((action, False))
-        if self._machine.due != due:
+        if machine.due != due:
             self._changed.notify_all()
         return senders
 
-    def _mark(self, action: Action) -> None:
-        """What counts from the moment at which it is decided; the caller holds the lock."""
-        if not isinstance(action, Close | HandOver | Pause):
-            return
+    def _pause(self, pause: Pause) -> None:
+        """Counts from the moment at which it is decided; the caller holds the lock."""
+        connection = self._connections.get(pause.conn)
+        if connection is not None:
+            connection.paused = True
+
+    def _mark(self, action: Close | HandOver) -> None:
+        """What of these counts from the moment at which they are decided; the caller holds the lock."""
         connection = self._connections.get(action.conn)
         if connection is None:
             return
-        if isinstance(action, Close):
-            connection.closing = True
-            connection.cut_at = self._clock() + GOODBYE_S
-            self._changed.notify_all()
-        elif isinstance(action, HandOver):
+        if isinstance(action, HandOver):
             connection.handed = action.tag
-        else:
-            connection.paused = True
+            return
+        connection.closing = True
+        connection.cut_at = self._clock() + GOODBYE_S
+        self._changed.notify_all()
 
-    def _route(self, action: Action, senders: list[_Connection]) -> None:
-        """Put an action where it is carried out, in order with others of its connection.
+    def _route_send(self, send: Send, senders: list[_Connection]) -> None:
+        """Put a message where it is sent, in order with others of its connection.
 
         The caller holds the lock. `senders` gets the connection where the caller is its sender from now on.
         """
-        if not isinstance(action, Send | Close | Resume | HandOver):
-            return
-        conn, item = action.conn, action if isinstance(action, Send | Close) else RESUME
-        connection = self._connections.get(conn)
+        connection = self._connections.get(send.conn)
+        if connection is not None:
+            if connection.outbox.put(send):
+                senders.append(connection)
+        elif send.conn == BESIDE and self._other is not None:
+            self._other._inbox.append(send.message)
+        elif send.conn in self._mailboxes:
+            self._mailboxes[send.conn].put(send.message)
+
+    def _route(self, action: Close | Resume | HandOver, senders: list[_Connection]) -> None:
+        """Put an action that is no message where it takes effect; as `_route_send`."""
+        connection = self._connections.get(action.conn)
         if connection is not None:
             if isinstance(action, Resume) and not connection.paused:
                 return
-            if connection.outbox.put(item):
+            if connection.outbox.put(action if isinstance(action, Close) else RESUME):
                 senders.append(connection)
-        elif isinstance(action, Send) and conn == BESIDE and self._other is not None:
-            self._other._inbox.append(action.message)
-        elif conn in self._mailboxes and isinstance(action, Send | Close):
-            self._mailboxes[conn].put(action.message if isinstance(action, Send) else None)
+        elif action.conn in self._mailboxes and isinstance(action, Close):
+            self._mailboxes[action.conn].put(None)
         if isinstance(action, HandOver):
-            self._connections.pop(conn, None)  # what follows is not sent over it any more
+            self._connections.pop(action.conn, None)  # what follows is not sent over it any more
 
     def _send(self, senders: list[_Connection]) -> None:
         """Send what the kernel takes at once; a thread that lives as long as it must sends the rest."""
@@ -391,15 +404,15 @@ class Pump:
         `sender`: the connection of which this thread is the sender: an answer that is there leaves between
         two pieces of work.
         """
-        pumps = (self,) if self._other is None else (self._other, self)
         advanced = None
         again = True
         while again:
             again = False
-            for pump in pumps:
-                while pump._work():
+            for pump in self._together:
+                advancing = pump._advancing
+                while (pump._inbox or (advancing is not None and advancing.busy)) and pump._work():
                     again = True
-                    advanced = pump._advancing or advanced
+                    advanced = advancing or advanced
                     if sender is not None:
                         sender.outbox.send_ready()
         if advanced is not None:
@@ -407,16 +420,15 @@ class Pump:
 
     def _work(self) -> bool:
         """Do one piece of what waits for this machine, unless another thread is inside; whether this did."""
-        advancing = self._advancing
-        if not self._inbox and (advancing is None or not advancing.busy):
-            return False
-        if not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(False):
             return False  # the thread that is inside looks again once it is out
         failure: HeadwaterError | None = None
         senders: list[_Connection] = []
         try:
             if self._stopped:
                 return False
+            if not self._inbox and (self._advancing is None or not self._advancing.busy):
+                return False  # another thread did it meanwhile
             senders = self._decide(self._next_piece)
         except HeadwaterError as error:
             failure = error
@@ -427,16 +439,19 @@ class Pump:
             self._lock.release()
             if failure is not None:
                 self._fail(failure)
-        self._send(senders)
-        self._carry_out()
+        if senders:
+            self._send(senders)
+        if self._queue:
+            self._carry_out()
         return failure is None
 
     def _next_piece(self, now: float) -> Actions:
-        if not self._inbox:
+        inbox = self._inbox
+        if not inbox:
             return self._advancing.advance(now) if self._advancing is not None else []
-        actions: Actions = []
-        while self._inbox:
-            actions += self._machine.received(BESIDE, self._inbox.popleft(), None, now)
+        actions = self._machine.received(BESIDE, inbox.popleft(), None, now)
+        while inbox:
+            actions += self._machine.received(BESIDE, inbox.popleft(), None, now)
         return actions
 
     def _fail(self, error: HeadwaterError) -> None:
@@ -488,7 +503,7 @@ class Pump:
                 self._carrying.release()  # whoever found it taken left its actions to this thread
 
     def _do_action(self, action: Action) -> None:
-        if isinstance(action, Send | Resume | HandOver):
+        if isinstance(action, Send | Resume | HandOver):  # behind a `Persist`
             self._route_alone(action)
         elif isinstance(action, Close):
             self._close(action)
@@ -506,7 +521,10 @@ class Pump:
     def _route_alone(self, action: Send | Close | Resume | HandOver) -> None:
         senders: list[_Connection] = []
         with self._lock:
-            self._route(action, senders)
+            if isinstance(action, Send):
+                self._route_send(action, senders)
+            else:
+                self._route(action, senders)
         self._send(senders)
 
     def _close(self, close: Close) -> None:

@@ -48,6 +48,8 @@ def kind_of(request: m.Request) -> m.Kind:
 
 def name_of(request: m.Request) -> str:
     """What of it the sequencer and users need to know besides."""
+    if isinstance(request, m.Step):
+        return str(request.step)
     if isinstance(request, m.Register | m.RegisterTable):
         return request.spec.name
     if isinstance(request, m.Checkpoint):
@@ -58,7 +60,7 @@ def name_of(request: m.Request) -> str:
         return request.stalled
     if isinstance(request, m.Leave):
         return "" if request.finished else UNFINISHED
-    return str(request.step) if isinstance(request, m.Step) else ""
+    return ""
 
 
 class Checks:
@@ -114,18 +116,24 @@ class Checks:
     def _check_step(self, member: int, step: m.Step, rows: Sequence[StagedRows]) -> None:
         if not 0 < step.weight < math.inf:
             raise ProtocolError(f"member {member} sent a step of weight {step.weight}, expected a number > 0")
-        self._tables.check(rows[: len(step.pushed)])
-        self._tables.check(rows[len(step.pushed) :])
-        self._tables.check_settings(step.table_settings)
-        models = [carried.model for carried in step.carried]
-        if len(set(models)) < len(models):
-            raise ProtocolError(f"member {member} carries a model twice in one step: {models}")
+        if rows:
+            self._tables.check(rows[: len(step.pushed)])
+            self._tables.check(rows[len(step.pushed) :])
+        if step.table_settings:
+            self._tables.check_settings(step.table_settings)
+        if len(step.carried) > 1:
+            models = [carried.model for carried in step.carried]
+            if len(set(models)) < len(models):
+                raise ProtocolError(f"member {member} carries a model twice in one step: {models}")
         for carried in step.carried:
             self._check_carried(member, carried)
+        mine = self._members.stagings(member)
         for model in step.read if isinstance(step.read, tuple) else ():
-            self._members.staging(member, model)
+            if model not in mine:
+                self._members.staging(member, model)  # which says what is there
         for model, _ in step.known:
-            self._members.staging(member, model)
+            if model not in mine:
+                self._members.staging(member, model)
         for table, _ in step.known_tables:
             self._tables[table]
         for setting in step.settings:

@@ -69,7 +69,6 @@ class CommitMerges:
 
     Attributes:
         contributors: places of the updates that carry a gradient.
-        rows: of tables.
     """
 
     def __init__(
@@ -79,11 +78,16 @@ class CommitMerges:
         reduce: Reduce,
         scales: Sequence[Scales] = (),
     ) -> None:
-        self.contributors = tuple(place for place, step in enumerate(steps) if contributing(step))
+        self.contributors = tuple([place for place, step in enumerate(steps) if contributing(step)])
+        self._even = not weights
         self._weights = tuple(weights) or (1.0,) * len(steps)
         self._scales = scales
         self._reduce = MergeKind(reduce)
-        self.rows = self._merge(self._reduce)
+
+    @property
+    def rows(self) -> Merge:
+        """Of tables."""
+        return self._merge(self._reduce)
 
     def of(self, model: int, spec: ModelSpec) -> Merge:
         """Of a model."""
@@ -93,6 +97,8 @@ class CommitMerges:
         return self._merge(kind)
 
     def _merge(self, kind: MergeKind) -> Merge:
+        if self._even and kind.kind == "mean":
+            return Merge(float(len(self.contributors)))
         counted = [self._weights[place] for place in self.contributors]
         if kind.kind == "sum":
             return PLAIN if all(weight == 1.0 for weight in counted) else Merge(1.0, self._weights)

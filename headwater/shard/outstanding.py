@@ -24,6 +24,8 @@ from headwater.shard.snapshot import ShardSnapshot
 from headwater.shard.tables import StagedRows
 from headwater.shard.vector import Array, Staging
 
+_NONE: dict[int, Staging] = {}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outstanding:
@@ -112,6 +114,10 @@ class Members:
             return None
         return held if self._connection_epochs[ticket.member] <= ticket.connection_epoch else None
 
+    def readers(self, tickets: Sequence[m.ExchangeId]) -> list[Outstanding]:
+        """Those of the exchanges whose members can be answered here."""
+        return [held for ticket in tickets if (held := self.reader(ticket)) is not None]
+
     def end(self, ticket: m.ExchangeId) -> bool:
         """The exchange is answered; whether the member can be told here."""
         held = self._outstanding.get(ticket.member)
@@ -145,11 +151,12 @@ class Members:
         Raises:
             ProtocolError: there is no such model, or the member has not registered it.
         """
-        found = self._stagings.get(member, {}).get(model)
-        if found is None:
-            known = sorted(self._stagings.get(member, {}))
-            raise ProtocolError(f"member {member} named model {model}, but has registered only {known}")
-        return found
+        mine = self._stagings.get(member, _NONE)
+        if model not in mine:
+            raise ProtocolError(
+                f"member {member} named model {model}, but has registered only {sorted(mine)}"
+            )
+        return mine[model]
 
     def staged(self, member: int, model: int) -> Array:
         """What the member's outstanding exchange brought of a model: values to assign, otherwise gradients.

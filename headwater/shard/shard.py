@@ -157,9 +157,12 @@ class Shard:
             raise ProtocolError(f"member {member} sent exchange {request.number}, but {last} was answered")
         self._checks.check(member, request, rows)
         kind = self._kind(member, request)
-        measured = isinstance(request, m.Step) and kind == "step" and self._measures.needed(request)
-        weight = request.weight if isinstance(request, m.Step) else 1.0
-        meeting = request.meeting if isinstance(request, m.Meet) else None
+        measured, weight, meeting = False, 1.0, None
+        if isinstance(request, m.Step):
+            measured = kind == "step" and self._measures.needed(request)
+            weight = request.weight
+        elif isinstance(request, m.Meet):
+            meeting = request.meeting
         held = m.Held(
             member, request.number, kind, name_of(request), connection_epoch, measured, weight, meeting
         )
@@ -172,8 +175,7 @@ class Shard:
         if isinstance(request, m.Step):
             standing = self.standings.members.get(member)
             known = standing is not None and request.number in (standing.answered, standing.committed)
-            if not known and self._state.ledger.is_repeat(member, request.step):
-                return "pull"
+            return "pull" if not known and self._state.ledger.is_repeat(member, request.step) else "step"
         return kind_of(request)
 
     def held(self) -> tuple[m.Held, ...]:

@@ -95,6 +95,8 @@ class State:
         self.position = entry.position
         answers = self._on_entry[type(entry)](entry)
         self.standings.apply(entry)
+        if type(entry) is m.Committed:
+            return answers
         if isinstance(entry, m.Retired) and entry.gone:
             answers += self._forget(entry.member)
         kind = entry.kind if isinstance(entry, m.Served) else ""
@@ -131,17 +133,17 @@ class State:
         count = len(merges.contributors)
         self._change_settings(steps)
         asked = {ticket.member: self._read_by(ticket.member, step) for ticket, step in steps}
-        readers = [self._members.reader(ticket) for ticket in entry.answered]
-        present = [reader for reader in readers if reader is not None]
+        present = self._members.readers(entry.answered)
         norms = dict(entry.norms)
         try:
-            self._check_rules(step for _, step in steps)
+            self._check_rules(steps)
         except ConfigurationError as error:
             return self._failed(entry, steps, error)
         self._apply(steps, merges, [asked[reader.held.member] for reader in present], norms)
-        for reader in present:
-            self.tables.pull(reader.pulled(), self.version)
-        named = {self.vectors[model].spec.name: norm for model, norm in norms.items()}
+        if len(self.tables):
+            for reader in present:
+                self.tables.pull(reader.pulled(), self.version)
+        named = {self.vectors[model].spec.name: norm for model, norm in norms.items()} if norms else {}
         for ticket, step in steps:
             staleness = entry.version - 1 - step.seen
             result = m.StepResult(entry.version, True, count, staleness, named)
@@ -152,9 +154,9 @@ class State:
             answers += self._answer_step(ticket, tuple(asked[ticket.member]))
         return answers
 
-    def _check_rules(self, steps: Iterable[m.Step]) -> None:
+    def _check_rules(self, steps: Sequence[tuple[m.ExchangeId, m.Step]]) -> None:
         """Refuse a commit that a user's rule cannot be run for; raises ConfigurationError."""
-        for step in steps:
+        for _, step in steps:
             for carried in step.carried:
                 vector = self.vectors[carried.model]
                 if vector.governed.of_users:
@@ -196,6 +198,7 @@ class State:
 
     def _change_settings(self, steps: Sequence[tuple[m.ExchangeId, m.Step]]) -> None:
         """Of orders for one setting the last one wins, so the lowest rank's comes last."""
+        steps = [(ticket, step) for ticket, step in steps if step.settings or step.table_settings]
         for ticket, step in steps:
             said: Sequence[m.Setting | m.TableSetting] = (*step.settings, *step.table_settings)
             for one in said:
@@ -244,8 +247,9 @@ class State:
                 vector.apply(updates, done, answers, self.version, norms.get(model))
             elif answers:
                 vector.write(answers)
-        rows = merges.rows.summed() if summed else merges.rows
-        self.tables.apply(self._inputs.pushed(steps), rows, self.version)
+        if pushed := self._inputs.pushed(steps):
+            rows = merges.rows.summed() if summed else merges.rows
+            self.tables.apply(pushed, rows, self.version)
 
     def _served(self, entry: m.Served) -> Answers:
         ticket = entry.ticket

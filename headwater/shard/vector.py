@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.kernels import add_up, copy_out, dense, middle, multiply_up, square_up, weigh
+from headwater.kernels.fused import Update as Kernel
 from headwater.log.norms import Node, scale, subtrees, total
 from headwater.messages import ModelSpec, ModelStatistics, ProgramWrite
 from headwater.shard.governed import GovernedRules
 from headwater.shard.merges import PLAIN, Merge
+from headwater.shard.pattern import Pattern, addresses
 from headwater.shard.snapshot import ModelSnapshot
 from headwater.shard.writes import Writes
 from headwater.spec.layout import LINE, PAGE, Layout
@@ -91,6 +93,8 @@ class Vector:
         first = int(np.searchsorted(self.layout.stops, start, side="right"))
         last = int(np.searchsorted(self.layout.starts, stop, side="left"))
         self._here = slice(first, max(first, last))
+        self._pattern: Pattern | None = None  # of the last update
+        self._kernels: dict[int, tuple[Rule, Kernel, list[Array]]] = {}  # by parameter group
 
     def _initial_states(self) -> dict[str, Array]:
         states: dict[str, Array] = {}
@@ -156,30 +160,53 @@ class Vector:
         """
         self.governed.begin()
         merge = self._own(merge)
-        carried = np.stack([update.carried for update in updates])
-        touched: NDArray[np.bool_] = np.logical_or.reduce(carried, axis=0)
-        self.counts[touched] += 1
+        pattern = self._pattern_of([update.carried for update in updates], merge.scales is not None)
+        self.counts[pattern.touched] += 1
         over = self._clipped(merge.divisor, norm)
+        gradients = [update.staging.gradients_at for update in updates]
+        places = pattern.places(gradients, [staging.parameters_at for staging in answers])
         room = _room(merge)
-        for low, high, tensor in self._segments(carried, merge.scales is not None):
-            here = slice(low - self.start, high - self.start)
-            places = _addresses([staging.parameters_at for staging in answers], here.start)
-            if not touched[tensor]:
-                copy_out(self.values[here], places)
+        for segment, (starts, out) in zip(pattern.segments, places, strict=True):
+            low, high, here, tensor, carriers = segment
+            if not carriers:
+                copy_out(self.values[here], out)
                 continue
-            rule = self.rules[self.layout.groups[tensor]]
-            scalars = rule.scalars(self.updates, int(self.counts[tensor]))
-            for here, gradients in self._merged(updates, merge, tensor, low, high, room):
-                dense(rule)(
-                    gradients,
-                    over,
-                    self.values[here],
-                    tuple(self.states[name][here] for name in rule.states()),
-                    scalars,
-                    _addresses([staging.parameters_at for staging in answers], here.start),
-                )
+            if merge.is_sum:
+                self._run(tensor, starts, over, here, out)
+                continue
+            for piece, merged in self._merged(updates, merge, tensor, low, high, room):
+                there = addresses([staging.parameters_at for staging in answers], piece.start)
+                self._run(tensor, merged, over, piece, there)
         self.updates += 1
         self.changed = version
+
+    def _pattern_of(self, carried: Sequence[NDArray[np.bool_]], each_tensor: bool) -> Pattern:
+        pattern = self._pattern
+        if each_tensor or pattern is None or not pattern.is_of(carried):
+            cuts = list(self._segments(np.stack(carried), each_tensor))
+            pattern = Pattern(carried, cuts, self.start)
+            self._pattern = None if each_tensor else pattern
+        return pattern
+
+    def _run(
+        self,
+        tensor: int,
+        gradients: NDArray[np.int64],
+        divisor: float,
+        here: slice,
+        answers: NDArray[np.int64],
+    ) -> None:
+        """One pass of the rule of `tensor` over a piece of the range, whose tensors are all alike."""
+        group = int(self.layout.groups[tensor])
+        rule = self.rules[group]
+        known = self._kernels.get(group)
+        if known is None or known[0] is not rule:
+            known = rule, dense(rule), [self.states[name] for name in rule.states()]
+            self._kernels[group] = known
+        _, kernel, vectors = known
+        scalars = rule.scalars(self.updates, int(self.counts[tensor]))
+        states = tuple([vector[here] for vector in vectors])
+        kernel(gradients, divisor, self.values[here], states, scalars, answers)
 
     def check(self, touched: NDArray[np.bool_]) -> None:
         """Refuse an update of these tensors, bool[tensors], that a rule cannot be run for.
@@ -209,18 +236,18 @@ class Vector:
             return
         if merge.is_sum:
             here = slice(low - self.start, high - self.start)
-            yield here, _addresses(starts, here.start)
+            yield here, addresses(starts, here.start)
             return
         weights = merge.weights_of([update.place for update in by], tensor)
         for begin in range(low, high, _CHUNK):
             here = slice(begin - self.start, min(begin + _CHUNK, high) - self.start)
             merged = room[: here.stop - here.start]
             if weights is not None:
-                weigh(_addresses(starts, here.start), weights, merged)
+                weigh(addresses(starts, here.start), weights, merged)
             elif merge.middle is not None:
                 contributors, left_out = merge.middle
-                middle(_addresses(starts, here.start), contributors - len(by), left_out, merged)
-            yield here, _addresses([merged.ctypes.data], 0)
+                middle(addresses(starts, here.start), contributors - len(by), left_out, merged)
+            yield here, addresses([merged.ctypes.data], 0)
 
     def _clipped(self, divisor: float, norm: float | None) -> float:
         """What the sum is divided by to be clipped too: with no norm too large, the same to the bit."""
@@ -306,7 +333,7 @@ class Vector:
 
     def write(self, answers: Sequence[Staging]) -> None:
         """Write all values to `answers`."""
-        copy_out(self.values, _addresses([staging.parameters_at for staging in answers], 0))
+        copy_out(self.values, addresses([staging.parameters_at for staging in answers], 0))
 
     def assign(self, source: Staging, carried: NDArray[np.bool_], version: int) -> None:
         """Take the carried tensors' values from `source.parameters`; the rule's state stays."""
@@ -332,6 +359,7 @@ class Vector:
             for state, part in zip(self.states.values(), parts, strict=True):
                 state[here] = part[here]
         self.counts[carried] = np.array(counts, dtype=np.int64)[carried]
+        self._pattern = None  # neighbours may differ now
         if updates >= 0:
             self._writes.counted_anew(self.updates, updates)
             self.updates = updates
@@ -390,7 +418,3 @@ def _nodes(lanes: NDArray[np.float64], first: int) -> list[Node]:
         while lanes.shape[1] > 1:
             lanes = lanes[:, 0::2] + lanes[:, 1::2]
     return subtrees(lanes[:, 0], first)
-
-
-def _addresses(starts: Sequence[int], offset: int) -> NDArray[np.int64]:
-    return np.array([start + _ITEM * offset for start in starts], dtype=np.int64)

@@ -32,6 +32,9 @@ LINE = 16
 LARGEST = 2**40
 """Most elements a model may have: 4 TiB, so that no product of sizes overflows."""
 
+_MASKS = 8
+"""Masks whose arrays are kept: steps carry the same tensors again and again."""
+
 DTYPES = ("float32", "float16", "bfloat16")
 """What a parameter may be; all are float32 in the vector."""
 
@@ -54,7 +57,7 @@ class Layout:
         RegistrationError: no tensors, a repeated name, an impossible shape, size, group or dtype.
     """
 
-    __slots__ = ("elements", "groups", "index", "starts", "stops", "tensors")
+    __slots__ = ("_masks", "elements", "groups", "index", "starts", "stops", "tensors")
 
     def __init__(self, tensors: Iterable[TensorSpec]) -> None:
         self.tensors = tuple(sorted(tensors, key=lambda tensor: (tensor.group, tensor.name)))
@@ -76,6 +79,7 @@ class Layout:
         self.stops = np.array(stops, dtype=np.int64)
         self.groups = np.array([tensor.group for tensor in self.tensors], dtype=np.int64)
         self.elements = _round_up(max(end, 1), PAGE)
+        self._masks: dict[bytes, NDArray[np.bool_]] = {}
 
     def cut(self, servers: int) -> list[tuple[int, int]]:
         """The vector's ranges [start, stop) for that many servers, in order.
@@ -110,9 +114,16 @@ class Layout:
         return np.packbits(bits, bitorder="little").tobytes()
 
     def unmask(self, mask: bytes) -> NDArray[np.bool_]:
-        """bool[tensors]: the inverse of `mask`."""
-        bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
-        return bits[: len(self.tensors)].astype(np.bool_)
+        """bool[tensors]: the inverse of `mask`; read-only, the same array for the same mask of lately."""
+        known = self._masks.get(mask)
+        if known is None:
+            bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
+            known = bits[: len(self.tensors)].astype(np.bool_)
+            known.flags.writeable = False
+            if len(self._masks) == _MASKS:
+                self._masks.clear()
+            self._masks[mask] = known
+        return known
 
     def runs(self, carried: NDArray[np.bool_], start: int, stop: int) -> list[tuple[int, int]]:
         """The stretches within [start, stop) that cover the carried tensors, merged where they touch."""

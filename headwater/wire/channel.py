@@ -131,8 +131,11 @@ class Channel:
                 raise self._is_closed()
             if timeout != self._send_timeout:
                 self._send_timeout = self._tell_kernel(socket.SO_SNDTIMEO, timeout)
-            self._push_all(self._rest)
-            self._push_all(self.start(message, buffers, descriptors, request, 0, head))
+            if self._rest is not None:
+                self._push_all(self._rest)
+            unsent = self.start(message, buffers, descriptors, request, 0, head)
+            if unsent is not None:
+                self._push_all(unsent)
         except BlockingIOError as error:
             self.close()
             raise self._given_up(timeout) from error
@@ -364,7 +367,7 @@ class Channel:
 
         Raises BlockingIOError when they are over, EOFError at the end, and otherwise as `receive`.
         """
-        flags = self._wait_at_most(left)
+        flags = 0 if left is None and self._receive_timeout is None else self._wait_at_most(left)
         advance = self._incoming.advance
         while (received := advance(place, index, flags)) is None:
             if left is not None:

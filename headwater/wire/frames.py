@@ -76,12 +76,13 @@ def encode(message: msgspec.Struct, *, request: int = 0, payload_length: int = 0
         header = _encode_message(message)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise UsageError(f"{type(message).__name__} cannot be sent: {error}") from error
-    if len(header) > LONGEST_HEADER:
+    length = len(header)
+    if length > LONGEST_HEADER:
         raise UsageError(
-            f"{type(message).__name__} cannot be sent: it has {len(header):,} bytes, "
+            f"{type(message).__name__} cannot be sent: it has {length:,} bytes, "
             f"at most {LONGEST_HEADER:,} are taken"
         )
-    return _PREFIX.pack(_START, flags, len(header), payload_length, request) + header
+    return _PREFIX.pack(_START, flags, length, payload_length, request) + header
 
 
 def parse_prefix(data: Bytes, limits: Limits, at: int = 0) -> Prefix:
