@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from headwater.engines import Engine, Launch, Outcome, RayEngine, make_engine
 from headwater.errors import ClosedError, ConfigurationError, UsageError
-from headwater.messages import ClusterStatistics, Role
+from headwater.messages import ClusterStatistics, ServerRole
 from headwater.runtime.coordinator import CoordinatorNode
-from headwater.runtime.server import ServerSettings
 from headwater.runtime.verifier import Verification, verify
 from headwater.spec.cluster import ClusterConfig, ClusterOptions
 from headwater.spec.keywords import chosen, means, takes
@@ -149,16 +148,8 @@ class Cluster:
             reach=reach,
         )
         self._security = security
-        self._server = ServerSettings(
-            0,
-            config.servers,
-            config.sync,
-            self._near,
-            _of_servers(reach, nodes.transport, self._engine.nearby),
-            config.patience,
-            replicas=config.replicas,
-            min_workers=config.min_workers,
-        )
+        self._config = config
+        self._reach = _of_servers(reach, nodes.transport, self._engine.nearby)
         self._closed = False
         self._process = os.getpid()
         try:
@@ -169,10 +160,9 @@ class Cluster:
             self.close()
             raise
 
-    def _start_server(self, role: Role, index: int) -> None:
-        self._engine.start_server(
-            dataclasses.replace(self._server, role=role, index=index, restore=self._storage.restore)
-        )
+    def _start_server(self, role: ServerRole, index: int) -> None:
+        assignment = self._config.assignment(role, index, self._storage.restore)
+        self._engine.start_server(self._near, assignment, self._reach)
 
     @property
     def address(self) -> str:

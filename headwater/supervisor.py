@@ -32,7 +32,7 @@ from headwater.errors import (
     UnreachableError,
 )
 from headwater.machines.roster import Departure
-from headwater.messages import Role
+from headwater.messages import ServerRole
 
 _log = logging.getLogger("headwater.coordinator")
 
@@ -78,7 +78,7 @@ class Supervisor:
     def __init__(
         self,
         engine: Engine,
-        start: Callable[[Role, int], None],
+        start: Callable[[ServerRole, int], None],
         *,
         coordinator: Callable[[], Roster],
         servers: int,
@@ -95,8 +95,8 @@ class Supervisor:
         self._outcomes: queue.SimpleQueue[Outcome | HeadwaterError] = queue.SimpleQueue()
         self._ends: list[Outcome] = []
         self._departed: set[Process] = set()
-        self._failed: dict[tuple[Role, int], int] = {}
-        self._due: list[tuple[float, Role, int]] = []
+        self._failed: dict[tuple[ServerRole, int], int] = {}
+        self._due: list[tuple[float, ServerRole, int]] = []
         self._last_end = ""
         self._rewound: tuple[str, int] = ("", 0)
         self._closing = threading.Event()
@@ -199,7 +199,7 @@ class Supervisor:
     def _never_joined(self, end: Outcome) -> None:
         """It held nothing yet, so that another one can begin in its place."""
         assert end.failure is not None
-        role: Role = "standby" if end.role == "standby" else "server"
+        role: ServerRole = "standby" if end.role == "standby" else "server"
         error, times = end.failure.error, self._failed.get((role, end.index), 0) + 1
         self._failed[role, end.index] = times
         useless = isinstance(error, ConfigurationError | UnreachableError)  # it would be the same again

@@ -15,8 +15,7 @@ from waiting import wait_until
 import headwater as hw
 from headwater.engines import Launch
 from headwater.engines.local import LocalEngine
-from headwater.messages import Ask
-from headwater.runtime.server import ServerSettings
+from headwater.messages import Ask, Assignment
 from headwater.wire.endpoint import LOCAL, Endpoint
 from headwater.wire.listener import dial
 
@@ -105,18 +104,8 @@ class Field:
         self._engine = LocalEngine(Launch(workers, output=self.lines.append))
         for role in ("server", *["standby"] * replicas):
             for index in range(servers):
-                self._engine.start_server(
-                    ServerSettings(
-                        index,
-                        servers,
-                        sync,
-                        self.coordinator.address,
-                        reach,
-                        5.0,
-                        role=role,
-                        replicas=replicas,
-                    )
-                )
+                assignment = Assignment(index, servers, sync, role, replicas, patience=5.0)
+                self._engine.start_server(self.coordinator.address, assignment, reach)
 
     def train(self, work):
         for rank in range(self.workers):

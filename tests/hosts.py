@@ -11,8 +11,8 @@ from waiting import wait_until
 import headwater as hw
 from headwater.engines import Launch
 from headwater.engines.local import LocalEngine
+from headwater.messages import Assignment
 from headwater.runtime.coordinator import CoordinatorNode
-from headwater.runtime.server import ServerSettings
 from headwater.spec.cluster import ClusterConfig
 from headwater.wire.endpoint import LOCAL, Endpoint
 
@@ -53,18 +53,9 @@ class Field:
 
     def start(self, index, reach, role="server"):
         """Start a server or standby; where others reach it, `reach` says."""
-        self._engine.start_server(
-            ServerSettings(
-                index,
-                self.servers,
-                self.sync,
-                self.coordinator.address,
-                reach if reach is not NEAR else Endpoint(security=self.security),
-                5.0,
-                role=role,
-                replicas=self.replicas,
-            )
-        )
+        assignment = Assignment(index, self.servers, self.sync, role, self.replicas, patience=5.0)
+        reach = reach if reach is not NEAR else Endpoint(security=self.security)
+        self._engine.start_server(self.coordinator.address, assignment, reach)
 
     def nodes(self, role):
         """As the coordinator shows them, by index."""

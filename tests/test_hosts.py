@@ -28,7 +28,8 @@ from headwater.errors import (
     RefusedError,
     UnreachableError,
 )
-from headwater.runtime.server import ServerNode, ServerSettings
+from headwater.messages import Assignment
+from headwater.runtime.server import ServerNode
 from headwater.wire.addresses import split_place
 from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import Security
@@ -291,7 +292,7 @@ def test_a_server_that_advertises_an_address_where_nobody_reaches_it_is_refused(
     security = Security(TOKEN)
     with field(security, servers=1, workers=1) as at:
         reach = Endpoint("127.0.0.1", ELSEWHERE, security)
-        node = ServerNode(ServerSettings(0, 1, "sync", at.coordinator.address, reach))
+        node = ServerNode(at.coordinator.address, Assignment(0, 1, "sync"), reach)
         with pytest.raises(UnreachableError, match=rf"server 0 .*tcp:{ELSEWHERE}:\d+.*refused.*--advertise"):
             node.start()
         assert any(
@@ -306,7 +307,7 @@ def test_a_server_that_only_its_own_machine_reaches_is_refused_by_a_coordinator_
     security = Security(TOKEN)
     with field(security, servers=1, workers=1) as at:
         monkeypatch.setattr("headwater.runtime.coordinator_client.machine", lambda: "another")
-        node = ServerNode(ServerSettings(0, 1, "sync", at.coordinator.address, Endpoint(security=security)))
+        node = ServerNode(at.coordinator.address, Assignment(0, 1, "sync"), Endpoint(security=security))
         with pytest.raises(UnreachableError, match=r"server 0 .*unix:.*--bind"):
             node.start()
 

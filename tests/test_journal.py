@@ -26,10 +26,10 @@ from headwater.errors import (
 )
 from headwater.machines.coordinator import CoordinatorRecord
 from headwater.machines.roster import RosterBook, RosterRecord
-from headwater.messages import Join, Member, Rejoin, Welcome
+from headwater.messages import Assignment, Join, Member, Rejoin, Welcome
 from headwater.runtime.coordinator import CoordinatorNode
 from headwater.runtime.journal import Journal
-from headwater.runtime.server import ServerNode, ServerSettings
+from headwater.runtime.server import ServerNode
 from headwater.spec.cluster import ClusterConfig
 from headwater.wire.endpoint import Endpoint
 from headwater.wire.listener import Listener
@@ -260,7 +260,7 @@ class Small:
         self._place = f"@headwater-{secrets.token_hex(8)}"
         self.start()
         self.address = self.node.address
-        self.server = ServerNode(ServerSettings(0, 1, "sync", self.address, patience=0.2))
+        self.server = ServerNode(self.address, Assignment(0, 1, "sync", patience=0.2))
         self.server.start()
 
     def start(self):
@@ -443,7 +443,7 @@ def test_a_coordinator_that_cannot_keep_its_journal_ends_and_nobody_else(small, 
 def test_nodes_that_wait_for_the_others_are_not_members_yet_and_are_forgotten(tmp_path):
     settings = ClusterConfig(workers=1, servers=2)
     node = CoordinatorNode(settings, journal=tmp_path / "journal")
-    server = ServerNode(ServerSettings(0, 2, "sync", node.address))
+    server = ServerNode(node.address, Assignment(0, 2, "sync"))
 
     def halt():
         wait_until(lambda: len(node.statistics().nodes) == 2)

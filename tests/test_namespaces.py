@@ -25,8 +25,9 @@ import msgspec
 import numpy as np
 import headwater as hw
 from headwater.runtime.coordinator import CoordinatorNode
+from headwater.messages import Assignment
 from headwater.spec.cluster import ClusterConfig
-from headwater.runtime.server import ServerNode, ServerSettings
+from headwater.runtime.server import ServerNode
 from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import TLS, Security
 
@@ -59,8 +60,8 @@ SERVER = (
     BEGIN
     + """
 threading.Thread(target=end_with_input, daemon=True).start()
-bind, settings = arguments
-node = ServerNode(ServerSettings(reach=Endpoint(bind, security=security), **settings))
+bind, coordinator, assignment = arguments
+node = ServerNode(coordinator, Assignment(**assignment), Endpoint(bind, security=security))
 node.start()
 say(started=True)
 try:
@@ -139,9 +140,9 @@ class Field:
         return made
 
     def serve(self, index, host, role="server"):
-        settings = {"index": index, "servers": 2, "sync": "sync", "coordinator": self.address, "role": role}
-        settings["replicas"] = self.settings.get("replicas", 0)
-        return self.node(host, SERVER, self._network.address(host), settings)
+        replicas = self.settings.get("replicas", 0)
+        assignment = {"index": index, "servers": 2, "sync": "sync", "role": role, "replicas": replicas}
+        return self.node(host, SERVER, self._network.address(host), self.address, assignment)
 
     def workers(self, code):
         """Joined one after the other, so that the worker on host n has rank n - 1."""

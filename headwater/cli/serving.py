@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import typer
 
@@ -21,6 +20,7 @@ from headwater.errors import (
     RefusedError,
     UnreachableError,
 )
+from headwater.messages import ServerRole
 from headwater.spec.cluster import ClusterConfig
 from headwater.spec.registry import load_rules
 from headwater.standalone import StandaloneCluster, StandaloneServer, StandaloneWorker
@@ -137,7 +137,7 @@ def _given(coordinator: str | None) -> str:
     return coordinator
 
 
-def _role(role: str | None) -> Literal["server", "standby"] | None:
+def _role(role: str | None) -> ServerRole | None:
     if role is None or role == "server" or role == "standby":
         return role  # type: ignore[return-value]
     raise ConfigurationError(f"--role: got {role!r}, expected server or standby")

@@ -29,7 +29,8 @@ from headwater.engines.packing import pack_train, unpack_outcome
 from headwater.engines.places import Places, RayConnection
 from headwater.engines.ray import RayEngine
 from headwater.engines.seating import BundleSlots, seats_of_shards
-from headwater.runtime.server import ServerSettings
+from headwater.messages import Assignment
+from headwater.wire.endpoint import Endpoint
 from headwater.worker import Worker
 
 _log = logging.getLogger("headwater.engine")
@@ -177,15 +178,15 @@ class ActorEngine:
         self._groups: dict[str, _Group] = {}
         self._nodes: list[_Node] = []
 
-    def start_server(self, settings: ServerSettings) -> None:
+    def start_server(self, address: str, assignment: Assignment, reach: Endpoint) -> None:
         """Start a server or standby. The first call blocks until Ray has reserved places for all.
 
         Raises:
             EngineError: there is no such Ray cluster, or no room in it.
             ConfigurationError: what only a running Ray cluster shows to be impossible.
         """
-        group = self._group("server", settings.coordinator, settings.reach.bind)
-        self._start(settings.role, settings.index, group, "server", settings)
+        group = self._group("server", address, reach.bind)
+        self._start(assignment.role, assignment.index, group, "server", (address, assignment, reach))
 
     def start_worker(self, address: str, rank: int, train: Callable[[Worker], Any]) -> None:
         """Start a worker. The first call blocks until Ray has reserved places for all. Raises as above."""

@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Any, Protocol, TypeAlias
 
 from headwater.errors import DeclaredDeadError, RewoundError, WorkerError
-from headwater.runtime.server import ServerSettings
+from headwater.messages import Assignment
+from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import PLAIN, Security
 from headwater.worker import Worker
 
@@ -121,8 +122,9 @@ class Engine(Protocol):
 
     nearby: bool
 
-    def start_server(self, settings: ServerSettings) -> None:
-        """Start a server or standby; does not wait until it has joined."""
+    def start_server(self, address: str, assignment: Assignment, reach: Endpoint) -> None:
+        """Start a server or standby that joins the coordinator at `address` and listens at `reach`; does not
+        wait until it has joined."""
 
     def start_worker(self, address: str, rank: int, train: Callable[[Worker], Any]) -> None:
         """Start a worker that joins the coordinator at `address` and runs `train`."""

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from headwater.engines.engine import Failure, Launch, Outcome, Process, run_worker
-from headwater.runtime.server import ServerNode, ServerSettings
+from headwater.messages import Assignment
+from headwater.runtime.server import ServerNode
+from headwater.wire.endpoint import Endpoint
 from headwater.worker import Worker
 
 _JOIN_S = 1.0
@@ -25,11 +27,11 @@ class InlineEngine:
         self._servers: list[ServerNode] = []
         self._threads: list[threading.Thread] = []
 
-    def start_server(self, settings: ServerSettings) -> None:
+    def start_server(self, address: str, assignment: Assignment, reach: Endpoint) -> None:
         """Start a server or standby in threads."""
-        node = ServerNode(settings)
+        node = ServerNode(address, assignment, reach)
         self._servers.append(node)
-        self._start(settings.role, settings.index, node.start, report_end=False)
+        self._start(assignment.role, assignment.index, node.start, report_end=False)
 
     def start_worker(self, address: str, rank: int, train: Callable[[Worker], Any]) -> None:
         """Run `train` in a thread."""

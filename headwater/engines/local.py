@@ -18,7 +18,8 @@ from headwater.engines.output import Output
 from headwater.engines.packing import pack_train
 from headwater.engines.process import NodeProcess
 from headwater.engines.spawner import Spawner
-from headwater.runtime.server import ServerSettings
+from headwater.messages import Assignment
+from headwater.wire.endpoint import Endpoint
 from headwater.worker import Worker
 
 _STOP_S = 1.0
@@ -38,9 +39,9 @@ class LocalEngine:
         self._nodes: list[NodeProcess] = []
         self._spawner = Spawner()
 
-    def start_server(self, settings: ServerSettings) -> None:
+    def start_server(self, address: str, assignment: Assignment, reach: Endpoint) -> None:
         """Start the process of a server or standby."""
-        self._start(settings.role, settings.index, "server", settings)
+        self._start(assignment.role, assignment.index, "server", (address, assignment, reach))
 
     def start_worker(self, address: str, rank: int, train: Callable[[Worker], Any]) -> None:
         """Start a worker process."""

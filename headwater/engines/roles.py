@@ -11,16 +11,18 @@ import numpy as np
 from headwater.engines.by_value import hand_on_by_value
 from headwater.engines.engine import Failure, run_worker
 from headwater.kernels import copy_out
-from headwater.runtime.server import ServerNode, ServerSettings
+from headwater.messages import Assignment
+from headwater.runtime.server import ServerNode
 from headwater.spec.registry import load_rules
+from headwater.wire.endpoint import Endpoint
 
 _SWITCH_S = 0.0005
 """Threads of a server hand the interpreter over quickly: they wait for each other all the time."""
 
 
 def run_role(role: str, rules: tuple[str, ...], start: Any) -> tuple[Any, Failure | None]:
-    """Be a "server" with the settings `start`, or a "worker" of (address, rank, packed train, security),
-    until it ends.
+    """Be a "server" of (coordinator's address, assignment, endpoint), or a "worker" of (address, rank, packed
+    train, security), until it ends.
 
     Returns what `train` returned, or what was raised; a server's end is always a failure.
     """
@@ -28,7 +30,7 @@ def run_role(role: str, rules: tuple[str, ...], start: Any) -> tuple[Any, Failur
         for module in rules:
             load_rules(module)
         if role == "server":
-            _serve(start)
+            _serve(*start)
             return None, None
         hand_on_by_value()
         address, rank, train, security = start
@@ -43,8 +45,8 @@ def prepare_server() -> None:
     copy_out(np.zeros(0, np.float32), np.zeros(0, np.int64))  # before a worker waits for it
 
 
-def _serve(settings: ServerSettings) -> None:
+def _serve(address: str, assignment: Assignment, reach: Endpoint) -> None:
     prepare_server()
-    node = ServerNode(settings)
+    node = ServerNode(address, assignment, reach)
     node.start()
     node.wait()

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from headwater.errors import ConfigurationError
-from headwater.messages import Member, RequestSlot
+from headwater.messages import Member, RequestSlot, ServerRole
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reservation:
     """A slot that is kept for one node; two of the same slot are not equal."""
 
-    role: Literal["server", "standby"]
+    role: ServerRole
     index: int
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ import msgspec
 
 Scalar: TypeAlias = bool | int | float | str | None
 Role: TypeAlias = Literal["worker", "server", "standby", "observer"]
+ServerRole: TypeAlias = Literal["server", "standby"]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):

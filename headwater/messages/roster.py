@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 
-from headwater.messages.base import Message, Role
+from headwater.messages.base import Message, Role, ServerRole
 from headwater.messages.reading import Position
 
 
@@ -31,7 +31,7 @@ class RequestSlot(Message, frozen=True):
     `role` and `index` None: whichever. `cluster`: of which this node was a member before; "" for none.
     """
 
-    role: Literal["server", "standby"] | None
+    role: ServerRole | None
     index: int | None
     cluster: str = ""
 
@@ -43,20 +43,22 @@ class NoSlot(Message, frozen=True):
 
 
 class Assignment(Message, frozen=True):
-    """The answer to RequestSlot: what the node is to be, in which cluster. The slot is kept for the Join that
-    follows on this connection.
+    """What a server or standby is to be: what an engine starts it with, and the answer to RequestSlot, whose
+    slot is kept for the Join that follows on this connection.
 
-    `restore`: path of the checkpoint that a server begins with, "" for none. `cluster`: what it is of then.
+    `index`: which of the `servers` equal ranges it holds. `replicas`: of every server. `min_workers`: with
+    fewer nothing is committed. `patience`: seconds after which it reports a wait. `restore`: path of the
+    checkpoint that a server begins with, "" for none. `cluster`: what the node is of, once it is told.
     """
 
-    role: Literal["server", "standby"]
     index: int
     servers: int
     sync: str
-    replicas: int
-    min_workers: int
-    patience: float
-    restore: str
+    role: ServerRole = "server"
+    replicas: int = 0
+    min_workers: int = 1
+    patience: float = 10.0
+    restore: str = ""
     cluster: str = ""
 
 

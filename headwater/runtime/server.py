@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from headwater import messages as m
@@ -34,39 +33,24 @@ _DIAL_S = 10.0
 _LOOK_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """Where a server belongs. `coordinator`: its address; `reach`: where members reach this server.
+class ServerNode:
+    """One server or standby; `start` returns when it has joined, `close` when all its threads have ended.
 
-    `role`: "server", or "standby" of the server with this index; `replicas`: of every server. `restore`: path
-    of the checkpoint that a server begins with, "" for none.
+    Attributes:
+        assignment: what it is.
     """
 
-    index: int
-    servers: int
-    sync: str
-    coordinator: str
-    reach: Endpoint = LOCAL
-    patience: float = 10.0
-    role: m.Role = "server"
-    replicas: int = 0
-    min_workers: int = 1
-    restore: str = ""
-
-
-class ServerNode:
-    """One server; `start` returns when it has joined, `close` when all its threads have ended."""
-
-    def __init__(self, settings: ServerSettings) -> None:
-        self.settings = settings
-        sync, replicated, patience = parse_sync(settings.sync), settings.replicas > 0, settings.patience
-        place = settings.index, settings.servers, sync.reduce
-        begins = settings.restore and settings.role == "server"
-        shard = restored(settings.restore, *place) if begins else Shard(*place)
-        plan = ServerPlan(
-            settings.index, settings.servers, settings.role, replicated=replicated, patience=patience
-        )
-        self._threads = ConnectionThreads(f"headwater-{settings.role}-{settings.index}")
+    def __init__(self, coordinator: str, assignment: m.Assignment, reach: Endpoint = LOCAL) -> None:
+        """`coordinator`: its address; `reach`: where members reach this server."""
+        self.assignment = assignment
+        self._coordinator, self._reach = coordinator, reach
+        role, index, servers = assignment.role, assignment.index, assignment.servers
+        sync, replicated, patience = parse_sync(assignment.sync), assignment.replicas > 0, assignment.patience
+        place = index, servers, sync.reduce
+        begins = assignment.restore and role == "server"
+        shard = restored(assignment.restore, *place) if begins else Shard(*place)
+        plan = ServerPlan(index, servers, role, replicated=replicated, patience=patience)
+        self._threads = ConnectionThreads(f"headwater-{role}-{index}")
         self.machine = ServerMachine(
             plan,
             shard,
@@ -74,9 +58,9 @@ class ServerNode:
             lambda snapshot: Shard.restore(snapshot, sync.reduce),
         )
         self._sequencer: Pump | None = None
-        if settings.index == 0:
-            policy = Policy(sync, settings.min_workers, replicated)
-            sequencer = SequencerMachine(settings.servers, policy, patience=patience)
+        if index == 0:
+            policy = Policy(sync, assignment.min_workers, replicated)
+            sequencer = SequencerMachine(servers, policy, patience=patience)
             self._sequencer = Pump(sequencer, self, self._threads, log=_log, join=joined)
         self.pump = Pump(
             self.machine,
@@ -104,17 +88,16 @@ class ServerNode:
             ConnectionLostError: the coordinator cannot be reached.
             RefusedError: the coordinator refuses this server.
         """
-        settings, reach = self.settings, self.settings.reach
-        addresses = self._threads.listen(reach, self.pump.serve, towards=settings.coordinator)
+        addresses = self._threads.listen(self._reach, self.pump.serve, towards=self._coordinator)
         for pump in self._pumps():
             pump.begin()
         try:
             membership = CoordinatorClient(
-                settings.coordinator,
-                settings.role,
-                settings.index,
+                self._coordinator,
+                self.assignment.role,
+                self.assignment.index,
                 addresses,
-                security=reach.security,
+                security=self._reach.security,
                 over=over,
             )
         except BaseException:
@@ -198,7 +181,7 @@ class ServerNode:
 
     def dial(self, member: m.Member | str) -> Channel:
         """Connect to another server, or to the standby."""
-        security = self.settings.reach.security
+        security = self._reach.security
         if isinstance(member, str):
             return dial(member, timeout=_DIAL_S, security=security)
         return dial_member(member, timeout=_DIAL_S, security=security)

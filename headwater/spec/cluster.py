@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict, Unpack, runtime_checkable
 
+from headwater import messages as m
 from headwater.errors import ConfigurationError
 from headwater.spec.every import Every
 from headwater.spec.keywords import means
@@ -198,6 +199,22 @@ class ClusterConfig:
     def rewinds(self) -> bool:
         """Whether training begins anew from a checkpoint when a shard is lost."""
         return bool(self.checkpoint) and self.on_server_loss != "stop"
+
+    def assignment(
+        self, role: m.ServerRole, index: int, restore: str = "", cluster: str = ""
+    ) -> m.Assignment:
+        """What a server or standby of this cluster is to be."""
+        return m.Assignment(
+            index,
+            self.servers,
+            self.sync,
+            role,
+            self.replicas,
+            self.min_workers,
+            self.patience,
+            restore,
+            cluster,
+        )
 
     def kept(self) -> dict[str, Any]:
         """What must be the same when a coordinator starts again: all that members were told or go by."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
 
 from headwater.engines.roles import prepare_server
 from headwater.errors import (
@@ -13,9 +12,9 @@ from headwater.errors import (
     RefusedError,
     RewoundError,
 )
-from headwater.messages import Assignment, RequestSlot
+from headwater.messages import Assignment, RequestSlot, ServerRole
 from headwater.runtime.coordinator_client import enlist
-from headwater.runtime.server import ServerNode, ServerSettings
+from headwater.runtime.server import ServerNode
 from headwater.spec.seconds import seconds
 from headwater.standalone.patience import patiently
 from headwater.wire.endpoint import LOCAL, Endpoint
@@ -36,7 +35,7 @@ class StandaloneServer:
         self,
         coordinator: str,
         *,
-        role: Literal["server", "standby"] | None = None,
+        role: ServerRole | None = None,
         index: int | None = None,
         reach: Endpoint = LOCAL,
         wait: float = 300.0,
@@ -73,15 +72,15 @@ class StandaloneServer:
 
     def _serve(self) -> HeadwaterError:
         """Be a server once; returns why it is none any more. Raises what kept it from becoming one."""
-        channel, terms = enlist(
+        channel, assignment = enlist(
             self._coordinator,
             self._wanted,
             spare=lambda reason: _log.info("%s", reason),
             security=self._reach.security,
         )
-        self._wanted = RequestSlot(self._wanted.role, self._wanted.index, terms.cluster)
+        self._wanted = RequestSlot(self._wanted.role, self._wanted.index, assignment.cluster)
         try:
-            node = self._node(terms)
+            node = self._node(assignment)
         except BaseException:
             channel.close()
             raise
@@ -91,25 +90,12 @@ class StandaloneServer:
         finally:
             node.close()
 
-    def _node(self, terms: Assignment) -> ServerNode:
+    def _node(self, assignment: Assignment) -> ServerNode:
         _log.info(
             "it is %s %d of %d%s",
-            terms.role,
-            terms.index,
-            terms.servers,
-            f", from {terms.restore}" if terms.restore else "",
+            assignment.role,
+            assignment.index,
+            assignment.servers,
+            f", from {assignment.restore}" if assignment.restore else "",
         )
-        return ServerNode(
-            ServerSettings(
-                terms.index,
-                terms.servers,
-                terms.sync,
-                self._coordinator,
-                self._reach,
-                terms.patience,
-                terms.role,
-                terms.replicas,
-                terms.min_workers,
-                terms.restore,
-            )
-        )
+        return ServerNode(self._coordinator, assignment, self._reach)

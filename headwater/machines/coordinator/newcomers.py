@@ -161,20 +161,8 @@ class Newcomers:
                 return
             restore = self._chosen[1]
         invited.until = self._state.now + settings.deadline
-        self._state.send(
-            conn,
-            m.Assignment(
-                slot.role,
-                slot.index,
-                settings.servers,
-                settings.sync,
-                settings.replicas,
-                settings.min_workers,
-                settings.patience,
-                restore,
-                self._state.identity.cluster,
-            ),
-        )
+        cluster = self._state.identity.cluster
+        self._state.send(conn, settings.assignment(slot.role, slot.index, restore, cluster))
 
     def _choose(self, generation: int) -> None:
         """Have the checkpoint chosen with which this generation begins, once."""
