@@ -127,6 +127,17 @@ def test_what_decides_knows_no_thread_socket_clock_file_or_randomness():
     assert not wrong
 
 
+def test_the_simulator_runs_what_runs_and_none_of_its_threads_and_sockets():
+    """What it needs of members and servers is decided above both: in `machines`, `messages`, `spec`."""
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in _modules("testing")
+        for name in _imports(path)
+        if name.startswith(("headwater.runtime", "headwater.wire", "headwater.worker"))
+    ]
+    assert not wrong
+
+
 def _evaluations(path):
     """Calls that make code of data: those whose argument is not written there as it stands."""
     for node in ast.walk(ast.parse(path.read_text())):

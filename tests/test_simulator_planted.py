@@ -21,7 +21,7 @@ from headwater.shard.vector import Vector
 from headwater.spec.rules import Adam
 from headwater.spec.sync import Decision, StaleSynchronous, Synchronous
 from headwater.testing import Faults, Violation, explore
-from headwater.testing.processes.client import Window
+from headwater.testing.processes.memory import WindowArrays
 
 MODES = [
     "sync",
@@ -138,7 +138,7 @@ def test_a_server_that_goes_on_with_an_older_generation_of_a_window(mode, monkey
 @modes
 def test_a_member_that_goes_on_in_memory_which_a_former_server_may_write(mode, monkeypatch):
     """It stops in the middle of a pass until its lease is over, and writes the rest while others go on."""
-    monkeypatch.setattr(Window, "renew", lambda self: None)
+    monkeypatch.setattr(WindowArrays, "renew", lambda self: None)
     plain = {"steps": 12, "shares": True, "replicas": 1}
     assert found(mode, faults=Faults(1, 4, 1, 1, coordinator=0), **plain).invariant in VALUES_WRONG
 

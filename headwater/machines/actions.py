@@ -131,7 +131,8 @@ class Machine(Protocol):
         due: when `tick` should come, in seconds of the driver's clock; None for never.
     """
 
-    due: float | None
+    @property
+    def due(self) -> float | None: ...
 
     def opened(self, conn: Conn, dialled: str | None, now: float) -> Actions:
         """A connection exists. `dialled`: the tag of the `Dial` that made it; None where a peer connected."""

@@ -288,6 +288,10 @@ class ClientMachine:
             return self._fail(error)
         return [] if exchange.missing else self._settle(exchange)
 
+    def failed(self, conn: Conn, error: HeadwaterError, now: float) -> Actions:
+        """What came over a connection breaks the protocol."""
+        return self._fail(error)
+
     def closed(self, conn: Conn, now: float) -> Actions:
         """A connection has ended, by either side."""
         if conn in self.connections.links:

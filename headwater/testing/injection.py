@@ -29,7 +29,7 @@ def _happen(world: World, fault: Fault, chance: random.Random) -> None:
     world.note(f"FAULT: {fault}")
     world.faults.append(fault)
     if isinstance(fault, Crash) and isinstance(found[0], Coordinator) and chance.random() < 0.5:
-        found[0].dies_after = chance.randint(0, 4)
+        found[0].driver.dies_after = chance.randint(0, 4)
     elif isinstance(fault, Crash):
         world.kill(found[0])
     elif isinstance(fault, Partition):

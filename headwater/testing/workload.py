@@ -118,7 +118,7 @@ class Workload:
 
     def _read_part(self, me: Client) -> Steps:
         """A part of its own, from where the log recorded its rank."""
-        places = me.place.places if me.place is not None else ()
+        places = me.recorded.places if me.recorded is not None else ()
         begin = places[0].done if places else 0
         for done in range(begin, self.steps):
             place = m.StaticProgress(0, 1, self.steps, 0, done + 1)

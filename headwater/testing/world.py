@@ -1,7 +1,7 @@
 """A whole cluster under virtual time: coordinator, servers, standbys and members, and what must hold in it.
 
-Everything that decides is what runs in production; processes, connections, time and memory are simulated. A
-world is a function of its arguments and of what is done to it between two steps.
+Every node's decisions are the machines that run in production; processes, connections, time and memory are
+simulated. A world is a function of its arguments and of what is done to it between two steps.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from headwater.testing.processes.times import (
     LEASE_S,
     NO_LEASE_S,
     PATIENCE_S,
+    QUIET_S,
     SETTLED_S,
     START_S,
 )
@@ -234,8 +235,8 @@ class World:
         if quiet < SETTLED_S:
             return False
         if not self.coordinator.alive or self.coordinator.machine.state.away():
-            return quiet > DEADLINE_S
-        return quiet > DEADLINE_S or not (self._starting or any(map(self._is_missed, self.members)))
+            return quiet > QUIET_S
+        return quiet > QUIET_S or not (self._starting or any(map(self._is_missed, self.members)))
 
     def _is_missed(self, member: Member) -> bool:
         """Whether something follows of it: it goes on, or its death has not been noticed."""

@@ -15,11 +15,11 @@ import torch
 
 from headwater.errors import UsageError
 from headwater.kernels.arrange import Plan
+from headwater.machines.row_buffer import RowSlice
 from headwater.spec.rules import from_spec
 from headwater.torch.embedding import Array, Collected, TableModule
 from headwater.torch.groups import ParameterGroup
 from headwater.worker.model_spec import NonFinite
-from headwater.worker.row_buffer import RowSlice
 from headwater.worker.row_sums import RowSums
 from headwater.worker.table import Table
 

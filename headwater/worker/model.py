@@ -14,13 +14,13 @@ from headwater import messages as m
 from headwater.errors import GradientError, NonFiniteError, RegistrationError
 from headwater.kernels import finite_sum, stage
 from headwater.machines.connections import Frame, Outgoing
+from headwater.machines.model_buffer import ModelBuffer, ModelMemory, PrivateMemory
 from headwater.runtime.client import Client
 from headwater.spec.declaration import model_difference
 from headwater.spec.layout import Layout
 from headwater.spec.rules import Rule
 from headwater.spec.schedules import Schedule
 from headwater.wire.window import Window
-from headwater.worker.model_buffer import ModelBuffer, ModelMemory, PrivateMemory
 from headwater.worker.model_spec import NonFinite, as_array, check_nonfinite, named
 from headwater.worker.rule_settings import RuleSettings
 from headwater.worker.rule_state import digest_of, vectors_of

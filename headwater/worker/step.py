@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from headwater import messages as m
+from headwater.machines.row_buffer import RowBuffer, RowSlice
 from headwater.runtime.client import Client
 from headwater.wire.channel import Outgoing
 from headwater.worker.model import Model
-from headwater.worker.row_buffer import RowBuffer, RowSlice
 from headwater.worker.table import Table
 
 

@@ -15,6 +15,7 @@ from headwater import messages as m
 from headwater.errors import GradientError, NonFiniteError, RegistrationError, UsageError
 from headwater.kernels import finite, stage
 from headwater.kernels.arrange import Ids, Plan, arrange, as_ids
+from headwater.machines.row_buffer import RowBuffer, RowSlice
 from headwater.runtime.client import Client
 from headwater.spec.codecs import parse_row_codec
 from headwater.spec.declaration import table_difference
@@ -22,7 +23,6 @@ from headwater.spec.rules import Rule
 from headwater.spec.schedules import Schedule
 from headwater.wire.channel import Outgoing
 from headwater.worker.model_spec import NonFinite, as_array, check_nonfinite
-from headwater.worker.row_buffer import RowBuffer, RowSlice
 from headwater.worker.row_sums import RowSums
 from headwater.worker.rule_settings import RuleSettings
 from headwater.worker.rule_state import rows_of

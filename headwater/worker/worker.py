@@ -12,6 +12,7 @@ from typing import Any
 
 from headwater import messages as m
 from headwater.errors import HeadwaterError, UsageError
+from headwater.machines.row_buffer import RowBuffer
 from headwater.runtime.client import Client
 from headwater.spec.initializers import Initializer, Zeros
 from headwater.spec.lifetime import AfterCount, Expiry
@@ -34,7 +35,6 @@ from headwater.worker.model_spec import (
 from headwater.worker.pending_step import PendingStep
 from headwater.worker.plan import SplitKind, count_of, plan_of
 from headwater.worker.program import Epochs, Program
-from headwater.worker.row_buffer import RowBuffer
 from headwater.worker.step import StepExchange
 from headwater.worker.table import Table
 

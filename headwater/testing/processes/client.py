@@ -7,20 +7,25 @@ of each. How calls travel is the business of `headwater.testing.processes.member
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
+from headwater.kernels.arrange import arrange
+from headwater.machines.client import ClientMachine
+from headwater.machines.connections import Frame, Outgoing
+from headwater.machines.model_buffer import ModelBuffer
+from headwater.machines.row_buffer import RowBuffer, RowSlice
 from headwater.spec.layout import Layout
+from headwater.testing.processes.memory import ScratchArray, WindowArrays
 
 Program: TypeAlias = Callable[["Client"], Generator["Call | Question", Any, Any]]
 """What a member does: given its client, yields calls."""
-
-Rows: TypeAlias = tuple[NDArray[np.int64], NDArray[np.float32]]
-"""int64[n] ids, each once, and float32[n, dim]."""
 
 Floats: TypeAlias = NDArray[np.float32]
 
@@ -29,38 +34,57 @@ class Window:
     """A model as one client sees it, in memory that servers may have mapped.
 
     Attributes:
-        gradients, parameters: float32[elements]; grads, values: the same by tensor.
-        generation: counts `renew`.
-        id: of the model; -1 until it is known.
+        memory: where it lies; `buffer`: what servers are told of it.
     """
 
-    def __init__(self, spec: m.ModelSpec) -> None:
+    def __init__(self, machine: ClientMachine, spec: m.ModelSpec, shared: bool) -> None:
         self.spec = spec
         self.layout = Layout(spec.tensors)
-        self.id = -1
-        self.generation = 0
-        self._adopt(*(np.zeros(self.layout.elements, np.float32) for _ in range(2)))
+        self.memory = WindowArrays(self.layout.elements, shared)
+        self.buffer = ModelBuffer(machine, spec, self.memory)
 
-    def _adopt(self, gradients: Floats, parameters: Floats) -> None:
-        self.gradients, self.parameters = gradients, parameters
-        self.grads = self.layout.views(gradients)
-        self.values = self.layout.views(parameters)
+    @property
+    def generation(self) -> int:
+        """Counts how often the memory was renewed."""
+        return self.memory.generation
 
-    def renew(self) -> None:
-        """Go on in memory with the same content; who has mapped the old keeps that."""
-        self._adopt(self.gradients.copy(), self.parameters.copy())
-        self.generation += 1
+    @property
+    def gradients(self) -> Floats:
+        """float32[elements]."""
+        return self.memory.gradients
+
+    @property
+    def parameters(self) -> Floats:
+        """float32[elements]."""
+        return self.memory.parameters
+
+    @property
+    def grads(self) -> dict[str, Floats]:
+        """The gradients by tensor."""
+        return self.layout.views(self.memory.gradients)
+
+    @property
+    def values(self) -> dict[str, Floats]:
+        """The parameters by tensor."""
+        return self.layout.views(self.memory.parameters)
 
 
 @dataclass(eq=False)
 class Call:
-    """One exchange: the request, the window that comes into use with it, and what of others travels."""
+    """One exchange: the request, and what is not the same for all servers.
+
+    Attributes:
+        frame: given a server and the number: what it is sent; None: the request.
+        place: where the payload of a server's answer goes; None: to the models whose values it is.
+        brought: told of the answer of all servers.
+        rows: the request refers to the member's scratch memory.
+    """
 
     request: m.Request
-    window: Window | None = None
-    models: tuple[int, ...] = ()
-    pushed: dict[int, Rows] = field(default_factory=dict)
-    pulled: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    frame: Callable[[int, int], Outgoing] | None = None
+    place: Callable[[int, m.Answer], Sequence[Any]] | None = None
+    brought: Callable[[m.Answer], None] | None = None
+    rows: bool = False
 
     def __repr__(self) -> str:
         step = f" {self.request.step}" if isinstance(self.request, m.Step) else ""
@@ -78,44 +102,66 @@ class Client:
     """One member: its counters and the calls it can make.
 
     Attributes:
+        machine: what decides for it.
         id: of its membership, 0 before it has one; rank: -1 for readers.
         number, steps, version: of the last exchange, step and answer; meetings: begun so far.
         windows: its models, by id; tables: dim of each table, by id.
         rows: what was last pulled, by (table, id).
-        place: where the log recorded its rank, when it joined.
+        recorded: where the log had its rank, when it joined.
         late_steps: those whose gradients the next step carries again.
     """
 
-    def __init__(self, *, shares: bool) -> None:
+    def __init__(self, machine: ClientMachine, *, shares: bool) -> None:
         self.id = 0
         self.rank = -1
         self.number = self.steps = self.version = self.meetings = 0
         self.windows: dict[int, Window] = {}
         self.tables: dict[int, int] = {}
         self.rows: dict[tuple[int, int], Floats] = {}
-        self.place: m.Position | None = None
+        self.recorded: m.Position | None = None
         self._shares = shares
         self._staged: dict[int, set[str]] = {}
-        self._staged_rows: dict[int, Rows] = {}
+        self._staged_rows: dict[int, RowSlice] = {}
         self.late_steps: tuple[int, ...] = ()
-        self._questions = 0
+        self.use(machine)
+
+    def use(self, machine: ClientMachine) -> None:
+        """Have this machine decide; it knows no models and tables yet."""
+        self.machine = machine
+        self.scratch = RowBuffer(machine, ScratchArray(self._shares))
 
     # ── calls to yield ──────────────────────────────────────────────────────────────────────────
 
     def register(self, spec: m.ModelSpec, value: float = 0.0) -> Call:
         """Declare a model, with `value` everywhere."""
-        window = Window(spec)
+        window = Window(self.machine, spec, self._shares)
         for view in window.values.values():
             view[...] = value
-        return Call(m.Register(self._next(), spec, self._offer()), window)
+        return self._declare(m.Register(self._next(), spec, None), window, window.buffer.register)
 
     def attach(self, info: m.ModelInfo) -> Call:
         """Read a model that others have declared."""
-        return Call(m.Attach(self._next(), info.model, self._offer()), Window(info.spec))
+        window = Window(self.machine, info.spec, self._shares)
+        frame = partial(window.buffer.attach, info.model)
+        return self._declare(m.Attach(self._next(), info.model, None), window, frame)
+
+    def _declare(self, request: m.Request, window: Window, frame: Callable[[int, int], Outgoing]) -> Call:
+        def brought(answer: m.Answer) -> None:
+            assert answer.model is not None
+            window.buffer.registered(answer.model)
+            self.windows[answer.model] = window
+
+        window.buffer.open()
+        return Call(request, frame, lambda server, _: window.buffer.incoming(server), brought)
 
     def register_table(self, spec: m.TableSpec) -> Call:
         """Declare a table."""
-        return Call(m.RegisterTable(self._next(), spec))
+
+        def brought(answer: m.Answer) -> None:
+            assert answer.table is not None
+            self.tables[answer.table] = spec.dim
+
+        return Call(m.RegisterTable(self._next(), spec), brought=brought)
 
     def step(
         self,
@@ -134,7 +180,11 @@ class Client:
         if step is None:
             self.steps += 1
         carried = {id: self.windows[id].layout.mask(names) for id, names in self._staged.items()}
+        pushed, self._staged_rows = self._staged_rows, {}
+        places = {table: self._taken(table, ids) for table, ids in (pulled or {}).items()}
         self._staged = {}
+        for id, mask in carried.items():
+            self.windows[id].buffer.take(mask)
         request = m.Step(
             self._next(),
             step or self.steps,
@@ -145,8 +195,81 @@ class Client:
             position=position,
             weight=weight,
         )
-        pushed, self._staged_rows = self._staged_rows, {}
-        return Call(request, None, tuple(carried), pushed, dict(pulled or {}))
+
+        def frame(server: int, number: int) -> Outgoing:
+            staged = [self.windows[id].buffer.staged(mask, server) for id, mask in carried.items()]
+            coded = [self.windows[id].buffer.coded(server) for id in carried]
+            arrays: list[Any] = [array for _, arrays in (*staged, *coded) for array in arrays]
+            for place in pushed.values():
+                arrays += self.scratch.outgoing(place, server, rows=True)
+            for place in places.values():
+                arrays += self.scratch.outgoing(place, server, rows=False)
+            message = msgspec.structs.replace(
+                request,
+                payload=tuple(run for runs, _ in staged for run in runs),
+                coded=tuple(piece for pieces, _ in coded for piece in pieces),
+                pushed=tuple(self.scratch.part(place, table, server) for table, place in pushed.items()),
+                pulled=tuple(self.scratch.part(place, table, server) for table, place in places.items()),
+            )
+            return Frame(message, arrays)
+
+        def place(server: int, answer: m.Answer) -> list[Any]:
+            values = self.machine.values(server, answer)
+            return [*values, *self.scratch.incoming(list(places.values()), server)]
+
+        def brought(answer: m.Answer) -> None:
+            self._read_rows(places)
+            self.scratch.reset()
+
+        return Call(request, frame, place, brought, rows=bool(pushed or places))
+
+    def _taken(self, table: int, ids: NDArray[np.int64]) -> RowSlice:
+        return self.scratch.take(arrange(ids, self.machine.servers), self.tables[table])
+
+    def _read_rows(self, places: Mapping[int, RowSlice]) -> None:
+        for table, place in places.items():
+            rows = self.scratch.rows(place).copy()
+            self.rows.update({(table, int(id)): row for id, row in zip(place.plan.ids, rows, strict=True)})
+
+    def pull_rows(self, table: int, ids: NDArray[np.int64]) -> Call:
+        """Read rows, to `rows`."""
+        used = self.scratch.used
+        place = self._taken(table, ids)
+        request = m.PullRows(self._next(), m.Rows(table, len(place.plan.ids), 0, 0))
+
+        def brought(answer: m.Answer) -> None:
+            self._read_rows({table: place})
+            self.scratch.reset(used)
+
+        return self._of_rows(
+            request, place, lambda server, _: self.scratch.incoming([place], server), brought
+        )
+
+    def delete_rows(self, table: int, ids: NDArray[np.int64]) -> Call:
+        """Forget ids; each server says of how many there was a row."""
+        used, numbers = self.scratch.used, np.zeros(self.machine.servers, np.int64)
+        place = self._taken(table, ids)
+        request = m.DeleteRows(self._next(), m.Rows(table, len(place.plan.ids), 0, 0))
+        return self._of_rows(
+            request,
+            place,
+            lambda server, _: [numbers[server : server + 1]],
+            lambda answer: self.scratch.reset(used),
+        )
+
+    def _of_rows(
+        self,
+        request: m.PullRows | m.DeleteRows,
+        place: RowSlice,
+        incoming: Callable[[int, m.Answer], Sequence[Any]],
+        brought: Callable[[m.Answer], None],
+    ) -> Call:
+        def frame(server: int, number: int) -> Outgoing:
+            part = self.scratch.part(place, request.rows.table, server)
+            arrays = self.scratch.outgoing(place, server, rows=False)
+            return Frame(msgspec.structs.replace(request, rows=part), arrays)
+
+        return Call(request, frame, incoming, brought, rows=True)
 
     def pull(self, *models: int, have: int = -1) -> Call:
         """Read models, all by default."""
@@ -154,7 +277,15 @@ class Client:
 
     def state(self, model: int = 0) -> Call:
         """Read a rule's state."""
-        return Call(m.ReadState(self._next(), model))
+        window = self.windows[model]
+        vectors: dict[str, Floats] = {}
+
+        def place(server: int, answer: m.Answer) -> list[Any]:
+            for name in answer.states:
+                vectors.setdefault(name, np.zeros(window.layout.elements, np.float32))
+            return window.buffer.vectors(server, [vectors[name] for name in answer.states])
+
+        return Call(m.ReadState(self._next(), model), place=place)
 
     def assign(self, model: int = 0, **values: float) -> Call:
         """Set tensors of a model."""
@@ -162,7 +293,7 @@ class Client:
         for name, value in values.items():
             window.values[name][...] = value
         carried = m.Carried(model, window.layout.mask(values))
-        return Call(m.Assign(self._next(), carried), None, (model,))
+        return Call(m.Assign(self._next(), carried), partial(window.buffer.assign, carried, None))
 
     def barrier(self) -> Call:
         """Wait for everybody."""
@@ -194,8 +325,8 @@ class Client:
 
     def lease(self, call: int, epochs: int, size: int, batch: int, pending: int) -> Question:
         """Ask for the next split of a call that all workers make."""
-        self._questions += 1
-        return Question(m.Lease(self._questions, call, epochs, size, False, 0, batch, pending))
+        number = self.machine.splits.next_number
+        return Question(m.Lease(number, call, epochs, size, False, 0, batch, pending))
 
     # ── what a program does between calls ───────────────────────────────────────────────────────
 
@@ -214,17 +345,14 @@ class Client:
 
     def push_rows(self, ids: Sequence[int], value: float, table: int = 0) -> None:
         """Stage `value` for each element of these rows."""
-        rows = np.full((len(ids), self.tables[table]), value, np.float32)
-        self._staged_rows[table] = np.array(ids, np.int64), rows
+        place = self._staged_rows[table] = self._taken(table, np.array(ids, np.int64))
+        self.scratch.rows(place)[...] = value
 
     def read(self, model: int = 0) -> float:
         """The one value that all elements of a model have, on every server."""
         values = {float(x) for view in self.windows[model].values.values() for x in np.unique(view)}
         assert len(values) == 1, f"client {self.rank} reads a mixture of {sorted(values)[:5]}"
         return values.pop()
-
-    def _offer(self) -> m.WindowSpec | None:
-        return m.WindowSpec(0, 0) if self._shares else None
 
     def _next(self) -> int:
         self.number += 1

@@ -3,9 +3,10 @@ die."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-from headwater.machines.actions import Actions, Tell
+from headwater.machines.actions import Action, Tell
 from headwater.machines.coordinator import (
     CheckAddresses,
     CoordinatorMachine,
@@ -15,8 +16,8 @@ from headwater.machines.coordinator import (
 )
 from headwater.machines.roster import Departure, RosterBook
 from headwater.spec.cluster import ClusterConfig
-from headwater.testing.processes.driven import Driven
-from headwater.testing.processes.network import Network
+from headwater.testing.processes.machine_driver import MachineDriver, Node
+from headwater.testing.processes.network import End, Network
 from headwater.testing.processes.times import ANSWER_S
 
 NAME = "coordinator"
@@ -37,7 +38,7 @@ class Surroundings(Protocol):
         """For the trace."""
 
 
-class Coordinator(Driven):
+class Coordinator(Node):
     """One process of it. `record`: what the one before has persisted.
 
     Attributes:
@@ -55,11 +56,12 @@ class Coordinator(Driven):
         self.machine = CoordinatorMachine(
             settings, IDENTITY, network.agenda.now, record=record, answer_s=ANSWER_S
         )
-        super().__init__(network, NAME, self.machine)
+        super().__init__(network, NAME)
+        self.driver = MachineDriver(self, self.machine, waits=self.machine.is_waited_for)
         self.record = record
         self.lost = ""
         self._world = world
-        self.does(self.machine.begin)
+        self.driver.do(self.machine.begin)
 
     @property
     def book(self) -> RosterBook:
@@ -69,6 +71,10 @@ class Coordinator(Driven):
     def has_back(self, member: int) -> bool:
         """Whether this member is here, after it was started again."""
         return member in self.machine.state.conns
+
+    def accept(self, end: End) -> None:
+        """Whoever it is says so first."""
+        self.driver.connect(end)
 
     def persist(self, record: CoordinatorRecord) -> None:
         """As a journal does."""
@@ -85,7 +91,7 @@ class Coordinator(Driven):
         """Everybody is reached."""
         assert isinstance(task, CheckAddresses)
 
-    def dies(self, undone: Actions) -> None:
+    def dies(self, undone: Sequence[Action]) -> None:
         """Between two actions. Whoever starts processes sees their ends without being told."""
         for action in undone:
             if isinstance(action, Tell) and isinstance(action.event, Departure):
@@ -95,7 +101,3 @@ class Coordinator(Driven):
     def note(self, text: str) -> None:
         """For the trace."""
         self._world.note(f"coordinator: {text}")
-
-    def waits(self) -> bool:
-        """Whether anybody waits for its answer, or for somebody that does not answer."""
-        return self.machine.is_waited_for()

@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from headwater import messages as m
-from headwater.errors import HeadwaterError, ProtocolError
+from headwater.errors import ConnectionLostError, HeadwaterError, ProtocolError
 from headwater.machines.actions import Conn
 from headwater.machines.log_host import SequencerMachine
 from headwater.machines.log_link import Policy
-from headwater.machines.membership import Ended, Joined, Returned
+from headwater.machines.membership import Ended, Heard, Joined, Membership, Returned
 from headwater.machines.server import CannotGoOn, ServerMachine, ServerPlan
 from headwater.shard.replica import MaterializedEntry
 from headwater.shard.snapshot import ShardSnapshot
-from headwater.testing.processes.machine_driver import MachineDriver
-from headwater.testing.processes.membership import CoordinatorLine
+from headwater.testing.processes import coordinator
+from headwater.testing.processes.machine_driver import MachineDriver, Node
 from headwater.testing.processes.memory import SharedArrays
-from headwater.testing.processes.network import End, Network, Process
+from headwater.testing.processes.network import End, Network
 from headwater.testing.processes.shard import WatchedShard, Write
-from headwater.testing.processes.times import PATIENCE_S, STANDBY_S
+from headwater.testing.processes.times import PATIENCE_S, STANDBY_S, START_S
 
 
 class World(Protocol):
@@ -44,7 +44,7 @@ class World(Protocol):
         """For the trace."""
 
 
-class Host(Process):
+class Host(Node):
     """Server or standby `index`.
 
     Attributes:
@@ -57,7 +57,7 @@ class Host(Process):
         self.index = index
         self.stops_in_pass: float | None = None
         self._world = world
-        self._line = CoordinatorLine(self, m.Join(role, index, self.pid, "here", (name,)), self._told)
+        self._join = m.Join(role, index, self.pid, "here", (name,))
         plan = ServerPlan(
             index,
             world.servers,
@@ -78,8 +78,8 @@ class Host(Process):
         beside = None
         if index == 0:
             self.sequencer = SequencerMachine(world.servers, world.policy, patience=PATIENCE_S)
-            beside = MachineDriver(self, self.sequencer, self)
-        self.driver = MachineDriver(self, self.machine, self, self.machine, beside)
+            beside = MachineDriver(self, self.sequencer)
+        self.driver = MachineDriver(self, self.machine, self.machine, beside)
 
     def _watched(self, shard: WatchedShard) -> WatchedShard:
         """A shard of this server, whose entries the world is told of."""
@@ -106,15 +106,16 @@ class Host(Process):
 
     def start(self) -> None:
         """Join the coordinator."""
-        self._line.begin()
+        membership = self._membership = Membership(coordinator.NAME, self._join)
+        self._line = MachineDriver(self, membership, waits=lambda: membership.phase != "member")
+        self._line.do(membership.join)
 
-    def _told(self, event: Any) -> None:
-        if isinstance(event, Joined):
-            self.driver.do(lambda now: self.machine.joined(event.welcome, now))
-        elif isinstance(event, Returned):
-            self.driver.do(self.machine.coordinator_returned)
-        elif isinstance(event, Ended):
-            self._world.note(f"{self.name} hears that it has lost its place, and ends: {event.error}")
+    def _parted(self, error: HeadwaterError) -> None:
+        """It is no member any more. One whose join ended with the coordinator joins the next one."""
+        if not self.id and isinstance(error, ConnectionLostError):
+            self.after(START_S, self.start)
+        else:
+            self._world.note(f"{self.name} hears that it has lost its place, and ends: {error}")
             self.exit()
 
     def accept(self, end: End) -> None:
@@ -124,18 +125,25 @@ class Host(Process):
     # ── as its drivers see it ───────────────────────────────────────────────────────────────────
 
     def tell(self, event: Any) -> None:
-        """What the coordinator is to know, or that this node cannot go on."""
+        """What the coordinator is to know, what comes of the membership, or that this node cannot go on."""
         if isinstance(event, CannotGoOn):
             raise AssertionError(f"{self.name} ends: {event.why}")
-        self._line.tell(event)
+        if isinstance(event, Joined):
+            self.driver.do(lambda now: self.machine.joined(event.welcome, now))
+        elif isinstance(event, Returned):
+            self.driver.do(self.machine.coordinator_returned)
+        elif isinstance(event, Ended):
+            self._parted(event.error)
+        elif not isinstance(event, Heard):
+            self._line.do(lambda now: self._membership.tell(event))
 
     def note(self, text: str) -> None:
         """For the trace."""
         self._world.note(text)
 
-    def broke_protocol(self, conn: Conn, error: HeadwaterError) -> None:
+    def broke_protocol(self, driver: MachineDriver, conn: Conn, error: HeadwaterError) -> None:
         """A connection ends with this; a member's protocol is not broken by one that is what it should be."""
-        served = self.machine.served(conn)
+        served = self.machine.served(conn) if driver is self.driver else None
         if served is not None and isinstance(error, ProtocolError):
             self._world.broke_protocol(served.member.id, served.connection_epoch, error)
 

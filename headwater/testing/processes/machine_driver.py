@@ -1,8 +1,9 @@
-"""Runs a node's machine in a simulated process: what `headwater.runtime.pump` does with threads and channels.
+"""Runs the machines of simulated nodes: what `headwater.runtime` does with threads and channels.
 
-Actions take effect in the order in which they were decided. A dial, a task, the end of a connection and a
-message to the node's other machine take a moment, drawn from a stream of the process's own, so that other
-things happen meanwhile.
+Every node is driven by this: coordinator, servers, standbys, members. Nothing is decided here. Actions take
+effect in the order in which they were decided. A dial, a task, the end of a connection and a message to the
+node's other machine take a moment, drawn from a stream of the process's own, so that other things happen
+meanwhile. The process may die between any two actions.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from headwater.machines.actions import (
     Pause,
     Perform,
     Performing,
+    Persist,
     Refusing,
     Resume,
     Send,
@@ -48,49 +50,81 @@ class Unpacking(Protocol):
     def unpack(self, conn: Conn, message: m.AnyMessage, given: list[Any]) -> Any: ...
 
 
-class MachineOwner(Protocol):
-    """Whose machine it is."""
+class Node(Process):
+    """A process that runs machines, and what it does for them."""
 
     def tell(self, event: Any) -> None:
-        """What the machine tells."""
+        """A machine tells this."""
+        raise NotImplementedError
 
     def note(self, text: str) -> None:
         """For the trace."""
+        raise NotImplementedError
 
-    def broke_protocol(self, conn: Conn, error: HeadwaterError) -> None:
-        """A connection ends with this."""
+    def persist(self, record: Any) -> None:
+        """It outlives the process."""
+        raise AssertionError(f"{self.name} keeps nothing, and was given {record}")
+
+    def perform(self, task: Any) -> Any:
+        """What comes of a task; it may raise an error of Headwater's."""
+        return task()
+
+    def broke_protocol(self, driver: MachineDriver, conn: Conn, error: HeadwaterError) -> None:
+        """What came over a connection of this machine breaks the protocol."""
+        raise error
+
+    def dies(self, undone: Sequence[Action]) -> None:
+        """It dies here and now, without having carried these out."""
+        raise NotImplementedError
+
+
+def _always() -> bool:
+    return True
 
 
 class MachineDriver:
-    """Drives `machine` in `process`; `payloads` says where payload goes, None where there is none.
+    """Drives `machine` in the process `node`.
 
-    `beside`: drives the node's other machine.
+    Args:
+        payloads: says where payload goes; None where there is none.
+        beside: drives the node's other machine.
+        opened: what tells the machine of a connection, where that needs more than every machine is told.
+        waits: whether the machine waits for time to pass, other than for what recurs whatever happens.
+
+    Attributes:
+        ends: the connections.
+        dies_after: so many of its next actions are the node's last; None: it does not die.
     """
 
     def __init__(
         self,
-        process: Process,
+        node: Node,
         machine: Machine,
-        owner: MachineOwner,
         payloads: Unpacking | None = None,
         beside: MachineDriver | None = None,
+        opened: Callable[[Conn, str | None, float], Actions] | None = None,
+        waits: Callable[[], bool] = _always,
     ) -> None:
-        self.process = process
+        self.node = node
         self.ends: dict[Conn, End] = {}
+        self.dies_after: int | None = None
         self._machine = machine
         self._advancing = machine if isinstance(machine, Advancing) else None
         self._refusing = machine if isinstance(machine, Refusing) else None
-        self._owner = owner
         self._payloads = payloads
         self._beside = beside
         if beside is not None:
             beside._beside = self
-        self._chance = random.Random(f"{process.network.seed} {process.name} driver")
+        self._opened = opened or machine.opened
+        self._waits = waits
+        self._agenda = node.network.agenda
+        self._chance = random.Random(f"{node.network.seed} {node.name} driver")
         self._last: Conn = 0
+        self._paused: set[Conn] = set()
         self._inbox: list[m.AnyMessage] = []
         self._todo: deque[Action] = deque()
         self._working = False
-        self._ticking: float | None = None
+        self._ticking: tuple[float, bool] | None = None
 
     # ── what happens ────────────────────────────────────────────────────────────────────────────
 
@@ -99,13 +133,17 @@ class MachineDriver:
         self._last += 1
         conn = self._last
         self.ends[conn] = end
-        self.do(lambda now: self._machine.opened(conn, dialled, now))
-        if not end.closed:
-            end.listen(lambda frame: self._take(conn, frame), lambda: self._ended(conn))
+        self.do(lambda now: self._opened(conn, dialled, now))
+        self._listen(conn)
+
+    def _listen(self, conn: Conn) -> None:
+        end = self.ends.get(conn)
+        if end is not None and not end.closed and conn not in self._paused:
+            end.listen(lambda frame: self._take(conn, frame), lambda: self.ended(conn))
 
     def do(self, decide: Callable[[float], Actions]) -> None:
         """Have the machine decide something, and carry out what follows."""
-        self._queue(decide(self.process.network.agenda.now))
+        self._queue(decide(self._agenda.now))
         if self._working:
             return  # whoever is at it carries this out, in its turn
         self._working = True
@@ -121,19 +159,30 @@ class MachineDriver:
             if isinstance(action, Pause | Close | HandOver) and action.conn in self.ends:
                 self.ends[action.conn].wait()
         due = self._machine.due
-        if due is not None and (self._ticking is None or due < self._ticking):
-            self._ticking = due
-            self.process.after(due - self.process.network.agenda.now, self._tick, due)
+        if due is None:
+            return
+        idle, ticking = not self._waits(), self._ticking
+        if ticking is None or due < ticking[0] or (ticking[1] and not idle):
+            self._ticking = due, idle
+            self.node.after(due - self._agenda.now, self._tick, self._ticking, idle=idle)
 
     def _work(self) -> None:
         while True:
-            while self._todo and self.process.alive:
+            while self._todo and self.node.alive:
+                if self.dies_after is not None:
+                    if self.dies_after == 0:
+                        self.node.dies(tuple(self._todo))
+                        return
+                    self.dies_after -= 1
                 self._carry_out(self._todo.popleft())
-            if self._advancing is None or not self._advancing.busy or not self.process.alive:
+            if self._advancing is None or not self._advancing.busy or not self.node.alive:
                 return
-            self._queue(self._advancing.advance(self.process.network.agenda.now))
+            self._queue(self._advancing.advance(self._agenda.now))
 
     def _take(self, conn: Conn, frame: Frame) -> None:
+        self.do(lambda now: self._received(conn, frame, now))
+
+    def _received(self, conn: Conn, frame: Frame, now: float) -> Actions:
         message, payloads = frame.message, self._payloads
         payload = None
         try:
@@ -142,25 +191,22 @@ class MachineDriver:
                     length = sum(array.nbytes for array in frame.buffers)
                     pour(frame.buffers, payloads.place(conn, message, length))
                 payload = payloads.unpack(conn, message, list(frame.shared))
-            self.do(lambda now: self._machine.received(conn, message, payload, now))
+            return self._machine.received(conn, message, payload, now)
         except HeadwaterError as error:
-            self._break(conn, error)
+            broken = error
+        self.node.broke_protocol(self, conn, broken)
+        if self._refusing is None:
+            return [Close(conn, str(broken))]
+        return self._refusing.failed(conn, broken, now)
 
-    def _break(self, conn: Conn, error: HeadwaterError) -> None:
-        """What came breaks the protocol: that ends its connection."""
-        self._owner.broke_protocol(conn, error)
-        refusing = self._refusing
-        if refusing is None:
-            self.do(lambda now: [Close(conn, str(error))])
-        else:
-            self.do(lambda now: refusing.failed(conn, error, now))
-
-    def _ended(self, conn: Conn) -> None:
+    def ended(self, conn: Conn) -> None:
+        """A connection has ended."""
         if self.ends.pop(conn, None) is not None:
+            self._paused.discard(conn)
             self.do(lambda now: self._machine.closed(conn, now))
 
     def _soon(self, action: Callable[..., None], *arguments: Any) -> None:
-        self.process.after(self._chance.expovariate(1.0) * _MOMENT_S, action, *arguments)
+        self.node.after(self._chance.expovariate(1.0) * _MOMENT_S, action, *arguments)
 
     def post(self, message: m.AnyMessage) -> None:
         """The node's other machine says this; like a message to another node, it is taken a little later."""
@@ -175,10 +221,10 @@ class MachineDriver:
 
     # ── time ────────────────────────────────────────────────────────────────────────────────────
 
-    def _tick(self, due: float) -> None:
-        if self._ticking == due:
+    def _tick(self, tick: tuple[float, bool]) -> None:
+        if self._ticking == tick:
             self._ticking = None
-            if self._machine.due is not None and self._machine.due <= self.process.network.agenda.now:
+            if self._machine.due is not None and self._machine.due <= self._agenda.now:
                 self.do(self._machine.tick)
             else:
                 self._queue([])
@@ -187,11 +233,17 @@ class MachineDriver:
 
     def _carry_out(self, action: Action) -> None:
         if isinstance(action, Send):
-            self._send(action)
+            self.send(action)
+        elif isinstance(action, Tell):
+            self.node.tell(action.event)
+        elif isinstance(action, Note):
+            self.node.note(action.text)
         elif isinstance(action, Close):
             self._close(action)
+        elif isinstance(action, Pause):
+            self.pause(action.conn)
         elif isinstance(action, Resume):
-            self._resume(action)
+            self.resume(action.conn)
         elif isinstance(action, HandOver):
             end = self.ends.pop(action.conn, None)
             if end is not None and self._beside is not None:
@@ -200,12 +252,11 @@ class MachineDriver:
             self._soon(self._dial, action)
         elif isinstance(action, Perform):
             self._soon(self._perform, action)
-        elif isinstance(action, Tell):
-            self._owner.tell(action.event)
-        elif isinstance(action, Note):
-            self._owner.note(action.text)
+        elif isinstance(action, Persist):
+            self.node.persist(action.record)
 
-    def _send(self, send: Send) -> None:
+    def send(self, send: Send) -> None:
+        """Put a message on its way; nothing happens where the connection has ended."""
         if send.conn == BESIDE:
             assert self._beside is not None
             self._beside.post(send.message)
@@ -215,23 +266,28 @@ class MachineDriver:
             buffers = [np.array(array) for array in send.buffers]  # as the kernel does
             end.send(send.message, request=send.request, buffers=buffers, descriptors=send.descriptors)
 
+    def pause(self, conn: Conn) -> None:
+        """What arrives over this connection waits in it."""
+        if conn in self.ends:
+            self._paused.add(conn)
+            self.ends[conn].wait()
+
+    def resume(self, conn: Conn) -> None:
+        """What waits in this connection, and what is still to arrive, is taken again."""
+        self._paused.discard(conn)
+        self._listen(conn)
+
     def _close(self, close: Close) -> None:
         end = self.ends.get(close.conn)
         if end is not None and not end.closed:
             if close.why:
-                self._owner.note(f"{self.process.name} closes {end.label}: {close.why}")
+                self.node.note(f"{self.node.name} closes {end.label}: {close.why}")
             end.close()
-            self._soon(self._ended, close.conn)
-
-    def _resume(self, resume: Resume) -> None:
-        conn = resume.conn
-        end = self.ends.get(conn)
-        if end is not None and not end.closed:
-            end.listen(lambda frame: self._take(conn, frame), lambda: self._ended(conn))
+            self._soon(self.ended, close.conn)
 
     def _dial(self, dial: Dial) -> None:
         address = dial.member if isinstance(dial.member, str) else dial.member.addresses[0]
-        end = self.process.network.dial(self.process, address)
+        end = self.node.network.dial(self.node, address)
         if end is None:
             self.do(lambda now: self._machine.unreachable(dial.tag, "nobody is there", now, nobody=True))
         else:
@@ -240,7 +296,7 @@ class MachineDriver:
     def _perform(self, perform: Perform) -> None:
         machine = cast(Performing, self._machine)
         try:
-            result: Any = perform.task()
+            result: Any = self.node.perform(perform.task)
         except HeadwaterError as error:
             result = error
         self.do(lambda now: machine.performed(perform.tag, result, now))

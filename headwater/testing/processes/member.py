@@ -1,36 +1,32 @@
-"""A simulated worker or reader: its program, its connections, and one exchange at a time over them.
+"""A simulated worker or reader: its program, and what carries out the decisions of its machine.
 
-It does what `headwater.runtime.session` and `connections` do, without blocking: when a connection is lost,
-all
-are made anew, to wherever the coordinator says that the servers are, with new windows, and the outstanding
-exchange is repeated in a new connection epoch.
+The machine is the one that every member runs (`headwater.machines.client`). As in `headwater.runtime.client`
+what servers send is read only while an exchange is outstanding.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import deque
 from typing import Any, Protocol
 
-import msgspec
-import numpy as np
-from numpy.typing import NDArray
-
 from headwater import messages as m
-from headwater.errors import HeadwaterError, ProtocolError
-from headwater.machines.exchange import Exchange
-from headwater.machines.membership import Ended, Heard, Joined, Returned
-from headwater.spec.placement import servers_of
-from headwater.testing.processes.client import Call, Client, Floats, Program, Question, Window
-from headwater.testing.processes.membership import CoordinatorLine
-from headwater.testing.processes.network import End, Frame, Network, Process
-from headwater.testing.processes.times import ANSWER_S, FIRST_PAUSE_S, LONGEST_PAUSE_S
+from headwater.errors import ConnectionLostError, HeadwaterError
+from headwater.machines.actions import Actions, Conn, Send
+from headwater.machines.client import Asked, ClientMachine, Failed, Settled
+from headwater.machines.client import Call as Exchange
+from headwater.machines.connections import Connected, Frame, Renewal
+from headwater.machines.membership import Joined
+from headwater.machines.split_request import SplitAnswer
+from headwater.testing.processes import coordinator
+from headwater.testing.processes.client import Call, Client, Program, Question
+from headwater.testing.processes.machine_driver import MachineDriver, Node
+from headwater.testing.processes.network import End, Network
+from headwater.testing.processes.times import START_S
 
 
 class World(Protocol):
     """What a member tells the world."""
-
-    servers: int
 
     def joined(self, member: Member) -> None:
         """It knows its id now."""
@@ -47,13 +43,15 @@ class World(Protocol):
     def failed(self, member: Member, error: HeadwaterError) -> None:
         """Its program ended with an error."""
 
+    def note(self, text: str) -> None:
+        """For the trace."""
 
-class Member(Client, Process):
+
+class Member(Client, Node):
     """One incarnation.
 
     Attributes:
         role, wanted: as what it joins, and with which rank (None: the next free one).
-        attempt: of its connections.
         call: its last one; outstanding: whether that is without an answer.
         ended: its program is over; `value` is what it returned. dead: it was killed.
     """
@@ -71,165 +69,154 @@ class Member(Client, Process):
         shares: bool = True,
         thinks_s: float = 0.0,
     ) -> None:
-        Client.__init__(self, shares=shares)
-        Process.__init__(self, network, name)
+        Node.__init__(self, network, name)
         self.world = world
         self.role, self.wanted = role, wanted
-        self.connection_epoch = -1
+        self._join = m.Join(role, wanted, self.pid, "here")
+        Client.__init__(self, self._machine(), shares=shares)
         self.call: Call | None = None
         self.outstanding = False
         self.ended = self.dead = False
         self.value: Any = None
         self._program = program(self)
+        self._begun = False
         self._outcome: Any = None
-        self._exchange = Exchange(0, world.servers)
         self._chance = chance
         self._thinks_s = thinks_s
-        self._line = CoordinatorLine(self, m.Join(role, wanted, self.pid, "here"), self._told)
-        self._refusal: HeadwaterError | None = None
-        self._asked = 0
-        self._lease: m.Lease | None = None
-        self._term = 0
         self._listens = False
-        self._replies: list[m.Leased | m.Unleased] = []
-        self._servers: tuple[m.Member, ...] = ()
-        self._connected: list[End] = []
-        self._broken = False
-        self._locating = False
-        self._pause = FIRST_PAUSE_S
+        self._replies: deque[m.Leased | m.Unleased | HeadwaterError] = deque()
 
     def __repr__(self) -> str:
         return self.name
 
-    # ── membership ──────────────────────────────────────────────────────────────────────────────
+    @property
+    def connection_epoch(self) -> int:
+        """Of its connections."""
+        return self.machine.connections.epoch
+
+    def is_cut_off(self) -> bool:
+        """Whether it is no member any more, whether it knows that or not."""
+        return self.machine.membership.phase == "over"
 
     def start(self) -> None:
         """Join the coordinator."""
-        self._line.begin()
+        machine = self.machine
+        self.driver = MachineDriver(self, machine, self, opened=self._opened, waits=self._waits)
+        self.driver.do(machine.join)
+
+    def _machine(self) -> ClientMachine:
+        return ClientMachine(coordinator.NAME, self._join)
+
+    def _start_again(self) -> None:
+        """The coordinator ended before it took this one in: join the next one."""
+        self.use(self._machine())
+        self.start()
+
+    # ── as its driver sees it ───────────────────────────────────────────────────────────────────
 
     def accept(self, end: End) -> None:
         """Nobody connects to a member."""
         raise AssertionError(end.label)
 
-    def _told(self, event: Any) -> None:
-        if isinstance(event, Joined):
+    def note(self, text: str) -> None:
+        """For the trace."""
+        self.world.note(text)
+
+    def _opened(self, conn: Conn, dialled: str | None, now: float) -> Actions:
+        return self.machine.opened(conn, dialled, now, shared=self._shares)
+
+    def _waits(self) -> bool:
+        """Whether somebody waits, or only heartbeats are to come."""
+        return self.machine.call_due is not None or self.machine.membership.phase != "member"
+
+    def place(self, conn: Conn, message: m.AnyMessage, length: int) -> Any:
+        """Where payload goes."""
+        links = self.machine.connections.links
+        if conn not in links or not isinstance(message, m.Answer):
+            return ()
+        return self.machine.place(links.index(conn), message)
+
+    def unpack(self, conn: Conn, message: m.AnyMessage, given: list[Any]) -> None:
+        """Nobody sends a member memory."""
+        assert not given, message
+
+    def broke_protocol(self, driver: MachineDriver, conn: Conn, error: HeadwaterError) -> None:
+        """The machine fails with it."""
+
+    def tell(self, event: Any) -> None:
+        """What the machine tells whoever runs it."""
+        if isinstance(event, Asked):
+            self._send(event)
+        elif isinstance(event, Settled):
+            self._settled(event)
+        elif isinstance(event, SplitAnswer):
+            self._replies.append(event.reply)
+            self._hear_replies()
+        elif isinstance(event, Joined):
             welcome = event.welcome
-            self.id, self.rank, self.place = welcome.member.id, welcome.member.index, welcome.position
+            self.id, self.rank, self.recorded = welcome.member.id, welcome.member.index, welcome.position
             self.world.joined(self)
-            self._connect(welcome.servers, welcome.term)
-        elif isinstance(event, Returned):
-            self._line.machine.watching = bool(self._connected)
-            if self._listens and self._lease is not None:
-                self._line.tell(self._lease)  # it may never have read the question
-        elif isinstance(event, m.ServerAddresses):
-            if self._locating:
-                self._locating = False
-                self._connect(event.servers, event.term)
-            else:
-                self._compare(event.servers)
-        elif isinstance(event, Heard) and isinstance(event.message, m.Leased | m.Unleased):
-            self._replied(event.message)
-        elif isinstance(event, Ended):
-            self._refusal = event.error
-            if not self.id or self._locating or self._listens:
-                self._fail(event.error)
+        elif isinstance(event, Connected):
+            self._connected()
+        elif isinstance(event, Renewal):
+            for buffer in self.machine.connections.buffers:
+                buffer.renew()
+        elif isinstance(event, Failed):
+            self._failed(event.error)
 
-    def is_cut_off(self) -> bool:
-        """Whether it is no member any more, whether it knows that or not."""
-        return self._line.over
+    def _connected(self) -> None:
+        """Messages of servers are not read before something is asked."""
+        if not self.outstanding:
+            self._pause()
+        if not self._begun:
+            self._begun = True
+            self.after(0.0, self._wake)
 
-    def _compare(self, servers: tuple[m.Member, ...]) -> None:
-        """A server that is stopped keeps its connections open, so nothing else tells that it was replaced."""
-        moved = tuple(server.id for server in servers) != tuple(server.id for server in self._servers)
-        if moved and len(servers) == self.world.servers and self._connected:
-            self._lost()
+    def _pause(self) -> None:
+        for conn in self.machine.connections.links:
+            self.driver.pause(conn)
 
-    # ── connections to servers ──────────────────────────────────────────────────────────────────
+    def _send(self, asked: Asked) -> None:
+        for conn, frame in zip(asked.links, asked.frames, strict=True):
+            self.driver.send(Send(conn, frame.message, frame.buffers, asked.number, frame.descriptors))
+        for conn in asked.links:
+            self.driver.resume(conn)
 
-    def _connect(self, servers: tuple[m.Member, ...], term: int) -> None:
-        self.connection_epoch += 1
-        self._term = term
-        ends = []
-        if len(servers) == self.world.servers:
-            for server in servers:
-                end = self.network.dial(self, server.addresses[0])
-                if end is None:
-                    break
-                ends.append(end)
-                end.send(
-                    m.Hello(
-                        self.id,
-                        "worker" if self.role == "worker" else "observer",
-                        term,
-                        self.connection_epoch,
-                    )
-                )
-                self._offer_windows(end)
-        if len(ends) < self.world.servers:
-            for end in ends:
-                end.close()
-            self.after(self._pause, self._locate)
-            self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
-            return
-        self._servers, self._connected, self._broken = servers, ends, False
-        self._line.machine.watching = True
-        self._pause = FIRST_PAUSE_S
-        for index, end in enumerate(ends):
-            end.listen(lambda frame, index=index: self._heard(index, frame), self._lost)  # type: ignore[misc]
-        if self.call is None:
-            self._wake()
+    def _settled(self, settled: Settled) -> None:
+        """All servers have answered; or it had left already, and the answers were lost on their way."""
+        call, answer = self.call, settled.outcome
+        assert call is not None
+        self.outstanding = False
+        self._pause()
+        if answer is not None:
+            assert isinstance(answer, m.Answer)
+            if call.brought is not None:
+                call.brought(answer)
+            for model in answer.values:
+                self.windows[model].buffer.arrived()
+            self.world.answered(self, call, answer)
+            self.version = max(self.version, answer.version)
+        self._go_on_with(settled.error if settled.error is not None else answer)
+
+    def _failed(self, error: HeadwaterError) -> None:
+        if not self.id and isinstance(error, ConnectionLostError):
+            self.after(START_S, self._start_again)
         elif self.outstanding:
-            self._exchange = Exchange(self._exchange.number, self.world.servers)
-            self._send()
-
-    def _offer_windows(self, end: End) -> None:
-        if not self.connection_epoch:
-            return
-        for id, window in self.windows.items():
-            given = (window.gradients, window.parameters) if self._shares else ()
-            end.send(m.Renew(id, self._offer()), descriptors=given)
-
-    def _lost(self) -> None:
-        """One connection is lost: close all, and connect again when there is something to ask."""
-        ends, self._connected = self._connected, []
-        for end in ends:
-            end.close()
-        if self.ended:
-            return
-        self._broken = True
-        if self.outstanding:
-            self._repeat()
-
-    def _repeat(self) -> None:
-        if self._shares:
-            for window in self.memory():
-                window.renew()
-        self._locate()
-
-    def _locate(self) -> None:
-        if self.ended:
-            return
-        self._locating = True
-        if self._refusal is not None:
-            self._fail(self._refusal)
-        elif self._line.away:  # they may still be where they were
-            self._locating = False
-            self._connect(self._servers, self._term)
+            self.outstanding, self._outcome = False, error
+            self.after(0.0, self._wake)
         else:
-            self._line.tell(m.GetServers())
-            self.after(ANSWER_S, self._ask_again, self.connection_epoch)
-
-    def _ask_again(self, epoch: int) -> None:
-        """The coordinator may have ended before it answered."""
-        if self._locating and epoch == self.connection_epoch:
-            self._locate()
+            self._fail(error)
 
     def lose(self) -> None:
         """Have its connections break, here and now, as if it had found one broken."""
-        if self._connected:
-            for end in self._connected:
+        links = list(self.machine.connections.links)
+        for conn in links:
+            end = self.driver.ends.get(conn)
+            if end is not None and not end.closed:
                 end.break_off(self._chance)
-            self._lost()
+                end.close()
+        for conn in links[:1]:
+            self.driver.ended(conn)
 
     # ── the program ─────────────────────────────────────────────────────────────────────────────
 
@@ -254,34 +241,36 @@ class Member(Client, Process):
             self._ask(call)
             return
         self.call, self.outstanding = call, True
-        self._exchange = Exchange(call.request.number, self.world.servers)
         self.world.sends(self, call)
-        if self._broken:
-            self._repeat()
-        else:
-            self._send()
+        self.driver.do(lambda now: self.machine.call(self._exchange(call), now))
+
+    def _exchange(self, call: Call) -> Exchange:
+        request = call.request
+        assert request.number == self.machine.number + 1, call
+        return Exchange(
+            repr(call),
+            call.frame or (lambda server, number: Frame(request)),
+            call.place,
+            memory=self.scratch if call.rows else None,
+            leaves=isinstance(request, m.Leave),
+        )
 
     def _ask(self, question: Question) -> None:
         """Also once the coordinator has ended the connection: what it said before counts."""
         self._listens = True
-        if question.lease is not None:
-            self._asked, self._lease = question.lease.number, question.lease
-            self._line.tell(question.lease)
-        self._hear_replies()
-        if self._listens and self._refusal is not None:
-            self._fail(self._refusal)
-
-    def _replied(self, message: m.Leased | m.Unleased) -> None:
-        self._replies.append(message)
+        lease = question.lease
+        if lease is not None:
+            self._replies.clear()
+            self.driver.do(lambda now: self.machine.next_split(lease, now))
         self._hear_replies()
 
     def _hear_replies(self) -> None:
-        """The next reply to the outstanding question; earlier ones are of questions given up."""
-        while self._listens and self._replies:
-            reply = self._replies.pop(0)
-            if reply.number == self._asked:
-                self._listens = False
-                self._go_on_with(reply)
+        if self._listens and self._replies:
+            self._listens = False
+            reply = self._replies.popleft()
+            if not isinstance(reply, m.Unleased) or reply.over:
+                self.machine.splits.taken()
+            self._go_on_with(reply)
 
     def _go_on_with(self, outcome: Any) -> None:
         self._outcome = outcome
@@ -291,7 +280,7 @@ class Member(Client, Process):
         """The program is over; if it left the log before, the coordinator hears of it."""
         self.ended = True
         if self.leaves():
-            self._line.tell(m.Departed(self.id))
+            self.driver.do(lambda now: self.machine.leave(True))
             self.exit()
 
     def _fail(self, error: HeadwaterError) -> None:
@@ -305,129 +294,3 @@ class Member(Client, Process):
     def leaves(self) -> bool:
         """Whether its last call is its end."""
         return self.call is not None and isinstance(self.call.request, m.Leave)
-
-    def memory(self) -> list[Window]:
-        """Of all models, and of the one that its call is about to bring."""
-        new = self.call.window if self.outstanding and self.call is not None else None
-        return [*self.windows.values(), *([new] if new is not None and new.id not in self.windows else [])]
-
-    # ── one exchange ────────────────────────────────────────────────────────────────────────────
-
-    def _send(self) -> None:
-        for index, end in enumerate(self._connected):
-            self._send_to(index, end)
-
-    def _send_to(self, index: int, end: End) -> None:
-        call = self.call
-        assert call is not None
-        request: m.Request = call.request
-        buffers: list[Any] = []
-        shared: tuple[Floats, ...] = ()
-        if call.window is not None and self._shares:
-            shared = (call.window.gradients, call.window.parameters)
-        elif isinstance(request, m.Register) and call.window is not None:
-            start, stop = call.window.layout.cut(self.world.servers)[index]
-            buffers = [call.window.parameters[start:stop].copy()]
-        elif not self._shares and isinstance(request, m.Step | m.Assign):
-            request, buffers = self._with_payload(request, index)
-        if call.pushed or call.pulled:
-            assert isinstance(request, m.Step)
-            request, rows = self._with_rows(request, call, index)
-            buffers += rows
-        end.send(request, buffers=buffers, descriptors=shared)
-
-    def _with_payload(self, request: m.Step | m.Assign, index: int) -> tuple[m.Step | m.Assign, list[Any]]:
-        carried = (request.carried,) if isinstance(request, m.Assign) else request.carried
-        runs: list[m.Run] = []
-        arrays: list[Any] = []
-        for one in carried:
-            window = self.windows[one.model]
-            source = window.parameters if isinstance(request, m.Assign) else window.gradients
-            start, stop = window.layout.cut(self.world.servers)[index]
-            for low, high in window.layout.runs(window.layout.unmask(one.tensors), start, stop):
-                runs.append(m.Run(one.model, low, high))
-                arrays.append(source[low:high].copy())
-        if isinstance(request, m.Assign):
-            return m.Assign(request.number, request.carried, tuple(runs)), arrays
-        return _replaced(request, payload=tuple(runs)), arrays
-
-    def _with_rows(self, request: m.Step, call: Call, index: int) -> tuple[m.Step, list[Any]]:
-        """The step as one server gets it, with its part of the rows; they always travel."""
-        pushed, pulled, arrays = [], [], []
-        for table, (ids, gradients) in call.pushed.items():
-            here = servers_of(ids, self.world.servers) == index
-            pushed.append(m.Rows(table, int(here.sum()), 0, 0))
-            arrays += [ids[here], gradients[here]]
-        for table, ids in call.pulled.items():
-            own = self._own(ids, index)
-            pulled.append(m.Rows(table, len(own), 0, 0))
-            arrays.append(own)
-        return _replaced(request, pushed=tuple(pushed), pulled=tuple(pulled)), arrays
-
-    def _own(self, ids: NDArray[np.int64], index: int) -> NDArray[np.int64]:
-        """Those that one server has."""
-        own: NDArray[np.int64] = ids[servers_of(ids, self.world.servers) == index]
-        return own
-
-    def _heard(self, index: int, frame: Frame) -> None:
-        message = frame.message
-        try:
-            done = self._exchange.received(index, message)
-        except ProtocolError:
-            raise
-        except HeadwaterError as error:
-            if self.leaves():
-                self._settled(None)  # it had left already, and the answer was lost on its way
-            else:
-                self._fail(error)
-            return
-        if isinstance(message, m.Answer) and frame.buffers:
-            self._take_values(index, message, frame.buffers)
-        if done and not self._exchange.unanswered():
-            self._settle()
-
-    def _take_values(self, index: int, answer: m.Answer, arrays: Sequence[Any]) -> None:
-        """What follows an answer: arrays made for it, values of models without a window, rows."""
-        call = self.call
-        assert call is not None
-        rest = iter(arrays[len(answer.states) :])
-        for model in () if self._shares else answer.values:
-            window = call.window or self.windows.get(model)
-            assert window is not None
-            start, stop = window.layout.cut(self.world.servers)[index]
-            window.parameters[start:stop] = next(rest)
-        for table, ids in call.pulled.items():
-            rows = next(rest)
-            self.rows.update(
-                {(table, int(id)): row for id, row in zip(self._own(ids, index), rows, strict=True)}
-            )
-
-    def _settle(self) -> None:
-        assert self.call is not None
-        try:
-            answer = self._exchange.outcome()
-            assert isinstance(answer, m.Answer)
-        except ProtocolError:
-            raise
-        except HeadwaterError as error:
-            self._settled(error)
-            return
-        if answer.table is not None:
-            assert isinstance(self.call.request, m.RegisterTable)
-            self.tables[answer.table] = self.call.request.spec.dim
-        if answer.model is not None:
-            assert self.call.window is not None
-            self.call.window.id = answer.model
-            self.windows[answer.model] = self.call.window
-        self.world.answered(self, self.call, answer)
-        self.version = max(self.version, answer.version)
-        self._settled(answer)
-
-    def _settled(self, outcome: m.Answer | HeadwaterError | None) -> None:
-        self.outstanding = False
-        self._go_on_with(outcome)
-
-
-def _replaced(step: m.Step, **fields: Any) -> m.Step:
-    replaced: m.Step = msgspec.structs.replace(step, **fields)
-    return replaced

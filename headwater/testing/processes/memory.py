@@ -6,7 +6,10 @@ other has written there since.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 from headwater.errors import ProtocolError
 from headwater.machines.actions import Conn
@@ -14,6 +17,8 @@ from headwater.machines.memory import Bytes, CheckpointPlace, Given, ScratchPart
 from headwater.messages import PartRecord
 from headwater.shard import Staging
 from headwater.shard.snapshot import ShardSnapshot
+
+_LINE = 64
 
 
 class SharedArrays:
@@ -61,3 +66,68 @@ class SharedArrays:
     def write_part(self, place: CheckpointPlace, snapshot: ShardSnapshot) -> PartRecord:
         """Nothing is written."""
         return PartRecord(snapshot.index, (), ())
+
+
+class WindowArrays:
+    """A `ModelMemory` of a member. Who has mapped what it was before a renewal keeps that."""
+
+    def __init__(self, elements: int, shared: bool) -> None:
+        self.gradients = np.zeros(elements, np.float32)
+        self.parameters = np.zeros(elements, np.float32)
+        self.shared = shared
+        self.generation = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes, of both."""
+        return self.gradients.nbytes + self.parameters.nbytes
+
+    @property
+    def descriptors(self) -> Sequence[NDArray[np.float32]]:
+        """What travels to give it to others."""
+        return self.gradients, self.parameters
+
+    def renew(self) -> None:
+        """As `ModelMemory.renew`, but at other addresses; what is not shared nobody else ever has."""
+        if self.shared:
+            self.gradients, self.parameters = self.gradients.copy(), self.parameters.copy()
+            self.generation += 1
+
+    def release(self) -> None:
+        """Nothing is to be given back."""
+
+
+class ScratchArray:
+    """A `RowMemory` of a member, so small that it is often replaced by a larger one."""
+
+    def __init__(self, shared: bool) -> None:
+        self.memory: Bytes = np.empty(0, np.uint8)
+        self.used = 0
+        self.shared = shared
+        self.generation = 0
+
+    @property
+    def descriptors(self) -> Sequence[Bytes]:
+        """What travels to give it to others."""
+        return (self.memory,)
+
+    def take(self, size: int) -> int:
+        """As `RowMemory.take`."""
+        start, stop = self.used, self.used + size
+        if stop > len(self.memory):
+            self._replace(stop + stop // 4)
+        self.used = -(-stop // _LINE) * _LINE
+        return start
+
+    def renew(self) -> None:
+        """As `RowMemory.renew`."""
+        self._replace(len(self.memory))
+
+    def release(self) -> None:
+        """Nothing is to be given back."""
+
+    def _replace(self, size: int) -> None:
+        memory = np.zeros(-(-size // _LINE) * _LINE, np.uint8)
+        memory[: self.used] = self.memory[: self.used]
+        self.memory = memory
+        self.generation += 1

@@ -24,14 +24,14 @@ BEGIN_S = 0.004
 START_S = 0.05
 """How long it takes to start a process in the place of one that ended."""
 
-DEADLINE_S = 12.0
-"""How long one may have to wait for an answer."""
+QUIET_S = 12.0
+"""When nobody was answered for so long, nothing is to come."""
+
+DEADLINE_S = 60.0
+"""Of the cluster: members give up after that. It is longer than `QUIET_S`, where more is said of why."""
 
 SETTLED_S = 0.3
 """How long after the last answer everything that was sent has arrived."""
 
 STANDBY_S = 1.0
 """How long a standby may be unreachable, or owe an acknowledgement."""
-
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.1
-"""Between two attempts of a member to reach the servers."""

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.machines.client import ClientMachine
 from headwater.machines.connections import Frame
+from headwater.machines.model_codec import CodedGradients, CodedValues
 from headwater.spec.codecs import parse_codec, parse_values_codec
 from headwater.spec.layout import Layout
-from headwater.worker.model_codec import CodedGradients, CodedValues
 
 Array: TypeAlias = NDArray[np.float32]
 
