@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the same as `_HOMES`, for type checkers and editors
     from headwater import torch as torch
     from headwater.checkpoint import load_checkpoint
     from headwater.cluster import Cluster, connect
+    from headwater.comparison import Comparison, compare
     from headwater.data import Csv, Files, Parquet
     from headwater.driver import RunResult, run
     from headwater.engines import RayEngine
@@ -64,6 +65,7 @@ __all__ = [
     "Asynchronous",
     "Cluster",
     "ClusterStatistics",
+    "Comparison",
     "Constant",
     "Cosine",
     "Csv",
@@ -96,6 +98,7 @@ __all__ = [
     "WorkerStatistics",
     "Yogi",
     "Zeros",
+    "compare",
     "connect",
     "errors",
     "initializers",
@@ -110,6 +113,7 @@ _SUBMODULES = ("jax", "kvstore", "torch")
 _HOMES = {
     "checkpoint": ("load_checkpoint",),
     "cluster": ("Cluster", "connect"),
+    "comparison": ("Comparison", "compare"),
     "data": ("Csv", "Files", "Parquet"),
     "driver": ("RunResult", "run"),
     "engines": ("RayEngine",),

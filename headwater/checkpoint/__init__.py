@@ -3,7 +3,6 @@
 The format: docs/checkpoint-format.md.
 """
 
-from headwater.checkpoint.compare import differences
 from headwater.checkpoint.export import export, load_checkpoint
 from headwater.checkpoint.find import (
     Latest,
@@ -18,6 +17,7 @@ from headwater.checkpoint.find import (
 from headwater.checkpoint.lock import DirectoryLock, FileLock, LockedError
 from headwater.checkpoint.manifest import FORMAT, MANIFEST, Manifest, folder_name
 from headwater.checkpoint.read import Checkpoint, open_checkpoint, read_part, read_programs
+from headwater.checkpoint.spec_differences import differences
 from headwater.checkpoint.verify import Verification, verify
 from headwater.checkpoint.write import abandon, begin, commit, write_part
 

@@ -14,6 +14,7 @@ from headwater.cli.faults import USAGE, complain, said
 
 COMMANDS = {
     "run": "Run a training function in every worker, against servers on this machine or in a Ray cluster.",
+    "compare": "Train a script in several modes, under planted stragglers, and report which is sooner.",
     "serve": "Run nodes one by one, under any scheduler, and make certificates for them.",
     "status": "Show the nodes, models and tables of a running cluster.",
     "ping": "Ask whether a cluster lives, or is ready to train: for probes and scripts.",

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from headwater import checkpoint
 from headwater.checkpoint import Listed, Manifest
-from headwater.checkpoint.compare import describe_rule
+from headwater.checkpoint.spec_differences import describe_rule
 from headwater.cli.faults import FAILED, complain
 from headwater.cli.options import Json, command
 from headwater.errors import ConfigurationError

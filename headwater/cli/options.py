@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -106,9 +106,9 @@ def the(address: str | None) -> str:
     return address
 
 
-def configuration(*required: str) -> Options:
-    """The options of `ClusterConfig`; without a default where they are required."""
-    fields = dataclasses.fields(ClusterConfig)
+def configuration(*required: str, without: Collection[str] = ()) -> Options:
+    """The options of `ClusterConfig` but for `without`; without a default where they are required."""
+    fields = [one for one in dataclasses.fields(ClusterConfig) if one.name not in without]
     return Options(
         [_of_field(one, one.name in required) for one in fields],
         lambda values: ClusterConfig.of(**_values(values)),

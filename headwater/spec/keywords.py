@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -24,12 +24,19 @@ def means(text: str, metavar: str | None = None, *, least: int | None = None) ->
     return {"help": text, "metavar": metavar, "least": least}
 
 
-def takes(*configurations: tuple[type, type]) -> Callable[[Function], Function]:
-    """Decorator: the function's `**options` are the fields of these (dataclass, TypedDict).
+def takes(
+    *configurations: tuple[type, type], without: Collection[str] = ()
+) -> Callable[[Function], Function]:
+    """Decorator: the function's `**options` are the fields of these (dataclass, TypedDict); not `without`.
 
     Its signature and its docstring, whose first section must be `Args:`, get them all.
     """
-    fields = [(one, typed) for config, typed in configurations for one in dataclasses.fields(config)]
+    fields = [
+        (one, typed)
+        for config, typed in configurations
+        for one in dataclasses.fields(config)
+        if one.name not in without
+    ]
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)

@@ -17,14 +17,14 @@ Pure: no clock, no I/O; a mode keeps nothing between two questions. It travels a
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, Protocol, Self, TypeAlias
 
 from headwater.errors import ConfigurationError
 from headwater.spec.registry import Registry, register
-from headwater.spec.settings import Settings, field_types, require, required_fields
+from headwater.spec.setting_text import settings_of, text_name, text_of
+from headwater.spec.settings import Settings, field_types, require
 from headwater.spec.words import option
 
 Reduce: TypeAlias = Literal["mean", "sum"]
@@ -168,7 +168,7 @@ class Mode(Settings):
     def __str__(self) -> str:
         """What `parse_sync` makes this mode of again: its name, and the settings that are no defaults."""
         said = [
-            f"{_text_name(field.name)}={_text(value)}"
+            f"{text_name(field.name)}={text_of(value)}"
             for field in fields(self)  # type: ignore[arg-type]
             if (value := getattr(self, field.name)) != field.default
         ]
@@ -183,17 +183,7 @@ class Mode(Settings):
         Raises:
             ConfigurationError: an unknown, missing, repeated, ill-typed or impossible setting.
         """
-        hints = {_text_name(name): (name, hint) for name, hint in field_types(cls).items()}
-        given: dict[str, object] = {}
-        for place, part in enumerate(argument.split(",") if argument else ()):
-            name, equals, text = (one.strip() for one in part.partition("="))
-            if not equals and place == 0 and (required := required_fields(cls)):
-                name, text = _text_name(required[0]), name
-            if name not in hints or hints[name][0] in given:
-                raise ConfigurationError(f"{part.strip()!r} is no setting, or a repeated one")
-            field, hint = hints[name]
-            given[field] = _of_text(text, hint)
-        return cls.from_flat(given)
+        return settings_of(cls, argument)
 
     @classmethod
     def registered_name(cls) -> str:
@@ -203,7 +193,7 @@ class Mode(Settings):
     @classmethod
     def expected(cls) -> str:
         """How the text of such a mode looks, in quotes."""
-        settings = ",".join(f"{_text_name(name)}=…" for name in field_types(cls))
+        settings = ",".join(f"{text_name(name)}=…" for name in field_types(cls))
         text = f"{cls.registered_name()}:{settings}" if settings else cls.registered_name()
         form: str = cls.__dict__.get("form", repr(text))
         return form
@@ -241,27 +231,6 @@ def parse_sync(value: str | Mode) -> Mode:
         return known[name].of_text(argument)
     except ConfigurationError as error:
         raise ConfigurationError(f"{option('sync')}: got {value!r}: {error}; expected {expected}") from error
-
-
-def _text_name(field: str) -> str:
-    """A field's name in text: without the unit that it ends with."""
-    return field.removesuffix("_s")
-
-
-def _text(value: object) -> str:
-    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
-
-
-def _of_text(text: str, hint: object) -> object:
-    """`text` as what a field of this type takes, or as it is, for `Settings` to refuse."""
-    choices = typing.get_args(hint) or (hint,)
-    for kind in (int, float):
-        if kind in choices:
-            try:
-                return kind(text)
-            except ValueError:
-                continue
-    return {"True": True, "False": False}.get(text, text) if bool in choices else text
 
 
 # ── the modes that come with Headwater ──────────────────────────────────────────────────────────

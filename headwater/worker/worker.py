@@ -37,6 +37,7 @@ from headwater.worker.plan import SplitKind, count_of, plan_of
 from headwater.worker.program import Epochs, Program
 from headwater.worker.step import StepExchange
 from headwater.worker.table import Table
+from headwater.worker.trial import Trial
 
 _log = logging.getLogger("headwater.worker")
 
@@ -113,6 +114,7 @@ class Worker:
         self._metrics: dict[str, float] = {}
         self._began = time.monotonic()
         self._told = 0.0
+        self._trial: Trial | None = None
 
     @property
     def version(self) -> int:
@@ -300,6 +302,8 @@ class Worker:
 
     def _turn(self, read: bool | Sequence[Model], weight: float) -> StepExchange:
         """What is staged, taken for a step."""
+        if self._trial is not None:
+            self._trial.before_step()
         weight = check_weight(weight)
         self._check_read(read)
         self._session.check_open("step")
@@ -328,6 +332,8 @@ class Worker:
             self._program.recorded(kept)
         self._feed.settle()
         self._tell()
+        if self._trial is not None:
+            self._trial.after_step(result, self._feed.samples)
         return result
 
     def _check_read(self, read: Any) -> None:
@@ -375,7 +381,7 @@ class Worker:
             StalledError: no split within the deadline; names who holds the last ones.
         """
         self._session.check_open("batches")
-        rounds = self.mode.rounds
+        rounds, splits = self.mode.rounds, self._splits(splits)
         plan = plan_of(dataset, batch_size, epochs, shuffle, seed, splits, rounds=rounds, drop_last=drop_last)
         return self._feed.batches(plan, dataset)
 
@@ -396,8 +402,13 @@ class Worker:
         one split an epoch. A split is done with the first step after the next one was asked for.
         """
         self._session.check_open("splits")
+        splits = self._splits(splits)
         plan = plan_of(dataset, batch_size, epochs, shuffle, seed, splits, rounds=self.mode.rounds)
         return self._feed.splits(plan)
+
+    def _splits(self, asked: SplitKind | None) -> SplitKind | None:
+        """In a comparison of modes the data come in the same order in all of them."""
+        return asked if self._trial is None else "static"
 
     # ── its place in the program ────────────────────────────────────────────────────────────────
 
@@ -520,6 +531,8 @@ class Worker:
                     f"log: {name} is {value!r}, expected a number; nothing was logged"
                 ) from error
         self._metrics.update(numbers)
+        if self._trial is not None:
+            self._trial.logged(numbers, self._feed.samples)
 
     def statistics(self) -> WorkerStatistics:
         """A snapshot of this worker's counters."""

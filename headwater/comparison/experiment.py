@@ -1,0 +1,149 @@
+"""An experiment: which modes meet which stragglers, how often, and what is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from headwater.comparison.target import Target, parse_target
+from headwater.errors import ConfigurationError
+from headwater.spec.cluster import ClusterConfig
+from headwater.spec.stragglers import Straggler, parse_straggler
+from headwater.spec.sync import Mode, parse_sync
+from headwater.spec.words import option
+
+Value = TypeVar("Value")
+
+_CALIBRATION = 30
+_LARGEST = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """All that is said of a comparison beside the cluster, checked.
+
+    Attributes:
+        modes, stragglers: in the order in which they are shown.
+        seeds: how many; seeds are 0, 1, ….
+        target: what is compared.
+        smooth: how many logged values are averaged before they are compared with the target.
+        simulate: numbers of workers to predict.
+        step_s: how long an undisturbed step takes, in seconds; None: measured before.
+        engine: "local" or "inline".
+    """
+
+    modes: tuple[str, ...]
+    stragglers: tuple[Straggler, ...]
+    seeds: int
+    target: Target
+    smooth: int = 10
+    simulate: tuple[int, ...] = ()
+    step_s: float | None = None
+    engine: str = "local"
+
+    @staticmethod
+    def of(
+        config: ClusterConfig,
+        *,
+        modes: Sequence[str | Mode],
+        stragglers: Sequence[str | Straggler],
+        seeds: int,
+        until: str,
+        smooth: int,
+        simulate: Sequence[int],
+        step_s: float | None,
+        engine: str,
+    ) -> Experiment:
+        """What a user says, checked.
+
+        Raises:
+            ConfigurationError: impossible or contradictory arguments; nothing was started.
+        """
+        of_modes = tuple(str(parse_sync(mode)) for mode in _several("modes", modes))
+        slow = tuple(parse_straggler(one) for one in _several("stragglers", stragglers))
+        _refuse_twice("modes", of_modes)
+        _refuse_twice("stragglers", [str(one) for one in slow])
+        for name, value in {"seeds": seeds, "smooth": smooth}.items():
+            _check_count(name, value, 1)
+        for workers in simulate:
+            _check_count("simulate", workers, 1, _LARGEST)
+        if step_s is not None and not 0 < step_s < float("inf"):
+            raise ConfigurationError(f"{option('step_s')}: got {step_s!r}, expected seconds > 0")
+        if engine not in ("local", "inline"):
+            raise ConfigurationError(
+                f"{option('engine')}: got {engine!r}, expected 'local' (processes) or 'inline'"
+            )
+        for one in slow:
+            _check_straggler(one, config, engine)
+        return Experiment(of_modes, slow, seeds, parse_target(until), smooth, tuple(simulate), step_s, engine)
+
+    def runs(self) -> Iterator[tuple[Straggler, int, str]]:
+        """Straggler, seed and mode of each run, in an order that spreads what changes on the machine.
+
+        All modes of one seed come after each other, and every seed begins with another mode.
+        """
+        for straggler in self.stragglers:
+            for seed in range(self.seeds):
+                turn = seed % len(self.modes)
+                for mode in (*self.modes[turn:], *self.modes[:turn]):
+                    yield straggler, seed, mode
+
+    @property
+    def calibration(self) -> int:
+        """Steps of each worker in the runs that measure how long things take."""
+        return _CALIBRATION
+
+
+def check_folder(folder: str | Path) -> Path:
+    """Where a report goes; made if it is not there.
+
+    Raises:
+        ConfigurationError: it cannot be made, or is a file.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{option('out')}: cannot make the folder {path}: {error.strerror}"
+        ) from error
+    return path
+
+
+def _several(name: str, values: Sequence[Value]) -> Sequence[Value]:
+    if isinstance(values, str) or not values:
+        raise ConfigurationError(f"{option(name)}: got {values!r}, expected a list of at least one")
+    return values
+
+
+def _refuse_twice(name: str, texts: Sequence[str]) -> None:
+    twice = sorted({text for text in texts if list(texts).count(text) > 1})
+    if twice:
+        raise ConfigurationError(f"{option(name)}: {', '.join(twice)} stands there twice: leave one out")
+
+
+def _check_count(name: str, value: object, least: int, most: int = 2**31) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        limit = f"an integer ≥ {least}" if most == 2**31 else f"integers from {least} to {most}"
+        raise ConfigurationError(f"{option(name)}: got {value!r}, expected {limit}")
+
+
+def _check_straggler(straggler: Straggler, config: ClusterConfig, engine: str) -> None:
+    for rank in straggler.ranks():
+        if rank >= config.workers:
+            raise ConfigurationError(
+                f"{option('stragglers')}: {straggler} names worker {rank}, and there are "
+                f"{config.workers}: ranks are 0 to {config.workers - 1}"
+            )
+        if straggler.outage(rank) is not None and engine == "inline":
+            raise ConfigurationError(
+                f"{option('stragglers')}: {straggler} kills a process, and with engine='inline' all workers "
+                "are threads of this one: use engine='local'"
+            )
+        if straggler.outage(rank) is not None and config.workers == 1:
+            raise ConfigurationError(
+                f"{option('stragglers')}: {straggler} kills the only worker: "
+                f"pass {option('workers', 2)} or more"
+            )
