@@ -253,6 +253,24 @@ def test_closing_wakes_a_blocked_sender(pair):
     assert channel.fileno() == -1
 
 
+def test_a_connection_that_is_closed_while_its_end_is_told_keeps_no_descriptor():
+    class Interrupted(socket.socket):
+        """Is closed by another thread while this one tells the peer that nothing more comes."""
+
+        def shutdown(self, how):
+            if how == socket.SHUT_WR:
+                in_turn = threading.Thread(target=channel.close)
+                in_turn.start()
+                in_turn.join(DEADLINE)
+            super().shutdown(how)
+
+    here, there = socket.socketpair()
+    with there, Interrupted(fileno=here.detach()) as stream:
+        channel = Channel(stream)
+        channel.finish()
+        assert stream.fileno() == -1
+
+
 def test_sending_to_nobody_is_a_lost_connection(pair):
     channel, other = pair
     other.close()

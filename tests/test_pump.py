@@ -4,12 +4,14 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 
 import pytest
 from waiting import wait_until
 
 from headwater.errors import ConfigurationError, JournalError, ProtocolError
 from headwater.machines.actions import (
+    BESIDE,
     Close,
     Dial,
     HandOver,
@@ -301,3 +303,63 @@ def test_what_was_to_be_sent_has_left_after_a_flush(node):
         made.pump.stop()
         made.threads.close_channels()
         assert [told(channel) for _ in range(101)] == [*(CaughtUp(number) for number in range(100)), None]
+
+
+def both(conn):
+    """To the other machine of the node first, and then to whoever said it."""
+    return [Send(BESIDE, CaughtUp(1)), Send(conn, Acknowledged())]
+
+
+def test_what_was_left_to_somebody_who_only_looked_is_done(node):
+    """Whoever finds a machine busy leaves its work to the one inside, who has come for another reason."""
+    second = node()
+    first = node(Script(Heartbeat=both), other=second.pump)
+    with first.dial() as channel:
+
+        def meanwhile():
+            channel.send(Heartbeat())
+            return told(channel)
+
+        assert second.pump.look(meanwhile) == Acknowledged()
+        assert second.hears("CaughtUp")[1] == CaughtUp(1)
+
+
+def test_what_was_left_to_a_decision_that_fails_is_done(node):
+    second = node()
+    first = node(Script(Heartbeat=both), other=second.pump)
+    with first.dial() as channel:
+
+        def meanwhile(now):
+            channel.send(Heartbeat())
+            assert told(channel) == Acknowledged()
+            raise ProtocolError("what it came for cannot be")
+
+        with pytest.raises(ProtocolError, match="cannot be"):
+            second.pump.do(meanwhile)
+        assert second.hears("CaughtUp")[1] == CaughtUp(1)
+
+
+def test_what_was_left_to_the_thread_that_keeps_time_is_done(node):
+    """It wakes up at any moment, so it must not be what others find the machine busy with."""
+    armed = threading.Event()
+
+    def clock():
+        if armed.is_set() and threading.current_thread().name.endswith("-time"):
+            armed.clear()
+            told(channel)  # whoever has woken this up is through
+            meanwhile.send(Heartbeat())
+            acknowledged.put(told(meanwhile))
+        return time.monotonic()
+
+    def wake(conn):
+        second.machine.due = second.machine.due or time.monotonic() + 60
+        return []
+
+    acknowledged = queue.SimpleQueue()
+    second = node(Script(CaughtUp=wake), clock=clock)
+    first = node(Script(Heartbeat=both), other=second.pump)
+    with first.dial() as channel, first.dial() as meanwhile:
+        armed.set()
+        channel.send(Heartbeat())
+        assert acknowledged.get(timeout=10) == Acknowledged()
+        assert [second.hears("CaughtUp")[1] for _ in range(2)] == [CaughtUp(1)] * 2

@@ -1,6 +1,7 @@
 """A rule that cannot be run is refused when it is declared, and never ends a server."""
 
 import math
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,6 +118,21 @@ class FailingLate(Base):
         return (self.lr / (AT - updates),)
 
 
+CHECKED, GO_ON = threading.Event(), threading.Event()
+
+
+@hw.register
+@dataclass(frozen=True)
+class Slow(Base):
+    """Takes a server as long as somebody else takes for some steps."""
+
+    def scalars(self, updates, count):
+        if "-server-" in threading.current_thread().name:
+            CHECKED.set()
+            assert GO_ON.wait(20)
+        return (self.lr,)
+
+
 CANNOT_RUN = {
     Squashing: r"squash, line 2: 'math.exp\(gradient\)' cannot be in a rule",
     TakingMore: "takes_more|TakingMore",
@@ -203,3 +219,27 @@ def test_settings_that_exclude_each_other_end_no_server():
 
     values = hw.run(work, workers=2, servers=2, engine="inline", patience=5, deadline=60).values
     assert values == [(True, 0.0)] * 2
+
+
+@pytest.mark.parametrize("declare", ["model", "table"])
+def test_while_a_rule_is_compiled_and_tried_others_take_their_steps(declare):
+    CHECKED.clear()
+    GO_ON.clear()
+
+    def work(worker):
+        if worker.rank:
+            if declare == "model":
+                return worker.model("slow", {"w": np.zeros(1, np.float32)}, Slow()).pull()["w"].tolist()
+            return worker.table("slow", 1, Slow()).pull([1]).tolist()
+        model = worker.model("m", {"w": np.zeros(1, np.float32)}, hw.SGD(lr=1.0))
+        assert CHECKED.wait(20)
+        for _ in range(3):
+            model.push({"w": np.ones(1)})
+            worker.step()
+        GO_ON.set()
+        return model.pull()["w"].tolist()
+
+    options = {"engine": "inline", "patience": 5, "deadline": 15}
+    values = hw.run(work, workers=2, servers=2, sync="async", **options).values
+    assert values[0] == [-3.0]
+    assert np.ravel(values[1]).tolist() == [0.0]

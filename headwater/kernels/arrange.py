@@ -70,7 +70,7 @@ def arrange(ids: Any, servers: int) -> Plan:
     given = as_ids(ids)
     unique, inverse = unite([given.reshape(-1)])
     ordered, bounds = np.empty_like(unique), np.empty(SLOTS + 1, dtype=np.int64)
-    _loops().sort_by_slot(unique, inverse[0], ordered, bounds, np.empty_like(unique))
+    compiled().sort_by_slot(unique, inverse[0], ordered, bounds, np.empty_like(unique))
     return Plan(given.shape, ordered, bounds[slot_bounds(servers)], inverse[0])
 
 
@@ -106,7 +106,7 @@ def unite(lists: Sequence[Ids]) -> tuple[Ids, list[Ids]]:
     inverses = [np.empty(len(ids), dtype=np.int64) for ids in lists]
     known = 0
     for ids, inverse in zip(lists, inverses, strict=True):
-        known = _loops().number(ids, known, table, unique, inverse)
+        known = compiled().number(ids, known, table, unique, inverse)
     return unique[:known], inverses
 
 
@@ -139,7 +139,7 @@ class Numbering:
         if 2 * most > len(self._table):
             self._make_room(2 * most)
         inverse = np.empty(len(ids), dtype=np.int64)
-        self.known = _loops().number(ids, self.known, self._table, self._unique, inverse)
+        self.known = compiled().number(ids, self.known, self._table, self._unique, inverse)
         return inverse
 
     def truncate(self, known: int) -> None:
@@ -150,7 +150,7 @@ class Numbering:
     def _make_room(self, ids: int) -> None:
         table = np.full(1 << max(4, (2 * ids - 1).bit_length()), -1, dtype=np.int32)
         unique = np.empty(len(table), dtype=np.int64)
-        _loops().number(self.ids, 0, table, unique, np.empty(self.known, dtype=np.int64))
+        compiled().number(self.ids, 0, table, unique, np.empty(self.known, dtype=np.int64))
         self._unique, self._table = unique, table
 
 
@@ -165,13 +165,14 @@ def trace(lists: Sequence[tuple[Ids, int]], size: int) -> tuple[Ids, Ids, Ids]:
     sources = np.empty(sum(map(len, inverses)), dtype=np.int64)
     bounds = np.zeros(len(ids) + 2, dtype=np.int64)
     for inverse in inverses:
-        _loops().tally(inverse, bounds[2:])
+        compiled().tally(inverse, bounds[2:])
     np.cumsum(bounds, out=bounds)
     for inverse, (_, address) in zip(inverses, lists, strict=True):
-        _loops().append(inverse, address, size, bounds[1:], sources)
+        compiled().append(inverse, address, size, bounds[1:], sources)
     return ids, sources, bounds[:-1]
 
 
 @functools.cache
-def _loops() -> ModuleType:
+def compiled() -> ModuleType:
+    """The loops; blocks while they are compiled."""
     return load(Path(__file__).with_name("arrange_loops.py").read_text())

@@ -27,7 +27,7 @@ def weigh(gradients: NDArray[np.int64], weights: NDArray[np.float32], total: NDA
         TypeError: arrays of another kind.
         ValueError: w is 0, or differs; nothing was changed.
     """
-    _compiled().weigh(gradients, weights, total)
+    compiled().weigh(gradients, weights, total)
 
 
 def middle(gradients: NDArray[np.int64], zeros: int, left_out: int, merged: NDArray[np.float32]) -> None:
@@ -45,11 +45,12 @@ def middle(gradients: NDArray[np.int64], zeros: int, left_out: int, merged: NDAr
         TypeError: arrays of another kind.
         ValueError: w is 0, or nothing would be left; nothing was changed.
     """
-    _compiled().middle(gradients, zeros, left_out, merged)
+    compiled().middle(gradients, zeros, left_out, merged)
 
 
 @functools.cache
-def _compiled() -> ModuleType:
+def compiled() -> ModuleType:
+    """The loops; blocks while they are compiled."""
     return load(TEXT)
 
 

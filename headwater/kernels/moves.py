@@ -16,7 +16,7 @@ def copy_out(values: NDArray[np.float32], answers: NDArray[np.int64]) -> None:
 
     None of them overlap; the caller keeps them alive. Raises TypeError for arrays of another kind.
     """
-    _compiled().copy_out(values, answers)
+    compiled().copy_out(values, answers)
 
 
 def add_up(gradients: NDArray[np.int64], total: NDArray[np.float32]) -> None:
@@ -32,7 +32,7 @@ def add_up(gradients: NDArray[np.int64], total: NDArray[np.float32]) -> None:
         TypeError: arrays of another kind.
         ValueError: w is 0; nothing was changed.
     """
-    _compiled().total(gradients, total)
+    compiled().total(gradients, total)
 
 
 def stage(source: NDArray[np.float32], destination: NDArray[np.float32], add: bool) -> bool:
@@ -44,7 +44,7 @@ def stage(source: NDArray[np.float32], destination: NDArray[np.float32], add: bo
         TypeError: arrays of another kind.
         ValueError: lengths differ; nothing was changed.
     """
-    return bool(_compiled().stage(source, destination, add))
+    return bool(compiled().stage(source, destination, add))
 
 
 def finite_sum(source: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
@@ -54,16 +54,17 @@ def finite_sum(source: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
         TypeError: arrays of another kind.
         ValueError: lengths differ.
     """
-    return bool(_compiled().finite_sum(source, other))
+    return bool(compiled().finite_sum(source, other))
 
 
 def finite(array: NDArray[np.float32]) -> bool:
     """Whether all of `array`, float32[n] and contiguous, is neither NaN nor infinite."""
-    return bool(_compiled().finite(array))
+    return bool(compiled().finite(array))
 
 
 @functools.cache
-def _compiled() -> ModuleType:
+def compiled() -> ModuleType:
+    """The loops; blocks while they are compiled."""
     return load(TEXT)
 
 

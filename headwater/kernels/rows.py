@@ -190,12 +190,12 @@ def row_rule(rule: Rule) -> Callable[..., None]:
 
 def gather(rows: Rows, slabs: Slabs, width: int, out: NDArray[Any], slab: int = 0) -> None:
     """Copy rows of a slab to `out` (4 bytes [n, width]); where a row is −1, `out` stays as it was."""
-    _loops().gather(rows, slabs.addresses[slab], slabs.shift, width, out.ctypes.data)
+    compiled().gather(rows, slabs.addresses[slab], slabs.shift, width, out.ctypes.data)
 
 
 def scatter(rows: Rows, slabs: Slabs, width: int, source: NDArray[Any], slab: int = 0) -> None:
     """Copy `source` (4 bytes [n, width], contiguous) to rows of a slab, each of which appears once."""
-    _loops().scatter(rows, slabs.addresses[slab], slabs.shift, width, source.ctypes.data)
+    compiled().scatter(rows, slabs.addresses[slab], slabs.shift, width, source.ctypes.data)
 
 
 def combine(inverse: Ids, gradients: Array, sums: Array, seen: NDArray[np.uint8]) -> None:
@@ -203,38 +203,39 @@ def combine(inverse: Ids, gradients: Array, sums: Array, seen: NDArray[np.uint8]
 
     `gradients`: float32[n, dim]; `sums`: float32[u, dim]; `seen`: uint8[u], updated.
     """
-    _loops().combine(inverse, gradients.ctypes.data, sums.shape[1], sums.ctypes.data, seen)
+    compiled().combine(inverse, gradients.ctypes.data, sums.shape[1], sums.ctypes.data, seen)
 
 
 def begin(ids: Ids, places: Ids, dim: int, initializer: Initializer, seed: int) -> None:
     """Write the initial row of each id, `dim` float32, at each address of `places`."""
-    _loops().initial(ids, places, dim, seed, *initializer.distribution())
+    compiled().initial(ids, places, dim, seed, *initializer.distribution())
 
 
 def fill(places: Ids, width: int, value: float) -> None:
     """Write `width` float32 of `value` at each address of `places`."""
-    _loops().fill(places, width, value)
+    compiled().fill(places, width, value)
 
 
 def stamp(rows: Rows, slabs: Slabs, slab: int, now: int) -> None:
     """Set the rows' int32 in `slab` to `now`, modulo 2³²."""
-    _loops().stamp(rows, slabs.addresses[slab], slabs.shift, np.uint32(now & 0xFFFFFFFF).astype(np.int32))
+    compiled().stamp(rows, slabs.addresses[slab], slabs.shift, np.uint32(now & 0xFFFFFFFF).astype(np.int32))
 
 
 def ages(rows: Rows, slabs: Slabs, slab: int, now: int) -> NDArray[np.uint32]:
     """uint32[n]: `now` minus what `stamp` set, modulo 2³²; 0 for rows of −1."""
     out = np.empty(len(rows), dtype=np.uint32)
-    _loops().ages(rows, slabs.addresses[slab], slabs.shift, np.uint32(now & 0xFFFFFFFF), out)
+    compiled().ages(rows, slabs.addresses[slab], slabs.shift, np.uint32(now & 0xFFFFFFFF), out)
     return out
 
 
 def oldest(ids: Ids, ages: NDArray[np.uint32], bounds: Ids, kept: int) -> Ids:
     """All but `kept` of each run ids[bounds[i] : bounds[i + 1]]: the oldest; of one age, the smallest."""
     out = np.empty(len(ids), dtype=np.int64)
-    count = _loops().oldest(ids, ages, bounds, kept, out)
+    count = compiled().oldest(ids, ages, bounds, kept, out)
     return out[:count]
 
 
 @functools.cache
-def _loops() -> ModuleType:
+def compiled() -> ModuleType:
+    """The loops; blocks while they are compiled."""
     return load(Path(__file__).with_name("row_loops.py").read_text())

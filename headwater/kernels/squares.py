@@ -32,7 +32,7 @@ def square_up(
         ValueError: w is 0, or the elements are not whole lines of the range; nothing was changed.
     """
     _check(first, n, lanes)
-    _compiled().square_up(gradients, divisor, first, n, lanes)
+    compiled().square_up(gradients, divisor, first, n, lanes)
 
 
 def multiply_up(one: int, other: int, first: int, n: int, lanes: NDArray[np.float64]) -> None:
@@ -45,7 +45,7 @@ def multiply_up(one: int, other: int, first: int, n: int, lanes: NDArray[np.floa
         ValueError: the elements are not whole lines of the range; nothing was changed.
     """
     _check(first, n, lanes)
-    _compiled().multiply_up(one, other, first, n, lanes)
+    compiled().multiply_up(one, other, first, n, lanes)
 
 
 def _check(first: int, n: int, lanes: NDArray[np.float64]) -> None:
@@ -56,7 +56,8 @@ def _check(first: int, n: int, lanes: NDArray[np.float64]) -> None:
 
 
 @functools.cache
-def _compiled() -> ModuleType:
+def compiled() -> ModuleType:
+    """The loops; blocks while they are compiled."""
     return load(TEXT)
 
 

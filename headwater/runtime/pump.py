@@ -10,10 +10,11 @@ blocks for the disk, and with it everything that was decided afterwards.
 What a machine does piece by piece (`Advancing`), and what the two machines of a node tell each other, is
 done by whichever thread finds the machine free; who finds it busy leaves that to the thread that is inside,
 which looks again when it has let go of the lock. So a message to the other machine never waits for what
-that is doing.
+that is doing. Invariant: whoever has held a machine's lock, for whatever reason and however briefly, calls
+`_settle` afterwards; else what another thread left to it stays undone until something else happens.
 
-The order of locks: a thread holds at most one machine's lock, and inside it at most an outbox's. No lock is
-held while anything is sent, dialled, written or told to the owner.
+The order of locks: a thread holds at most one machine's lock, and inside it at most an outbox's or the
+clock's. No lock is held while anything is sent, dialled, written or told to the owner.
 """
 
 from __future__ import annotations
@@ -102,18 +103,17 @@ class _Connection:
 
     Attributes:
         paused: whether the machine takes no further message before it resumes.
-        closing: whether the machine has ended it; cut_at: when it is cut, should the peer not end it too.
+        closing: whether the machine has ended it.
         handed: the tag with which it belongs to another machine's pump.
     """
 
-    __slots__ = ("channel", "closing", "conn", "cut_at", "handed", "outbox", "paused")
+    __slots__ = ("channel", "closing", "conn", "handed", "outbox", "paused")
 
     def __init__(self, conn: Conn, channel: Channel, join: Join | None) -> None:
         self.conn = conn
         self.channel = channel
         self.outbox = Outbox(channel, join)
         self.paused = self.closing = False
-        self.cut_at: float | None = None
         self.handed: str | None = None
 
 
@@ -156,7 +156,8 @@ class Pump:
         self._join = join
         self._clock = clock
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._clockwork = threading.Condition(threading.Lock())
+        self._cuts: list[tuple[float, _Connection]] = []
         self._connections: dict[Conn, _Connection] = {}
         self._mailboxes: dict[Conn, queue.SimpleQueue[AnyMessage | None]] = {}
         self._last: Conn = 0
@@ -179,7 +180,9 @@ class Pump:
     def look(self, at: Callable[[], Any]) -> Any:
         """What `at` returns, while nothing is decided."""
         with self._lock:
-            return at()
+            seen = at()
+        self._settle(None)
+        return seen
 
     def ask(self, message: AnyMessage, timeout: float) -> AnyMessage | None:
         """Speak to the machine as a peer would, over a connection of its own; blocks for the first answer.
@@ -211,9 +214,7 @@ class Pump:
     def flush(self, seconds: float = GOODBYE_S) -> None:
         """Block until everything that was to be sent has left, for at most so long."""
         until = self._clock() + seconds
-        with self._lock:
-            connections = list(self._connections.values())
-        for connection in connections:
+        for connection in self.look(lambda: list(self._connections.values())):
             connection.outbox.wait_until_empty(max(0.0, until - self._clock()))
 
     def stop(self) -> None:
@@ -225,7 +226,7 @@ class Pump:
             for mailbox in self._mailboxes.values():
                 mailbox.put(None)
             paused = [connection for connection in self._connections.values() if connection.paused]
-            self._changed.notify_all()
+        self._wake_clock()
         for connection in paused:
             if connection.outbox.put(RESUME):
                 connection.outbox.drain()
@@ -313,15 +314,22 @@ class Pump:
     def _step(self, decide: Decide, own: _Connection | None = None, claimed: bool = False) -> None:
         """Decide, queue what follows, and see that it is carried out. `own`: whose thread this is; `claimed`:
         it is the sender there."""
-        with self._lock:
-            if self._stopped or (own is not None and (own.closing or own.handed is not None)):
-                return
-            senders = self._decide(decide)
+        sender = own if claimed else None
+        senders: list[_Connection] = []
+        try:
+            with self._lock:
+                if self._stopped:
+                    return
+                if own is None or not (own.closing or own.handed is not None):
+                    senders = self._decide(decide)
+        except HeadwaterError:
+            self._settle(sender)
+            raise
         if senders:
             self._send(senders)
         if self._queue:
             self._carry_out()
-        self._settle(own if claimed else None)
+        self._settle(sender)
 
     def _decide(self, decide: Decide) -> list[_Connection]:
         """Queue what the machine decides; the caller holds the lock, and sends over what is returned."""
@@ -344,7 +352,7 @@ class Pump:
             else:
                 self._queue.append((action, False))
         if machine.due != due:
-            self._changed.notify_all()
+            self._wake_clock()
         return senders
 
     def _pause(self, pause: Pause) -> None:
@@ -362,8 +370,7 @@ class Pump:
             connection.handed = action.tag
             return
         connection.closing = True
-        connection.cut_at = self._clock() + GOODBYE_S
-        self._changed.notify_all()
+        self._wake_clock((self._clock() + GOODBYE_S, connection))
 
     def _route_send(self, send: Send, senders: list[_Connection]) -> None:
         """Put a message where it is sent, in order with others of its connection.
@@ -419,7 +426,10 @@ class Pump:
             advanced.prepare()
 
     def _work(self) -> bool:
-        """Do one piece of what waits for this machine, unless another thread is inside; whether this did."""
+        """Do one piece of what waits, unless another thread is inside; whether to look again.
+
+        Whoever was inside looks again, since others may have left something to it.
+        """
         if not self._lock.acquire(False):
             return False  # the thread that is inside looks again once it is out
         failure: HeadwaterError | None = None
@@ -428,7 +438,7 @@ class Pump:
             if self._stopped:
                 return False
             if not self._inbox and (self._advancing is None or not self._advancing.busy):
-                return False  # another thread did it meanwhile
+                return True  # another thread did it meanwhile
             senders = self._decide(self._next_piece)
         except HeadwaterError as error:
             failure = error
@@ -459,30 +469,37 @@ class Pump:
         self.stop()
         self._owner.failed(error)
 
+    # ── time ────────────────────────────────────────────────────────────────────────────────────
+
     def _keep_time(self) -> None:
-        """Call `tick` when it is due, and cut connections whose peer does not hear of their end."""
+        """Call `tick` when it is due, and cut connections whose peer does not hear of their end.
+
+        Not under the machine's lock: this thread would hold it at moments at which it has nothing to settle.
+        """
         while True:
-            with self._changed:
+            with self._clockwork:
                 if self._stopped:
                     return
                 now, due = self._clock(), self._machine.due
-                late = self._late(now)
-                cuts = [one.cut_at for one in self._connections.values() if one.cut_at is not None]
-                first = min(cuts if due is None else [*cuts, due], default=None)
+                late = [connection for cut_at, connection in self._cuts if cut_at <= now]
+                self._cuts = [cut for cut in self._cuts if cut[0] > now]
+                first = min(
+                    [cut_at for cut_at, _ in self._cuts] + ([] if due is None else [due]), default=None
+                )
                 if not late and (first is None or first > now):
-                    self._changed.wait(None if first is None else min(first - now, threading.TIMEOUT_MAX))
+                    self._clockwork.wait(None if first is None else min(first - now, threading.TIMEOUT_MAX))
                     continue
             for connection in late:
                 connection.channel.close()
             if due is not None and due <= now:
                 self._step(self._machine.tick)
 
-    def _late(self, now: float) -> list[_Connection]:
-        """Those that are to be cut now, each once; the caller holds the lock."""
-        late = [one for one in self._connections.values() if one.cut_at is not None and one.cut_at <= now]
-        for connection in late:
-            connection.cut_at = None
-        return late
+    def _wake_clock(self, cut: tuple[float, _Connection] | None = None) -> None:
+        """`due` has changed, or there is one more connection to cut, or this was stopped."""
+        with self._clockwork:
+            if cut is not None:
+                self._cuts.append(cut)
+            self._clockwork.notify_all()
 
     # ── what is queued ──────────────────────────────────────────────────────────────────────────
 

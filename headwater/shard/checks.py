@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from headwater import messages as m
 from headwater.errors import ProtocolError, RegistrationError
 from headwater.kernels import dense
+from headwater.kernels.ahead import compile_for_model
 from headwater.log.meetings import describe as describe_meeting
 from headwater.log.state import UNFINISHED
 from headwater.shard.outstanding import Members
 from headwater.shard.runnable import check_runs
-from headwater.shard.tables import StagedRows, Tables
+from headwater.shard.tables import StagedRows, Tables, check_table
 from headwater.shard.vector import Vector
 from headwater.spec.codecs import parse_codec, parse_values_codec
 from headwater.spec.layout import Layout
@@ -80,10 +81,8 @@ class Checks:
         """
         if isinstance(request, m.Step):
             self._check_step(member, request, rows)
-        elif isinstance(request, m.Register):
-            _check_spec(request.spec)
-        elif isinstance(request, m.RegisterTable):
-            self._tables.check_spec(request.spec)
+        elif isinstance(request, m.Register | m.RegisterTable):
+            check_declared(request.spec)
         elif isinstance(request, m.Attach):
             self.check_model(request.model)
         elif isinstance(request, m.Assign):
@@ -166,7 +165,20 @@ class Checks:
             raise ProtocolError(f"{min(request.counts)} updates of a tensor, {request.updates} of the model")
 
 
-def _check_spec(spec: m.ModelSpec) -> None:
+def check_declared(spec: m.ModelSpec | m.TableSpec) -> None:
+    """Refuse a model or table that cannot be; blocks while the loops of its rules are compiled.
+
+    Raises:
+        RegistrationError: an impossible layout, merge or dim.
+        ConfigurationError: a rule, initialiser, admission or expiry that is unknown, or cannot be run.
+    """
+    if isinstance(spec, m.TableSpec):
+        check_table(spec)
+    else:
+        _check_model(spec)
+
+
+def _check_model(spec: m.ModelSpec) -> None:
     layout = Layout(spec.tensors)
     if not 0 <= int(layout.groups.min()) <= int(layout.groups.max()) < len(spec.rules):
         raise RegistrationError(
@@ -186,3 +198,5 @@ def _check_spec(spec: m.ModelSpec) -> None:
         if rule.rows_only:
             raise RegistrationError(f"model {spec.name!r}: {rule.name} is a rule for tables' rows only")
         check_runs(rule, dense)
+    merged = spec.merge not in (None, "mean", "sum")
+    compile_for_model(clipped=spec.clip_norm is not None, merged=merged)

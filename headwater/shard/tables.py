@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.errors import ProtocolError, RegistrationError
+from headwater.kernels.ahead import compile_for_table
 from headwater.kernels.rows import row_rule
 from headwater.messages import TableSetting, TableSpec
 from headwater.shard.merges import Merge
@@ -92,17 +93,6 @@ class Tables:
 
     # ── registration ────────────────────────────────────────────────────────────────────────────
 
-    def check_spec(self, spec: TableSpec) -> None:
-        """Refuse a table that cannot be.
-
-        Raises:
-            RegistrationError: an impossible dim.
-            ConfigurationError: an unknown or impossible rule, initialiser, admission, expiry or codec.
-        """
-        parse_row_codec(spec.codec)
-        check_runs(from_spec(spec.rule), row_rule)
-        Table(spec, range(0))
-
     def create(self, spec: TableSpec) -> None:
         """Begin a table without rows; its id is the next one."""
         self._ids[spec.name] = len(self._tables)
@@ -164,3 +154,16 @@ def _by_table(pushed: Pushed) -> dict[int, tuple[list[int], list[Gradients]]]:
             places.append(place)
             parts.append((one.ids, one.rows))
     return by_table
+
+
+def check_table(spec: TableSpec) -> None:
+    """Refuse a table that cannot be; blocks while the loops of its rule are compiled.
+
+    Raises:
+        RegistrationError: an impossible dim.
+        ConfigurationError: an unknown or impossible rule, initialiser, admission, expiry or codec.
+    """
+    parse_row_codec(spec.codec)
+    check_runs(from_spec(spec.rule), row_rule)
+    Table(spec, range(0))
+    compile_for_table()

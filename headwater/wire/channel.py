@@ -252,6 +252,8 @@ class Channel:
                 self._stream.shutdown(socket.SHUT_WR)
             except OSError:
                 pass  # the peer ended it first
+        if self._closed:
+            self._reap()
 
     def keep_alive(self, seconds: float) -> None:
         """Have the end of the peer's machine noticed about so long after its last sign of life.
