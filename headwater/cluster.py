@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from headwater.engines import Engine, Launch, Outcome, RayEngine, make_engine
 from headwater.errors import ClosedError, ConfigurationError, UsageError
 from headwater.messages import ClusterStatistics, ServerRole
+from headwater.observe.otlp import OtlpExporter
+from headwater.observe.prometheus import MetricsServer
 from headwater.runtime.coordinator import CoordinatorNode
 from headwater.runtime.verifier import Verification, verify
 from headwater.spec.cluster import ClusterConfig, ClusterOptions
@@ -41,6 +43,8 @@ class NodeOptions(TypedDict, total=False):
     tls: TLS | None
     insecure: bool
     output: Callable[[str], None]
+    metrics: str | None
+    otlp: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +83,19 @@ class NodeConfig:
     output: Callable[[str], None] = field(
         default=print,
         metadata=means("Takes each line that a node's process prints, one at a time; its errors are logged."),
+    )
+    metrics: str | None = field(
+        default=None,
+        metadata=means(
+            '"HOST:PORT" where Prometheus scrapes metrics while the cluster runs; beyond loopback a token '
+            "or TLS is demanded. Port 0: a free one (`Cluster.metrics_url`)."
+        ),
+    )
+    otlp: str | None = field(
+        default=None,
+        metadata=means(
+            'URL of an OpenTelemetry collector that gets the metrics every 10 s, "http://127.0.0.1:4318".'
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -152,10 +169,18 @@ class Cluster:
         self._reach = _of_servers(reach, nodes.transport, self._engine.nearby)
         self._closed = False
         self._process = os.getpid()
+        self._metrics: MetricsServer | None = None
+        self._otlp: OtlpExporter | None = None
         try:
+            if nodes.metrics is not None:
+                self._metrics = MetricsServer(nodes.metrics, self._coordinator.statistics, security=security)
+            if nodes.otlp is not None:
+                self._otlp = OtlpExporter(nodes.otlp, self._coordinator.statistics)
             self._supervisor.begin()
             self._storage.sign(self._coordinator.cluster)
-            self._storage.begin(self._coordinator.addresses[0], security=security)
+            self._storage.begin(
+                self._coordinator.addresses[0], self._coordinator.checkpointed, security=security
+            )
         except BaseException:
             self.close()
             raise
@@ -168,6 +193,11 @@ class Cluster:
     def address(self) -> str:
         """Where `connect`, workers of other processes and `headwater status` reach this cluster."""
         return self._coordinator.address
+
+    @property
+    def metrics_url(self) -> str | None:
+        """Where metrics are scraped; None without `metrics`."""
+        return None if self._metrics is None else self._metrics.url
 
     @property
     def _near(self) -> str:
@@ -259,6 +289,10 @@ class Cluster:
         if os.getpid() != self._process:
             return
         self._closed = True
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._otlp is not None:
+            self._otlp.close()
         self._storage.interrupt()
         self._supervisor.close()
         self._coordinator.close()  # who waits to join, the checkpointer too, is told

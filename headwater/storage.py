@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 from headwater import checkpoint as files
 from headwater.errors import ConfigurationError
+from headwater.messages import CheckpointCounts
 from headwater.runtime.checkpointer import Checkpointer
 from headwater.spec.cluster import ClusterConfig
 from headwater.spec.words import option
@@ -54,12 +56,18 @@ class Storage:
         if self._lock is not None:
             self._lock.sign(cluster)
 
-    def begin(self, address: str, *, security: Security = PLAIN) -> None:
-        """Take checkpoints of the cluster at this address from now on."""
+    def begin(
+        self,
+        address: str,
+        counted: Callable[[CheckpointCounts], None] = lambda counts: None,
+        *,
+        security: Security = PLAIN,
+    ) -> None:
+        """Take checkpoints of the cluster at this address from now on; `counted` is told after each."""
         config = self._config
         if self._directory:
             self._checkpointer = Checkpointer(
-                address, self._directory, config.every, config.keep, security=security
+                address, self._directory, config.every, config.keep, security=security, counted=counted
             )
             self._checkpointer.begin()
 

@@ -445,7 +445,8 @@ def test_status_shows_nodes_and_models(command):
     assert [node["index"] for node in servers] == [0, 1]
     assert last["rank"] == 0
     assert (statistics["workers"], statistics["servers"], statistics["finished"]) == (1, 2, [])
-    assert set(last) == {"role", "rank", "pid", "address", "term", "version", "waits_for"}
+    assert set(last) == {"role", "rank", "pid", "address", "term", "version", "waits_for", "silence"}
+    assert statistics["metrics"]["headwater_version"] == [{"labels": {}, "value": 1}]
     assert statistics["version"] == 1
     assert statistics["models"][0]["name"] == "mine"
     first, second, *tables = as_table.stdout.splitlines()

@@ -44,6 +44,17 @@ Address = Annotated[
         "Without: the variable HEADWATER_COORDINATOR.",
     ),
 ]
+Metrics = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Where Prometheus scrapes metrics; beyond loopback a token or TLS is demanded.",
+    ),
+]
+Otlp = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="An OpenTelemetry collector that gets the metrics every 10 s."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 
 Command = TypeVar("Command", bound=Callable[..., None])

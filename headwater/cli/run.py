@@ -17,7 +17,7 @@ from rich.console import Console
 
 from headwater.cli.display import Display, LiveDisplay, PlainDisplay
 from headwater.cli.engines import chosen_engine
-from headwater.cli.options import command, configuration, listening
+from headwater.cli.options import Metrics, Otlp, command, configuration, listening
 from headwater.cli.script import load_function
 from headwater.cli.summary import summarize
 from headwater.driver import RunResult
@@ -65,6 +65,8 @@ def run(
     transport: Annotated[
         str, typer.Option(help="unix (shared memory) or tcp (as between machines).")
     ] = "unix",
+    metrics: Metrics = None,
+    otlp: Otlp = None,
     reach: Endpoint = Endpoint(),  # noqa: B008 - made from its options
 ) -> None:
     """Run a training function in every worker, against servers on this machine or in a Ray cluster.
@@ -86,7 +88,16 @@ def run(
     Exit codes: 0 done, 1 the training or the cluster failed, 2 a wrong argument, 130 interrupted.
     """
     chosen = chosen_engine(engine, ray_address, working_dir, server_resource or (), worker_resource or ())
-    result = train_script(script, config, chosen, restarts=restarts, transport=transport, reach=reach)
+    result = train_script(
+        script,
+        config,
+        chosen,
+        restarts=restarts,
+        transport=transport,
+        metrics=metrics,
+        otlp=otlp,
+        reach=reach,
+    )
     for line in summarize(result):
         print(line)
 

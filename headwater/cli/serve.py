@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from headwater.cli.certificates import make_certificates
-from headwater.cli.options import command, configuration, credentials, listening
+from headwater.cli.options import Metrics, Otlp, command, configuration, credentials, listening
 from headwater.cli.serving import load_all, losses_reported, serve_coordinator, serve_server, serve_worker
 from headwater.spec.cluster import ClusterConfig
 from headwater.wire.endpoint import Endpoint
@@ -46,6 +46,8 @@ def coordinator(
             "Needs a --bind that is always the same.",
         ),
     ] = None,
+    metrics: Metrics = None,
+    otlp: Otlp = None,
     reach: Endpoint = Endpoint(),  # noqa: B008 - made from its options
 ) -> None:
     """Keep the roster of a cluster, hand out data, take checkpoints; prints its address when it is ready.
@@ -59,7 +61,7 @@ def coordinator(
     Exit codes: 0 every worker has finished, or `headwater stop` has ended it; 1 the cluster cannot go on; 2 a
     wrong argument; 130 and 143 told to end.
     """
-    serve_coordinator(config, journal, reach)
+    serve_coordinator(config, journal, reach, metrics, otlp)
 
 
 @command(app, reach=listening())
@@ -73,6 +75,7 @@ def server(
     ] = None,
     rules: Rules = None,
     wait: Wait = 300.0,
+    metrics: Metrics = None,
     reach: Endpoint = Endpoint(),  # noqa: B008 - made from its options
 ) -> None:
     """Be a server or standby, whichever is missing, or a spare that waits until one is.
@@ -86,7 +89,7 @@ def server(
     """
     load_all(rules)
     with losses_reported():
-        serve_server(coordinator, role, index, reach, wait)
+        serve_server(coordinator, role, index, reach, wait, metrics)
 
 
 @command(app, security=credentials())
@@ -103,6 +106,7 @@ def worker(
     rank: Annotated[int | None, typer.Option(min=0, help="Which worker; without: the next free one.")] = None,
     rules: Rules = None,
     wait: Wait = 300.0,
+    metrics: Metrics = None,
     security: Security = Security(),  # noqa: B008 - made from its options
 ) -> None:
     """Run a training function as a worker; its settings come from the coordinator.
@@ -116,7 +120,7 @@ def worker(
     """
     load_all(rules)
     with losses_reported():
-        serve_worker(script, coordinator, rank, security, wait)
+        serve_worker(script, coordinator, rank, security, wait, metrics)
 
 
 @command(app)

@@ -43,7 +43,13 @@ def load_all(rules: Sequence[str] | None) -> None:
         load_rules(module)
 
 
-def serve_coordinator(config: ClusterConfig, journal: str | None, reach: Endpoint) -> None:
+def serve_coordinator(
+    config: ClusterConfig,
+    journal: str | None,
+    reach: Endpoint,
+    metrics: str | None = None,
+    otlp: str | None = None,
+) -> None:
     """Be the coordinator until training has finished; prints its address on standard output.
 
     Raises:
@@ -51,7 +57,7 @@ def serve_coordinator(config: ClusterConfig, journal: str | None, reach: Endpoin
         typer.Exit: 128 + the number of a signal.
     """
     _log_plainly()
-    cluster = StandaloneCluster(config, journal=journal or "", reach=reach)
+    cluster = StandaloneCluster(config, journal=journal or "", reach=reach, metrics=metrics, otlp=otlp)
     with signals_to(cluster.interrupt):
         print(cluster.address, flush=True)
         _log.info(
@@ -72,6 +78,7 @@ def serve_server(
     index: int | None,
     reach: Endpoint,
     wait: float,
+    metrics: str | None = None,
 ) -> None:
     """Be a server until training has finished.
 
@@ -80,13 +87,20 @@ def serve_server(
         HeadwaterError: as `StandaloneServer.run`.
     """
     _log_plainly()
-    server = StandaloneServer(_given(coordinator), role=_role(role), index=index, reach=reach, wait=wait)
+    server = StandaloneServer(
+        _given(coordinator), role=_role(role), index=index, reach=reach, wait=wait, metrics=metrics
+    )
     with signals_to(_end):
         server.run()
 
 
 def serve_worker(
-    script: str, coordinator: str | None, rank: int | None, security: Security, wait: float
+    script: str,
+    coordinator: str | None,
+    rank: int | None,
+    security: Security,
+    wait: float,
+    metrics: str | None = None,
 ) -> None:
     """Run the script's function as a worker until training has finished.
 
@@ -98,7 +112,9 @@ def serve_worker(
     """
     _log_plainly()
     address = _given(coordinator)
-    worker = StandaloneWorker(load_function(script), address, rank=rank, security=security, wait=wait)
+    worker = StandaloneWorker(
+        load_function(script), address, rank=rank, security=security, wait=wait, metrics=metrics
+    )
     with signals_to(worker.interrupt):
         worker.run()
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from headwater.cli.health import Health
 from headwater.cli.options import Address, Json, command, credentials, the
 from headwater.messages import ClusterStatistics, NodeStatistics
+from headwater.observe.metrics import as_data
 from headwater.runtime.inquiry import ask
 from headwater.wire.security import Security
 
@@ -48,7 +49,8 @@ def status(
     if json:
         statistics = ask(where, security)
         nodes = tuple(node for node in statistics.nodes if node.role not in _INTERNAL)
-        shown = msgspec.structs.replace(statistics, nodes=nodes)
+        shown = msgspec.to_builtins(msgspec.structs.replace(statistics, nodes=nodes))
+        shown["metrics"] = as_data(statistics)
         print(msgspec.json.format(msgspec.json.encode(shown), indent=2).decode())
     elif watch:
         _watch(where, security)

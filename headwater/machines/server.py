@@ -94,6 +94,7 @@ class ServerMachine:
         id: of its membership; 0 before it has joined.
         due: when `tick` should come; None for never.
         log: its end of the log.
+        traffic: asks the node what it has sent and received.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class ServerMachine:
         self.id = 0
         self.due: float | None = None
         self.memory = memory
+        self.traffic: Callable[[], m.Traffic] = m.Traffic
         self._plan = plan
         self._cluster = ""
         self._restore = restore
@@ -459,6 +461,7 @@ class ServerMachine:
             tables=tuple(table.statistics() for table in shard.tables),
             waits=waits,
             recorded=shard.positions.recorded(),
+            traffic=self.traffic(),
         )
 
     # ── time ────────────────────────────────────────────────────────────────────────────────────

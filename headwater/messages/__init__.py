@@ -21,6 +21,7 @@ from headwater.messages.checkpoints import *
 from headwater.messages.exchange import *
 from headwater.messages.log import *
 from headwater.messages.models import *
+from headwater.messages.observed import *
 from headwater.messages.programs import *
 from headwater.messages.reading import *
 from headwater.messages.replication import *

@@ -7,6 +7,7 @@ from typing import TypeAlias
 import msgspec
 
 from headwater.messages.base import Message, Role, ServerRole
+from headwater.messages.observed import Histogram, LoggedPoint, Nanoseconds, TurnBlock
 from headwater.messages.reading import Position
 
 
@@ -185,6 +186,13 @@ class Progress(Message, frozen=True):
         elapsed: seconds since it joined.
         staleness: commits between the version that a gradient was computed on and its own → number of steps.
         metrics: what `Worker.log` was last told, by name.
+        results: finished steps by what became of them: "applied", "late", "carried", "skipped".
+        stages: seconds that a turn took, by stage: data, compute, push, wait, pull.
+        norms: gradient norm of the last commit by model, where the servers measure it.
+        dropped: names of metrics that `log` was told and that are not kept, since there are too many.
+        turns: stages of the turns since the report before.
+        clock: the worker's monotonic clock as it sent this.
+        points: what `log` was told since the report before; of very many, every second one.
     """
 
     member: int
@@ -197,6 +205,13 @@ class Progress(Message, frozen=True):
     elapsed: float
     staleness: dict[int, int]
     metrics: dict[str, float]
+    results: dict[str, int] = msgspec.field(default_factory=dict)
+    stages: dict[str, Histogram] = msgspec.field(default_factory=dict)
+    norms: dict[str, float] = msgspec.field(default_factory=dict)
+    dropped: int = 0
+    turns: tuple[TurnBlock, ...] = ()
+    clock: Nanoseconds = 0
+    points: tuple[LoggedPoint, ...] = ()
 
 
 class Departed(Message, frozen=True):

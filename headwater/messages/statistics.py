@@ -7,6 +7,7 @@ from typing import TypeAlias
 import msgspec
 
 from headwater.messages.base import Message, Role
+from headwater.messages.observed import CheckpointCounts, MemberCounts, Traffic, WorkerTotals
 from headwater.messages.reading import DataProgress, Unvisited
 from headwater.messages.roster import Progress
 
@@ -40,7 +41,8 @@ class TableStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `rows`: that exist now, expired ones that were not swept yet included. `resident`: bytes. `refused`: ids
     whose gradient admission dropped; `expired`: rows that expiry ended; `pulled`: ids that were pulled,
-    `hits` of them had a row.
+    `hits` of them had a row. `begun`: rows that came into being
+    with a gradient that admission let in.
     """
 
     name: str
@@ -53,6 +55,7 @@ class TableStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     expired: int
     pulled: int
     hits: int
+    begun: int = 0
 
     @property
     def hit_ratio(self) -> float:
@@ -63,7 +66,8 @@ class TableStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ServerStatistics(Message, frozen=True):
     """One server or standby. `waits` maps a member to whom its exchange waits for (server 0 only).
 
-    `recorded`: where every rank is in its data, as of `position`.
+    `recorded`: where every rank is in its data, as of `position`. `traffic`: what the node has sent and
+    received.
     """
 
     member: int
@@ -77,10 +81,14 @@ class ServerStatistics(Message, frozen=True):
     tables: tuple[TableStatistics, ...]
     waits: dict[int, str]
     recorded: DataProgress = DataProgress()
+    traffic: Traffic = Traffic()
 
 
 class NodeStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One node in the coordinator's answer; exactly one of `index` and `rank` is set."""
+    """One node in the coordinator's answer; exactly one of `index` and `rank` is set.
+
+    `silence`: seconds since the coordinator heard of it; members say that they live three times a lease.
+    """
 
     role: str
     pid: int
@@ -90,6 +98,7 @@ class NodeStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     waits_for: str | None
     index: int | msgspec.UnsetType = msgspec.UNSET
     rank: int | msgspec.UnsetType = msgspec.UNSET
+    silence: float = 0.0
 
 
 class ClusterStatistics(Message, frozen=True):
@@ -111,6 +120,12 @@ class ClusterStatistics(Message, frozen=True):
         servers: how many were declared.
         finished: ranks that have done all their work.
         joining: each node that waits to join, and whom it waits for, in words.
+        reports: what each server and standby said of itself, without what is elsewhere in this.
+        totals: what each rank has done over all its incarnations.
+        members: who came, died and was taken over from.
+        checkpoints: that were written.
+        traffic: what the coordinator's process has sent and received.
+        uptime: seconds since the coordinator's process began.
     """
 
     term: int
@@ -128,6 +143,12 @@ class ClusterStatistics(Message, frozen=True):
     servers: int = 1
     finished: tuple[int, ...] = ()
     joining: tuple[str, ...] = ()
+    reports: tuple[ServerStatistics, ...] = ()
+    totals: tuple[WorkerTotals, ...] = ()
+    members: MemberCounts = MemberCounts()
+    checkpoints: CheckpointCounts = CheckpointCounts()
+    traffic: Traffic = Traffic()
+    uptime: float = 0.0
 
 
 StatisticsMessage: TypeAlias = Ask | ServerStatistics | ClusterStatistics

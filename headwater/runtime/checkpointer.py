@@ -9,6 +9,9 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable
+
+import msgspec
 
 from headwater import checkpoint as files
 from headwater import messages as m
@@ -27,6 +30,7 @@ class Checkpointer:
 
     Args:
         keep: how many complete checkpoints stay.
+        counted: told how many were written, and how long that took, after each.
 
     Attributes:
         last: path of the last one written; "" before.
@@ -40,8 +44,11 @@ class Checkpointer:
         keep: int,
         *,
         security: Security = PLAIN,
+        counted: Callable[[m.CheckpointCounts], None] = lambda counts: None,
     ) -> None:
         self.last = ""
+        self._counts = m.CheckpointCounts()
+        self._counted = counted
         self._security = security
         self._address = address
         # Servers write their parts themselves, wherever they work.
@@ -137,9 +144,11 @@ class Checkpointer:
                 # Whoever was before may have written this one, or a newer one.
                 if (generation, version) <= self._written or (self._closing.is_set() and not final):
                     return version
-                self._write(session, generation, version)
+                size = self._write(session, generation, version)
                 self._written = generation, version
+                self._count(version, size, time.monotonic() - began)
         except HeadwaterError as error:
+            self._count_failure()
             if final or not session.usable():
                 raise
             _log.warning("no checkpoint of version %d: %s", version, error)
@@ -147,7 +156,25 @@ class Checkpointer:
         _log.info("%s written in %.2f s", self.last, time.monotonic() - began)
         return version
 
-    def _write(self, session: Client, generation: int, version: int) -> None:
+    def _count(self, version: int, size: int, seconds: float) -> None:
+        counts = self._counts
+        self._counts = msgspec.structs.replace(
+            counts,
+            written=counts.written + 1,
+            bytes=counts.bytes + size,
+            seconds=counts.seconds + seconds,
+            version=version,
+            last_bytes=size,
+            last_seconds=seconds,
+        )
+        self._counted(self._counts)
+
+    def _count_failure(self) -> None:
+        self._counts = msgspec.structs.replace(self._counts, failed=self._counts.failed + 1)
+        self._counted(self._counts)
+
+    def _write(self, session: Client, generation: int, version: int) -> int:
+        """Returns the bytes of its files."""
         files.begin(self._directory, generation, version)
         try:
             stored: list[m.Stored] = session.ask(
@@ -173,3 +200,4 @@ class Checkpointer:
             f"{self._directory.rstrip('/')}/{files.folder_name(manifest.generation, manifest.version)}"
         )
         files.prune(self._directory, self._keep)
+        return manifest.size

@@ -34,6 +34,7 @@ from headwater.machines.membership import Ended
 from headwater.machines.split_request import SplitAnswer
 from headwater.runtime.dialling import dial_member, machine
 from headwater.runtime.membership import MembershipThread
+from headwater.runtime.stage_clock import StageClock
 from headwater.spec.sync import Mode, parse_sync
 from headwater.wire.channel import Channel, Received
 from headwater.wire.exchange import exchange
@@ -64,6 +65,7 @@ class Client:
         machine: what decides. welcome: what the coordinator said first.
         channels: to the servers, by index.
         waiting: seconds spent in exchanges.
+        stages: the clock of a worker's turns.
         under_way: a step that was begun and whose result was not taken; "" for none.
         dismissed: an exit code with which calls end from now on, until it leaves; None while they do not.
 
@@ -92,6 +94,7 @@ class Client:
         self.channels: list[Channel] = []
         self.under_way = ""
         self.waiting = 0.0
+        self.stages = StageClock()
         self.dismissed: int | None = None
         self._security = security
         self._links: dict[Conn, Channel] = {}
@@ -442,7 +445,7 @@ class Client:
         try:
             left = None if until is None else max(0.0, until - now)
             number, unanswered = self.machine.number, self.machine.unanswered()
-            exchange(self.channels, frames, self._received, self._place, left, number, unanswered)
+            exchange(self.channels, frames, self._received, self._place, left, number, unanswered, self._sent)
             return
         except UsageError as error:  # it cannot be sent, so nothing has been
             with self._lock:
@@ -464,6 +467,8 @@ class Client:
     def _received(self, server: int, frame: Received) -> bool:
         """Take what a server sent; whether it was an answer."""
         message = frame.message
+        if not frame.payload_length:
+            self.stages.answered = self.stages.now()
         with self._lock:
             actions = self.machine.received(self._conns[server], message, None, time.monotonic())
         if frame.descriptors:
@@ -472,7 +477,11 @@ class Client:
             self._carry_out(actions)
         return not isinstance(message, m.Waiting)
 
+    def _sent(self) -> None:
+        self.stages.sent = self.stages.now()
+
     def _place(self, server: int, message: m.AnyMessage, length: int) -> Sequence[Any]:
+        self.stages.answered = self.stages.now()
         return self.machine.place(server, message) if isinstance(message, m.Answer) else ()
 
     def _news(self, longest: float | None) -> Actions:

@@ -23,6 +23,7 @@ from headwater.machines.coordinator import (
     EndAsked,
     Ended,
     Identity,
+    Logged,
 )
 from headwater.machines.roster import Departure
 from headwater.runtime.dialling import check_reachable, dial_member
@@ -63,6 +64,7 @@ class CoordinatorNode:
         on_departure: told of every server, standby and worker that ended without leaving; called from a
             thread of the coordinator, which it may not block for long.
         on_end_asked: told by whom, when somebody asks for the end of the cluster; as `on_departure`.
+        on_logged: told what workers log; as `on_departure`.
         generation: of the log, to begin with.
         journal: a file in which the roster survives this process; "" keeps it in memory, and members take
             the end of this process for the end of the cluster.
@@ -85,6 +87,7 @@ class CoordinatorNode:
         settings: ClusterConfig,
         on_departure: Callable[[Departure], None] = lambda departure: None,
         on_end_asked: Callable[[str], None] = lambda by: None,
+        on_logged: Callable[[Logged], None] = lambda logged: None,
         *,
         generation: int = 0,
         journal: str | os.PathLike[str] = "",
@@ -94,6 +97,7 @@ class CoordinatorNode:
         self.settings = settings
         self._on_departure = on_departure
         self._on_end_asked = on_end_asked
+        self._on_logged = on_logged
         self._serving = serving
         self._security = reach.security
         self._why: JournalError | None = None
@@ -117,6 +121,7 @@ class CoordinatorNode:
             self._journal.close()
             raise
         self.address = self._machine.surveys.address = self.addresses[-1]
+        self._machine.surveys.traffic = self._threads.traffic
         self._pump.begin()
         self._pump.do(self._machine.begin)
 
@@ -191,6 +196,8 @@ class CoordinatorNode:
             self._on_departure(event)
         elif isinstance(event, EndAsked):
             self._on_end_asked(event.by)
+        elif isinstance(event, Logged):
+            self._on_logged(event)
         elif isinstance(event, AllFinished) and self._serving is not None:
             self._serving.over(None)
         elif isinstance(event, Ended):
@@ -213,6 +220,10 @@ class CoordinatorNode:
     def generation(self) -> int:
         """Of the log."""
         return self._machine.generation
+
+    def checkpointed(self, counts: m.CheckpointCounts) -> None:
+        """Note what was written of checkpoints; from any thread."""
+        self._pump.do(lambda now: self._machine.checkpointed(counts, now))
 
     def finished(self) -> bool:
         """Whether every declared worker has done its work, and the cluster has not ended yet."""

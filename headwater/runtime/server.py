@@ -57,6 +57,7 @@ class ServerNode:
             MappedMemory(lambda conn: self.pump.channel(conn)),
             lambda snapshot: Shard.restore(snapshot, sync.reduce),
         )
+        self.machine.traffic = self._threads.traffic
         self._sequencer: Pump | None = None
         if index == 0:
             policy = Policy(sync, assignment.min_workers, replicated)
@@ -109,6 +110,17 @@ class ServerNode:
         self._threads.start(self._watch_membership, "membership")
         if self._closed:
             membership.close()
+
+    def statistics(self) -> m.ServerStatistics:
+        """A snapshot of this node; blocks while it processes an entry.
+
+        Raises:
+            ConnectionLostError: the node has ended.
+        """
+        answer = self.pump.ask(m.Ask(), _DIAL_S)
+        if not isinstance(answer, m.ServerStatistics):
+            raise ConnectionLostError(f"{self.machine.role} {self.machine.index} has ended")
+        return answer
 
     def wait(self) -> None:
         """Block until the node cannot go on.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
 from headwater.errors import ConnectionLostError, HeadwaterError
+from headwater.messages import Traffic
 from headwater.wire.channel import Channel
 from headwater.wire.endpoint import Endpoint
 from headwater.wire.listener import Listener
@@ -27,6 +29,9 @@ class ConnectionThreads:
         self._listeners: list[Listener] = []
         self._channels: set[Channel] = set()
         self._threads: set[threading.Thread] = set()
+        self._sent: Counter[str] = Counter()  # over connections that have ended, by transport
+        self._received: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()  # connections that were ended here, by why
         self._closed = False
 
     def listen(
@@ -65,6 +70,18 @@ class ConnectionThreads:
         with self._lock:
             return [channel for channel in self._channels if channel.fileno() >= 0]
 
+    def traffic(self) -> Traffic:
+        """What this node has sent and received so far."""
+        with self._lock:
+            sent, received, refused = self._sent.copy(), self._received.copy(), self._refused.copy()
+            channels = list(self._channels)
+        for channel in channels:
+            sent[channel.transport] += channel.sent
+            received[channel.transport] += channel.received
+        for listener in self._listeners:
+            refused.update(listener.refused)
+        return Traffic(len(channels), dict(sent), dict(received), dict(refused))
+
     def close_channels(self) -> None:
         """Stop accepting and wake every thread that reads; idempotent."""
         with self._lock:
@@ -94,6 +111,8 @@ class ConnectionThreads:
             channel.close()
             with self._lock:
                 self._channels.discard(channel)
+                self._sent[channel.transport] += channel.sent
+                self._received[channel.transport] += channel.received
 
     def _guard(self, run: Callable[[], None]) -> None:
         try:
@@ -102,8 +121,10 @@ class ConnectionThreads:
             _log.info("%s lost a connection: %s", self.name, error)  # the coordinator tells deaths
         except HeadwaterError as error:
             if not self._closed:
+                self._refused["protocol"] += 1
                 _log.warning("%s closes a connection: %s", self.name, error)
         except TimeoutError as error:
+            self._refused["silent"] += 1
             _log.warning("%s closes a silent connection: %s", self.name, error)
         finally:
             with self._lock:

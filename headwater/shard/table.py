@@ -77,7 +77,7 @@ class Table:
         self._last = len(states) + 1
         self._step: int | None = None
         self._swept = self._fresh = 0
-        self._updates = self._refused = self._expired = self._pulled = self._hits = 0
+        self._updates = self._begun = self._refused = self._expired = self._pulled = self._hits = 0
 
     @property
     def rule(self) -> Rule:
@@ -166,6 +166,7 @@ class Table:
         self._slabs.reserve(self._index.high_water + 2 * len(ids))  # as many more: room to prepare
         rows, counts, fresh, refused = self._index.claim(ids)
         self._begin_rows(ids[fresh], rows[fresh])
+        self._begun += len(ids[fresh])
         self._fresh = len(fresh)
         lines, which = self._scalars.look_up(updates_of_schedule, counts)
         scale = 1.0 if self.rule.always_sum else float(divisor)
@@ -412,6 +413,7 @@ class Table:
             updates=self._updates,
             refused=self._refused,
             expired=self._expired,
+            begun=self._begun,
             pulled=self._pulled,
             hits=self._hits,
         )

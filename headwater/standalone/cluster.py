@@ -10,6 +10,8 @@ import signal
 from headwater.errors import ConfigurationError, HeadwaterError, RewoundError
 from headwater.machines.coordinator import EndAsked
 from headwater.messages import Refused
+from headwater.observe.otlp import OtlpExporter
+from headwater.observe.prometheus import MetricsServer
 from headwater.runtime.coordinator import CoordinatorNode, Serving
 from headwater.spec.cluster import ClusterConfig
 from headwater.spec.words import option
@@ -27,6 +29,8 @@ class StandaloneCluster:
 
     Args:
         config: what holds for the cluster, and where its checkpoints go.
+        metrics: "HOST:PORT" where Prometheus scrapes them.
+        otlp: URL of an OpenTelemetry collector that gets them.
 
     Attributes:
         address: where nodes join.
@@ -43,6 +47,8 @@ class StandaloneCluster:
         *,
         journal: str | os.PathLike[str] = "",
         reach: Endpoint = LOCAL,
+        metrics: str | None = None,
+        otlp: str | None = None,
     ) -> None:
         if journal and not reach.is_fixed:
             raise ConfigurationError(
@@ -66,7 +72,17 @@ class StandaloneCluster:
             self._storage.close()
             raise
         self.address = self._node.address
-        self._keep_checkpoints()
+        self._metrics: MetricsServer | None = None
+        self._otlp: OtlpExporter | None = None
+        try:
+            if metrics is not None:
+                self._metrics = MetricsServer(metrics, self._node.statistics, security=self._security)
+            if otlp is not None:
+                self._otlp = OtlpExporter(otlp, self._node.statistics)
+            self._keep_checkpoints()
+        except BaseException:
+            self.close()
+            raise
 
     def interrupt(self, number: int) -> None:
         """Have `run` end; from any thread, and from a signal's handler, with its number."""
@@ -102,6 +118,10 @@ class StandaloneCluster:
 
     def close(self) -> None:
         """End the cluster; idempotent. Members are told."""
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._otlp is not None:
+            self._otlp.close()
         self._node.close()
         self._storage.close()
 
@@ -141,7 +161,7 @@ class StandaloneCluster:
 
     def _keep_checkpoints(self) -> None:
         self._storage.sign(self._node.cluster)
-        self._storage.begin(self._node.addresses[0], security=self._security)
+        self._storage.begin(self._node.addresses[0], self._node.checkpointed, security=self._security)
 
     def _restore(self, begun: bool, first: int) -> str:
         """The checkpoint that a generation begins with."""

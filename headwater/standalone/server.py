@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack, closing
 
 from headwater.engines.roles import prepare_server
 from headwater.errors import (
+    ConnectionLostError,
     FinishedError,
     HeadwaterError,
     OtherClusterError,
     RefusedError,
     RewoundError,
 )
-from headwater.messages import Assignment, RequestSlot, ServerRole
+from headwater.messages import Assignment, ClusterStatistics, RequestSlot, ServerRole
+from headwater.observe.metrics import statistics_of_server
+from headwater.observe.prometheus import MetricsServer
 from headwater.runtime.coordinator_client import enlist
 from headwater.runtime.server import ServerNode
 from headwater.spec.seconds import seconds
@@ -29,6 +33,7 @@ class StandaloneServer:
         role, index: what it is to be; None: whatever is missing.
         reach: where members reach it.
         wait: seconds for which a coordinator that cannot be reached is tried again.
+        metrics: "HOST:PORT" where Prometheus scrapes what this node knows of itself.
     """
 
     def __init__(
@@ -39,11 +44,14 @@ class StandaloneServer:
         index: int | None = None,
         reach: Endpoint = LOCAL,
         wait: float = 300.0,
+        metrics: str | None = None,
     ) -> None:
         self._coordinator = coordinator
         self._wanted = RequestSlot(role, index)
         self._reach = reach
         self._wait = seconds("wait", wait, zero=True)
+        self._metrics = metrics
+        self._serving: ServerNode | None = None
 
     def run(self) -> None:
         """Serve until training has finished; blocks.
@@ -58,6 +66,22 @@ class StandaloneServer:
             OtherClusterError: at that address there is now the coordinator of another cluster.
             HeadwaterError: it cannot go on, and why.
         """
+        with ExitStack() as undo:
+            if self._metrics is not None:
+                exporter = MetricsServer(
+                    self._metrics, self._statistics, node="server", security=self._reach.security
+                )
+                undo.enter_context(closing(exporter))
+            self._run()
+
+    def _statistics(self) -> ClusterStatistics:
+        """What this node knows now. Raises ConnectionLostError while it serves nobody."""
+        node = self._serving
+        if node is None:
+            raise ConnectionLostError("this node is no server now")
+        return statistics_of_server(node.statistics())
+
+    def _run(self) -> None:
         prepare_server()
         while True:
             try:
@@ -85,9 +109,11 @@ class StandaloneServer:
             channel.close()
             raise
         node.start(channel)
+        self._serving = node
         try:
             return node.wait_for_parting()
         finally:
+            self._serving = None
             node.close()
 
     def _node(self, assignment: Assignment) -> ServerNode:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from typing import Any
 
 from headwater.engines.engine import Failure
 from headwater.errors import ConnectionLostError, FinishedError, RefusedError, RewoundError, WorkerError
+from headwater.messages import ClusterStatistics
+from headwater.observe.metrics import statistics_of_worker
+from headwater.observe.prometheus import MetricsServer
 from headwater.spec.seconds import seconds
 from headwater.standalone.patience import patiently
 from headwater.wire.security import PLAIN, Security
@@ -23,6 +27,7 @@ class StandaloneWorker:
         rank: which worker it is; None: the next free one.
         security: what all nodes of the cluster were given.
         wait: seconds for which a coordinator that cannot be reached is tried again.
+        metrics: "HOST:PORT" where Prometheus scrapes what this node knows of itself.
     """
 
     def __init__(
@@ -33,12 +38,14 @@ class StandaloneWorker:
         rank: int | None = None,
         security: Security = PLAIN,
         wait: float = 300.0,
+        metrics: str | None = None,
     ) -> None:
         self._train = train
         self._coordinator = coordinator
         self._rank = rank
         self._security = security
         self._wait = seconds("wait", wait, zero=True)
+        self._metrics = metrics
         self._worker: Worker | None = None
         self._cluster = ""
 
@@ -61,6 +68,23 @@ class StandaloneWorker:
             OtherClusterError: at that address there is now the coordinator of another cluster.
             SystemExit: after `interrupt`.
         """
+        with ExitStack() as undo:
+            if self._metrics is not None:
+                exporter = MetricsServer(
+                    self._metrics, self._statistics, node="worker", security=self._security
+                )
+                undo.enter_context(closing(exporter))
+            self._run_again()
+
+    def _statistics(self) -> ClusterStatistics:
+        """What this worker last told the coordinator. Raises ConnectionLostError before the first time."""
+        worker = self._worker
+        told = worker.told if worker is not None else None
+        if told is None:
+            raise ConnectionLostError("this worker has made no step yet")
+        return statistics_of_worker(told)
+
+    def _run_again(self) -> None:
         while True:
             try:
                 worker = patiently(self._join, self._wait)
@@ -74,7 +98,7 @@ class StandaloneWorker:
                 with worker:
                     self._rank = worker.rank
                     self._worker = worker
-                    self._run(worker)
+                    self._train_as(worker)
                     worker.finish()
                     return
             except RewoundError as error:
@@ -87,7 +111,7 @@ class StandaloneWorker:
         self._cluster = worker.cluster
         return worker
 
-    def _run(self, worker: Worker) -> None:
+    def _train_as(self, worker: Worker) -> None:
         try:
             self._train(worker)
         except (RewoundError, ConnectionLostError, RefusedError):

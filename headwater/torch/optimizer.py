@@ -301,10 +301,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def _stage(self, pushed: Sequence[BoundParameter]) -> None:
         """Have the next step carry all gradients, or none where one is not finite."""
+        stages = self._worker.stages
+        began = stages.now()
         hosts = [bound.to_host() for bound in pushed]
         wait_for_copies(pushed)
         bad = [bound.name for bound, host in zip(pushed, hosts, strict=True) if not bound.stage(host)]
         bad_tables = self._tables.write()
+        stages.pushed(began)
         if (bad or bad_tables) and self._nonfinite != "off":
             self._report_nonfinite(bad, bad_tables)
             self._tables.discard()

@@ -57,6 +57,7 @@ class Channel:
         peer: who is at the other end, for logs: "tcp:127.0.0.1:4000" or "unix pid 123".
         can_pass_descriptors: whether open files can travel with frames (a Unix socket).
         sent: bytes so far, before encryption; without what travels as descriptors.
+        transport: "unix", "tcp" or "tls".
     """
 
     def __init__(self, connection: Stream, limits: Limits | None = None) -> None:
@@ -64,6 +65,8 @@ class Channel:
         self._stream = connection
         self.peer = peer_name(connection)
         self.can_pass_descriptors = connection.family == socket.AF_UNIX
+        encrypted = "tls" if isinstance(connection, EncryptedStream) else "tcp"
+        self.transport = "unix" if self.can_pass_descriptors else encrypted
         self._incoming = Incoming(connection, limits or Limits(), self.peer)
         self.sent = 0
         self._receive_timeout: float | None = None  # what the kernel has been told

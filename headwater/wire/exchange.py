@@ -41,6 +41,7 @@ def exchange(
     deadline_s: float | None,
     request: int,
     unanswered: Collection[int] | None = None,
+    sent: Callable[[], None] | None = None,
 ) -> None:
     """Send `outgoing[i]` on `channels[i]` and take what comes back, all at once, in the calling thread.
 
@@ -54,6 +55,7 @@ def exchange(
         deadline_s: seconds from now for all of it.
         request: id of the frames that are sent.
         unanswered: the channels whose answer is still out; None: all.
+        sent: called once everything is sent; not where nothing was to be.
 
     Raises:
         UsageError: a frame cannot be sent; none was, and the channels are as they were.
@@ -84,10 +86,12 @@ def exchange(
             else:
                 if rest is not None:
                     unsent[index] = rest
+        if sent is not None and outgoing and not unsent:
+            sent()
         if len(channels) == 1 and not unsent and not lost and unanswered is None:
             _listen(channels[0], on_received, place, deadline_s)
         else:
-            _Turn(channels, on_received, place, deadline_s, unsent, lost, unanswered).drive()
+            _Turn(channels, on_received, place, deadline_s, unsent, lost, unanswered, sent).drive()
     finally:
         for channel in channels[:entered]:
             channel.leave()
@@ -129,6 +133,7 @@ class _Turn:
         unsent: dict[int, Span],
         lost: dict[int, ConnectionLostError],
         unanswered: Collection[int] | None,
+        sent: Callable[[], None] | None = None,
     ) -> None:
         self._channels = channels
         self._on_received = on_received
@@ -137,6 +142,7 @@ class _Turn:
         self._until = math.inf if deadline_s is None else time.monotonic() + deadline_s
         self._unsent = unsent
         self._lost = lost
+        self._sent = sent
         self._unanswered = set(range(len(channels)) if unanswered is None else unanswered)
 
     def drive(self) -> None:
@@ -202,6 +208,8 @@ class _Turn:
         try:
             if self._channels[index].push(self._unsent[index]) is None:
                 del self._unsent[index]
+                if not self._unsent and self._sent is not None:
+                    self._sent()
         except BlockingIOError:
             pass
         except ConnectionLostError as error:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Literal
@@ -54,6 +54,8 @@ class Listener:
 
     Attributes:
         address: what it is bound to; others `dial` it, or what `advertised` makes of it.
+        refused: how many connections were refused, by reason: "handshake" (wrong token or certificate, no
+            Headwater node, too slow), "user" (of another user), "full", "descriptors", "gone", "system".
 
     Raises:
         ConfigurationError: `security` forbids that host or its files cannot be used, or the address
@@ -76,6 +78,7 @@ class Listener:
         self._limits = limits
         self._capacity = capacity or Capacity()
         self._on_refused = on_refused or RefusalLog()
+        self.refused: Counter[str] = Counter()
         self._directory = ""
         if kind == "tcp":
             security.check_bind(host)
@@ -167,7 +170,7 @@ class Listener:
             self._security.admit(connection)
         except RefusedError as refused:
             connection.close()
-            self._refuse(str(refused))
+            self._refuse(str(refused), "user")
         else:
             self._take_in(connection, connection)
 
@@ -179,7 +182,7 @@ class Listener:
             channel = Channel(stream, self._limits)
         except OSError as error:
             connection.close()
-            self._refuse(f"gone once it was admitted: {error}")
+            self._refuse(f"gone once it was admitted: {error}", "gone")
             return
         self._known.add(channel)
         self._admitted.append(channel)
@@ -201,7 +204,7 @@ class Listener:
         except OSError:
             pass  # it is gone
         hang_up(connection)
-        self._refuse(f"{peer}: {reason}")
+        self._refuse(f"{peer}: {reason}", "full")
 
     def _cannot_accept(self, error: OSError) -> None:
         """Keep going when the system cannot give a connection, and get rid of one that waits."""
@@ -215,14 +218,17 @@ class Listener:
                 self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             except OSError:
                 self._spare = -1  # the next time waits instead
-            self._refuse(f"no descriptors left for it ({error}): raise the limit, see `ulimit -n`")
+            self._refuse(
+                f"no descriptors left for it ({error}): raise the limit, see `ulimit -n`", "descriptors"
+            )
             return
-        self._refuse(f"cannot accept: {error}")
+        self._refuse(f"cannot accept: {error}", "system")
         waiting = select.poll()
         waiting.register(self._waking, select.POLLIN)
         waiting.poll(_PAUSE_MS)
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str, kind: str = "handshake") -> None:
+        self.refused[kind] += 1
         self._on_refused(f"{self.address}: {reason}")
 
 

@@ -81,6 +81,15 @@ class DataReader:
 
     # ── calls ───────────────────────────────────────────────────────────────────────────────────
 
+    def begin_reading(self) -> tuple[int, float]:
+        """What `end_reading` takes: moment and seconds in exchanges, before the next piece is looked for."""
+        self._session.stages.begin(self._session.waiting)
+        return self._session.stages.now(), self._session.waiting
+
+    def end_reading(self, began: int, waited: float) -> None:
+        """The next piece is there, or there is none."""
+        self._session.stages.read(began, self._session.waiting - waited)
+
     def begin(self, plan: ReadPlan) -> Call | None:
         """Begin the next call; None where the log has recorded that it is over."""
         self._check_dismissed()
@@ -290,6 +299,13 @@ class Batches(_Reading[Any]):
         self._handed_out = 0
 
     def __next__(self) -> Any:
+        began, waited = self._reader.begin_reading()
+        try:
+            return self._next()
+        finally:
+            self._reader.end_reading(began, waited)
+
+    def _next(self) -> Any:
         call = self._going()
         if call is None:
             raise StopIteration
@@ -338,6 +354,13 @@ class Splits(_Reading[Indices]):
         self._given: Places | None = None
 
     def __next__(self) -> Indices:
+        began, waited = self._reader.begin_reading()
+        try:
+            return self._next()
+        finally:
+            self._reader.end_reading(began, waited)
+
+    def _next(self) -> Indices:
         call = self._going()
         if call is None:
             raise StopIteration

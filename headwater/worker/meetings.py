@@ -130,9 +130,14 @@ class Meetings:
         new = self._program.is_new(meeting)
         if new and self._reader.holds_split():
             self._session.tell(m.InMeeting(meeting.number, describe(meeting)))
-        answer: m.Answer = self._session.ask(
-            lambda number: m.Meet(number, meeting, values or {}, data, position, kept), kind
-        )
+        stages, waited = self._session.stages, self._session.waiting
+        began = stages.now()
+        try:
+            answer: m.Answer = self._session.ask(
+                lambda number: m.Meet(number, meeting, values or {}, data, position, kept), kind
+            )
+        finally:
+            stages.met(began, self._session.waiting - waited)
         if new:
             self._program.recorded(kept)
         return answer

@@ -125,6 +125,8 @@ class Model:
             ClosedError: the worker has left.
         """
         self._session.check_open("push")
+        stages = self._session.stages
+        began = stages.now()
         arrays = {name: _flat(array) for name, array in self._checked(grads).items()}
         bad = [name for name, array in arrays.items() if not self._stage(name, array)]
         if bad and self._nonfinite != "off":
@@ -133,6 +135,7 @@ class Model:
         for name in arrays.keys() & self._staged:
             stage(arrays[name], self.gradients[name].reshape(-1), True)
         self._staged.update(arrays)
+        stages.pushed(began)
 
     def assign(self, values: Mapping[str, Any]) -> None:
         """Set tensors to `values` on the servers, a version of its own; blocks for an exchange.

@@ -110,7 +110,11 @@ class Table:
         if not len(plan.ids):
             return
         self._session.finish()
-        if not (self._push_again if self._pushed or self._sums else self._push_first)(plan, gradients):
+        stages = self._session.stages
+        began = stages.now()
+        good = (self._push_again if self._pushed or self._sums else self._push_first)(plan, gradients)
+        stages.pushed(began)
+        if not good:
             self.report_nonfinite(self._nonfinite)
 
     def prefetch(self, ids: Any) -> None:

@@ -22,6 +22,7 @@ from headwater.spec.user_settings import unpack
 from headwater.wire.scratch import Scratch
 from headwater.wire.security import PLAIN, Security
 from headwater.worker.batches import Batches, DataReader, Splits
+from headwater.worker.logged import LoggedMetrics
 from headwater.worker.meetings import Gathered, Meetings, Sums
 from headwater.worker.model import Model
 from headwater.worker.model_spec import (
@@ -62,6 +63,10 @@ class WorkerStatistics:
         gradient_bytes: that the gradients of its steps take as they are represented, shared or sent.
         staleness: commits between the version that a gradient was computed on and its own → number of steps.
         metrics: what `log` was last told, by name.
+        results: finished steps by what became of them: "applied", "late", "carried", "skipped".
+        stages: seconds that a turn took, by stage: data, compute, push, wait, pull.
+        norms: gradient norm of the last commit by model, where the servers measure it.
+        dropped: names of metrics that `log` was told and that are not kept.
     """
 
     rank: int
@@ -76,6 +81,10 @@ class WorkerStatistics:
     gradient_bytes: int
     staleness: dict[int, int]
     metrics: dict[str, float]
+    results: dict[str, int]
+    stages: dict[str, m.Histogram]
+    norms: dict[str, float]
+    dropped: int
 
 
 class Worker:
@@ -88,6 +97,8 @@ class Worker:
         workers: how many were declared.
         settings: what `run(settings=…)` was given.
         address, security: of the coordinator, and how this worker speaks to it.
+        stages: the clock of this worker's turns, for adapters that stage gradients themselves.
+        told: what the coordinator was told last; None before the first time. From any thread.
     """
 
     def __init__(
@@ -98,6 +109,7 @@ class Worker:
         welcome = self._session.welcome
         self.rank = welcome.member.index
         self.workers = welcome.workers
+        self.stages = self._session.stages
         self.settings = unpack(welcome.settings)
         self._models: dict[str, Model] = {}
         self._tables: dict[str, Table] = {}
@@ -111,10 +123,14 @@ class Worker:
         self._feed = DataReader(self._session, self._program, recalled.position, recalled.recuts)
         self._meetings = Meetings(self._session, self._program, self._feed)
         self._staleness: Counter[int] = Counter()
-        self._metrics: dict[str, float] = {}
+        self._results: Counter[str] = Counter()
+        self._norms: dict[str, float] = {}
+        self._logged = LoggedMetrics()
         self._began = time.monotonic()
         self._told = 0.0
         self._trial: Trial | None = None
+        self.told: m.Progress | None = None
+        self._told_step = 0
 
     @property
     def version(self) -> int:
@@ -201,6 +217,7 @@ class Worker:
         model = Model(self._session, spec, params, nonfinite)
         model.register(initial)
         self._models[name] = model
+        self.stages.begin(self._session.waiting)
         return model
 
     def table(
@@ -239,6 +256,7 @@ class Worker:
         table = Table(self._session, self._rows, spec, nonfinite)
         table.register()
         self._tables[name] = table
+        self.stages.begin(self._session.waiting)
         return table
 
     @property
@@ -272,7 +290,9 @@ class Worker:
         """
         turn = self._turn(read, weight)
         position, kept = self._feed.position(), self._program.unsent()
+        before = self._session.waiting
         result, stopped = turn.take(self._step + 1, read, position, kept)
+        self.stages.end(self._row_of(result), before, self._session.waiting)
         return self._took(turn, position, kept, result, stopped)
 
     def begin_step(self, *, read: bool | Sequence[Model] = True, weight: float = 1.0) -> PendingStep:
@@ -291,6 +311,7 @@ class Worker:
         pending = PendingStep(self._session, f"step {self._step + 1}")
 
         def arrived(result: m.StepResult, stopped: bool) -> None:
+            self.stages.arrived(self._row_of(result), self._session.waiting)
             pending.arrived(self._took(turn, position, kept, result, stopped))
 
         try:
@@ -298,6 +319,7 @@ class Worker:
         except BaseException:
             self._session.under_way = ""
             raise
+        self.stages.sent_off()
         return pending
 
     def _turn(self, read: bool | Sequence[Model], weight: float) -> StepExchange:
@@ -308,6 +330,7 @@ class Worker:
         self._check_read(read)
         self._session.check_open("step")
         self._session.finish()
+        self.stages.step()
         for model in self._models.values() if read is True else read or ():
             model.before_read()
         models, tables, since = self._models.values(), self._tables.values(), self._carried_since
@@ -325,6 +348,9 @@ class Worker:
         self._step += 1
         self._carried_since = turn.carried_since
         self._skipped += turn.skip
+        self._results[self._became(turn, result)] += 1
+        if result.norms:
+            self._norms = result.norms
         self._staleness[result.staleness] += 1
         self._feed.stopped |= stopped
         if result.applied:
@@ -335,6 +361,18 @@ class Worker:
         if self._trial is not None:
             self._trial.after_step(result, self._feed.samples)
         return result
+
+    def _row_of(self, result: m.StepResult) -> int:
+        """What turns of several workers have in common: their round, or which step of each it is."""
+        return result.version if self.mode.rounds else self._step + 1
+
+    def _became(self, turn: StepExchange, result: m.StepResult) -> str:
+        """One of `STEP_RESULTS`."""
+        if turn.skip:
+            return "skipped"
+        if result.applied:
+            return "applied"
+        return "carried" if turn.carried_since is not None else "late"
 
     def _check_read(self, read: Any) -> None:
         if isinstance(read, bool):
@@ -464,6 +502,7 @@ class Worker:
                 place of its program; names both. Or the deadline passed.
             MeetingError: this program runs again, and came to another meeting the first time.
         """
+        self._tell_before_wait()
         self._meetings.barrier()
         self._outdate()
 
@@ -476,6 +515,7 @@ class Worker:
         Raises:
             UsageError: not a number; nothing was sent. MeetingError, StalledError: as `barrier`.
         """
+        self._tell_before_wait()
         sums = self._meetings.sum(scalars, of)
         self._outdate()
         return sums
@@ -489,6 +529,7 @@ class Worker:
         Raises:
             UsageError: not arrays of numbers; nothing was sent. MeetingError, StalledError: as `barrier`.
         """
+        self._tell_before_wait()
         gathered = self._meetings.gather(arrays, of)
         self._outdate()
         return gathered
@@ -502,6 +543,7 @@ class Worker:
         Raises:
             UsageError: something else; nothing was sent. MeetingError, StalledError: as `barrier`.
         """
+        self._tell_before_wait()
         found = self._meetings.broadcast(value, root)
         self._outdate()
         return found
@@ -517,7 +559,11 @@ class Worker:
         self._session.ask(m.Stop, "stop")
 
     def log(self, **metrics: float) -> None:
-        """Show these numbers in the worker's line of `headwater run`; costs no exchange.
+        """Show these numbers in the worker's line of `headwater run`, and keep them for `RunResult.history`
+        and the sinks of `log_to`, with the step and version of now; costs no exchange.
+
+        NaN and infinity are numbers too. A worker may use 100 names of up to 100 characters; further ones are
+        counted, and dropped with one warning.
 
         Raises:
             UsageError: not a number; nothing was logged.
@@ -530,7 +576,7 @@ class Worker:
                 raise UsageError(
                     f"log: {name} is {value!r}, expected a number; nothing was logged"
                 ) from error
-        self._metrics.update(numbers)
+        self._logged.add(numbers, self._step, self.version, time.monotonic())
         if self._trial is not None:
             self._trial.logged(numbers, self._feed.samples)
 
@@ -551,29 +597,44 @@ class Worker:
             received=received,
             gradient_bytes=sum(parts),
             staleness=dict(self._staleness),
-            metrics=dict(self._metrics),
+            metrics=dict(self._logged.newest),
+            results=dict(self._results),
+            stages=self.stages.stages(),
+            norms=dict(self._norms),
+            dropped=self._logged.dropped,
         )
+
+    def _tell_before_wait(self) -> None:
+        """What others see while this worker waits is all that it has done."""
+        if self._told_step != self._step and self._session.usable():
+            self._tell(now=True)
 
     def _tell(self, now: bool = False) -> None:
         """Tell the coordinator of progress, not more often than every `_PROGRESS_S`."""
         if not now and time.monotonic() - self._told < _PROGRESS_S:
             return
-        self._told = time.monotonic()
+        self._told, self._told_step = time.monotonic(), self._step
         own = self.statistics()
-        self._session.tell(
-            m.Progress(
-                member=self._session.welcome.member.id,
-                rank=self.rank,
-                steps=own.steps,
-                version=own.version,
-                samples=own.samples,
-                planned=self._feed.planned,
-                waiting=own.waiting,
-                elapsed=own.elapsed,
-                staleness=own.staleness,
-                metrics=own.metrics,
-            )
+        self.told = m.Progress(
+            member=self._session.welcome.member.id,
+            rank=self.rank,
+            steps=own.steps,
+            version=own.version,
+            samples=own.samples,
+            planned=self._feed.planned,
+            waiting=own.waiting,
+            elapsed=own.elapsed,
+            staleness=own.staleness,
+            metrics=own.metrics,
+            results=own.results,
+            stages=own.stages,
+            norms=own.norms,
+            dropped=own.dropped,
+            turns=self.stages.news(),
+            clock=self.stages.now(),
+            points=self._logged.news(time.monotonic()),
         )
+        self._session.tell(self.told)
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────
 

@@ -2,7 +2,7 @@
 
 from headwater.machines.coordinator.identity import Identity
 from headwater.machines.coordinator.machine import AllFinished, CoordinatorMachine, EndAsked
-from headwater.machines.coordinator.members import Ended
+from headwater.machines.coordinator.members import Ended, Logged
 from headwater.machines.coordinator.newcomers import CheckAddresses, ChooseCheckpoint
 from headwater.machines.coordinator.state import CoordinatorRecord
 
@@ -15,4 +15,5 @@ __all__ = [
     "EndAsked",
     "Ended",
     "Identity",
+    "Logged",
 ]

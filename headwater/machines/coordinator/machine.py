@@ -171,6 +171,12 @@ class CoordinatorMachine:
         self.state.book.reserved = frozenset(ranks)
         return []
 
+    def checkpointed(self, counts: m.CheckpointCounts, now: float) -> Actions:
+        """A checkpoint was written, or could not be: for statistics."""
+        self._turn(now)
+        self.surveys.checkpointed(counts)
+        return self._done()
+
     # ── what the owner sees ─────────────────────────────────────────────────────────────────────
 
     @property
@@ -315,6 +321,7 @@ class CoordinatorMachine:
             self.newcomers.invite()
             self.newcomers.tell_waits()
             self.members.ask_recorded()
+        self.members.note_failovers()
         self.surveys.answer()
         if self.all_finished != self._told_finished:
             self._told_finished = self.all_finished

@@ -12,6 +12,7 @@ from headwater.machines.coordinator.hosts import Hosts
 from headwater.machines.coordinator.phases import Entered, Present, Stranger, Survey, named
 from headwater.machines.coordinator.reading import Reading
 from headwater.machines.coordinator.state import State
+from headwater.machines.coordinator.tally import Tally
 from headwater.machines.splits import Replies
 from headwater.spec.user_settings import pack
 
@@ -26,16 +27,25 @@ class Ended:
     refusal: m.Refused | None
 
 
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """An event: what `Worker.log` was told in the worker with this rank, in order."""
+
+    rank: int
+    generation: int
+    points: tuple[m.LoggedPoint, ...]
+
+
 class Members:
     """Of a cluster.
 
     Attributes:
-        progress: the last statistics that each rank sent, kept after it left.
+        tally: what the ranks have done, and who came and went.
         reading: splits and positions.
     """
 
     def __init__(self, state: State, hosts: Hosts) -> None:
-        self.progress: dict[int, m.Progress] = {}
+        self.tally = Tally()
         self.reading = Reading(state.settings.workers)
         self._state = state
         self._hosts = hosts
@@ -79,7 +89,10 @@ class Members:
         pass
 
     def _on_progress(self, conn: Conn, member: m.Member, progress: m.Progress) -> None:
-        self.progress[member.index] = progress
+        state = self._state
+        self.tally.report(member, progress, state.now)
+        if progress.points:
+            state.emit(Tell(Logged(member.index, state.book.generation, progress.points)))
 
     def _on_reading(self, conn: Conn, member: m.Member, message: m.Lease | m.Finish | m.InMeeting) -> None:
         self._reply(self.reading.serve(member, message))
@@ -100,6 +113,7 @@ class Members:
 
     def _on_finished(self, conn: Conn, member: m.Member, message: m.Finished) -> None:
         self._state.book.finish(member.id)
+        self.tally.frontier.gone(member.index)
 
     def _on_departed(self, conn: Conn, member: m.Member, message: m.Departed) -> None:
         if message.finished:
@@ -135,6 +149,12 @@ class Members:
         if state.stage == "forming":
             state.met.discard((member.pid, member.host))
             return  # it had nothing yet, and its slot is free
+        if dies:
+            self.tally.lost[member.role] += 1
+        if departure.heir is not None:
+            self.tally.failing(state.book.term, state.now)
+        if member.role == "worker":
+            self.tally.frontier.gone(member.index)
         if departure.loses_shard:
             self.lose(f"{named(member)} is gone, and nobody else has its shard: {why or 'it has left'}")
         else:
@@ -162,6 +182,8 @@ class Members:
         state.book.begin_anew()
         state.keep()
         state.stage = "forming"
+        self.tally.rewinds += 1
+        self.tally.frontier.begin_anew()
         state.warn(refusal.reason)
         for conn in state.conns.values():
             state.send(conn, refusal)
@@ -185,6 +207,11 @@ class Members:
         state.conns.clear()
         self._hosts.close()
         state.emit(Tell(Ended(refusal)))
+
+    def note_failovers(self) -> None:
+        """A failover is over when every server that answers knows who took over."""
+        over = [term for term in self.tally.unknown if not self._hosts.waited_for(term)]
+        self.tally.known(over, self._state.now)
 
     # ── what the log has recorded of everybody's reading ────────────────────────────────────────
 

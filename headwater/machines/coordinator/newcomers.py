@@ -219,9 +219,11 @@ class Newcomers:
         state.conns[member.id] = conn
         state.phases[conn] = Entered(member, joining.wait, state.book.term, placed=not worker)
         if member.role != "observer":
+            self._members.tally.joined[member.role] += 1
             state.note(f"{named(member)} on {member.host} has joined")
         if worker:
             self._members.reading.newcomer(member)
+            self._members.tally.frontier.joined(member.index)
         if member.role == "standby":  # it takes part in rosters once it knows who it is
             self._members.welcome(conn, member)
         if member.role != "server":

@@ -26,12 +26,18 @@ def overview(
     servers: int,
     finished: Sequence[int],
     joining: Sequence[str],
+    totals: Sequence[m.WorkerTotals],
+    counts: m.MemberCounts,
+    checkpoints: m.CheckpointCounts,
+    traffic: m.Traffic,
+    uptime: float,
 ) -> m.ClusterStatistics:
     """The answer to Ask.
 
     `pid`, `address`: of the coordinator. `progress`: by rank. `silence`: by member, seconds since it was
     heard of. `absent`: members that have not come back since the coordinator started again. `joining`: who
-    waits to join, and for whom.
+    waits to join, and for whom. `totals`, `counts`, `checkpoints`, `traffic`, `uptime`: as of
+    `ClusterStatistics`.
     """
     of_server = {report.member: report for report in reports}
     first = next((report for report in reports if report.index == 0 and report.role == "server"), None)
@@ -41,18 +47,32 @@ def overview(
     def away(member: m.Member) -> str | None:
         return "has not come back to the coordinator yet" if member.id in absent else None
 
+    def silent(member: m.Member) -> float:
+        return silence.get(member.id, 0.0)
+
     def node(member: m.Member) -> m.NodeStatistics:
         place = member.addresses[-1] if member.addresses else member.host  # as the farthest dial it
         if member.role in ("server", "standby"):
             own = of_server.get(member.id)
             term, seen = (own.term, own.version) if own is not None else (0, 0)
-            why = None if own is not None else _unheard(silence.get(member.id, 0.0))
+            why = None if own is not None else _unheard(silent(member))
             why = why or away(member)
-            return m.NodeStatistics(member.role, member.pid, place, term, seen, why, index=member.index)
+            return m.NodeStatistics(
+                member.role, member.pid, place, term, seen, why, index=member.index, silence=silent(member)
+            )
         told = progress.get(member.index)
         seen = told.version if told is not None and told.member == member.id else 0
         reason = waits.get(member.id) or away(member)
-        return m.NodeStatistics(member.role, member.pid, place, roster.term, seen, reason, rank=member.index)
+        return m.NodeStatistics(
+            member.role,
+            member.pid,
+            place,
+            roster.term,
+            seen,
+            reason,
+            rank=member.index,
+            silence=silent(member),
+        )
 
     coordinator = m.NodeStatistics("coordinator", pid, address, roster.term, version, None, index=0)
     ordered = sorted(roster.members, key=lambda member: (member.role, member.index))
@@ -72,6 +92,15 @@ def overview(
         servers=servers,
         finished=tuple(finished),
         joining=tuple(joining),
+        reports=tuple(
+            msgspec.structs.replace(report, recorded=m.DataProgress(), waits={})
+            for report in sorted(reports, key=lambda one: (one.role, one.index))
+        ),
+        totals=tuple(totals),
+        members=counts,
+        checkpoints=checkpoints,
+        traffic=traffic,
+        uptime=uptime,
     )
 
 
@@ -86,7 +115,7 @@ def _unheard(seconds: float) -> str:
 
 def _in_all(parts: list[tuple[m.TableStatistics, ...]]) -> tuple[m.TableStatistics, ...]:
     """Each table over all servers; those that not every server told of yet are left out."""
-    counted = ("rows", "resident", "refused", "expired", "pulled", "hits")
+    counted = ("rows", "resident", "refused", "expired", "pulled", "hits", "begun")
     return tuple(
         msgspec.structs.replace(
             tables[0], **{name: sum(getattr(table, name) for table in tables) for name in counted}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import msgspec
+
 from headwater import messages as m
 from headwater.machines.actions import Conn
 from headwater.machines.coordinator.hosts import Hosts
@@ -13,10 +17,19 @@ from headwater.machines.coordinator.state import State
 
 
 class Surveys:
-    """Of a cluster. `address`: where its coordinator is reached."""
+    """Of a cluster.
+
+    Attributes:
+        address: where its coordinator is reached.
+        traffic: asks the coordinator's node what it has sent and received.
+    """
 
     def __init__(self, state: State, hosts: Hosts, members: Members, newcomers: Newcomers) -> None:
         self.address = ""
+        self.traffic: Callable[[], m.Traffic] = m.Traffic
+        self._checkpoints = m.CheckpointCounts()
+        self._written = 0.0
+        self._began = state.now
         self._state = state
         self._hosts = hosts
         self._members = members
@@ -30,6 +43,12 @@ class Surveys:
         state.phases[conn] = Survey(len(hosts))
         for host in hosts:
             self._hosts.ask(host, f"survey {conn}", state.now)
+
+    def checkpointed(self, counts: m.CheckpointCounts) -> None:
+        """A checkpoint was written, or could not be."""
+        if counts.written != self._checkpoints.written:
+            self._written = self._state.now
+        self._checkpoints = counts
 
     def take(self, conn: Conn, answer: m.ServerStatistics | None) -> None:
         """One that was asked has answered, or has not in time."""
@@ -47,14 +66,14 @@ class Surveys:
 
     def _overview(self, reports: list[m.ServerStatistics]) -> m.ClusterStatistics:
         state = self._state
-        roster, settings = state.book.view(), state.settings
+        roster, settings, tally = state.book.view(), state.settings, self._members.tally
         return overview(
             roster=roster,
             pid=state.identity.pid,
             address=self.address,
             sync=settings.sync,
             reports=reports,
-            progress=self._members.progress,
+            progress=tally.last,
             silence={one.id: state.book.silence(one.id, state.now) for one in roster.members},
             absent={one.id for one in roster.members} - state.conns.keys(),
             unreplicated=state.book.unreplicated() if settings.replicas else [],
@@ -63,4 +82,15 @@ class Surveys:
             servers=settings.servers,
             finished=state.book.finished(),
             joining=self._newcomers.waiting(),
+            totals=tally.totals(),
+            counts=tally.members(),
+            checkpoints=self._checkpoints_now(),
+            traffic=self.traffic(),
+            uptime=state.now - self._began,
         )
+
+    def _checkpoints_now(self) -> m.CheckpointCounts:
+        counts = self._checkpoints
+        if not counts.written:
+            return counts
+        return msgspec.structs.replace(counts, age=self._state.now - self._written)

@@ -1,0 +1,246 @@
+"""`--metrics HOST:PORT`: the metrics over HTTP, as Prometheus and OpenMetrics scrape them.
+
+A scrape asks the node for its statistics; nothing is kept here. On loopback anybody of this machine may
+scrape. Beyond it a token (`Authorization: Bearer …`) or TLS is demanded, as of every listener of a cluster;
+where the cluster has a token, also on loopback. Needs the extra `metrics`.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import socket
+import socketserver
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+from headwater.errors import ConfigurationError, HeadwaterError
+from headwater.messages import ClusterStatistics, Histogram
+from headwater.observe.metrics import METRICS, Metric, Node
+from headwater.spec.words import option
+from headwater.wire.addresses import split_place
+from headwater.wire.encryption import load
+from headwater.wire.security import PLAIN, Security
+
+_log = logging.getLogger("headwater.metrics")
+
+_REQUEST_S = 10.0
+"""How long a client may take for its request, in seconds."""
+_CLIENTS = 16
+"""Connections that are served at a time; further ones are closed."""
+
+
+class MetricsServer:
+    """Serves `/metrics` until it is closed.
+
+    Args:
+        place: "HOST:PORT" to listen on; port 0 takes a free one.
+        statistics: asks for them; blocks. Called in threads of this server, one at a time.
+        node: which metrics there are.
+        security: whom it admits.
+
+    Attributes:
+        url: where it is scraped.
+
+    Raises:
+        ConfigurationError: not a place, one where strangers could connect, a port in use, or the extra
+            `metrics` is not installed.
+    """
+
+    def __init__(
+        self,
+        place: str,
+        statistics: Callable[[], ClusterStatistics],
+        *,
+        node: Node = "cluster",
+        security: Security = PLAIN,
+    ) -> None:
+        library = _library()
+        host, port = _split(place)
+        security.check_bind(host)
+        registry = library.CollectorRegistry(auto_describe=False)
+        registry.register(_Collector(library, statistics, node))
+        context = None if security.tls is None else load(security.tls, listening=True).context
+        try:
+            self._server = _Server(host, port, context, security.token, registry, library)
+        except OSError as error:
+            raise ConfigurationError(
+                f"{option('metrics', place)}: cannot listen there: {error}; pass another port, or 0 for a "
+                "free one"
+            ) from error
+        bound = self._server.server_address[1]
+        named = f"[{host}]" if ":" in host else host
+        self.url = f"{'http' if context is None else 'https'}://{named}:{bound}/metrics"
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.1,), name="headwater-metrics", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening; idempotent."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+def _library() -> Any:
+    try:
+        import prometheus_client
+        import prometheus_client.core
+    except ImportError as error:
+        raise ConfigurationError(
+            "metrics need the extra `metrics`: pip install 'headwater[metrics]' (prometheus-client)"
+        ) from error
+    return prometheus_client
+
+
+def _split(place: object) -> tuple[str, int]:
+    """Host and port; the port must be said."""
+    if isinstance(place, str):
+        host, colon, port = place.rpartition(":")
+        if colon and host and port.isdigit():
+            return split_place(f"{host}:{port}")
+    raise ConfigurationError(
+        f"{option('metrics')}: got {place!r}, expected HOST:PORT, such as 127.0.0.1:9464"
+    )
+
+
+class _Collector:
+    """Makes metric families of the newest statistics."""
+
+    def __init__(self, library: Any, statistics: Callable[[], ClusterStatistics], node: Node) -> None:
+        self._families = library.core
+        self._bound = library.utils.floatToGoString
+        self._statistics = statistics
+        self._metrics = [metric for metric in METRICS if node in metric.of]
+        self._lock = threading.Lock()
+
+    def collect(self) -> Iterator[Any]:
+        """All families."""
+        with self._lock:
+            statistics = self._statistics()
+        for metric in self._metrics:
+            yield self._family(metric, statistics)
+
+    def _family(self, metric: Metric, statistics: ClusterStatistics) -> Any:
+        families, labels = self._families, list(metric.labels)
+        if metric.kind == "histogram":
+            family = families.HistogramMetricFamily(metric.name, metric.help, labels=labels)
+        elif metric.kind == "counter":
+            family = families.CounterMetricFamily(metric.name, metric.help, labels=labels)
+        else:
+            family = families.GaugeMetricFamily(metric.name, metric.help, labels=labels)
+        for values, value in metric.read(statistics):
+            if isinstance(value, Histogram):
+                family.add_metric(list(values), self._buckets(metric, value), sum_value=value.sum)
+            else:
+                family.add_metric(list(values), value)
+        return family
+
+    def _buckets(self, metric: Metric, value: Histogram) -> list[tuple[str, float]]:
+        """Cumulative."""
+        counts = value.counts or (0,) * (len(metric.bounds) + 1)
+        bounds = [*map(self._bound, metric.bounds), "+Inf"]
+        reached, buckets = 0, []
+        for bound, count in zip(bounds, counts, strict=True):
+            reached += count
+            buckets.append((bound, float(reached)))
+        return buckets
+
+
+class _Server(socketserver.ThreadingMixIn, HTTPServer):
+    """A thread for each connection, of which there are few."""
+
+    daemon_threads = True
+    block_on_close = False
+    allow_reuse_address = True
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        context: ssl.SSLContext | None,
+        token: str | None,
+        registry: Any,
+        library: Any,
+    ) -> None:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        self.address_family = found[0]
+        self.token, self.registry, self.library = token, registry, library
+        self._context = context
+        self._slots = threading.Semaphore(_CLIENTS)
+        super().__init__(found[4][:2], _Handler)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        """As TCPServer does: HTTPServer also asks for this machine's name, which may take seconds."""
+        socketserver.TCPServer.server_bind(self)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In a thread of its own, where there are not too many already."""
+        if self._slots.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """With TLS the handshake is made here, where it holds up nobody else."""
+        try:
+            request.settimeout(_REQUEST_S)
+            if self._context is not None:
+                request = self._context.wrap_socket(request, server_side=True)
+            super().process_request_thread(request, client_address)
+        except OSError as error:  # ssl.SSLError and timeouts are some
+            _log.info("metrics: %s", error)
+            self.shutdown_request(request)
+        finally:
+            self._slots.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away in the middle is nothing to worry about."""
+        _log.info("metrics: a connection ended early", exc_info=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers GET /metrics."""
+
+    server: _Server
+    timeout = _REQUEST_S
+    server_version, sys_version = "headwater", ""
+
+    def do_GET(self) -> None:
+        """Answer a scrape."""
+        token = self.server.token
+        said = self.headers.get("Authorization", "")
+        if token is not None and not hmac.compare_digest(said.encode(), f"Bearer {token}".encode()):
+            self._say(401, "the cluster's token is needed: Authorization: Bearer TOKEN")
+        elif self.path.partition("?")[0] not in ("/", "/metrics"):
+            self._say(404, "there is /metrics")
+        else:
+            self._scrape()
+
+    def _scrape(self) -> None:
+        encode, kind = self.server.library.exposition.choose_encoder(self.headers.get("Accept", ""))
+        try:
+            body = encode(self.server.registry)
+        except HeadwaterError as error:
+            self._say(503, str(error))
+            return
+        self._answer(200, body, kind)
+
+    def _say(self, code: int, text: str) -> None:
+        self._answer(code, f"{text}\n".encode(), "text/plain; charset=utf-8")
+
+    def _answer(self, code: int, body: bytes, kind: str) -> None:
+        self.send_response(code)
+        if code == 401:
+            self.send_header("WWW-Authenticate", "Bearer")
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Scrapes are not worth a line."""
