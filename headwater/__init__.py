@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the same as `_HOMES`, for type checkers and editors
     from headwater.data import Csv, Files, Parquet
     from headwater.driver import RunResult, run
     from headwater.engines import RayEngine
+    from headwater.follower import Change, Follower, FollowerStatistics, TableChange, ValueRun, View, follow
     from headwater.messages import ClusterStatistics, Progress, StepResult
     from headwater.spec import initializers
     from headwater.spec.initializers import Normal, TruncatedNormal, Uniform, Zeros
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # the same as `_HOMES`, for type checkers and editors
     )
     from headwater.spec.schedules import Constant, Cosine, Linear, Schedule, StepDecay
     from headwater.spec.sync import Asynchronous, Mode, StaleSynchronous, Synchronous
+    from headwater.spec.version import Version
     from headwater.weights import load_weights
     from headwater.wire.security import TLS
     from headwater.worker import Worker, WorkerStatistics
@@ -63,6 +65,7 @@ __all__ = [
     "AfterSteps",
     "Assign",
     "Asynchronous",
+    "Change",
     "Cluster",
     "ClusterStatistics",
     "Comparison",
@@ -70,6 +73,8 @@ __all__ = [
     "Cosine",
     "Csv",
     "Files",
+    "Follower",
+    "FollowerStatistics",
     "Ftrl",
     "Group",
     "LeastRecentlyUsed",
@@ -92,8 +97,12 @@ __all__ = [
     "StepResult",
     "Synchronous",
     "Table",
+    "TableChange",
     "TruncatedNormal",
     "Uniform",
+    "ValueRun",
+    "Version",
+    "View",
     "Worker",
     "WorkerStatistics",
     "Yogi",
@@ -101,6 +110,7 @@ __all__ = [
     "compare",
     "connect",
     "errors",
+    "follow",
     "initializers",
     "kvstore",
     "load_checkpoint",
@@ -117,6 +127,7 @@ _HOMES = {
     "data": ("Csv", "Files", "Parquet"),
     "driver": ("RunResult", "run"),
     "engines": ("RayEngine",),
+    "follower": ("Change", "Follower", "FollowerStatistics", "TableChange", "ValueRun", "View", "follow"),
     "messages": ("ClusterStatistics", "Progress", "StepResult"),
     "spec": ("initializers",),
     "spec.initializers": ("Normal", "TruncatedNormal", "Uniform", "Zeros"),
@@ -138,6 +149,7 @@ _HOMES = {
     ),
     "spec.schedules": ("Constant", "Cosine", "Linear", "Schedule", "StepDecay"),
     "spec.sync": ("Asynchronous", "Mode", "StaleSynchronous", "Synchronous"),
+    "spec.version": ("Version",),
     "weights": ("load_weights",),
     "wire.security": ("TLS",),
     "worker": ("Worker", "WorkerStatistics"),

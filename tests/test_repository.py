@@ -24,7 +24,7 @@ LAYERS = [
     ["machines"],
     ["wire", "checkpoint", "data", "weights"],
     ["runtime"],
-    ["worker"],
+    ["worker", "follower"],
     ["torch", "jax"],
     ["engines"],
     ["observe"],

@@ -35,7 +35,7 @@ class Stage(enum.IntEnum):
     MEETING = 4
     """It waits in a meeting."""
     SCHEDULED = 5
-    """A checkpoint waits for its version."""
+    """A checkpoint or publication waits for its version, or for room."""
     RESUMING = 6
     """A step after the end of its worker's batches waits until nobody is active."""
     READY = 7

@@ -22,7 +22,7 @@ Stages of an exchange (`log/pending.py`), with what moves it from one to the nex
     ARRIVING ── the last server holds it ──→ COMPLETE ── its answer's entry is written ──→ IDLE
     COMPLETE ──→ DECLARING   a registration, until the lowest active rank has declared the model
              ──→ MEETING     a barrier, sum, gather or broadcast, until all workers are at the same one
-             ──→ SCHEDULED   a checkpoint, until its version is reached
+             ──→ SCHEDULED   a checkpoint or publication, until its version is reached (and there is room)
              ──→ RESUMING    a step after its worker's last batch, until nobody is active      ──→ READY
              ──→ READY       a step, until `mode.next` commits it; a mode may also call it late  ──→ IDLE
     READY    ──→ COMMITTED   its update is in the log, until `mode.may_read` allows the answer  ──→ IDLE
@@ -73,6 +73,9 @@ from headwater.log.state import UNFINISHED, LogState
 from headwater.log.waits import Waits
 from headwater.log.writer import LogWriter
 from headwater.spec.sync import Mode
+
+ROOM = 2
+"""Followers that servers keep a publication for at a time; the others wait."""
 
 
 class Sequencer:
@@ -128,8 +131,10 @@ class Sequencer:
             "end": self._end,
             "stop": self._stop,
             "leave": self._leave,
-            "checkpoint": self._checkpoint,
+            "checkpoint": self._schedule,
             "verify": self._serve,
+            "publish": self._schedule,
+            "taken": self._serve,
         }
 
     @classmethod
@@ -340,7 +345,7 @@ class Sequencer:
         finished = exchange.held.name != UNFINISHED
         self._remove(exchange, "it left" if finished else f"it left {UNFINISHED}", exchange.id, finished)
 
-    def _checkpoint(self, exchange: PendingExchange) -> None:
+    def _schedule(self, exchange: PendingExchange) -> None:
         self._pending.move(exchange, SCHEDULED)
         self._take_snapshots()
 
@@ -396,6 +401,7 @@ class Sequencer:
                 self._end_meeting()
             if self._pending.all_wait() and self.due is None and not self._writer.measures and self._enough():
                 self._fail_stalled()
+        self._take_snapshots()  # a follower that has received its publication, or is gone, leaves room
         return self._writer.take()
 
     def _enough(self) -> bool:
@@ -404,10 +410,26 @@ class Sequencer:
 
     def _take_snapshots(self) -> None:
         """At the first version that each who asked for one waits for."""
+        ready: list[PendingExchange] = []
         for exchange in self._pending.at(SCHEDULED):
             assert exchange.held is not None
-            if self.version >= int(exchange.held.name or 0):
+            if self.version < int(exchange.held.name or 0):
+                continue
+            if exchange.held.kind == "publish":
+                ready.append(exchange)
+            else:
                 self._writer.write(m.Checkpointed(self._writer.next, exchange.id))
+                self._writer.done(exchange)
+        if ready:
+            self._publish(ready)
+
+    def _publish(self, ready: list[PendingExchange]) -> None:
+        """To as many followers as servers have room for; those who have waited for longest come first."""
+        room = ROOM - len(self.standings.receiving())
+        chosen = sorted(ready, key=lambda exchange: (exchange.since, exchange.member))[: max(0, room)]
+        if chosen:
+            self._writer.write(m.Published(self._writer.next, ids(chosen)))
+            for exchange in chosen:
                 self._writer.done(exchange)
 
     def _end_meeting(self) -> None:

@@ -34,6 +34,7 @@ class MemberState:
     committed: int = 0
     round: int = 0
     stopping: bool = False
+    receiving: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -90,6 +91,7 @@ class LogState:
             m.Stopped: self._stopped,
             m.Stalled: self._stalled,
             m.Checkpointed: lambda entry: self._answered(entry.ticket),
+            m.Published: self._published,
         }
 
     def missing_ranks(self) -> list[int]:
@@ -124,6 +126,10 @@ class LogState:
         """Whether the member was enrolled and is no longer there."""
         return member <= self.newest and member not in self.members
 
+    def receiving(self) -> list[int]:
+        """Members whose publication is on its way: servers keep memory for each of them."""
+        return [id for id, member in self.members.items() if member.receiving]
+
     # ── entries ─────────────────────────────────────────────────────────────────────────────────
 
     def apply(self, entry: m.AnyEntry) -> None:
@@ -145,6 +151,7 @@ class LogState:
             ticket.connection_epoch,
             self.rounds,
         )
+        standing.receiving = False
 
     def _answered_step(self, ticket: m.ExchangeId) -> None:
         standing = self.members.get(ticket.member) or self.standing(ticket.member)
@@ -201,6 +208,12 @@ class LogState:
             self._answered_step(entry.ticket)
         else:
             self._answered(entry.ticket)
+            self.standing(entry.ticket.member).receiving = entry.kind == "publish"
+
+    def _published(self, entry: m.Published) -> None:
+        for ticket in entry.tickets:
+            self._answered(ticket)
+            self.standing(ticket.member).receiving = True
 
     def _late(self, entry: m.Late) -> None:
         self.late += 1
@@ -307,7 +320,7 @@ def tickets_of(entry: m.AnyEntry) -> tuple[m.ExchangeId, ...]:
     """The exchanges that an entry names, each once."""
     if isinstance(entry, m.Committed):
         return entry.updates
-    if isinstance(entry, m.Met | m.Stalled):
+    if isinstance(entry, m.Met | m.Stalled | m.Published):
         return entry.tickets
     if isinstance(entry, m.Registered | m.Assigned):
         return (entry.source,)

@@ -66,7 +66,7 @@ class Call:
 
     what: str
     frame: Callable[[int, int], Outgoing]
-    place: Callable[[int, m.Answer], Sequence[Any]] | None = None
+    place: Callable[[int, Any], Sequence[Any]] | None = None
     expects: type[AnyAnswer] = m.Answer
     memory: Buffer | None = None
     leaves: bool = False
@@ -218,12 +218,14 @@ class ClientMachine:
         """The driver cannot go on."""
         return self._fail(error)
 
-    def place(self, server: int, answer: m.Answer) -> Sequence[Any]:
+    def place(self, server: int, answer: m.Answer | m.Publication) -> Sequence[Any]:
         """Where the payload of an answer goes that belongs to the outstanding exchange."""
         call = self._call
         if call is None or answer.number != self.number:
             return ()
-        return self.values(server, answer) if call.place is None else call.place(server, answer)
+        if call.place is not None:
+            return call.place(server, answer)
+        return self.values(server, answer) if isinstance(answer, m.Answer) else ()
 
     def values(self, server: int, answer: m.Answer) -> list[Any]:
         """Where the models' values of an answer go."""

@@ -9,11 +9,20 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from headwater.errors import ProtocolError, RefusedError, named
-from headwater.messages import Answer, AnyMessage, Compared, Description, Refused, Stored, Waiting
+from headwater.messages import (
+    Answer,
+    AnyMessage,
+    Compared,
+    Description,
+    Publication,
+    Refused,
+    Stored,
+    Waiting,
+)
 
-AnyAnswer: TypeAlias = Answer | Description | Stored | Compared
+AnyAnswer: TypeAlias = Answer | Description | Stored | Compared | Publication
 
-Outcome: TypeAlias = Answer | Description | list[Stored] | list[Compared]
+Outcome: TypeAlias = Answer | Description | list[Stored] | list[Compared] | list[Publication]
 """What all servers together have answered: what they agree on, or what each has done."""
 
 
@@ -55,7 +64,7 @@ class Exchange:
         if isinstance(message, Waiting) and message.number == self.number:
             self.words[server] = now, message.reason
             return False
-        if isinstance(message, Answer | Description | Stored | Compared) and message.number == self.number:
+        if isinstance(message, AnyAnswer) and message.number == self.number:
             wanted = self._expects.__name__
             raise ProtocolError(f"server {server} answered {type(message).__name__}, expected {wanted}")
         raise ProtocolError(f"server {server} sent {message!r} during exchange {self.number}")
@@ -91,4 +100,6 @@ class Exchange:
             return min(descriptions, key=lambda description: len(description.models))
         if isinstance(first, Stored):
             return [one for one in self._answers if isinstance(one, Stored)]
+        if isinstance(first, Publication):
+            return [one for one in self._answers if isinstance(one, Publication)]
         return [one for one in self._answers if isinstance(one, Compared)]

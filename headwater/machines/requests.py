@@ -34,7 +34,18 @@ from headwater.shard.copies import found
 from headwater.shard.digest import digests
 from headwater.shard.snapshot import ShardSnapshot
 
-READING = (m.Attach, m.Pull, m.PullRows, m.CountRows, m.ReadState, m.Checkpoint, m.Verify, m.Leave)
+READING = (
+    m.Attach,
+    m.Pull,
+    m.PullRows,
+    m.CountRows,
+    m.ReadState,
+    m.Checkpoint,
+    m.Verify,
+    m.Publish,
+    m.Taken,
+    m.Leave,
+)
 """What observers may ask for."""
 
 
@@ -146,8 +157,18 @@ class MemberRequests:
         self.waiting = 0
         if isinstance(self._message, m.Checkpoint | m.Verify):
             self._snapshot = self._server.shard.take_snapshot(self.member.id)
+        if isinstance(self._message, m.Publish):
+            return [self._publication(answer), Resume(self.conn)]
         payload = self._memory.payload(answer)
         return [Send(self.conn, answer, payload, self._request), Resume(self.conn)]
+
+    def _publication(self, answer: m.Answer) -> Send:
+        """What was copied for the member; it stays until the member's Taken."""
+        cut = self._server.shard.take_cut(self.member.id)
+        if answer.failure is not None or cut is None:
+            why = answer.failure or m.Refused("RefusedError", "nothing was copied here: ask again")
+            return self._send(m.Publication(answer.number, answer.version, failure=why))
+        return Send(self.conn, cut.message(answer.number), cut.arrays(), self._request)
 
     def tell(self, reason: str) -> Actions:
         """Say why there is no answer yet."""

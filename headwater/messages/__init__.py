@@ -23,6 +23,7 @@ from headwater.messages.log import *
 from headwater.messages.models import *
 from headwater.messages.observed import *
 from headwater.messages.programs import *
+from headwater.messages.publication import *
 from headwater.messages.reading import *
 from headwater.messages.replication import *
 from headwater.messages.roster import *

@@ -11,6 +11,7 @@ from headwater.messages.checkpoints import PartRecord
 from headwater.messages.log import LogStateRecord
 from headwater.messages.models import ModelSpec, Rows, RuleSpec, Run, TableSpec, WindowSpec
 from headwater.messages.programs import Meeting, Recalled
+from headwater.messages.publication import Publication, Publish, Taken
 from headwater.messages.reading import DataProgress, Position
 
 
@@ -314,6 +315,8 @@ Request: TypeAlias = (
     | Leave
     | Checkpoint
     | Verify
+    | Publish
+    | Taken
 )
 
 
@@ -416,5 +419,5 @@ class Description(Message, frozen=True):
 ToServer: TypeAlias = Hello | Request | Scratch | Renew | Store | Describe
 """What a member says on its connection to a server."""
 
-FromServer: TypeAlias = Answer | Waiting | Stored | Description
+FromServer: TypeAlias = Answer | Waiting | Stored | Description | Publication
 """What a server says on a member's connection."""

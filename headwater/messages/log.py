@@ -28,6 +28,8 @@ Kind: TypeAlias = Literal[
     "leave",
     "checkpoint",
     "verify",
+    "publish",
+    "taken",
 ]
 
 Phase: TypeAlias = Literal["new", "active", "ended", "meeting", "observer"]
@@ -244,6 +246,12 @@ class Checkpointed(Entry, frozen=True):
     ticket: ExchangeId
 
 
+class Published(Entry, frozen=True):
+    """Every server copies here what these followers asked for."""
+
+    tickets: tuple[ExchangeId, ...]
+
+
 AnyEntry: TypeAlias = (
     Enrolled
     | Registered
@@ -258,6 +266,7 @@ AnyEntry: TypeAlias = (
     | Stopped
     | Stalled
     | Checkpointed
+    | Published
 )
 
 
@@ -275,7 +284,7 @@ class MemberRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `over`: its batches are, until it is active again; `answered`, `connection_epoch`: its last answered
     exchange;
     `committed`: the exchange of its last step that was; `round`: commits before its last answer;
-    `stopping`: its next step is told to end its batches.
+    `stopping`: its next step is told to end its batches. `receiving`: its publication is on its way.
     """
 
     member: int
@@ -288,6 +297,7 @@ class MemberRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     committed: int
     round: int
     stopping: bool
+    receiving: bool = False
 
 
 class RankRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

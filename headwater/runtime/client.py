@@ -157,7 +157,7 @@ class Client:
         self,
         frame: Callable[[int, int], Outgoing],
         what: str,
-        place: Callable[[int, m.Answer], Sequence[Any]] | None = None,
+        place: Callable[[int, Any], Sequence[Any]] | None = None,
         expects: type[AnyAnswer] = m.Answer,
         memory: Buffer | None = None,
     ) -> Any:
@@ -482,7 +482,9 @@ class Client:
 
     def _place(self, server: int, message: m.AnyMessage, length: int) -> Sequence[Any]:
         self.stages.answered = self.stages.now()
-        return self.machine.place(server, message) if isinstance(message, m.Answer) else ()
+        if isinstance(message, m.Answer | m.Publication):
+            return self.machine.place(server, message)
+        return ()
 
     def _news(self, longest: float | None) -> Actions:
         """Block until the other thread has left something to do, or a time has come; `longest`: seconds."""

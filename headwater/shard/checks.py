@@ -39,6 +39,8 @@ _KINDS: dict[type, m.Kind] = {
     m.Leave: "leave",
     m.Checkpoint: "checkpoint",
     m.Verify: "verify",
+    m.Publish: "publish",
+    m.Taken: "taken",
 }
 
 
@@ -53,7 +55,7 @@ def name_of(request: m.Request) -> str:
         return str(request.step)
     if isinstance(request, m.Register | m.RegisterTable):
         return request.spec.name
-    if isinstance(request, m.Checkpoint):
+    if isinstance(request, m.Checkpoint | m.Publish):
         return str(request.at)
     if isinstance(request, m.Meet):
         return describe_meeting(request.meeting)
@@ -96,6 +98,11 @@ class Checks:
             self._members.staging(member, request.model)
         elif isinstance(request, m.CountRows):
             self._tables[request.table]
+        elif isinstance(request, m.Publish):
+            for wanted in request.models:
+                self.check_model(wanted.id)
+            for wanted in request.tables:
+                self._tables[wanted.id]
         elif isinstance(request, m.PullRows | m.DeleteRows):
             self._tables.check(rows)
         elif isinstance(request, m.AssignRows):

@@ -23,6 +23,7 @@ from headwater.errors import ProtocolError, RefusedError
 from headwater.log.positions import Positions
 from headwater.log.state import LogState
 from headwater.shard.checks import Checks, kind_of, name_of
+from headwater.shard.cuts import ShardCut
 from headwater.shard.measures import Measures
 from headwater.shard.outstanding import Members, Outstanding
 from headwater.shard.replica import (
@@ -207,6 +208,10 @@ class Shard:
     def take_snapshot(self, member: int) -> ShardSnapshot | None:
         """What the member's answered Checkpoint asked for, once; the caller's until it is given back."""
         return self._members.take_snapshot(member)
+
+    def take_cut(self, member: int) -> ShardCut | None:
+        """What the member's answered Publish asked for, once; it stays as it is until its Taken."""
+        return self._state.publications.take(member)
 
     def expect_snapshots(self) -> list[int]:
         """A member will ask for one after the other: of which lengths `provide` should bring memory first."""

@@ -27,6 +27,7 @@ from headwater.shard.governed import GovernedRules
 from headwater.shard.ledger import Ledger
 from headwater.shard.merges import CommitMerges
 from headwater.shard.outstanding import Members, Outstanding
+from headwater.shard.publications import Publications
 from headwater.shard.replica import EntryInputs
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.shard.tables import Tables
@@ -50,7 +51,7 @@ class State:
         position: of the last entry processed.
         standings: as of `position`; positions: where the workers are in their data; programs: what their
             programs keep, and what their meetings came to.
-        copies: memory for what members ask snapshots for.
+        copies: memory for what members ask snapshots for. publications: copies for followers.
     """
 
     def __init__(self, index: int, servers: int, reduce: Reduce, members: Members) -> None:
@@ -65,6 +66,7 @@ class State:
         self.positions = Positions()
         self.programs = Programs()
         self.copies = Copies()
+        self.publications = Publications(self.vectors, self.tables)
         self._reduce = reduce
         self._members = members
         self._ids: dict[str, int] = {}
@@ -83,6 +85,7 @@ class State:
             m.Stopped: lambda entry: self._answer(entry.ticket),
             m.Stalled: self._stalled,
             m.Checkpointed: lambda entry: self._answer(entry.ticket),
+            m.Published: self._published,
         }
 
     def range_of(self, layout: Layout) -> tuple[int, int]:
@@ -308,9 +311,22 @@ class State:
             return {"table": id, "notice": notice, "rules": (rules,)}
         if isinstance(request, m.ReadState):
             return self._read_state(ticket, reader, request.model)
+        if isinstance(request, m.Publish):
+            self.publications.follow(ticket.member, request, self.version)
+            if reader is not None:
+                place = self.version, self.position, self.positions.recorded()
+                self.publications.cut(ticket.member, request, *place)
+        if isinstance(request, m.Taken):
+            self.publications.taken(ticket.member)
         if isinstance(request, m.CountRows) and reader is not None:
             self._keep_count(ticket, self.tables[request.table].count(self.version))
         return {}
+
+    def _published(self, entry: m.Published) -> Answers:
+        answers: Answers = []
+        for ticket in entry.tickets:
+            answers += self._answer(ticket, **self._bring(ticket, self._inputs.request(ticket)))
+        return answers
 
     def _join(self, ticket: m.ExchangeId, reader: Outstanding | None, model: int) -> dict[str, Any]:
         """The member takes part in a model from now on, with the memory that came with its request."""
@@ -378,6 +394,7 @@ class State:
     def _forget(self, member: int) -> Answers:
         """It is gone for good; whoever receives for it meanwhile finds that out first, so this comes last."""
         self.ledger.forget(member)
+        self.publications.forget(member)
         return [(member, None)] if self._members.forget(member) else []
 
     def _met(self, entry: m.Met) -> Answers:

@@ -24,9 +24,11 @@ from headwater.kernels.index import Index
 from headwater.kernels.rows import ages, begin, combine, fill, gather, oldest, row_rule, scatter, stamp
 from headwater.kernels.slabs import Slabs
 from headwater.messages import SettingValue, TableSpec, TableStatistics
+from headwater.shard.cuts import TableCut
 from headwater.shard.governed import GovernedRules
 from headwater.shard.scalars import Scalars
 from headwater.shard.snapshot import TableSnapshot
+from headwater.shard.touched import Touched
 from headwater.spec import initializers
 from headwater.spec.lifetime import AfterSteps, LeastRecentlyUsed, admission_from_spec, expiry_from_spec
 from headwater.spec.rules import Rule
@@ -40,6 +42,7 @@ Gradients: TypeAlias = tuple[Ids, Array]
 MOST_COLUMNS = 1 << 16
 _ITEM = 4
 _NO_LAST = np.empty(0, dtype=np.int32)
+_NO_IDS = np.empty(0, dtype=np.int64)
 _NOTHING = np.empty(0, dtype=np.float32)
 _NO_BOUNDS = np.empty(0, dtype=np.int64)
 _PREPARED = 32 << 20
@@ -77,6 +80,7 @@ class Table:
         self._last = len(states) + 1
         self._step: int | None = None
         self._swept = self._fresh = 0
+        self.touched = Touched()
         self._updates = self._begun = self._refused = self._expired = self._pulled = self._hits = 0
 
     @property
@@ -175,6 +179,7 @@ class Table:
         self._see(step)
         self._updates += 1
         self._refused += refused
+        self.touched.add(ids, step, len(self._index))
         self._end_rows(rows, step)
 
     def reduce(self, updates: Sequence[Gradients], weights: Array | None = None) -> Gradients:
@@ -263,6 +268,7 @@ class Table:
             else:
                 fill(self._slabs.place(slab, places), width, initial)
         self._see(step)
+        self.touched.add(ids, step, len(self._index))
         self._end_rows(places, step)
 
     def delete(self, ids: Ids, step: int) -> int:
@@ -274,9 +280,33 @@ class Table:
         if isinstance(self._expiry, AfterSteps):
             self._end_expired(ids, self._index.find(ids)[0], step)
         self._see(step)
+        self.touched.add(ids, step, len(self._index))
         return self._index.remove(ids)
 
     # ── as plain arrays ─────────────────────────────────────────────────────────────────────────
+
+    def cut(self, have: int, step: int) -> TableCut:
+        """The rows at version `step` for a follower that has those at version `have`, -1 for none; copies.
+
+        Blocks for a pass over what was touched since, or over the table where that is not known.
+        """
+        touched = self.touched.after(have) if have >= 0 else None
+        if touched is None:
+            ids, rows, _ = self._index.entries(self._all_slots)
+        else:
+            ids, rows = touched, self._index.find(touched)[0]
+        there = rows >= 0
+        if isinstance(self._expiry, AfterSteps):
+            there &= self._ages(rows, step) <= self._expiry.steps
+        deleted = _NO_IDS if touched is None else ids[~there]
+        ids, rows = ids[there], rows[there]
+        values = np.empty((len(rows), self.spec.dim), dtype=np.float32)
+        gather(rows, self._slabs, self.spec.dim, values)
+        last = None
+        if isinstance(self._expiry, AfterSteps):
+            last = np.empty(len(rows), dtype=np.int32)
+            gather(rows, self._slabs, 1, last, self._last)
+        return TableCut(-1 if touched is None else have, ids, values, deleted, last)
 
     def snapshot(self, step: int | None = None) -> TableSnapshot:
         """The rows, and what admission counted, as copies; rows that expired by version `step` are not among
@@ -366,7 +396,11 @@ class Table:
         assert isinstance(self._expiry, AfterSteps)
         expired = ids[self._ages(rows, step) > self._expiry.steps]
         if len(expired):
-            self._expired += self._index.remove(expired)
+            self._drop(expired, step)
+
+    def _drop(self, expired: Ids, step: int) -> None:
+        self.touched.add(expired, step, len(self._index))
+        self._expired += self._index.remove(expired)
 
     def _end_rows(self, rows: Rows, step: int) -> None:
         """After an update of `rows`: note its step, sweep some slots, trim those above their share."""
@@ -387,7 +421,7 @@ class Table:
             return
         ids, rows, _ = self._index.entries(slots)
         bounds = np.append(0, np.cumsum(self._index.used[slots], dtype=np.int64))
-        self._expired += self._index.remove(oldest(ids, self._ages(rows, step), bounds, expiry.kept))
+        self._drop(oldest(ids, self._ages(rows, step), bounds, expiry.kept), step)
 
     # ── what a person sees ──────────────────────────────────────────────────────────────────────
 
