@@ -233,7 +233,7 @@ def test_rows_are_pushed_and_pulled(shares):
     assert pushes(desk, conn, scratch, shares) == [-1, -2]
     assert pushes(desk, conn, scratch, shares, 4) == [-2, -4]
     rows = m.Rows(0, 1, 0, 128)
-    desk.says(conn, m.PullRows(5, rows), buffers=[] if shares else [IDS[:1]])
+    desk.says(conn, m.PullRows(5, (rows,)), buffers=[] if shares else [IDS[:1]])
     desk.says(conn, m.DeleteRows(6, rows), buffers=[] if shares else [IDS[:1]])
     assert [array.tolist() for array in desk.carried[conn][-1][0]] == [[1]]
     desk.says(conn, m.CountRows(7, 0))
@@ -264,21 +264,21 @@ def test_ids_that_change_after_they_were_checked_change_nothing():
 )
 def test_rows_outside_of_the_scratch_window_are_refused(rows, why):
     desk, conn, _ = with_table()
-    desk.says(conn, m.PullRows(3, rows))
+    desk.says(conn, m.PullRows(3, (rows,)))
     assert why in refused(desk, conn).reason
 
 
 def test_rows_whose_ids_did_not_come_are_refused_unless_there_are_none():
     desk, conn, _ = with_table(shares=False)
-    desk.says(conn, m.PullRows(3, m.Rows(0, 0, 0, 0)))
+    desk.says(conn, m.PullRows(3, (m.Rows(0, 0, 0, 0),)))
     assert desk.last(conn).failure is None
-    desk.says(conn, m.PullRows(4, m.Rows(0, 1, 0, 0)))
+    desk.says(conn, m.PullRows(4, (m.Rows(0, 1, 0, 0),)))
     assert "names rows, but no ids came with it" in refused(desk, conn).reason
 
 
 def test_payload_beside_a_scratch_window_has_no_place():
     desk, conn, _ = with_table()
-    desk.says(conn, m.PullRows(3, m.Rows(0, 1, 0, 0)), buffers=[IDS[:1]])
+    desk.says(conn, m.PullRows(3, (m.Rows(0, 1, 0, 0),)), buffers=[IDS[:1]])
     assert "a payload of 8 bytes, expected 0" in refused(desk, conn).reason
 
 
@@ -378,4 +378,4 @@ def test_a_member_that_was_replaced_while_memory_was_found_is_let_go():
 def test_two_memories_of_one_member_know_nothing_of_each_other():
     desk, _, _ = with_table()
     other = MemberMemory(desk.machine.shard, 5, desk.memory)
-    assert [len(array) for array in other.place(m.PullRows(3, m.Rows(0, 2, 0, 0)), 16)] == [2]
+    assert [len(array) for array in other.place(m.PullRows(3, (m.Rows(0, 2, 0, 0),)), 16)] == [2]

@@ -315,7 +315,7 @@ def test_a_pull_that_only_the_primary_serves_leaves_both_with_the_same_rows():
         ticket = step(shard, 2, 1.0, number=version)
         follow(m.Committed(3 + version, version, (ticket,), (ticket,)))
     asked = StagedRows(0, np.array([7], np.int64), np.empty((1, 1), np.float32))
-    shard.hold(1, m.PullRows(4, m.Rows(0, 1, 0, 0)), rows=[asked])
+    shard.hold(1, m.PullRows(4, (m.Rows(0, 1, 0, 0),)), rows=[asked])
     follow(m.Served(7, m.ExchangeId(1, 4)))
     assert asked.rows.tolist() == [[0.0]]
     assert [len(one.snapshot().tables[0].ids) for one in (shard, standby)] == [0, 0]

@@ -223,10 +223,8 @@ def test_a_module_of_modes_is_loaded_by_name(tmp_path, monkeypatch):
 
 def test_what_a_mode_means_is_asked_by_its_properties():
     assert Synchronous().rounds
-    assert not Synchronous().answers_wait or Synchronous().rounds
     assert not Asynchronous().rounds
-    assert not Asynchronous().answers_wait
-    assert StaleSynchronous(1).answers_wait
+    assert not StaleSynchronous(1).rounds
     assert Synchronous(quorum=2, reduce="sum").reduce == "sum"
     assert Pairs().rounds
 

@@ -2,8 +2,6 @@
 
 import random
 import re
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -221,7 +219,7 @@ def test_the_rate_of_a_table_changes_with_the_next_step_and_schedules_count_its_
 
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
-@pytest.mark.parametrize("mode", ["sync", "ssp:2"])
+@pytest.mark.parametrize("mode", ["sync", "ssp:2", "async"])
 def test_prefetched_rows_are_those_that_a_pull_after_the_step_gives(mode, transport):
     def work(worker):
         table = worker.table("rows", DIM, hw.Accumulate())
@@ -241,18 +239,104 @@ def test_prefetched_rows_are_those_that_a_pull_after_the_step_gives(mode, transp
     train(work, workers=2, servers=2, sync=mode, transport=transport)
 
 
-@pytest.mark.parametrize("transport", ["unix", "tcp"])
-def test_asynchronous_prefetch_reads_before_the_step_and_is_taken_once(transport):
+def test_a_prefetch_is_used_once_and_only_where_the_worker_has_seen_nothing_later():
     def work(worker):
         table = worker.table("rows", DIM, hw.Accumulate())
-        for k in range(5):
+        for k in range(1, 4):
             table.prefetch([1, 1, 2])
             table.push([1], constant([1], 1))
             worker.step()
-            assert (table.pull([1, 1, 2])[:2] == k).all()  # without the step just made
-            assert (table.pull([1, 1, 2])[:2] == k + 1).all()  # asked anew
+            number = exchanges(worker)
+            assert (table.pull([1, 1, 2])[:2] == k).all()
+            assert exchanges(worker) == number
+            assert (table.pull([1, 1, 2])[:2] == k).all()
+            assert exchanges(worker) == number + 1  # asked anew
+        table.prefetch([1])
+        worker.step()
+        table.assign([1], np.full((1, DIM), 9, np.float32))
+        assert (table.pull([1]) == 9).all()
 
-    train(work, workers=1, servers=2, sync="async", transport=transport)
+    for mode in ("sync", "ssp:1", "async"):
+        train(work, workers=1, servers=2, sync=mode)
+
+
+# ── several tables at once ──────────────────────────────────────────────────────────────────────
+
+
+def exchanges(worker):
+    return worker._session.machine.number
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_several_tables_are_pulled_in_one_exchange_with_the_rows_that_each_would_give(transport):
+    def work(worker):
+        tables = [worker.table(name, dim, hw.Accumulate()) for name, dim in (("a", 2), ("b", 5), ("c", 1))]
+        batches = [np.array([[3, 1], [1, 7]]), np.array([], np.int64), np.arange(40) % 7]
+        for table in tables:
+            table.push(np.arange(8), np.arange(8 * table.dim, dtype=np.float32).reshape(8, -1))
+        worker.step()
+        before = exchanges(worker)
+        pulled = worker.pull(dict(zip(tables, batches, strict=True)))
+        assert exchanges(worker) == before + 1
+        for (table, rows), ids in zip(pulled.items(), batches, strict=True):
+            assert rows.shape == (*ids.shape, table.dim)
+            assert table.read_version == worker.version
+            assert (rows == table.pull(ids)).all()
+        assert worker.pull({}) == {}
+
+    train(work, workers=1, servers=2, transport=transport)
+
+
+def test_tables_pulled_together_are_of_one_version_beside_a_worker_that_steps():
+    def work(worker):
+        one, other = (worker.table(name, 1, hw.Accumulate()) for name in ("one", "other"))
+        if worker.rank == 0:
+            for _ in range(200):
+                for table in (one, other):
+                    table.push([1, 2, 3], np.ones((3, 1), np.float32))
+                worker.step()
+            return 0
+        seen = 0.0
+        for k in range(60):
+            if k % 3 == 0:  # rows that a step brought are used for both tables, or for neither
+                one.prefetch([1, 2, 3])
+                worker.step()
+            pulled = worker.pull({one: [1, 2, 3], other: [3, 1]})
+            values = {value for rows in pulled.values() for value in rows.ravel().tolist()}
+            assert len(values) == 1, values
+            assert values >= {max(seen, *values)}
+            seen = max(values)
+        return seen
+
+    train(work, workers=2, servers=2, sync="async")
+
+
+def test_the_programs_of_the_page_on_tables_run():
+    page = (Path(__file__).parent.parent / "docs" / "tables.md").read_text()
+    results = []
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        names = {"__name__": "page"}
+        exec(compile(block, "tables.md", "exec"), names)
+        results.append(train(names["train"], workers=2, servers=2).values)
+    assert results[0] == [3, 3]
+    assert max(results[1]) < 0.5
+
+
+def test_rows_of_all_tables_that_were_prefetched_need_no_exchange():
+    def work(worker):
+        tables = [worker.table(name, 1, hw.Accumulate()) for name in "ab"]
+        for k in range(1, 4):
+            for table in tables:
+                table.push([k, 0], np.ones((2, 1), np.float32))
+                table.prefetch([0, k])
+            before = exchanges(worker)
+            worker.step()
+            pulled = worker.pull({table: [0, k] for table in tables})
+            assert exchanges(worker) == before + 1
+            assert [rows.ravel().tolist() for rows in pulled.values()] == [[k, 1], [k, 1]]
+
+    for mode in ("sync", "ssp:1", "async"):
+        train(work, workers=1, servers=2, sync=mode)
 
 
 def test_what_was_prefetched_is_not_used_after_anything_else_happened():
@@ -430,11 +514,11 @@ def _rows(table=0, count=1, ids=0, rows=64):
 @pytest.mark.parametrize(
     "request_of",
     [
-        lambda n: m.PullRows(n, _rows(table=7)),
-        lambda n: m.PullRows(n, _rows(count=-1)),
-        lambda n: m.PullRows(n, _rows(count=2**40)),
-        lambda n: m.PullRows(n, _rows(ids=2**62)),
-        lambda n: m.PullRows(n, _rows(rows=2)),
+        lambda n: m.PullRows(n, (_rows(table=7),)),
+        lambda n: m.PullRows(n, (_rows(count=-1),)),
+        lambda n: m.PullRows(n, (_rows(count=2**40),)),
+        lambda n: m.PullRows(n, (_rows(ids=2**62),)),
+        lambda n: m.PullRows(n, (_rows(rows=2),)),
         lambda n: m.CountRows(n, 7),
         lambda n: m.Step(n, 1, 0, (), (), False, pushed=(_rows(), _rows())),
     ],
@@ -465,13 +549,6 @@ def test_ids_of_another_server_end_the_connection_only(transport):
                 table.pull(np.arange(100))
         with cluster.worker() as other:
             assert len(other.table("rows", DIM, hw.Accumulate())) == 0
-
-
-def test_the_example_of_the_page_on_tables_runs():
-    page = (Path(__file__).parent.parent / "docs" / "tables.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("transport", ["unix", "tcp"])

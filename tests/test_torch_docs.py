@@ -39,7 +39,7 @@ def run(train, **options):
 
 def test_every_program_of_the_page_is_run_here():
     headings = ("Convert a script", "Accumulate gradients", "Mixed precision", "Learning rates")
-    headings += ("Saving and loading", "What can be a rule")
+    headings += ("Saving and loading", "What can be a rule", "Embeddings in tables")
     assert sum(len(programs(heading)) for heading in headings) == len(BLOCKS)
 
 
@@ -52,6 +52,13 @@ def test_the_converted_script_computes_what_the_script_did():
 
 def test_accumulated_gradients_leave_with_every_third_batch():
     assert run(program("Accumulate gradients")["train"]).values == [2, 2]
+
+
+def test_a_collection_of_bags_trains():
+    first = program("Embeddings in tables")
+    losses = run(first["train"], workers=1).values
+    first["batch"] = lambda number, batch=first["batch"]: batch(0)  # the same batch again and again
+    assert run(first["train"], workers=1).values[0] < 0.9 * losses[0]
 
 
 def test_a_scaled_loop_trains():

@@ -337,5 +337,7 @@ def rows_of(message: m.AnyMessage) -> Iterator[m.Rows]:
     if isinstance(message, m.Step):
         yield from message.pushed
         yield from message.pulled
-    elif isinstance(message, m.PullRows | m.DeleteRows | m.AssignRows):
+    elif isinstance(message, m.PullRows):
+        yield from message.rows
+    elif isinstance(message, m.DeleteRows | m.AssignRows):
         yield message.rows

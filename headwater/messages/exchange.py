@@ -147,10 +147,10 @@ class Pull(Message, frozen=True):
 
 
 class PullRows(Message, frozen=True):
-    """Ask for rows of a table; where there is none yet, for what it would begin with."""
+    """Ask for rows of tables, each named once; where there is none yet, for what it would begin with."""
 
     number: int
-    rows: Rows
+    rows: tuple[Rows, ...]
 
 
 class DeleteRows(Message, frozen=True):

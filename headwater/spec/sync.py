@@ -8,7 +8,7 @@ somebody waiting, or drops something, has a reason fit to show a user:
   they wait for, and until when?
 - `may_read`: a worker has finished so many steps, the slowest so many: may it have its answer?
 
-Other parts ask what a mode *means*, by its properties (`rounds`, `answers_wait`, `reduce`); nobody asks for a
+Other parts ask what a mode *means*, by its properties (`rounds`, `reduce`, `late`); nobody asks for a
 mode by its class or its text. A mode of a user's own derives from `Mode` and is registered like a rule.
 
 Pure: no clock, no I/O; a mode keeps nothing between two questions. It travels as the text that a user writes,
@@ -122,11 +122,6 @@ class Mode(Settings):
         on only together with all others, and what a step's answer brought is current until the next step.
         """
         return False
-
-    @property
-    def answers_wait(self) -> bool:
-        """Whether the answer of a step may wait for other workers."""
-        return True
 
     @property
     def reduce(self) -> Reduce:
@@ -338,7 +333,3 @@ class Asynchronous(Mode):
 
     keyword = "async"
     form = "'async'"
-
-    @property
-    def answers_wait(self) -> bool:
-        return False

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from headwater.torch.bag import EmbeddingBag
+from headwater.torch.collection import EmbeddingBagCollection, EmbeddingBagConfig, pull_rows
 from headwater.torch.embedding import Embedding
 from headwater.torch.optimizer import DistributedOptimizer
 
-__all__ = ["DistributedOptimizer", "Embedding", "EmbeddingBag"]
+__all__ = [
+    "DistributedOptimizer",
+    "Embedding",
+    "EmbeddingBag",
+    "EmbeddingBagCollection",
+    "EmbeddingBagConfig",
+    "pull_rows",
+]

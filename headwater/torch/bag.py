@@ -95,17 +95,25 @@ class EmbeddingBag(TableModule):
 
     def _look_up(self, input: Any, offsets: Any, per_sample_weights: torch.Tensor | None) -> torch.Tensor:
         given, device = host_ids(input)
+        weights = self.checked(given.shape, per_sample_weights)
+        return self.reduce(self.in_bags(given, offsets), weights, device)
+
+    def in_bags(self, given: Ids, offsets: Any) -> Bags:
+        """The ids of a forward in their bags, without padding. Raises UsageError as `forward`."""
         starts, ends = _bounds(given, offsets, self.include_last_offset)
-        weights = self._weights(given, per_sample_weights)
         flat = given.reshape(-1)
-        bags = _Bags.of(flat, starts, ends, self.kept(flat))
+        return Bags.of(flat, starts, ends, self.kept(flat))
+
+    def reduce(self, bags: Bags, weights: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """float32[bags, dim]; `weights`: floats [n], of all ids that were given."""
         return cast(torch.Tensor, _Reduce.apply(self._anchor, weights, self, bags, device))  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Name, dim, padding and mode."""
         return f"{super().extra_repr()}, mode={self.mode!r}"
 
-    def _weights(self, given: Ids, weights: torch.Tensor | None) -> torch.Tensor | None:
+    def checked(self, shape: tuple[int, ...], weights: torch.Tensor | None) -> torch.Tensor | None:
+        """`weights` flat, where they go with ids of this shape. Raises UsageError."""
         if weights is None:
             return None
         if self.mode != "sum":
@@ -113,9 +121,9 @@ class EmbeddingBag(TableModule):
         if not isinstance(weights, torch.Tensor) or not weights.dtype.is_floating_point:
             got = getattr(weights, "dtype", type(weights).__name__)
             raise UsageError(f"per_sample_weights must be a tensor of floats, got {got}")
-        if tuple(weights.shape) != given.shape:
+        if tuple(weights.shape) != shape:
             raise UsageError(
-                f"per_sample_weights must have the ids' shape, {given.shape}, got {tuple(weights.shape)}"
+                f"per_sample_weights must have the ids' shape, {shape}, got {tuple(weights.shape)}"
             )
         return weights.reshape(-1)
 
@@ -136,13 +144,14 @@ def _bounds(given: Ids, offsets: Any, include_last: bool) -> tuple[Ids, Ids]:
     if offsets is None:
         raise UsageError("1-D ids need offsets that say where each bag begins, got None")
     begins, _ = host_ids(offsets)
-    _check_offsets(begins, len(given), include_last)
+    check_offsets(begins, len(given), include_last)
     if include_last:
         return begins[:-1], begins[1:]
     return begins, np.append(begins[1:], len(given)) if len(begins) else begins
 
 
-def _check_offsets(begins: Ids, count: int, include_last: bool) -> None:
+def check_offsets(begins: Ids, count: int, include_last: bool) -> None:
+    """Refuse what cannot say where each bag of `count` ids begins; raises UsageError."""
     if begins.ndim != 1:
         raise UsageError(f"offsets must be 1-D, got shape {begins.shape}")
     if not len(begins):
@@ -162,7 +171,7 @@ def _check_offsets(begins: Ids, count: int, include_last: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Bags:
+class Bags:
     """Ids in bags, without padding; all int64.
 
     Attributes:
@@ -177,7 +186,7 @@ class _Bags:
     kept: Mask | None
 
     @classmethod
-    def of(cls, flat: Ids, starts: Ids, ends: Ids, kept: Mask | None) -> _Bags:
+    def of(cls, flat: Ids, starts: Ids, ends: Ids, kept: Mask | None) -> Bags:
         if kept is not None:
             before = np.concatenate([[0], np.cumsum(kept)])
             flat, starts, ends = flat[kept], before[starts], before[ends]
@@ -197,7 +206,7 @@ class _Reduce(torch.autograd.Function):
         anchor: torch.Tensor,
         weights: torch.Tensor | None,
         module: EmbeddingBag,
-        bags: _Bags,
+        bags: Bags,
         device: torch.device,
     ) -> torch.Tensor:
         ctx.module, ctx.bags = module, bags
@@ -245,17 +254,17 @@ class _Reduce(torch.autograd.Function):
         return None, of_weights, None, None, None
 
 
-def _positions(bags: _Bags) -> Any:
+def _positions(bags: Bags) -> Any:
     """Where the ids of bags stand among the weights that were given."""
     return slice(len(bags.ids)) if bags.kept is None else torch.from_numpy(np.flatnonzero(bags.kept))
 
 
-def _kept_weights(weights: torch.Tensor | None, bags: _Bags) -> torch.Tensor | None:
+def _kept_weights(weights: torch.Tensor | None, bags: Bags) -> torch.Tensor | None:
     """float32[n] on the CPU: the weights of the ids that count."""
     return None if weights is None else weights.detach().to("cpu", torch.float32)[_positions(bags)]
 
 
-def _sums_of_largest(plan: Plan, bags: _Bags, largest: torch.Tensor | None, gradient: torch.Tensor) -> Array:
+def _sums_of_largest(plan: Plan, bags: Bags, largest: torch.Tensor | None, gradient: torch.Tensor) -> Array:
     """float32[u, dim]: each bag's gradient where its largest value came from, summed by id."""
     sums = torch.zeros(len(plan.ids), gradient.shape[1])
     if largest is not None:

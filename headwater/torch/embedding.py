@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from headwater.worker import Worker
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+Output = TypeVar("Output")
 
 INITIAL = Normal(std=0.01)
 """What rows start from by default: small, and different, so that they can part."""
@@ -104,18 +105,21 @@ class TableModule(torch.nn.Module):
     def prefetch(self, ids: Any) -> None:
         """Have the rows of `ids` ready for the forward of the same ids that follows the next step.
 
-        As `Table.prefetch`: in synchronous and bounded-staleness training they come with the answer of that
-        step, of its version; asynchronous training asks now, and so lacks that step. Does not block for an
-        answer. A table has one prefetch at a time, the last.
+        As `Table.prefetch`: they come with the answer of that step, and are of its version. Does not block.
+        A table has one prefetch at a time, the last.
 
         Raises:
             UsageError: ids that are not integers, or do not fit int64.
             ClosedError: the worker has left.
         """
+        self.table.prefetch(self.asked(ids))
+
+    def asked(self, ids: Any) -> Ids:
+        """int64[n]: what a forward of these ids asks the table for. Raises UsageError as `prefetch`."""
         given, _ = host_ids(ids)
         given = given.reshape(-1)
         kept = self.kept(given)
-        self.table.prefetch(given if kept is None else given[kept])
+        return given if kept is None else given[kept]
 
     def kept(self, given: Ids) -> Mask | None:
         """Which of int64[n] ids are not padding; None where all are kept."""
@@ -212,7 +216,7 @@ class _LookUp(torch.autograd.Function):
         return None, None, None, None
 
 
-def uncompiled(look_up: Callable[..., torch.Tensor], *arguments: Any) -> torch.Tensor:
+def uncompiled(look_up: Callable[..., Output], *arguments: Any) -> Output:
     """`look_up(*arguments)`, as a break in the graph where torch.compile sees it.
 
     To mark functions beforehand would import the compiler, a second, for everybody.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -23,6 +22,7 @@ from headwater.spec.rules import Rule
 from headwater.spec.schedules import Schedule
 from headwater.wire.channel import Outgoing
 from headwater.worker.model_spec import NonFinite, as_array, check_nonfinite
+from headwater.worker.pulls import Ahead, RowsAhead, pull_rows, pull_together, same_ids
 from headwater.worker.row_sums import RowSums
 from headwater.worker.rule_settings import RuleSettings
 from headwater.worker.rule_state import rows_of
@@ -33,16 +33,6 @@ Array = NDArray[np.float32]
 Used = TypeVar("Used")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Ahead:
-    """Rows that came before they were asked for: float32[u, dim] of a plan, as of `version`."""
-
-    plan: Plan
-    given: Ids
-    rows: Array
-    version: int
-
-
 class Table:
     """A table on the servers, as one worker sees it. Not thread-safe, like its worker.
 
@@ -50,6 +40,7 @@ class Table:
         name, dim: as registered.
         read_version: version of the rows last pulled; that of the worker before.
         settings: of its rule.
+        ahead: rows that came before they were asked for.
         gradient_bytes: that the gradients of all steps so far take, as they are represented, without ids.
     """
 
@@ -72,7 +63,7 @@ class Table:
         self.gradient_bytes = 0
         self._skip = False
         self._wanted: tuple[Ids, Plan] | None = None
-        self._ahead: _Ahead | None = None
+        self.ahead = RowsAhead(session)
 
     # ── the user's calls ────────────────────────────────────────────────────────────────────────
 
@@ -120,11 +111,10 @@ class Table:
     def prefetch(self, ids: Any) -> None:
         """Have the rows of `ids` ready for the `pull` of the same ids that follows the next `step`.
 
-        In synchronous and bounded-staleness training they come with the answer of that step and are of its
-        version: all that the mode demands, and in synchronous training exactly what a pull would give. In
-        asynchronous training they are asked for now, while this worker goes on computing, and so they do
-        not contain that step. Does not block for an answer. Another call replaces what an earlier one asked
-        for; pulls of other ids are not affected.
+        They come with the answer of that step, in every mode, and are of its version: the step is contained,
+        and in synchronous training they are exactly what a pull would give. Where the worker has had another
+        answer meanwhile, of a later version, the pull asks anew. Does not block. Another call replaces what
+        an earlier one asked for; pulls of other ids are not affected.
 
         Raises:
             UsageError: ids that are not integers, or do not fit int64.
@@ -132,21 +122,8 @@ class Table:
         """
         self._session.check_open("prefetch")
         given, plan = self._plan(ids)
-        self._wanted = self._ahead = None
-        if not len(plan.ids):
-            return
-        if self._session.mode.answers_wait:
-            self._wanted = given, plan
-            return
-        self._session.finish()
-        place = self._memory.take(plan, self.dim)
-        self._session.begin(
-            lambda server, number: self._request(m.PullRows, place, server, number),
-            f"prefetch of table {self.name!r}",
-            lambda server, _: self._memory.incoming([place], server),
-            lambda answer: self._arrived(given, place, answer.version),
-            self._memory,
-        )
+        self.ahead.clear()
+        self._wanted = (given, plan) if len(plan.ids) else None
 
     def delete(self, ids: Any) -> int:
         """Forget ids: rows, states, counts, and what admission counted; returns how many had a row.
@@ -160,12 +137,15 @@ class Table:
         self._session.check_open("delete")
         _, plan = self._plan(ids)
         self._session.finish()
-        self._ahead = None
         used = self._memory.used
         place = self._memory.take(plan, self.dim)
         try:
             return self._numbers(
-                lambda server, number: self._request(m.DeleteRows, place, server, number), "delete"
+                lambda server, number: Outgoing(
+                    m.DeleteRows(number, self._memory.part(place, self.id, server)),
+                    self._memory.outgoing(place, server, rows=False),
+                ),
+                "delete",
             )
         finally:
             self._memory.reset(used)
@@ -197,7 +177,6 @@ class Table:
         if not len(plan.ids):
             return
         self._session.finish()
-        self._ahead = None
         used, width = self._memory.used, values.shape[1]
         place = self._memory.take(plan, width)
         try:
@@ -245,28 +224,44 @@ class Table:
         `rows`: float32[u, dim], of each of `plan.ids`, valid during the call only.
         """
         self._session.check_open("pull")
-        given = as_ids(ids)
-        ahead = self._take_ahead(given)
+        given = self.asks(ids)
+        ahead = self.ahead.take(given)
         if ahead is not None:
             self.read_version = ahead.version
             return ahead.plan, use(ahead.plan, ahead.rows)
-        plan = self._plan(given)[1]
+        plan = self.planned(given)
         if not len(plan.ids):
             return plan, use(plan, np.empty((0, self.dim), dtype=np.float32))
-        self._session.finish()
-        used = self._memory.used
-        place = self._memory.take(plan, self.dim)
-        try:
-            answer: m.Answer = self._session.call(
-                lambda server, number: self._request(m.PullRows, place, server, number),
-                f"pull of table {self.name!r}",
-                lambda server, _: self._memory.incoming([place], server),
-                memory=self._memory,
-            )
-            self.read_version = answer.version
-            return plan, use(plan, self._memory.rows(place))
-        finally:
-            self._memory.reset(used)
+        made: list[Used] = []
+        self.read_version = pull_rows(
+            self._session,
+            self._memory,
+            [(self, plan)],
+            lambda _, rows: made.append(use(plan, rows)),
+            f"pull of table {self.name!r}",
+        )
+        return plan, made[0]
+
+    def asks(self, ids: Any) -> Ids:
+        """`ids` as an array, which are about to be read, so that the next step need not bring them."""
+        given = as_ids(ids)
+        if self._wanted is not None and same_ids(self._wanted[0], given):
+            self._wanted = None
+        return given
+
+    def bring(self, wanted: Sequence[tuple[Table, Any]]) -> None:
+        """Have rows of this worker's tables ready for reads of the same ids that follow: in one exchange.
+
+        `wanted`: tables, each as often as need be, with ids. All rows are of one version. Raises as `pull`.
+        """
+        self._session.check_open("pull")
+        asked = [(table, table.asks(ids).copy()) for table, ids in wanted]
+        for (table, _), ahead in zip(asked, pull_together(self._session, self._memory, asked), strict=True):
+            table.ahead.put(ahead)
+
+    def planned(self, given: Ids) -> Plan:
+        """The plan of ids."""
+        return self._plan(given)[1]
 
     def write(self, parts: Sequence[tuple[Plan, Array]]) -> tuple[RowSlice, bool]:
         """Put gradients where `carry` stages them from, and say whether what would be sent is finite.
@@ -350,6 +345,7 @@ class Table:
         governs = self.settings.governs
         settings = [m.TableSetting(self.id, values, governs) for _, values in self.settings.take()]
         self.discard()
+        self.ahead.clear()
         self._skip = False
         return pushed, wanted, settings[0] if settings else None, skip
 
@@ -372,8 +368,8 @@ class Table:
     def brought(self, place: RowSlice) -> None:
         """Note that a step brought the rows that `prefetch` wanted."""
         assert self._wanted is not None
-        given, self._wanted = self._wanted[0], None
-        self._arrived(given, place, self._session.version)
+        (given, _), self._wanted = self._wanted, None
+        self.ahead.put(Ahead(place.plan, given, self._memory.rows(place).copy(), self._session.version))
 
     def is_staged(self) -> bool:
         """Whether the next step pushes rows of this table."""
@@ -389,17 +385,11 @@ class Table:
         """The ids as an array, and their plan: remembered for this batch and the one asked for ahead."""
         given = as_ids(ids)
         for known in self._planned:
-            if np.array_equal(known[0], given):
+            if same_ids(known[0], given):
                 return known
         given = given.copy()
         self._planned.append((given, arrange(given, len(self._session.channels))))
         return self._planned[-1]
-
-    def _request(
-        self, kind: type[m.PullRows] | type[m.DeleteRows], place: RowSlice, server: int, number: int
-    ) -> Outgoing:
-        part = self._memory.part(place, self.id, server)
-        return Outgoing(kind(number, part), self._memory.outgoing(place, server, rows=False))
 
     def _numbers(self, outgoing: Callable[[int, int], Outgoing], what: str) -> int:
         """The sum of a number that each server answers with."""
@@ -462,22 +452,6 @@ class Table:
         place = self._memory.take(arrange(np.concatenate(ids), len(self._session.channels)), self.dim)
         place.plan.combine(np.concatenate(gradients), self._memory.rows(place))
         return place
-
-    def _arrived(self, given: Ids, place: RowSlice, version: int) -> None:
-        self._ahead = _Ahead(place.plan, given, self._memory.rows(place).copy(), version)
-
-    def _take_ahead(self, given: Ids) -> _Ahead | None:
-        """The rows that were asked for before, once, if they are of these ids."""
-        if self._wanted is not None and np.array_equal(self._wanted[0], given):
-            self._wanted = None
-        if self._ahead is None and not self._session.mode.answers_wait:
-            self._session.finish()
-        ahead = self._ahead
-        if ahead is None or not np.array_equal(ahead.given, given):
-            return None
-        self._ahead = None
-        stale = self._session.mode.answers_wait and ahead.version != self._session.version
-        return None if stale else ahead
 
 
 def _repeated(ids: Ids) -> int:

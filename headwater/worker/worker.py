@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from headwater import messages as m
 from headwater.errors import HeadwaterError, UsageError
 from headwater.machines.row_buffer import RowBuffer
@@ -36,6 +39,7 @@ from headwater.worker.model_spec import (
 from headwater.worker.pending_step import PendingStep
 from headwater.worker.plan import SplitKind, count_of, plan_of
 from headwater.worker.program import Epochs, Program
+from headwater.worker.pulls import pull_together
 from headwater.worker.step import StepExchange
 from headwater.worker.table import Table
 from headwater.worker.trial import Trial
@@ -263,6 +267,32 @@ class Worker:
     def models(self) -> Mapping[str, Model]:
         """The models that this worker has registered, by name."""
         return MappingProxyType(self._models)
+
+    def pull(self, ids: Mapping[Table, Any]) -> dict[Table, NDArray[np.float32]]:
+        """Rows of several tables in one exchange: for each table float32[*ids.shape, dim], a new array.
+
+        As `Table.pull`, but all rows are of one version, and it costs one exchange whatever the number of
+        tables; none where `prefetch` brought all of them.
+
+        Args:
+            ids: for each of this worker's tables integers of any shape, with repeats.
+
+        Raises:
+            UsageError: not a mapping of this worker's tables, or ids that are not integers, or do not fit
+                int64; nothing was sent.
+            ClosedError: the worker has left.
+            StalledError: no answer within the deadline.
+        """
+        self._session.check_open("pull")
+        if not isinstance(ids, Mapping) or any(one not in self._tables.values() for one in ids):
+            known = ", ".join(map(repr, self._tables)) or "none"
+            raise UsageError(
+                f"pull: got {ids!r}, expected a mapping from this worker's tables, the objects that "
+                f"worker.table gave, to ids; its tables are {known}"
+            )
+        wanted = [(table, table.asks(given)) for table, given in ids.items()]
+        brought = pull_together(self._session, self._rows, wanted)
+        return {table: one.plan.scatter(one.rows) for (table, _), one in zip(wanted, brought, strict=True)}
 
     # ── the turn ────────────────────────────────────────────────────────────────────────────────
 

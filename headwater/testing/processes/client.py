@@ -231,18 +231,27 @@ class Client:
             rows = self.scratch.rows(place).copy()
             self.rows.update({(table, int(id)): row for id, row in zip(place.plan.ids, rows, strict=True)})
 
-    def pull_rows(self, table: int, ids: NDArray[np.int64]) -> Call:
-        """Read rows, to `rows`."""
+    def pull_rows(self, wanted: Mapping[int, NDArray[np.int64]]) -> Call:
+        """Read rows of tables together, to `rows`."""
         used = self.scratch.used
-        place = self._taken(table, ids)
-        request = m.PullRows(self._next(), m.Rows(table, len(place.plan.ids), 0, 0))
+        places = {table: self._taken(table, ids) for table, ids in wanted.items()}
+        number = self._next()
+
+        def frame(server: int, _: int) -> Outgoing:
+            parts = tuple(self.scratch.part(place, table, server) for table, place in places.items())
+            sent = (self.scratch.outgoing(place, server, rows=False) for place in places.values())
+            return Frame(m.PullRows(number, parts), [array for arrays in sent for array in arrays])
 
         def brought(answer: m.Answer) -> None:
-            self._read_rows({table: place})
+            self._read_rows(places)
             self.scratch.reset(used)
 
-        return self._of_rows(
-            request, place, lambda server, _: self.scratch.incoming([place], server), brought
+        return Call(
+            m.PullRows(number, ()),
+            frame,
+            lambda server, _: self.scratch.incoming(list(places.values()), server),
+            brought,
+            rows=True,
         )
 
     def delete_rows(self, table: int, ids: NDArray[np.int64]) -> Call:
@@ -250,26 +259,19 @@ class Client:
         used, numbers = self.scratch.used, np.zeros(self.machine.servers, np.int64)
         place = self._taken(table, ids)
         request = m.DeleteRows(self._next(), m.Rows(table, len(place.plan.ids), 0, 0))
-        return self._of_rows(
-            request,
-            place,
-            lambda server, _: [numbers[server : server + 1]],
-            lambda answer: self.scratch.reset(used),
-        )
 
-    def _of_rows(
-        self,
-        request: m.PullRows | m.DeleteRows,
-        place: RowSlice,
-        incoming: Callable[[int, m.Answer], Sequence[Any]],
-        brought: Callable[[m.Answer], None],
-    ) -> Call:
-        def frame(server: int, number: int) -> Outgoing:
-            part = self.scratch.part(place, request.rows.table, server)
+        def frame(server: int, _: int) -> Outgoing:
+            part = self.scratch.part(place, table, server)
             arrays = self.scratch.outgoing(place, server, rows=False)
             return Frame(msgspec.structs.replace(request, rows=part), arrays)
 
-        return Call(request, frame, incoming, brought, rows=True)
+        return Call(
+            request,
+            frame,
+            lambda server, _: [numbers[server : server + 1]],
+            lambda answer: self.scratch.reset(used),
+            rows=True,
+        )
 
     def pull(self, *models: int, have: int = -1) -> Call:
         """Read models, all by default."""
