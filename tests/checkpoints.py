@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from headwater import checkpoint
-from headwater.messages import ModelSpec, RuleSpec, TableSpec, TensorSpec
+from headwater.messages import ModelSpec, ProgramRecord, RuleSpec, TableSpec, TensorSpec
 from headwater.shard.snapshot import ModelSnapshot, TableSnapshot
 from headwater.spec.layout import Layout
 from headwater.spec.placement import slots_of, slots_of_server
@@ -43,6 +43,8 @@ def model(name="net", shapes=None, states=("momentum_buffer",), seed=0, rules=(S
         states={state: random_bits(rng, length) for state in states},
         counts=rng.integers(0, 9, len(shapes)),
         updates=updates,
+        program=ProgramRecord(vectors=("direction", "s 0/é"), note=b"\x00 far"),
+        vectors=(random_bits(rng, length), random_bits(rng, length)),
     )
 
 
@@ -77,7 +79,16 @@ def part_of_model(whole, server, servers):
     start, stop = Layout(whole.spec.tensors).cut(servers)[server]
     states = {name: state[start:stop] for name, state in whole.states.items()}
     return ModelSnapshot(
-        whole.spec, whole.rules, start, stop, whole.values[start:stop], states, whole.counts, whole.updates
+        whole.spec,
+        whole.rules,
+        start,
+        stop,
+        whole.values[start:stop],
+        states,
+        whole.counts,
+        whole.updates,
+        whole.program,
+        tuple(array[start:stop] for array in whole.vectors),
     )
 
 
@@ -128,6 +139,8 @@ def assert_same(got, expected):
         if isinstance(theirs, dict):
             assert list(mine) == list(theirs), name
             pairs = [(mine[key], theirs[key]) for key in theirs]
+        elif isinstance(theirs, tuple):
+            pairs = list(zip(mine, theirs, strict=True))
         else:
             pairs = [(mine, theirs)]
         for one, other in pairs:

@@ -109,10 +109,17 @@ def read_part(path: Location, server: int, servers: int) -> tuple[list[ModelSnap
 
 
 def read_elements(
-    folder: Folder, model: ModelRecord, start: int, stop: int, *, states: Sequence[str]
+    folder: Folder,
+    model: ModelRecord,
+    start: int,
+    stop: int,
+    *,
+    states: Sequence[str],
+    vectors: Sequence[str] = (),
 ) -> list[Array]:
-    """Elements [start, stop) of a model's values and then of each of `states`: float32[stop − start]."""
-    tensors = ["values", *(f"state.{name}" for name in states)]
+    """Elements [start, stop) of a model's values, of each of `states` and of `vectors`: float32[stop − start]
+    each."""
+    tensors = ["values", *(f"state.{name}" for name in states), *(f"vector.{name}" for name in vectors)]
     arrays: list[Array] = [np.empty(stop - start, dtype=np.float32) for _ in tensors]
     for file in model.files:
         low, high = max(file.start, start), min(file.stop, stop)
@@ -126,7 +133,9 @@ def read_elements(
 
 
 def _read_model(folder: Folder, model: ModelRecord, start: int, stop: int) -> ModelSnapshot:
-    values, *states = read_elements(folder, model, start, stop, states=model.states)
+    names = model.program.vectors
+    values, *rest = read_elements(folder, model, start, stop, states=model.states, vectors=names)
+    states, vectors = rest[: len(model.states)], rest[len(model.states) :]
     return ModelSnapshot(
         spec=model.spec,
         rules=model.rules,
@@ -137,6 +146,7 @@ def _read_model(folder: Folder, model: ModelRecord, start: int, stop: int) -> Mo
         counts=np.array(model.counts, dtype=np.int64),
         updates=model.updates,
         program=model.program,
+        vectors=tuple(vectors),
     )
 
 

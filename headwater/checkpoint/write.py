@@ -156,7 +156,11 @@ def _write_model(folder: Folder, i: int, server: int, servers: int, model: Model
         f"{model.spec.name}: {model.start}–{model.stop}, not {expected}"
     )
     states = {f"state.{name}": array for name, array in model.states.items()}
-    tensors = [Tensor.of(name, array) for name, array in {"values": model.values, **states}.items()]
+    vectors = {
+        f"vector.{name}": array for name, array in zip(model.program.vectors, model.vectors, strict=True)
+    }
+    arrays = {"values": model.values, **states, **vectors}
+    tensors = [Tensor.of(name, array) for name, array in arrays.items()]
     assert all(tensor.shape == (model.stop - model.start,) for tensor in tensors)
     return ModelRecord(
         spec=model.spec,

@@ -158,6 +158,88 @@ def multiply_lines(typing_context: Any, sums: Any, first: Any, second: Any, inde
     return types.void(types.int64, types.int64, types.int64, types.int64), generate
 
 
+_DOUBLES = ir.VectorType(ir.DoubleType(), LINE)
+
+
+def _wide(builder: Any, address: Any, index: Any) -> Any:
+    """`LINE` float32 from number `index` on, as float64."""
+    return builder.fpext(builder.load(_at(builder, address, index, _FLOATS), align=4), _DOUBLES)
+
+
+def _every(builder: Any, value: Any) -> Any:
+    """`LINE` times the same float64."""
+    line = builder.insert_element(_DOUBLES(ir.Undefined), value, _INT32(0))
+    return builder.shuffle_vector(line, _DOUBLES(ir.Undefined), ir.VectorType(_INT32, LINE)([0] * LINE))
+
+
+@intrinsic
+def combine_line(
+    typing_context: Any, out: Any, index: Any, places: Any, coefficients: Any, count: Any
+) -> Any:
+    """out = 0 + coefficients[0] · source 0 + …, for `LINE` float32 from number `index` on.
+
+    `places`, `coefficients`: addresses of int64[count], those of the sources, and of float64[count]. Products
+    and sums are rounded to float64 each, and the result to float32.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out, index, places, coefficients, count = arguments
+        total = cgutils.alloca_once(builder, _DOUBLES)
+        builder.store(_DOUBLES([0.0] * LINE), total)
+        places = builder.inttoptr(places, _INT64.as_pointer())
+        coefficients = builder.inttoptr(coefficients, ir.DoubleType().as_pointer())
+        with cgutils.for_range(builder, count) as loop:
+            source = builder.load(builder.gep(places, [loop.index]))
+            every = _every(builder, builder.load(builder.gep(coefficients, [loop.index])))
+            product = builder.fmul(_wide(builder, source, index), every)
+            builder.store(builder.fadd(builder.load(total), product), total)
+        line = builder.fptrunc(builder.load(total), _FLOATS)
+        builder.store(line, _at(builder, out, index, _FLOATS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64, types.int64), generate
+
+
+def _fold(step: Callable[[Any, Any, Any, Any], Any]) -> Callable[..., Any]:
+    """`operation(sums, one, other, n)`: float64[LINE] at the address `sums` becomes what `step` makes of
+    float32[n] each; element i counts for number i mod `LINE`, in the order of i."""
+
+    def operation(typing_context: Any, sums: Any, one: Any, other: Any, n: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            sums, one, other, n = arguments
+            total = cgutils.alloca_once(builder, _DOUBLES)
+            builder.store(_DOUBLES([0.0] * LINE), total)
+            with cgutils.for_range(builder, builder.sdiv(n, _INT64(LINE))) as loop:
+                index = builder.mul(loop.index, _INT64(LINE))
+                builder.store(
+                    step(builder, builder.load(total), _wide(builder, one, index), (other, index)), total
+                )
+            builder.store(builder.load(total), builder.inttoptr(sums, _DOUBLES.as_pointer()), align=8)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+    return intrinsic(operation)
+
+
+def _magnitude(builder: Any, line: Any) -> Any:
+    positive = builder.fcmp_ordered(">=", line, _DOUBLES([0.0] * LINE))
+    return builder.select(positive, line, builder.fneg(line))
+
+
+def _larger(builder: Any, most: Any, value: Any) -> Any:
+    """The larger one; NaN where either is."""
+    take = builder.or_(builder.fcmp_ordered(">", value, most), builder.fcmp_unordered("!=", value, value))
+    return builder.select(take, value, most)
+
+
+fold_products = _fold(
+    lambda builder, total, line, at: builder.fadd(total, builder.fmul(line, _wide(builder, *at)))
+)
+fold_magnitudes = _fold(lambda builder, total, line, _: builder.fadd(total, _magnitude(builder, line)))
+fold_largest = _fold(lambda builder, total, line, _: _larger(builder, total, _magnitude(builder, line)))
+
+
 @intrinsic
 def fence(typing_context: Any) -> Any:
     """Make streamed lines visible to other processes before anything that follows."""

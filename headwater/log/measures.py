@@ -20,6 +20,9 @@ from headwater.log.pending import PendingExchange
 from headwater.log.rda import coefficients
 from headwater.messages import Scales, Sum, Sums
 
+LARGEST = -2
+"""Stands for the tensor of what is a largest magnitude and no sum."""
+
 _Key: TypeAlias = tuple[tuple[int, int], ...]
 """Member and number of each exchange."""
 
@@ -90,6 +93,15 @@ class Measures:
         weights = [exchange.weight for exchange in exchanges]
         return _measured({what: total(nodes) for what, nodes in of.items()}, weights)
 
+    def totals(self, exchanges: Sequence[PendingExchange]) -> tuple[float, ...] | None:
+        """The reductions that these asked for, by number; None until every server has said its part."""
+        measure = self._of[exchanges[0].member]
+        if len(measure.parts) < self._servers:
+            return None
+        parts = [part for server in measure.parts.values() for part in server]
+        numbers = range(1 + max((part.first for part in parts), default=-1))
+        return tuple(_total([part for part in parts if part.first == number]) for number in numbers)
+
     def missing(self, exchange: PendingExchange) -> list[int]:
         """The servers whose part of what this exchange is measured in is still out."""
         measure = self._of.get(exchange.member)
@@ -120,6 +132,13 @@ def _measured(sums: Mapping[_What, float], weights: Sequence[float]) -> Measured
     return MeasuredGradients(
         tuple((model, math.sqrt(squares[model])) for model in sorted(squares)), tuple(scales)
     )
+
+
+def _total(parts: Sequence[Sum]) -> float:
+    if any(part.tensor == LARGEST for part in parts):
+        values = [part.value for part in parts]
+        return math.nan if any(map(math.isnan, values)) else max(values)
+    return total((part.level, part.index, part.value) for part in parts)
 
 
 def _key(exchanges: Iterable[PendingExchange]) -> _Key:

@@ -34,7 +34,8 @@ is why all of it is settled after every input, and in one place.
 
 Gradients that are clipped, or merged by their lengths, must be measured first: the commit's steps are named
 in a `Measured` entry, stay READY, and are committed when every server has said its part. If the mode
-meanwhile chooses other steps, those are measured anew.
+meanwhile chooses other steps, those are measured anew. So it is with a meeting whose work on vectors has
+reductions: its workers stay in MEETING until every server has said its part.
 
 An entry is applied to the log's state as it is written, so each decision sees all entries before it. A new
 sequencer, after a server was lost, takes the log's state from the servers and the pending exchanges from what
@@ -45,7 +46,8 @@ they hold; it finds the stage of each by deciding it again.
 - An exchange becomes an entry only when every server holds it. It is decided once; what is written for it
   after its answer only answers it again, for a newer connection epoch that every server holds.
 - Nothing is committed before the declared workers have joined, or while too few workers are present.
-- The version grows by one with each entry that changes values (Committed, Assigned), never otherwise.
+- The version grows by one with each entry that changes values or vectors (Committed, Assigned, a Met whose
+  work operates on them), never otherwise.
 - A worker that waits does so for a reason `waits` can name; waits that wait for each other fail at once.
 - With replicas an entry counts as committed when every server has prepared it, never before.
 """
@@ -127,6 +129,8 @@ class Sequencer:
             "sum": self._meet,
             "gather": self._meet,
             "broadcast": self._meet,
+            "operate": self._meet,
+            "measure": self._meet,
             "recall": self._serve,
             "end": self._end,
             "stop": self._stop,
@@ -440,9 +444,7 @@ class Sequencer:
         workers = self._pending.workers()
         verdict = meetings.judge(workers, self.standings)
         if verdict.ends:
-            self._writer.write(m.Met(self._writer.next, ids(workers), verdict.number))
-            for exchange in workers:
-                self._writer.done(exchange)
+            self._meet_all(workers, verdict.number)
         elif verdict.failure:
             self._fail(verdict.failure, workers)
         elif resuming := self._pending.at(RESUMING):
@@ -450,6 +452,22 @@ class Sequencer:
             for exchange in resuming:
                 self._pending.move(exchange, READY)
             self._steps.commit_ready(self._now)
+
+    def _meet_all(self, workers: list[PendingExchange], number: int) -> None:
+        """End a meeting, once the servers have said what its work on vectors comes to, if it has any."""
+        totals: tuple[float, ...] | None = ()
+        if any(exchange.held is not None and exchange.held.measured for exchange in workers):
+            measures = self._writer.measures
+            if not measures.under_way(workers):
+                self._writer.write(m.Measured(self._writer.next, ids(workers)))
+                measures.begin(workers, self.position)
+            totals = measures.totals(workers)
+        if totals is not None:
+            version = self.version + 1 if workers[0].kind == "operate" else 0
+            self._writer.write(m.Met(self._writer.next, ids(workers), number, version, totals))
+            for exchange in workers:
+                self._writer.done(exchange)
+            self._take_snapshots()
 
     def _fail_stalled(self) -> None:
         """Everybody waits and nothing followed: nothing will, unless a rank comes back that is needed."""

@@ -257,6 +257,7 @@ class LogState:
 
     def _met(self, entry: m.Met) -> None:
         self.met = entry.number
+        self.version = entry.version or self.version
         for ticket in entry.tickets:
             self._answered(ticket)
             self._count_in(self.standing(ticket.member), 0)

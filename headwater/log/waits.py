@@ -53,7 +53,8 @@ class Waits:
             reason = self.mode.may_read(exchange.clock, slowest).reason
             return f"{_named([other for other in active if other.clock == slowest])}: {reason}"
         if missing := self.measures.missing(exchange):
-            return f"{_list('server', missing)} to say how large the gradients are"
+            what = "what the vectors come to" if exchange.stage is MEETING else "how large the gradients are"
+            return f"{_list('server', missing)} to say {what}"
         if exchange.stage is READY:
             missing_steps = [other for other in active if other.stage is not READY]
             named = _named(missing_steps) + self._never_stepped(missing_steps)

@@ -102,6 +102,7 @@ class LogApplier:
         """
         if self._replicated and self._may_commit():
             answers = self.shard.commit(self.shard.position + 1)
+            self.moved |= self.shard.has_measured
             self._note_serving()
             return answers
         term, entry, committed = self._arrived.popleft()

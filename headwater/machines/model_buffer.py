@@ -114,6 +114,14 @@ class ModelBuffer:
         ranges = self.vectors(server, states) if stop > start else []
         return Frame(msgspec.structs.replace(request, number=number), ranges)
 
+    def meet(self, meet: m.Meet, server: int) -> Frame:
+        """Have the servers work on vectors, with all gradients where that gathers them: float32 whatever the
+        codec, and none for a server that reads them itself."""
+        if meet.work is None or not meet.work.gathers:
+            return Frame(meet)
+        runs, values = self._runs(server, self.layout.mask(self.layout.index), self.memory.gradients)
+        return Frame(msgspec.structs.replace(meet, payload=runs), values)
+
     def take(self, mask: bytes) -> None:
         """A step carries the gradients of these tensors: make them what the model's codec says."""
         if self._coded is not None:

@@ -22,6 +22,7 @@ from headwater.messages.exchange import *
 from headwater.messages.log import *
 from headwater.messages.models import *
 from headwater.messages.observed import *
+from headwater.messages.operations import *
 from headwater.messages.programs import *
 from headwater.messages.publication import *
 from headwater.messages.reading import *

@@ -10,6 +10,7 @@ from headwater.messages.base import Message, Refused, Scalar
 from headwater.messages.checkpoints import PartRecord
 from headwater.messages.log import LogStateRecord
 from headwater.messages.models import ModelSpec, Rows, RuleSpec, Run, TableSpec, WindowSpec
+from headwater.messages.operations import VectorWork
 from headwater.messages.programs import Meeting, Recalled
 from headwater.messages.publication import Publication, Publish, Taken
 from headwater.messages.reading import DataProgress, Position
@@ -223,7 +224,9 @@ class Meet(Message, frozen=True):
     """Wait until every other member is here too; a meeting that has ended gives its result again.
 
     `values` are added up in rank order, `data` is gathered or broadcast. `position` and `kept`: as of a Step,
-    recorded when the meeting ends.
+    recorded when the meeting ends. `work`: what the servers then do with vectors, the same of all members;
+    where it gathers gradients, they lie in the window or follow as `payload`, of all tensors, and `weight` is
+    what they count in a mean.
     """
 
     number: int
@@ -232,6 +235,9 @@ class Meet(Message, frozen=True):
     data: bytes = b""
     position: Position | None = None
     kept: bytes | None = None
+    work: VectorWork | None = None
+    weight: float = 1.0
+    payload: tuple[Run, ...] = ()
 
 
 class Recall(Message, frozen=True):
@@ -362,7 +368,8 @@ class Answer(Message, frozen=True):
     as the model's codec for values makes it); `result`: of a step; `model`, `table`: the id given to what was
     registered. `states`: names of the rule's state vectors whose range follows, in this order; `counts`:
     updates of each tensor. `notice`: what a person should know of it. `rules`: in force, where the member may
-    not know them. `sums`, `data`, `ranks`: of a meeting, and who was in it.
+    not know them. `sums`, `data`, `ranks`: of a meeting, and who was in it; `totals`: of its reductions of
+    vectors.
     """
 
     number: int
@@ -381,6 +388,7 @@ class Answer(Message, frozen=True):
     ranks: tuple[int, ...] = ()
     data: tuple[bytes, ...] = ()
     recalled: Recalled | None = None
+    totals: tuple[float, ...] = ()
 
 
 class Stored(Message, frozen=True):

@@ -22,6 +22,8 @@ Kind: TypeAlias = Literal[
     "sum",
     "gather",
     "broadcast",
+    "operate",
+    "measure",
     "recall",
     "end",
     "stop",
@@ -40,8 +42,8 @@ class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A server holds exchange `number` of `member` completely, as it came with `connection_epoch`.
 
     `measured`: it is a step whose gradients cannot be applied before all servers have measured them, since a
-    model is clipped or merged by lengths. `weight`: of a step, what its gradients count in a mean. `meeting`:
-    the place of a barrier, sum, gather or broadcast.
+    model is clipped or merged by lengths; or it is a meeting whose work on vectors has reductions. `weight`:
+    of a step, what its gradients count in a mean. `meeting`: the place of a meeting.
     """
 
     member: int
@@ -58,7 +60,8 @@ class Sum(msgspec.Struct, frozen=True, array_like=True):
     """Of products: `value` is that of the blocks [index · 2**level, (index + 1) · 2**level) of a model.
 
     `tensor` -1: of the merged gradient with itself, over the whole model. Otherwise of that tensor's part of
-    the gradients of updates number `first` and `second`, `first` ≤ `second`.
+    the gradients of updates number `first` and `second`, `first` ≤ `second`. Of a meeting's work on vectors:
+    of its reduction number `first`, over the whole model; with `tensor` -2 `value` is a largest magnitude.
     """
 
     model: int
@@ -140,7 +143,7 @@ class Registered(Entry, frozen=True):
 class Measured(Entry, frozen=True):
     """Every server measures these updates, in rank order, and reports; nothing is applied.
 
-    `weights`: as in Committed.
+    `weights`: as in Committed. Or they are in a meeting, and what is measured are the reductions of its work.
     """
 
     updates: tuple[ExchangeId, ...]
@@ -216,10 +219,16 @@ class Retired(Entry, frozen=True):
 
 
 class Met(Entry, frozen=True):
-    """Everybody is at meeting `number`: all are answered, all active again. `tickets` are in rank order."""
+    """Everybody is at meeting `number`: all are answered, all active again. `tickets` are in rank order.
+
+    `version`: of what its work on vectors leaves, where it changes them; otherwise 0. `totals`: of the
+    reductions of that work.
+    """
 
     tickets: tuple[ExchangeId, ...]
     number: int = 0
+    version: int = 0
+    totals: tuple[float, ...] = ()
 
 
 class Stopped(Entry, frozen=True):

@@ -107,10 +107,13 @@ class ProgramRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `first`: its rules at its first update, by group; () before. `governor`: the member whose program says
     what the settings are; -1 for nobody. `resumed`: it is from a checkpoint, not declared since.
-    `written`: what programs wrote to its values and states themselves, the last of each kind.
+    `written`: what programs wrote to its values and states themselves, the last of each kind. `vectors`:
+    names of the vectors beside its values, in the order in which they were created; `note`: kept with them.
     """
 
     first: tuple[RuleSpec, ...] = ()
     governor: int = -1
     resumed: bool = False
     written: tuple[WriteRecord, ...] = ()
+    vectors: tuple[str, ...] = ()
+    note: bytes = b""

@@ -8,7 +8,7 @@ import msgspec
 
 from headwater.messages.reading import Position, Recut
 
-MeetingKind: TypeAlias = Literal["barrier", "sum", "gather", "broadcast"]
+MeetingKind: TypeAlias = Literal["barrier", "sum", "gather", "broadcast", "operate", "measure"]
 Attendance: TypeAlias = Literal["present", "all"]
 
 
@@ -16,9 +16,10 @@ class Meeting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The place of a meeting in a program. Workers meet only where their places are equal.
 
     `number` counts the meetings of a program from 1; a rank that runs its program again counts the same way.
-    `names`: of what is added up or gathered. `of`: who must be there before it ends: everybody who is
-    present, or every declared worker besides. `root`: the rank that broadcasts, otherwise -1. `epoch`: of the
-    loop over `worker.epochs` that was entered last, -1 before the first.
+    `kind`: of "operate" and "measure" the servers work on vectors, which only "operate" changes.
+    `names`: of what is added up or gathered; what is done to vectors. `of`: who must be there before it ends:
+    everybody who is present, or every declared worker besides. `root`: the rank that broadcasts, otherwise
+    -1. `epoch`: of the loop over `worker.epochs` that was entered last, -1 before the first.
     """
 
     number: int
@@ -30,12 +31,18 @@ class Meeting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MeetingResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a meeting of `ranks` came to. `data`: of a gather each rank's bytes, of a broadcast the root's."""
+    """What a meeting of `ranks` came to. `data`: of a gather each rank's bytes, of a broadcast the root's.
+
+    `totals`: of the reductions of its work on vectors, whose note is `data` where it asked for that.
+    `failure`: why the servers did not do that work; "" where they did.
+    """
 
     meeting: Meeting
     ranks: tuple[int, ...]
     sums: dict[str, float] = {}
     data: tuple[bytes, ...] = ()
+    totals: tuple[float, ...] = ()
+    failure: str = ""
 
 
 class KeptRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -27,7 +27,8 @@ class AccountRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ModelPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A `ModelSnapshot` but for its arrays: values, then each of `states`, float32; then counts, int64."""
+    """A `ModelSnapshot` but for its arrays: values, then each of `states` and of the program's vectors,
+    float32; then counts, int64."""
 
     spec: ModelSpec
     rules: tuple[RuleSpec, ...]

@@ -64,5 +64,6 @@ def restored(path: str, index: int, servers: int, reduce: Reduce) -> Shard:
 
 def _resumed(snapshot: Snapshot) -> Snapshot:
     """As nobody has declared it since, and with nobody who governs its settings."""
-    program = m.ProgramRecord(snapshot.program.first, resumed=True)
+    before = snapshot.program
+    program = m.ProgramRecord(before.first, resumed=True, vectors=before.vectors, note=before.note)
     return dataclasses.replace(snapshot, program=program)

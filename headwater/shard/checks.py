@@ -87,6 +87,8 @@ class Checks:
             check_declared(request.spec)
         elif isinstance(request, m.Attach):
             self.check_model(request.model)
+        elif isinstance(request, m.Meet):
+            self._check_work(member, request)
         elif isinstance(request, m.Assign):
             self._check_carried(member, request.carried)
         elif isinstance(request, m.LoadState):
@@ -149,6 +151,21 @@ class Checks:
                 raise ProtocolError(f"parameter group {setting.group} does not exist, there are {len(rules)}")
             for rule in rules if setting.group < 0 else [rules[setting.group]]:
                 rule.with_settings(**setting.values)
+
+    def _check_work(self, member: int, request: m.Meet) -> None:
+        """Names are checked where the work is done: a repeated meeting's vectors may be gone since."""
+        work, kind = request.work, request.meeting.kind
+        if (work is not None) != (kind in ("operate", "measure")):
+            raise ProtocolError(f"member {member} sent a {kind} with work {work}")
+        if work is None:
+            return
+        self._members.staging(member, work.model)
+        if kind == "measure" and work.operations:
+            raise ProtocolError(f"member {member} sent a measure that operates: {work.operations}")
+        if sum(isinstance(one, m.GatherGradients) for one in work.operations) > 1:
+            raise ProtocolError(f"member {member} sent work that gathers gradients twice")
+        if not 0 < request.weight < math.inf:
+            raise ProtocolError(f"member {member} sent work of weight {request.weight}, expected > 0")
 
     def _check_carried(self, member: int, carried: m.Carried) -> None:
         self._members.staging(member, carried.model)

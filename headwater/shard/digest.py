@@ -42,6 +42,8 @@ def _of_model(model: ModelSnapshot, changed: int) -> Iterator[Digest]:
     yield _digest(f"{name}: parameters", arrays=[model.values])
     for state, values in model.states.items():
         yield _digest(f"{name}: state {state!r}", arrays=[values])
+    for vector, values in zip(model.program.vectors, model.vectors, strict=True):
+        yield _digest(f"{name}: vector {vector!r}", arrays=[values])
     yield _digest(f"{name}: counts and settings", *declared, arrays=[model.counts])
 
 

@@ -5,13 +5,15 @@ Invariant: sums stay until their exchanges are over, for they may have to be rep
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from headwater import messages as m
+from headwater.log.measures import LARGEST
 from headwater.shard.merges import CommitMerges
 from headwater.shard.outstanding import Members
 from headwater.shard.replica import LiveInputs
 from headwater.shard.vector import Vector
+from headwater.shard.vector_work import reduce
 from headwater.spec.sync import Reduce
 
 
@@ -32,6 +34,25 @@ class Measures:
         """Whether its gradients must be measured before they are applied."""
         return any(self._vectors[one.model].is_measured and any(one.tensors) for one in step.carried)
 
+    def of_meeting(self, entry: m.Measured) -> bool:
+        """Whether what an entry asks for are reductions of vectors, as entries before it leave those."""
+        held = self._members.holds(entry.updates[0])
+        return held and isinstance(self._live.request(entry.updates[0]), m.Meet)
+
+    def reduce(self, entry: m.Measured) -> None:
+        """Of a meeting: do the reductions; blocks for a pass over what they read."""
+        requests = [(ticket, self._live.meet(ticket)) for ticket in entry.updates]
+        work = requests[0][1].work
+        assert work is not None
+        brought = self._live.gathered(work, requests)
+        self._keep(
+            entry,
+            [
+                m.Sum(work.model, *node, LARGEST if one.kind == "largest" else -1, number, number)
+                for one, number, node in reduce(self._vectors, work, brought)
+            ],
+        )
+
     def measure(self, entry: m.Measured) -> None:
         """Sum up what an entry asks for; blocks for a pass over those gradients, or one for each pair."""
         steps = [(ticket, self._live.step(ticket)) for ticket in entry.updates]
@@ -45,6 +66,9 @@ class Measures:
             elif updates:
                 squares = vector.squares(updates, merges.of(model, vector.spec))
                 parts += [m.Sum(model, *node) for node in squares]
+        self._keep(entry, parts)
+
+    def _keep(self, entry: m.Measured, parts: Sequence[m.Sum]) -> None:
         self._forget_answered()
         sums = self._kept[entry] = m.Sums(entry.position, tuple(parts))
         self._new.append(sums)

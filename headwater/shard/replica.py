@@ -22,17 +22,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
+from headwater.kernels.combinations import Combination, combine
 from headwater.log.state import tickets_of
 from headwater.shard.merges import CommitMerges
+from headwater.shard.named_vectors import BroughtGradients
 from headwater.shard.outstanding import Members
 from headwater.shard.tables import Pushed, StagedRows, Tables
 from headwater.shard.vector import Array, Staging, Update, Vector
+from headwater.shard.vector_work import gathered
 from headwater.spec.sync import Reduce
 
 Room: TypeAlias = Callable[[int], NDArray[np.uint8]]
 """Gives so many bytes, contiguous, at a multiple of 8: for an array that stays until its entry is applied."""
 
 Steps: TypeAlias = Sequence[tuple[m.ExchangeId, m.Step]]
+Meetings: TypeAlias = Sequence[tuple[m.ExchangeId, m.Meet]]
 
 
 def own_memory(size: int) -> NDArray[np.uint8]:
@@ -58,6 +62,9 @@ class EntryInputs(Protocol):
 
     def pushed(self, steps: Steps) -> Pushed:
         """Gradients of rows, to be added up in this order."""
+
+    def gathered(self, work: m.VectorWork, requests: Meetings) -> BroughtGradients:
+        """The gradients that work on vectors gathers."""
 
     def initial(self, ticket: m.ExchangeId) -> Array:
         """Initial values of this server's range of a model."""
@@ -103,6 +110,17 @@ class LiveInputs:
             for place, (ticket, step) in enumerate(steps)
             if step.pushed
         ]
+
+    def meet(self, ticket: m.ExchangeId) -> m.Meet:
+        """As it is held."""
+        request = self.request(ticket)
+        assert isinstance(request, m.Meet)
+        return request
+
+    def gathered(self, work: m.VectorWork, requests: Meetings) -> BroughtGradients:
+        """Each member's, from its window."""
+        staged = [self._members.staging(ticket.member, work.model).gradients for ticket, _ in requests]
+        return gathered(work, [request for _, request in requests], staged)
 
     def initial(self, ticket: m.ExchangeId) -> Array:
         """From the member's parameters."""
@@ -167,6 +185,10 @@ class MaterializedEntry:
     def pushed(self, steps: Steps) -> Pushed:
         """One, the sum of all."""
         return [(0, self.tables)]
+
+    def gathered(self, work: m.VectorWork, requests: Meetings) -> BroughtGradients:
+        """One, which is gathered already."""
+        return BroughtGradients(self.models, [1.0] * len(self.models))
 
     def initial(self, ticket: m.ExchangeId) -> Array:
         """As they were."""
@@ -289,6 +311,8 @@ class InputCollector:
         elif isinstance(entry, m.Assigned) and isinstance(requests[0][1], m.Assign | m.LoadState):
             model = requests[0][1].carried.model
             models[model] = _fill(room, self._live.assigned(entry.source, model).parameters)
+        elif isinstance(entry, m.Met):
+            models = self._gathered([(ticket, self._live.meet(ticket)) for ticket in entry.tickets], room)
         elif isinstance(entry, m.Assigned):
             staged = self._live.named_rows(entry.source)
             values = staged.rows if isinstance(requests[0][1], m.AssignRows) else staged.rows[:, :0]
@@ -305,6 +329,16 @@ class InputCollector:
         )
         copies = tuple(_bytes(room, blob) for *_, blob in blobs)
         return MaterializedEntry(inputs, tuple(models.values()), tuple(tables), copies)
+
+    def _gathered(self, requests: Meetings, room: Room) -> dict[int, Array]:
+        work = requests[0][1].work
+        if work is None or not work.gathers:
+            return {}
+        brought = self._live.gathered(work, requests)
+        vector = self._vectors[work.model]
+        out = _floats(room, vector.stop - vector.start)
+        combine(len(out), [Combination(out, brought.gradients, brought.coefficients)], ())
+        return {work.model: out}
 
     def _reduced(self, steps: Steps, merges: CommitMerges, room: Room) -> dict[int, Array]:
         reduced: dict[int, Array] = {}
@@ -353,6 +387,6 @@ def _blobs(request: m.Request) -> Iterator[tuple[Literal["kept", "data"], bytes]
 def _alone(request: m.Request) -> m.Request:
     """The request without what travels beside it."""
     changes: dict[str, Any] = {field: b"" for field, _ in _blobs(request)}
-    if isinstance(request, m.Step | m.Assign) and request.payload:
+    if isinstance(request, m.Step | m.Assign | m.Meet) and request.payload:
         changes["payload"] = ()
     return msgspec.structs.replace(request, **changes) if changes else request

@@ -27,6 +27,7 @@ from headwater.shard.cuts import ShardCut
 from headwater.shard.measures import Measures
 from headwater.shard.outstanding import Members, Outstanding
 from headwater.shard.replica import (
+    EntryInputs,
     InputCollector,
     LiveInputs,
     MaterializedEntry,
@@ -164,6 +165,7 @@ class Shard:
             weight = request.weight
         elif isinstance(request, m.Meet):
             meeting = request.meeting
+            measured = request.work is not None and bool(request.work.reductions)
         held = m.Held(
             member, request.number, kind, name_of(request), connection_epoch, measured, weight, meeting
         )
@@ -237,9 +239,15 @@ class Shard:
             ProtocolError: it is not the next one.
         """
         self._check_next(entry)
-        if isinstance(entry, m.Measured):
+        if isinstance(entry, m.Measured) and not self._measures.of_meeting(entry):
             self._measures.measure(entry)
-        return self._state.process(entry, self._live)
+        return self._processed(entry, self._live)
+
+    def _processed(self, entry: m.AnyEntry, inputs: EntryInputs) -> Answers:
+        """Vectors are measured when all entries before are applied, and where members are served."""
+        if isinstance(entry, m.Measured) and self._measures.of_meeting(entry):
+            self._measures.reduce(entry)
+        return self._state.process(entry, inputs)
 
     @property
     def has_measured(self) -> bool:
@@ -296,7 +304,7 @@ class Shard:
     def prepare(self, entry: m.AnyEntry, room: Room = own_memory) -> MaterializedEntry | None:
         """Keep the next entry until it is committed; with a standby, return what that must follow.
 
-        What it asks to be measured is measured at once, and need not be committed to be reported.
+        Gradients that it asks to be measured are measured at once, and need not be committed to be reported.
 
         `room` gives memory for gradients and values, which stays until the entry is applied. Blocks, with a
         standby, for a pass over the gradients of a commit.
@@ -305,7 +313,7 @@ class Shard:
             ProtocolError: it is not the next one.
         """
         self._check_next(entry)
-        if isinstance(entry, m.Measured):
+        if isinstance(entry, m.Measured) and not self._measures.of_meeting(entry):
             self._measures.measure(entry)
         resolved = None
         if self._shipped is not None:
@@ -341,7 +349,7 @@ class Shard:
         answers: Answers = []
         while self.position < position:
             closed = self._closed.popleft()
-            answers += self._state.process(closed.entry, closed.resolved or self._live)
+            answers += self._processed(closed.entry, closed.resolved or self._live)
         return answers
 
     # ── terms ───────────────────────────────────────────────────────────────────────────────────

@@ -42,6 +42,7 @@ class ModelSnapshot:
         counts: int64[tensors], updates of each tensor, in the order of the layout.
         updates: commits that touched the model.
         program: what workers' programs have said of it besides.
+        vectors: float32[stop − start] of each of `program.vectors`.
     """
 
     spec: ModelSpec
@@ -53,10 +54,11 @@ class ModelSnapshot:
     counts: NDArray[np.int64]
     updates: int
     program: ProgramRecord = NOTHING_SAID
+    vectors: tuple[Array, ...] = ()
 
     def arrays(self) -> list[Array]:
         """All that are as long as the range."""
-        return [self.values, *self.states.values()]
+        return [self.values, *self.states.values(), *self.vectors]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,7 +148,7 @@ def pack(snapshot: ShardSnapshot, term: int) -> tuple[m.Snapshot, Arrays]:
     )
     arrays: Arrays = [snapshot.programs]
     for model in snapshot.models:
-        arrays += [model.values, *model.states.values(), model.counts]
+        arrays += [*model.arrays(), model.counts]
     for table in snapshot.tables:
         arrays += [table.ids, table.counts, table.last, table.values, *table.states.values()]
         arrays += [table.pending_ids, table.pending_counts]
@@ -193,6 +195,7 @@ def _model(part: m.ModelPart, array: Any) -> ModelSnapshot:
         part.stop,
         values=array(np.float32, length),
         states={name: array(np.float32, length) for name in part.states},
+        vectors=tuple(array(np.float32, length) for _ in part.program.vectors),
         counts=array(np.int64, part.counts),
         updates=part.updates,
         program=part.program,

@@ -32,6 +32,7 @@ from headwater.shard.replica import EntryInputs
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.shard.tables import Tables
 from headwater.shard.vector import Staging, Vector
+from headwater.shard.vector_work import perform, refusal
 from headwater.spec.declaration import model_difference
 from headwater.spec.layout import Layout
 from headwater.spec.rules import evaluated
@@ -261,7 +262,7 @@ class State:
             return self._serve_again(ticket, request)
         try:
             brought = self._bring(ticket, request)
-        except (RegistrationError, MeetingError) as error:
+        except UsageError as error:
             return self._answer(ticket, failure=_refused(error))
         if not isinstance(request, m.Step):
             return self._answer(ticket, **brought)
@@ -272,7 +273,7 @@ class State:
         answer = self.ledger.answer(ticket.member)
         try:
             brought = {} if answer.failure is not None else self._bring(ticket, request, again=True)
-        except MeetingError as error:
+        except UsageError as error:
             brought = {"failure": _refused(error)}
         if isinstance(request, m.Step):
             brought["rules"] = self._news(request)
@@ -299,7 +300,7 @@ class State:
             rules = vector.governed.in_force(vector.updates, model=model, joins=True)
             return self._join(ticket, reader, model) | {"notice": notice, "rules": (rules,)}
         if isinstance(request, m.Meet):
-            return self._met_before(ticket, request.meeting)
+            return self._met_before(ticket, request.meeting) | self._read_after(ticket, request)
         if isinstance(request, m.Recall):
             return {"recalled": self._recalled(ticket)}
         if isinstance(request, m.Attach):
@@ -409,11 +410,38 @@ class State:
         data = tuple(
             request.data for rank, (_, request) in zip(ranks, requests, strict=True) if rank in gives
         )
-        self.programs.record(m.MeetingResult(meeting, ranks, sums, data))
+        failure, work = "", requests[0][1].work
+        if work is not None:
+            self.version = entry.version or self.version
+            failure = self._work(entry, requests, work)
+            data = (self.vectors[work.model].named.note,) if work.recall else ()
+        totals = () if failure else entry.totals
+        self.programs.record(m.MeetingResult(meeting, ranks, sums, data, totals, failure))
         for ticket, request in requests:
             self._note_program(ticket, request)
-        fields: dict[str, Any] = {"sums": sums, "ranks": ranks, "data": data}
-        return [answer for ticket in entry.tickets for answer in self._answer(ticket, **fields)]
+        fields: dict[str, Any] = {"sums": sums, "ranks": ranks, "data": data, "totals": totals}
+        if failure:
+            fields = {"failure": m.Refused("UsageError", failure)}
+        return [
+            answer
+            for ticket, request in requests
+            for answer in self._answer(ticket, **fields, **self._read_after(ticket, request))
+        ]
+
+    def _work(self, entry: m.Met, requests: Sequence[tuple[m.ExchangeId, m.Meet]], work: m.VectorWork) -> str:
+        """Do what a meeting has the servers do with vectors; why that is refused, or ""."""
+        if failure := refusal(self.vectors, work):
+            return failure
+        if work.operations:
+            perform(self.vectors, work, self._inputs.gathered(work, requests), entry.version)
+        return ""
+
+    def _read_after(self, ticket: m.ExchangeId, request: m.Meet) -> dict[str, Any]:
+        """The values that work on vectors brings, for a member that can be answered here."""
+        if request.work is None or not request.work.read:
+            return {}
+        reader = self._members.reader(ticket)
+        return {"values": self._write(ticket, reader, (request.work.model,))}
 
     def _meet_of(self, ticket: m.ExchangeId) -> m.Meet:
         request = self._inputs.request(ticket)
@@ -425,6 +453,7 @@ class State:
 
         Raises:
             MeetingError: it was another meeting, or its result is kept no more.
+            UsageError: the servers refused its work on vectors.
         """
         rank, result = self._rank_of(ticket), self.programs.result(meeting.number)
         if result is None:
@@ -439,7 +468,9 @@ class State:
                 f"were in {describe(result.meeting)}: make the same calls in the same order, or loop over "
                 f"worker.epochs(n), which begins where the rank was"
             )
-        return {"sums": result.sums, "ranks": result.ranks, "data": result.data}
+        if result.failure:
+            raise UsageError(result.failure)
+        return {"sums": result.sums, "ranks": result.ranks, "data": result.data, "totals": result.totals}
 
     # ── programs ────────────────────────────────────────────────────────────────────────────────
 

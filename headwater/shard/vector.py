@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from headwater.kernels import add_up, copy_out, dense, middle, multiply_up, square_up, weigh
 from headwater.kernels.fused import Update as Kernel
 from headwater.log.norms import Node, scale, subtrees, total
-from headwater.messages import ModelSpec, ModelStatistics, ProgramWrite
+from headwater.messages import ModelSpec, ModelStatistics, ProgramWrite, VectorWork
 from headwater.shard.governed import GovernedRules
 from headwater.shard.merges import PLAIN, Merge
+from headwater.shard.named_vectors import BroughtGradients, NamedVectors
 from headwater.shard.pattern import Pattern, addresses
 from headwater.shard.snapshot import ModelSnapshot
 from headwater.shard.writes import Writes
@@ -77,6 +78,7 @@ class Vector:
         changed: version of the last change.
         clip_norm: the largest norm that the gradient of a commit may have; None: any.
         governed: its rules, by parameter group.
+        named: vectors beside the values.
     """
 
     def __init__(self, spec: ModelSpec, start: int, stop: int, initial: Array, version: int) -> None:
@@ -89,12 +91,19 @@ class Vector:
         self.governed = GovernedRules(spec.rules)
         self._writes = Writes(f"model {spec.name!r}")
         self.states = self._initial_states()
+        self.named = NamedVectors(start, self._tensors_here())
         self.counts = np.zeros(len(self.layout.tensors), dtype=np.int64)
         first = int(np.searchsorted(self.layout.stops, start, side="right"))
         last = int(np.searchsorted(self.layout.starts, stop, side="left"))
         self._here = slice(first, max(first, last))
         self._pattern: Pattern | None = None  # of the last update
         self._kernels: dict[int, tuple[Rule, Kernel, list[Array]]] = {}  # by parameter group
+
+    def _tensors_here(self) -> list[tuple[int, int]]:
+        """Where elements of tensors are in this range, without the gaps."""
+        bounds = zip(self.layout.starts.tolist(), self.layout.stops.tolist(), strict=True)
+        cut = [(max(low, self.start) - self.start, min(high, self.stop) - self.start) for low, high in bounds]
+        return [(low, high) for low, high in cut if low < high]
 
     def _initial_states(self) -> dict[str, Array]:
         states: dict[str, Array] = {}
@@ -365,9 +374,14 @@ class Vector:
             self.updates = updates
         self.changed = version
 
+    def perform(self, work: VectorWork, gathered: BroughtGradients, version: int) -> None:
+        """Do what was checked to the values and the named vectors; blocks for a pass over those."""
+        self.named.perform(work, self.values, gathered)
+        self.changed = version
+
     def arrays(self) -> list[Array]:
         """All that are as long as the range."""
-        return [self.values, *self.states.values()]
+        return [self.values, *self.states.values(), *self.named.arrays.values()]
 
     def snapshot(self, copy: Callable[[Array], Array] = np.copy) -> ModelSnapshot:
         """A copy of all of it but `changed`; `restore` is the inverse. `copy` makes those of large arrays."""
@@ -380,7 +394,13 @@ class Vector:
             states={name: copy(state) for name, state in self.states.items()},
             counts=self.counts.copy(),
             updates=self.updates,
-            program=msgspec.structs.replace(self.governed.record(), written=self._writes.records()),
+            program=msgspec.structs.replace(
+                self.governed.record(),
+                written=self._writes.records(),
+                vectors=tuple(self.named.arrays),
+                note=self.named.note,
+            ),
+            vectors=tuple(copy(array) for array in self.named.arrays.values()),
         )
 
     @classmethod
@@ -393,6 +413,9 @@ class Vector:
             state[:] = snapshot.states[name]
         vector.counts[:] = snapshot.counts
         vector.updates = snapshot.updates
+        vector.named.note = snapshot.program.note
+        for vector_name, array in zip(snapshot.program.vectors, snapshot.vectors, strict=True):
+            vector.named.arrays[vector_name] = array.copy()
         return vector
 
     def statistics(self) -> ModelStatistics:
@@ -403,7 +426,7 @@ class Vector:
             tensors=len(self.layout.tensors),
             elements=self.layout.counted(),
             updates=self.updates,
-            resident=self.values.nbytes * (1 + len(self.states)),
+            resident=self.values.nbytes * len(self.arrays()),
         )
 
 

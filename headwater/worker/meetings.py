@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.errors import ConfigurationError, MeetingError, UsageError
 from headwater.log.meetings import describe
+from headwater.machines.connections import Frame
 from headwater.runtime.client import Client
 from headwater.worker import plain
 from headwater.worker.batches import DataReader
@@ -88,6 +89,17 @@ class Meetings:
         (found,) = self._exchange("broadcast", (), "present", root, data).values()
         return plain.decode(found)
 
+    def operate(
+        self,
+        kind: m.MeetingKind,
+        names: tuple[str, ...],
+        of: m.Attendance,
+        values: dict[str, float],
+        frame: Callable[[m.Meet, int], Frame],
+    ) -> m.Answer:
+        """Have the servers work on vectors; `frame`: what a server is sent, from what every meeting says."""
+        return self._meet(kind, names, of, values=values, frame=frame)
+
     def _exchange(
         self, kind: m.MeetingKind, names: tuple[str, ...], of: m.Attendance, root: int, data: bytes
     ) -> dict[int, bytes]:
@@ -122,6 +134,7 @@ class Meetings:
         *,
         values: dict[str, float] | None = None,
         data: bytes = b"",
+        frame: Callable[[m.Meet, int], Frame] | None = None,
     ) -> m.Answer:
         self._session.check_open(kind)
         self._reader.settle()
@@ -130,12 +143,15 @@ class Meetings:
         new = self._program.is_new(meeting)
         if new and self._reader.holds_split():
             self._session.tell(m.InMeeting(meeting.number, describe(meeting)))
+
+        def outgoing(server: int, number: int) -> Frame:
+            meet = m.Meet(number, meeting, values or {}, data, position, kept)
+            return Frame(meet) if frame is None else frame(meet, server)
+
         stages, waited = self._session.stages, self._session.waiting
         began = stages.now()
         try:
-            answer: m.Answer = self._session.ask(
-                lambda number: m.Meet(number, meeting, values or {}, data, position, kept), kind
-            )
+            answer: m.Answer = self._session.call(outgoing, kind)
         finally:
             stages.met(began, self._session.waiting - waited)
         if new:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.errors import GradientError, NonFiniteError, RegistrationError
+from headwater.errors import GradientError, NonFiniteError, RegistrationError, UsageError
 from headwater.kernels import finite_sum, stage
 from headwater.machines.connections import Frame, Outgoing
 from headwater.machines.model_buffer import ModelBuffer, ModelMemory, PrivateMemory
@@ -21,9 +21,11 @@ from headwater.spec.layout import Layout
 from headwater.spec.rules import Rule
 from headwater.spec.schedules import Schedule
 from headwater.wire.window import Window
+from headwater.worker.meetings import Meetings
 from headwater.worker.model_spec import NonFinite, as_array, check_nonfinite, named
 from headwater.worker.rule_settings import RuleSettings
 from headwater.worker.rule_state import digest_of, vectors_of
+from headwater.worker.vectors import Vectors
 
 _log = logging.getLogger("headwater.worker")
 
@@ -77,6 +79,7 @@ class Model:
         self.vector = self._memory.parameters
         self._read_only = {name: _read_only(view) for name, view in self.parameters.items()}
         self.adapter: Adapter | None = None
+        self._vectors: Vectors | None = None
         self._staged: set[str] = set()
         self.settings = RuleSettings(f"model {spec.name!r}", spec.rules)
         self._skip = False
@@ -205,6 +208,17 @@ class Model:
         self.load_written_state(state, updates, None)
 
     @property
+    def vectors(self) -> Vectors:
+        """Vectors of this model's layout that stay on the servers beside its parameters.
+
+        Raises:
+            UsageError: the model is a reader's.
+        """
+        if self._vectors is None:
+            raise UsageError(f"model {self.name!r}: only workers have vectors, this is a reader")
+        return self._vectors
+
+    @property
     def rules(self) -> list[Rule]:
         """The rule of each parameter group, with the settings that this worker knows to be in force."""
         return self.settings.rules
@@ -277,6 +291,10 @@ class Model:
         request = m.LoadState(0, carried, tuple(vectors), counts, told, written)
         self._session.call(partial(self._buffer.load_state, request, list(vectors.values())), "load_state")
 
+    def meets(self, meetings: Meetings) -> None:
+        """Work on its vectors is a meeting of all workers."""
+        self._vectors = Vectors(self, meetings)
+
     def register(self, initial: Mapping[str, NDArray[Any]]) -> None:
         """Declare the model with these values, or join one that exists; blocks for an exchange."""
         for name, value in initial.items():
@@ -331,6 +349,10 @@ class Model:
     def gradient_payload(self, server: int, mask: bytes) -> tuple[tuple[m.Run, ...], list[Array]]:
         """The runs and arrays of staged gradients for a server without a window."""
         return self._buffer.staged(mask, server)
+
+    def meet(self, meet: m.Meet, server: int) -> Frame:
+        """What a server is sent of a meeting with work on this model's vectors."""
+        return self._buffer.meet(meet, server)
 
     def coded_payload(self, server: int) -> tuple[tuple[m.Coded, ...], list[Any]]:
         """The same as the model's codec makes them."""

@@ -219,6 +219,7 @@ class Worker:
             known.warn_of_unused(initial)
             return known
         model = Model(self._session, spec, params, nonfinite)
+        model.meets(self._meetings)
         model.register(initial)
         self._models[name] = model
         self.stages.begin(self._session.waiting)

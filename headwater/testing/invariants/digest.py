@@ -17,11 +17,12 @@ def snapshot_digest(snapshot: ShardSnapshot) -> int:
     """Of all that a snapshot says."""
     arrays: list[Any] = []
     for model in snapshot.models:
-        arrays += [model.values, model.counts, *model.states.values()]
+        arrays += [model.counts, *model.arrays()]
     for table in snapshot.tables:
         arrays += [table.ids, table.values, table.counts, table.last]
         arrays += [table.pending_ids, table.pending_counts, *table.states.values()]
-    rules = [(model.rules, model.updates) for model in snapshot.models]
+    rules = [(model.rules, model.updates, model.program.vectors) for model in snapshot.models]
+    notes = [model.program.note for model in snapshot.models]
     rows = [(table.rule, table.updates) for table in snapshot.tables]
     rest = (snapshot.position, snapshot.version, snapshot.changed, snapshot.ledger, snapshot.standings)
-    return hash((*(array.tobytes() for array in arrays), repr((rules, rows, rest, snapshot.recorded))))
+    return hash((*(array.tobytes() for array in arrays), repr((rules, notes, rows, rest, snapshot.recorded))))
