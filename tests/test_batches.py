@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from waiting import wait_until
 
 import headwater as hw
 from headwater import messages as m
@@ -197,18 +198,29 @@ def test_splits_are_leased_for_a_loader_of_ones_own():
 # ── deaths ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _reads(worker, size, mode, epochs, dies_at=None, in_batch=False):
-    """Read and count everything; with `dies_at`, die at that batch, before or after its step."""
+def _reads(worker, size, epochs, dies_at=None, in_batch=False, dying=None):
+    """Read and count everything; with `dies_at`, die at that batch, before or after its step.
+
+    `dying`: a file that is there from then on; whoever lives begins to read when it is.
+    """
     model, read = counter(worker, size), []
+    if dying is not None and dies_at is None:
+        wait_until(dying.exists)
     for number, batch in enumerate(worker.batches(np.arange(size), 3, epochs=epochs, shuffle=True, seed=5)):
         if number == dies_at and in_batch:
-            os.kill(os.getpid(), signal.SIGKILL)
+            _die(dying)
         count(worker, model, batch)
         read += batch.tolist()
         if number == dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            _die(dying)
     worker.barrier()
     return read
+
+
+def _die(dying):
+    if dying is not None:
+        dying.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _outcome(cluster, deadline=60):
@@ -230,8 +242,8 @@ def _statistics_when(cluster, holds, deadline=30):
 
 
 @pytest.mark.parametrize("in_batch", [False, True])
-def test_what_a_killed_process_leased_is_read_by_the_others(in_batch):
-    reads = functools.partial(_reads, size=200, mode="async", epochs=2)
+def test_what_a_killed_process_leased_is_read_by_the_others(in_batch, tmp_path):
+    reads = functools.partial(_reads, size=200, epochs=2, dying=tmp_path / "dying")
     with hw.Cluster(workers=2, sync="async", engine="local", deadline=60) as cluster:
         cluster.start_worker(0, reads)
         cluster.start_worker(1, functools.partial(reads, dies_at=1, in_batch=in_batch))
@@ -246,7 +258,7 @@ def test_what_a_killed_process_leased_is_read_by_the_others(in_batch):
 @pytest.mark.parametrize("in_batch", [False, True])
 def test_a_killed_ranks_part_is_told_and_continued_by_the_next_worker_with_that_rank(in_batch, caplog):
     size, epochs = 60, 2
-    reads = functools.partial(_reads, size=size, mode="sync", epochs=epochs)
+    reads = functools.partial(_reads, size=size, epochs=epochs)
     with hw.Cluster(workers=2, servers=2, engine="local", deadline=60) as cluster:
         cluster.start_worker(0, reads)
         cluster.start_worker(1, functools.partial(reads, dies_at=13, in_batch=in_batch))

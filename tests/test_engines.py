@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from waiting import wait_until
 
 import headwater as hw
 from headwater.engines import ENGINES
@@ -163,6 +165,16 @@ def test_a_worker_that_is_killed_ends_the_run_with_its_signal():
 
     with pytest.raises(hw.errors.WorkerError, match="worker 1: its process ended with signal SIGKILL"):
         hw.run(train, workers=2)
+
+
+def test_a_process_that_was_killed_has_died_of_its_signal_though_its_connections_ended_first():
+    with hw.Cluster(workers=1, engine="local") as cluster:
+        cluster.start_worker(0, lambda worker: signal.pause())
+        workers = wait_until(lambda: [one for one in cluster.statistics().nodes if one.role == "worker"])
+        pid = workers[0].pid
+        os.kill(pid, signal.SIGKILL)
+        cluster._engine.end_process((pid, socket.gethostname()), "it was declared dead")
+        assert cluster.next_outcome(30).failure.summary == "its process ended with signal SIGKILL"
 
 
 @pytest.mark.fresh

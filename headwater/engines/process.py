@@ -38,6 +38,8 @@ _PIPE = 1 << 20
 """Bytes that a pipe can hold at most, unless root has changed that."""
 _LENGTH = 8
 """Bytes of the length that goes before an outcome."""
+_ENDING_S = 1.0
+"""How long a process whose connections have ended may take to end by itself, in seconds."""
 _GONE_S = 5.0
 """How long a killed process, and the callback that takes its lines, may take to end, in seconds."""
 
@@ -73,7 +75,8 @@ class NodeProcess:
         self._unsent = memoryview(start)
         self._told = bytearray()
         self._lines = LineSplitter()
-        self._reported = self._ended = self._stopping = self._closing = False
+        self._reported = self._stopping = self._closing = False
+        self._ended = threading.Event()
         self._killed = ""
         self._ready = selectors.PollSelector()
         self._process = self._start(environment)
@@ -120,8 +123,11 @@ class NodeProcess:
         return process
 
     def kill(self, why: str) -> None:
-        """End the process at once; its end is reported, with this reason."""
-        if not self._ended:
+        """End the process, unless it ends by itself; its end is reported, with this reason where it was this.
+
+        Blocks for a moment: the connections of a process that was killed end before it is gone.
+        """
+        if not self._ended.wait(_ENDING_S):
             self._killed = why
             self._process.kill()
 
@@ -164,7 +170,7 @@ class NodeProcess:
 
     def _wait(self) -> None:
         self._process.wait()
-        self._ended = True
+        self._ended.set()
         self._wake()
 
     def _serve(self) -> None:
@@ -174,7 +180,7 @@ class NodeProcess:
                 for key, _ in self._ready.select(self._timeout()):
                     key.data()
                 self._show(self._lines.tick(time.monotonic()))
-                if not self._reported and (self._ended or self._is_told()):
+                if not self._reported and (self._ended.is_set() or self._is_told()):
                     self._drain()
                     self._tell(self._outcome())
             self._drain()
