@@ -516,7 +516,7 @@ def test_a_gradient_that_was_donated_is_refused_by_name():
 def test_an_optimizer_in_a_traced_function_is_refused():
     def work(worker):
         opt = optimizer(worker, {"w": jnp.zeros(2)})
-        with pytest.raises(UsageError, match=r"leaf at \['w'\] is being traced: call the Distributed"):
+        with pytest.raises(UsageError, match=r"leaf at \['w'\] is being traced: call the optimizer"):
             jax.jit(opt.step)({"w": jnp.ones(2)})
         with pytest.raises(UsageError, match="is being traced"):
             jax.jit(lambda params: optimizer(worker, params).params)({"w": jnp.ones(2)})

@@ -188,9 +188,9 @@ SHARED_MODULES = """
 SHARED_CLASSES = """
     Assign Call Checkpoint Client Constant DistributedOptimizer End Ended Entries EntryInputs Frame
     Group Host Identity Index Listener Measures Member Members Outbox Outgoing Progress Roster Schedule
-    Scratch Span State Stop Sums Table Update Verification Wait Window World
+    OuterOptimizer Scratch Span State Stop Sums Table Update Verification Wait Window World
 """
-"""Names of public classes that stand for several things still; none is added."""
+"""Names of public classes that stand for several things still; none is added but by another framework."""
 
 
 def _shared(names):

@@ -389,4 +389,6 @@ def _alone(request: m.Request) -> m.Request:
     changes: dict[str, Any] = {field: b"" for field, _ in _blobs(request)}
     if isinstance(request, m.Step | m.Assign | m.Meet) and request.payload:
         changes["payload"] = ()
+    if isinstance(request, m.Step) and request.coded:
+        changes["coded"] = ()
     return msgspec.structs.replace(request, **changes) if changes else request

@@ -6,6 +6,7 @@ from headwater.torch.bag import EmbeddingBag
 from headwater.torch.collection import EmbeddingBagCollection, EmbeddingBagConfig, pull_rows
 from headwater.torch.embedding import Embedding
 from headwater.torch.optimizer import DistributedOptimizer
+from headwater.torch.outer import OuterOptimizer
 
 __all__ = [
     "DistributedOptimizer",
@@ -13,5 +14,6 @@ __all__ = [
     "EmbeddingBag",
     "EmbeddingBagCollection",
     "EmbeddingBagConfig",
+    "OuterOptimizer",
     "pull_rows",
 ]

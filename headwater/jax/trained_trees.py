@@ -83,15 +83,15 @@ class DistributedOptimizer(Generic[Tree]):
         values_codec: str | None = None,
         nonfinite: NonFinite = "raise",
     ) -> None:
-        leaves, self._structure = _flatten(params, RegistrationError)
+        leaves, self._structure = flatten(params, RegistrationError)
         self._known = {path[:depth] for path, _ in leaves for depth in range(len(path) + 1)}
         trained = {path: leaf for path, leaf in leaves if leaf is not None}
-        self._names = _names(trained)
+        self._names = names_of(trained)
         for path, leaf in trained.items():
-            _check_parameter(self._names[path], leaf)
+            check_parameter(self._names[path], leaf)
         values = {self._names[path]: leaf for path, leaf in trained.items()}
         self._dtypes = tuple(np.dtype(leaf.dtype) for leaf in values.values())
-        self._places = [_place(leaf) for leaf in values.values()]
+        self._places = [place_of(leaf) for leaf in values.values()]
         self._on_host = jax.default_backend() == "cpu" and not any(self._places)
         self._worker = worker
         self.result: StepResult | None = None
@@ -173,13 +173,13 @@ class DistributedOptimizer(Generic[Tree]):
     def _by_name(self, grads: Any) -> dict[str, Any]:
         """The gradients there are."""
         found: dict[str, Any] = {}
-        for path, leaf in _flatten(grads, GradientError)[0]:
+        for path, leaf in flatten(grads, GradientError)[0]:
             if leaf is None and path in self._known:
                 continue
             if leaf is None or path not in self._names:
                 what = "None" if leaf is None else f"a {type(leaf).__name__}"
                 raise GradientError(
-                    f"the gradients have {what} at {_shown(path)}, where model {self.model.name!r} has no "
+                    f"the gradients have {what} at {shown(path)}, where model {self.model.name!r} has no "
                     f"parameter: pass a tree like the parameters', which are {self._listed()}"
                 )
             found[self._names[path]] = leaf
@@ -190,7 +190,7 @@ class DistributedOptimizer(Generic[Tree]):
         return found
 
     def _listed(self) -> str:
-        paths = [_shown(path) for path in self._names]
+        paths = [shown(path) for path in self._names]
         return ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
 
     def _read(self) -> Tree:
@@ -243,7 +243,7 @@ def _check_known(worker: Worker, name: str, values: dict[str, Any]) -> None:
         )
 
 
-def _flatten(tree: Any, error: type[UsageError]) -> tuple[list[tuple[Path, Any]], Any]:
+def flatten(tree: Any, error: type[UsageError]) -> tuple[list[tuple[Path, Any]], Any]:
     """Leaves with their paths, None among them, and the structure without None.
 
     Raises:
@@ -258,13 +258,13 @@ def _flatten(tree: Any, error: type[UsageError]) -> tuple[list[tuple[Path, Any]]
     for path, leaf in leaves:
         if isinstance(leaf, jax.core.Tracer):
             raise UsageError(
-                f"the leaf at {_shown(path)} is being traced: call the DistributedOptimizer outside of "
+                f"the leaf at {shown(path)} is being traced: call the optimizer outside of "
                 f"functions that jax.jit, jax.grad and the like transform, with what they return"
             )
     return leaves, structure
 
 
-def _names(paths: Iterable[Path]) -> dict[Path, str]:
+def names_of(paths: Iterable[Path]) -> dict[Path, str]:
     """Each path's name.
 
     Raises:
@@ -276,7 +276,7 @@ def _names(paths: Iterable[Path]) -> dict[Path, str]:
         other = first.setdefault(name, path)
         if other is not path:
             raise RegistrationError(
-                f"the leaves at {_shown(other)} and {_shown(path)} would have the same name {name!r}: "
+                f"the leaves at {shown(other)} and {shown(path)} would have the same name {name!r}: "
                 f"rename one of them"
             )
     return {path: name for name, path in first.items()}
@@ -293,11 +293,11 @@ def _part(key: Any) -> str:
     return str(key)
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     return tree_util.keystr(path) or "the top"
 
 
-def _check_parameter(name: str, leaf: Any) -> None:
+def check_parameter(name: str, leaf: Any) -> None:
     """Raise RegistrationError unless it is an array of a dtype that can be trained."""
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
         raise RegistrationError(
@@ -317,7 +317,7 @@ def _check_parameter(name: str, leaf: Any) -> None:
         )
 
 
-def _place(leaf: Any) -> jax.sharding.Sharding | None:
+def place_of(leaf: Any) -> jax.sharding.Sharding | None:
     """Where arrays for this leaf go; None where JAX would put them by itself."""
     return leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
 
