@@ -25,8 +25,9 @@ from headwater.errors import (
     HeadwaterError,
 )
 from headwater.messages import ClusterStatistics
+from headwater.observe.display import both, display_for, is_watched
 from headwater.spec.cluster import ClusterConfig, ClusterOptions
-from headwater.spec.keywords import takes
+from headwater.spec.keywords import chosen, takes
 from headwater.spec.words import option
 from headwater.worker import Worker
 
@@ -79,6 +80,7 @@ def run(
     restarts: int = 3,
     started: Callable[[str], None] | None = None,
     watch: Callable[[ClusterStatistics], None] | None = None,
+    progress: bool | None = None,
     **options: Unpack[ClusterKeywords],
 ) -> RunResult:
     """Run `train(worker)` in every worker of a new cluster; blocks until all have returned.
@@ -95,6 +97,8 @@ def run(
         restarts: how often the worker of one rank may die; an exception in `train` ends the run at once.
         started: gets the cluster's address, once; what it raises ends the run.
         watch: gets the cluster's statistics twice a second; what it raises ends the run and is raised.
+        progress: show how it goes on standard error, a line for each worker from the beginning, and what
+            workers print above it. None: on a terminal and in a notebook.
 
     Raises:
         WorkerError: `train` raised in a worker, or its process died too often; carries rank and traceback.
@@ -111,6 +115,27 @@ def run(
     for name, callback in {"train": train, "started": started, "watch": watch}.items():
         if not callable(callback) and (name == "train" or callback is not None):
             raise ConfigurationError(f"{name}: got {callback!r}, expected a function")
+    if progress is not None and not isinstance(progress, bool):
+        raise ConfigurationError(f"progress: got {progress!r}, expected True, False or None")
+    if not (progress or (progress is None and is_watched())):
+        return _run(train, engine, restarts, started, watch, options)
+    (of_cluster, _) = chosen(options, ClusterConfig, NodeConfig)
+    with display_for(ClusterConfig.of(**of_cluster).workers, train) as display:
+        options.setdefault("output", display.print)
+        started, watch = both(display.started, started), both(display.show, watch)
+        result = _run(train, engine, restarts, started, watch, options)
+        display.show(result.statistics)
+    return result
+
+
+def _run(
+    train: Callable[[Worker], Any],
+    engine: str | RayEngine,
+    restarts: int,
+    started: Callable[[str], None] | None,
+    watch: Callable[[ClusterStatistics], None] | None,
+    options: ClusterKeywords,
+) -> RunResult:
     with Cluster(engine=engine, **options) as cluster:
         cluster.reserve_ranks()
         if started is not None:

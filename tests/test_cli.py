@@ -32,10 +32,10 @@ from headwater.bench.turns import take_turns
 from headwater.cli import bench as cli_bench
 from headwater.cli.app import COMMANDS, app
 from headwater.cli.assignments import parse_settings
-from headwater.cli.display import LiveDisplay, PlainDisplay, duration
-from headwater.cli.progress import ProgressLines
 from headwater.cli.script import MODULE
 from headwater.messages import ClusterStatistics, NodeStatistics, Progress
+from headwater.observe.display import LiveDisplay, PlainDisplay, duration
+from headwater.observe.worker_lines import ProgressLines
 from headwater.runtime.coordinator import CoordinatorNode
 from headwater.spec.cluster import ClusterConfig
 
@@ -93,7 +93,8 @@ def test_run_trains_and_sums_up(command, script):
     results = result.stdout.splitlines()
     assert re.search(r"^sync: version 3 after .*, [\d.]+ samples/s, [\d.]+ steps/s$", results[0])
     assert re.search(r"^sync: \d+% of the workers' time waiting, staleness median 0, max 0$", results[1])
-    assert results[2:] == ["worker 0 returned -3.0", "worker 1 returned -3.0"]
+    assert re.search(r"^sync: exposed time: worker [01] \w+ \d+%", results[2])
+    assert results[3:] == ["worker 0 returned -3.0", "worker 1 returned -3.0"]
 
 
 def test_main_block_does_not_run_and_siblings_can_be_imported(command, script):

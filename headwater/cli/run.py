@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from headwater.cli.display import Display, LiveDisplay, PlainDisplay
 from headwater.cli.engines import chosen_engine
 from headwater.cli.options import Metrics, Otlp, command, configuration, listening
 from headwater.cli.script import load_function
@@ -23,6 +22,7 @@ from headwater.cli.summary import summarize
 from headwater.driver import RunResult
 from headwater.driver import run as train_with
 from headwater.engines import RayEngine
+from headwater.observe.display import Display, LiveDisplay, PlainDisplay
 from headwater.spec.cluster import ClusterConfig
 from headwater.wire.endpoint import Endpoint
 
@@ -137,6 +137,7 @@ def train_script(
             output=display.print,
             started=display.started,
             watch=display.show,
+            progress=False,
             **options,
         )
         display.show(result.statistics)

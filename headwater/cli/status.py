@@ -15,6 +15,8 @@ from rich.text import Text
 from headwater.cli.health import Health
 from headwater.cli.options import Address, Json, command, credentials, the
 from headwater.messages import ClusterStatistics, NodeStatistics
+from headwater.observe.display import duration
+from headwater.observe.exposure import exposures
 from headwater.observe.metrics import as_data
 from headwater.runtime.inquiry import ask
 from headwater.wire.security import Security
@@ -74,6 +76,11 @@ def page(statistics: ClusterStatistics) -> RenderableType:
         Text(_about(statistics)),
         _nodes(statistics),
     ]
+    slowest = exposures(statistics.totals)
+    if slowest and len(statistics.totals) > 1:
+        parts.append(Text(f"slowest: {slowest[0]}"))
+    if (written := _checkpoint(statistics)) is not None:
+        parts.append(Text(written))
     parts += [Text(line) for line in statistics.joining]
     if statistics.models:
         parts.append(_models(statistics))
@@ -90,14 +97,26 @@ def _about(statistics: ClusterStatistics) -> str:
     )
 
 
+def _checkpoint(statistics: ClusterStatistics) -> str | None:
+    counts = statistics.checkpoints
+    if not counts.written:
+        return f"no checkpoint could be written, of {counts.failed}" if counts.failed else None
+    failed = f", {counts.failed} failed" if counts.failed else ""
+    return (
+        f"last checkpoint: version {counts.version}, {duration(counts.age)} ago, "
+        f"{counts.last_bytes / 1e6:,.1f} MB in {counts.last_seconds:.1f} s{failed}"
+    )
+
+
 def _nodes(statistics: ClusterStatistics) -> Table:
     rates = {report.rank: report.steps / report.elapsed for report in statistics.progress if report.elapsed}
-    shown = _empty("node", "pid", "version", "steps/s", "waits for")
+    shown = _empty("node", "pid", "version", "steps/s", "heard", "waits for")
     for node in statistics.nodes:
         if node.role in _INTERNAL:
             continue
         rate = rates.get(node.rank) if isinstance(node.rank, int) else None
-        numbers = (str(node.pid), str(node.version), "" if rate is None else f"{rate:.1f}")
+        heard = "" if node.role == "coordinator" else f"{node.silence:.0f} s"
+        numbers = (str(node.pid), str(node.version), "" if rate is None else f"{rate:.1f}", heard)
         shown.add_row(name_of(node), *numbers, node.waits_for or "")
     return shown
 

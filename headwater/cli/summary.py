@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from headwater.cli.display import duration
 from headwater.driver import RunResult
+from headwater.observe.display import duration
+from headwater.observe.exposure import exposures
 
 
 def summarize(result: RunResult) -> list[str]:
@@ -15,6 +16,10 @@ def summarize(result: RunResult) -> list[str]:
         f"{mode}: version {result.version} after {duration(result.seconds)}{_pace(result)}",
         f"{mode}: {_waiting(result):.0%} of the workers' time waiting, staleness {_staleness(result)}",
     ]
+    slowest = exposures(result.statistics.totals)[:3]
+    if len(result.statistics.totals) > 1 and slowest:
+        parts = ", ".join(f"worker {one.rank} {one.stage} {one.share:.0%}" for one in slowest)
+        lines.append(f"{mode}: exposed time: {parts}")
     for left in result.statistics.unvisited:
         whose = "all workers" if left.rank is None else f"worker {left.rank}"
         lines.append(

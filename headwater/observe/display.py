@@ -5,19 +5,23 @@ Every worker has its line from the beginning: before its first step the line say
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from headwater.cli.progress import ProgressLines, WorkerLine
 from headwater.messages import ClusterStatistics
+from headwater.observe.exposure import Exposure, RecentExposure
+from headwater.observe.worker_lines import ProgressLines, WorkerLine
+
+Taken = TypeVar("Taken")
 
 _EVERY_S = 5.0
 """How often the plain display prints a line for each worker, in seconds."""
@@ -56,6 +60,7 @@ class LiveDisplay:
     def __init__(self, console: Console, *, workers: int, script: str) -> None:
         self._console = console
         self._lines = ProgressLines(workers, script)
+        self._exposure = RecentExposure()
         self._live = Live(shown(self._lines.starting()), console=console, auto_refresh=False)
 
     def print(self, text: str) -> None:
@@ -76,7 +81,8 @@ class LiveDisplay:
 
     def show(self, statistics: ClusterStatistics) -> None:
         """Redraw the table."""
-        self._live.update(shown(self._lines.update(statistics)), refresh=True)
+        first = self._exposure.look(statistics.totals, time.monotonic())
+        self._live.update(shown(self._lines.update(statistics), first), refresh=True)
 
     def __enter__(self) -> Self:
         self._live.start(refresh=True)
@@ -108,6 +114,7 @@ class PlainDisplay:
         self._clock = clock
         self._lines = ProgressLines(workers, script)
         self._due = clock() + _EVERY_S
+        self._exposure = RecentExposure()
         self._said: dict[int, str] = {}
 
     def print(self, text: str) -> None:
@@ -134,6 +141,9 @@ class PlainDisplay:
             elif self._said.get(line.rank) != line.phase:
                 self._said[line.rank] = line.phase
                 self.log(f"worker {line.rank}: {line.phase}")
+        first = self._exposure.look(statistics.totals, self._clock())
+        if first is not None and len(statistics.totals) > 1:
+            self.log(f"slowest: {first}")
 
     def __enter__(self) -> Self:
         return self
@@ -144,17 +154,46 @@ class PlainDisplay:
         pass
 
 
+def is_watched() -> bool:
+    """Whether somebody sees standard error: on a terminal, or in a notebook."""
+    shell = sys.modules.get("IPython")
+    kernel = shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
+    return kernel or (sys.stderr is not None and sys.stderr.isatty())
+
+
+def display_for(workers: int, train: Callable[..., Any]) -> Display:
+    """What shows a run of this function here."""
+    code = getattr(train, "__code__", None)
+    name = os.path.basename(code.co_filename) if code is not None else "what it runs"
+    console = Console(highlight=False, stderr=True)
+    live = console.is_terminal or console.is_jupyter
+    return (LiveDisplay if live else PlainDisplay)(console, workers=workers, script=name)
+
+
+def both(first: Callable[[Taken], None], then: Callable[[Taken], None] | None) -> Callable[[Taken], None]:
+    """A function that calls both."""
+
+    def call(taken: Taken) -> None:
+        first(taken)
+        if then is not None:
+            then(taken)
+
+    return call
+
+
 def _where(address: str) -> list[str]:
     return [f"cluster address: {address}", f"to see how it is: headwater status {address}"]
 
 
-def shown(lines: list[WorkerLine]) -> RenderableType:
-    """The live table: at most 80 columns, but for the user's own metrics.
+def shown(lines: list[WorkerLine], slowest: Exposure | None = None) -> RenderableType:
+    """The live table: at most 80 columns, but for the user's own metrics. `slowest`: whom all wait for.
 
     Below it is a line for each worker that has made no step yet, or waits: sentences need the whole width.
     """
     training = [line for line in lines if line.steps]
     said = [Text(f"worker {line.rank}: {line.waits_for or line.phase}") for line in lines if _speaks(line)]
+    if slowest is not None and len(lines) > 1:
+        said.append(Text(f"slowest: {slowest}"))
     return Group(*([_table(training)] if training else []), *said)
 
 
