@@ -19,7 +19,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
 )
 
-REASON = "needs Ray: pip install 'headwater[ray]'"
+REASON = "needs Ray: the extra `ray`"
 OBJECTS = 80 << 20
 """Bytes of shared memory that each of Ray's nodes may take: nearly the least it accepts."""
 

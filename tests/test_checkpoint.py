@@ -355,7 +355,7 @@ except Exception as error:
     output, errors = python(code, tmp_path).communicate(timeout=60)
     assert output == (
         "2\nConfigurationError s3://bucket/run needs fsspec, which is not installed: "
-        "pip install 'headwater[files]', or use a local path\n"
+        "pip install '.[files]' in a clone, or use a local path\n"
     ), errors
 
 

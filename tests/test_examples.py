@@ -60,7 +60,7 @@ def test_digits_reaches_97_percent_in_synchronous_training():
 
 @pytest.mark.long
 def test_jax_digits_reaches_95_percent():
-    pytest.importorskip("jax", reason="needs JAX: pip install 'headwater[jax]'")
+    pytest.importorskip("jax", reason="needs JAX: the extra `jax`")
     assert accuracy_in(program("jax_digits.py", "--workers", 2, "--servers", 2)) >= 0.95
 
 

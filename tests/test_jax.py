@@ -21,7 +21,7 @@ from headwater.errors import (
     UsageError,
 )
 
-jax = pytest.importorskip("jax", reason="needs JAX: pip install 'headwater[jax]'")
+jax = pytest.importorskip("jax", reason="needs JAX: the extra `jax`")
 jnp = jax.numpy
 
 PAGE = Path(__file__).parent.parent / "docs" / "jax.md"

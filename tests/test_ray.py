@@ -89,7 +89,7 @@ def test_options_that_cannot_be_are_refused_at_once(options, text):
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigurationError, match=r"pip install 'headwater\[ray\]'"):
+    with pytest.raises(ConfigurationError, match=r"pip install '\.\[ray\]'"):
         hw.Cluster(workers=1, engine="ray")
 
 

@@ -96,7 +96,7 @@ def test_names_beyond_ascii_are_written_as_dns_has_them():
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cryptography", None)
-    with pytest.raises(ConfigurationError, match=r"pip install 'headwater\[tls\]'"):
+    with pytest.raises(ConfigurationError, match=r"pip install '\.\[tls\]'"):
         new_authority()
 
 

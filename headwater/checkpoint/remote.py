@@ -105,7 +105,8 @@ def _opened(url: str) -> tuple[Any, str]:
         fsspec = importlib.import_module("fsspec")
     except ImportError as error:
         raise ConfigurationError(
-            f"{url} needs fsspec, which is not installed: pip install 'headwater[files]', or use a local path"
+            f"{url} needs fsspec, which is not installed: pip install '.[files]' in a clone, "
+            "or use a local path"
         ) from error
     protocol = url.partition("://")[0]
     try:

@@ -195,7 +195,7 @@ def is_compressed(path: str) -> bool:
 
 def missing(package: str) -> ConfigurationError:
     """What to raise where an optional package is not there."""
-    return ConfigurationError(f"Files needs {package}: pip install 'headwater[files]'")
+    return ConfigurationError(f"Files needs {package}: pip install '.[files]' in a clone")
 
 
 def _source(path: str) -> Any:

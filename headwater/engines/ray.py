@@ -69,7 +69,7 @@ class RayEngine:
             import ray  # noqa: F401
         except ImportError as error:
             raise ConfigurationError(
-                f"engine 'ray' needs Ray ({error}): pip install 'headwater[ray]'"
+                f"engine 'ray' needs Ray ({error}): pip install '.[ray]' in a clone"
             ) from error
         from headwater.engines.actors import ActorEngine
 

@@ -141,7 +141,7 @@ def _x509() -> Any:
         from cryptography import x509
     except ImportError as error:
         raise ConfigurationError(
-            "making certificates needs the package cryptography: pip install 'headwater[tls]'"
+            "making certificates needs the package cryptography: pip install '.[tls]' in a clone"
         ) from error
     return x509
 
