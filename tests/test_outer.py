@@ -274,7 +274,7 @@ def test_a_compiled_half_precision_module_trains_under_autocast_and_keeps_its_in
             loss.backward()
             inner.step()
             outer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         saved = outer.state_dict()
         assert {int(one["step"]) for one in saved["inner"]["state"].values()} == {12}
         outer.load_state_dict(copy.deepcopy(saved))
@@ -404,7 +404,7 @@ def test_other_parameters_and_float64_are_refused():
         with pytest.raises(RegistrationError, match="float64"):
             outer_of(worker, Points().double(), codec="int8")
         hw.torch.DistributedOptimizer(worker, other, rule)
-        with pytest.raises(RegistrationError, match="another kind of optimizer already: pass name="):
+        with pytest.raises(RegistrationError, match="exists with outer=False"):
             outer_of(worker, other, rule, merge=None)
 
     run(work, workers=1)
@@ -526,3 +526,121 @@ def test_the_program_of_the_page_trains():
     names = {}
     exec(program, names)
     assert max(run(names["train"], workers=2, servers=2).values) < 0.5
+
+
+# ── what the servers make of changes ────────────────────────────────────────────────────────────
+
+
+def changes_of(merge, servers=2, replicas=0, weighted=False):
+    """Correlations and norms that workers are told over some rounds, and what was pushed."""
+    shapes = {"a": (70,), "b": (3000,), "c": (5, 7)}
+
+    def work(worker):
+        values = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        model = worker.model("net", values, NESTEROV, merge=merge, outer=True)
+        numbers, told = np.random.default_rng(worker.rank), []
+        for step in range(4):
+            change = {name: numbers.standard_normal(shape) for name, shape in shapes.items()}
+            if step == 2:
+                del change["b"]  # that of the round before stands
+            model.push(change)
+            result = worker.step(weight=1 + worker.rank if weighted else 1)
+            told.append((result.correlations, result.norms))
+        return told
+
+    options = {"workers": 3, "servers": servers, "replicas": replicas}
+    values = run(work, **options).values
+    assert values[0] == values[1] == values[2]
+    return values[0]
+
+
+def merged_plainly(merge, step, last, weights=(1.0, 1.0, 1.0)):
+    shapes = {"a": 70, "b": 3000, "c": 35}
+    all_numbers = [np.random.default_rng(rank) for rank in range(3)]
+    for _ in range(step + 1):
+        changes = [
+            {name: numbers.standard_normal(size).astype(np.float32) for name, size in shapes.items()}
+            for numbers in all_numbers
+        ]
+    merged = {}
+    for name in shapes:
+        own = [change[name].astype(np.float64) for change in changes]
+        if name == "b" and step == 2:
+            merged[name] = np.zeros(3000)
+        elif merge == "rda":
+            length = np.average([np.linalg.norm(one) for one in own], weights=weights)
+            direction = sum(w * one / np.linalg.norm(one) for w, one in zip(weights, own, strict=True))
+            merged[name] = length * direction / np.linalg.norm(direction)
+        elif merge == "median":
+            merged[name] = np.median(own, axis=0)
+        else:
+            merged[name] = np.average(own, axis=0, weights=weights)
+    return merged
+
+
+@pytest.mark.parametrize(
+    ("merge", "weighted"), [("mean", False), ("mean", True), ("rda", True), ("median", False)]
+)
+def test_correlations_are_cosines_of_successive_merged_changes_whatever_the_number_of_servers(
+    merge, weighted
+):
+    told = changes_of(merge, servers=1, weighted=weighted)
+    assert told == changes_of(merge, servers=3, weighted=weighted)
+    if merge != "median":
+        assert told == changes_of(merge, replicas=1, weighted=weighted)
+    last = None
+    weights = (1.0, 2.0, 3.0) if weighted else (1.0, 1.0, 1.0)
+    for step, (correlations, norms) in enumerate(told):
+        merged = merged_plainly(merge, step, last, weights)
+        carried = [name for name in merged if not (name == "b" and step == 2)]
+        now = np.concatenate([merged[name] for name in carried])
+        assert norms["net"] == pytest.approx(np.linalg.norm(now), rel=1e-5)
+        if last is None:
+            assert correlations == {}, "there is no change before the first"
+        else:
+            before = np.concatenate([last[name] for name in carried])
+            cosine = now @ before / np.linalg.norm(now) / np.linalg.norm(before)
+            assert correlations["net"] == pytest.approx(cosine, abs=1e-5)
+        last = {**(last or {}), **{name: merged[name] for name in carried}}
+
+
+def test_only_who_carries_a_fragment_contributes_to_it():
+    def work(worker):
+        values = {"w": np.zeros(2, np.float32)}
+        models = [worker.model(f"net.{i}", values, hw.SGD(1.0), merge="mean", outer=True) for i in range(2)]
+        plain = worker.model("plain", values, hw.SGD(1.0), merge="mean")
+        models[worker.rank == 2].push({"w": [3.0, 3.0]})
+        if worker.rank == 0:
+            plain.push({"w": [3.0, 3.0]})
+        result = worker.step()
+        assert result.contributors == 3
+        return [float(model.pull()["w"][0]) for model in (*models, plain)]
+
+    assert run(work, workers=3).values == [[-3.0, -3.0, -1.0]] * 3
+
+
+def test_equal_and_opposite_changes_correlate_with_1_and_minus_1():
+    def work(worker):
+        net = Points(0.0)
+        inner, outer = outer_of(worker, net, hw.SGD(1.0), every=1, fragments=1)
+        seen = []
+        for gradient in (1.0, 2.0, -3.0, 0.0, 1.0):
+            net.descend(inner, gradient)
+            outer.step()
+            seen.append(outer.result.correlations.get("model"))
+        return seen
+
+    assert run(work, workers=2).values[0] == [None, 1.0, -1.0, None, None]
+
+
+def test_the_last_change_outlives_a_checkpoint(tmp_path):
+    def work(worker):
+        net = Points(0.0)
+        inner, outer = outer_of(worker, net, hw.SGD(1.0), every=1)
+        net.descend(inner, 1.0)
+        outer.step()
+        return outer.result.correlations
+
+    kept = {"checkpoint": str(tmp_path), "every": 1, "workers": 1, "servers": 2}
+    assert run(work, **kept).values == [{}]
+    assert run(work, resume=True, **{**kept, "servers": 3}).values == [{"model": 1.0}]

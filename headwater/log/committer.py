@@ -15,7 +15,7 @@ from typing import cast
 
 from headwater import messages as m
 from headwater.errors import ConfigurationError
-from headwater.log.measures import MeasuredGradients
+from headwater.log.measures import NOT_MEASURED, MeasuredGradients
 from headwater.log.pending import COMMITTED, READY, PendingExchange, ReadySteps, by_rank, ids, weights_of
 from headwater.log.writer import LogWriter
 from headwater.spec.sync import Commits, Mode, ReadyStep, Wait
@@ -109,9 +109,12 @@ class Committer:
         answered = [step for step, clock in zip(steps, clocks, strict=True) if may_read(clock + 1, slowest)]
         updates, version = ids(steps), self._state.version + 1
         told = updates if len(answered) == len(steps) else ids(answered)
-        norms, scales = (measured.norms, measured.scales) if measured is not None else ((), ())
+        found = measured or NOT_MEASURED
         self._writer.write(
-            m.Committed(self._writer.next, version, updates, told, norms, weights_of(steps), scales)
+            m.Committed(
+                *(self._writer.next, version, updates, told, found.norms, weights_of(steps), found.scales),
+                found.correlations,
+            )
         )
         for step in answered:
             self._writer.done(step)

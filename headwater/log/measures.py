@@ -44,10 +44,15 @@ class MeasuredGradients:
     Attributes:
         norms: (model, norm of the merged gradient) of each model that was measured.
         scales: of each tensor that is merged by lengths.
+        correlations: (model, cosine of the merged gradient and the last one) of each model that keeps that.
     """
 
     norms: tuple[tuple[int, float], ...] = ()
     scales: tuple[Scales, ...] = ()
+    correlations: tuple[tuple[int, float], ...] = ()
+
+
+NOT_MEASURED = MeasuredGradients()
 
 
 class Measures:
@@ -120,18 +125,49 @@ def _measured(sums: Mapping[_What, float], weights: Sequence[float]) -> Measured
     """From the sums of all servers, and the weights of the updates."""
     squares: defaultdict[int, float] = defaultdict(float)
     scales: list[Scales] = []
+    alike: defaultdict[int, Likeness] = defaultdict(Likeness)
+    last = len(weights)
     for model, tensor in sorted({(model, tensor) for model, tensor, *_ in sums}):
         products = {pair[2:]: value for pair, value in sums.items() if pair[:2] == (model, tensor)}
         if tensor < 0:
             squares[model] += products[0, 0]
+            if (1, 1) in products:
+                alike[model].add(products[1, 1], products[1, 2], products[2, 2])
             continue
-        contributors = {i: weights[i] for i, j in products if i == j}
+        contributors = {i: weights[i] for i, j in products if i == j != last}
         factors, length = coefficients(products, contributors)
         scales.append(Scales(model, tensor, tuple(factors.get(i, 0.0) for i in range(len(weights)))))
         squares[model] += length * length
+        if (last, last) in products:
+            crossed = math.fsum(factor * products.get((i, last), 0.0) for i, factor in factors.items())
+            alike[model].add(length * length, crossed, products[last, last])
     return MeasuredGradients(
-        tuple((model, math.sqrt(squares[model])) for model in sorted(squares)), tuple(scales)
+        tuple((model, math.sqrt(squares[model])) for model in sorted(squares)),
+        tuple(scales),
+        tuple((model, cosine) for model in sorted(alike) if (cosine := alike[model].cosine) is not None),
     )
+
+
+@dataclass(slots=True)
+class Likeness:
+    """Sums for the cosine between what is merged and what was merged last."""
+
+    merged: float = 0.0
+    crossed: float = 0.0
+    last: float = 0.0
+
+    def add(self, merged: float, crossed: float, last: float) -> None:
+        """Of another part of the model."""
+        self.merged, self.crossed, self.last = self.merged + merged, self.crossed + crossed, self.last + last
+
+    @property
+    def cosine(self) -> float | None:
+        """From -1 to 1; None where one of the two is 0, or not finite."""
+        square = self.merged * self.last
+        if not 0.0 < square < math.inf:
+            return None
+        length = math.sqrt(square)
+        return max(-1.0, min(1.0, self.crossed / length))
 
 
 def _total(parts: Sequence[Sum]) -> float:

@@ -338,6 +338,8 @@ class StepResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         norms: by name of each model that is clipped or merged by lengths, the norm of the commit's gradient,
             before it was clipped.
         reason: why it was not applied, in words; "" where it was.
+        correlations: by name of each model with `outer`, the cosine between the commit's change and the one
+            before it, from -1 to 1; none where one of the two is 0.
     """
 
     version: int
@@ -346,6 +348,7 @@ class StepResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     staleness: int
     norms: dict[str, float] = {}
     reason: str = ""
+    correlations: dict[str, float] = {}
 
 
 class RulesInForce(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

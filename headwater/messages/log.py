@@ -59,9 +59,11 @@ class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Sum(msgspec.Struct, frozen=True, array_like=True):
     """Of products: `value` is that of the blocks [index · 2**level, (index + 1) · 2**level) of a model.
 
-    `tensor` -1: of the merged gradient with itself, over the whole model. Otherwise of that tensor's part of
-    the gradients of updates number `first` and `second`, `first` ≤ `second`. Of a meeting's work on vectors:
-    of its reduction number `first`, over the whole model; with `tensor` -2 `value` is a largest magnitude.
+    `tensor` -1: of the merged gradient with itself, over the whole model; where `first` and `second` are not
+    0, of what is merged (1) and what was at the last commit (2). Otherwise of that tensor's part of the
+    gradients of updates number `first` and `second`, `first` ≤ `second`; behind the last one, of the last
+    commit's. Of a meeting's work on vectors: of its reduction number `first`, over the whole model; with
+    `tensor` -2 `value` is a largest magnitude.
     """
 
     model: int
@@ -163,7 +165,8 @@ class Committed(Entry, frozen=True):
 
     `norms`: (model, norm of the gradient) for each model that is clipped, or merged by lengths, and that they
     carry. `weights`: what each update counts in a mean; empty where all count the same, 1. `scales`: of each
-    tensor that is merged by lengths and that they carry.
+    tensor that is merged by lengths and that they carry. `correlations`: (model, cosine) of the merged
+    gradient and that of the commit before, of each model that says `outer`.
     """
 
     version: int
@@ -172,6 +175,7 @@ class Committed(Entry, frozen=True):
     norms: tuple[tuple[int, float], ...] = ()
     weights: tuple[float, ...] = ()
     scales: tuple[Scales, ...] = ()
+    correlations: tuple[tuple[int, float], ...] = ()
 
 
 class Served(Entry, frozen=True):

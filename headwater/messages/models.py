@@ -36,7 +36,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `clip_norm`: the largest norm that the gradient of one commit may have; a larger one is scaled down.
     `merge`: how the gradients of a commit become one, as `headwater.spec.merges` has it; None: as the mode's
     `reduce` says. `codec`: how gradients are represented, as `headwater.spec.codecs` has it; `values_codec`:
-    how values are that workers read; None: as float32.
+    how values are that workers read; None: as float32. `outer`: its gradients are changes after local steps,
+    so who does not carry it has nothing to say of it, and it is noted how alike successive ones are.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     merge: str | None = None
     codec: str | None = None
     values_codec: str | None = None
+    outer: bool = False
 
 
 class TableSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

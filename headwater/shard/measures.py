@@ -61,11 +61,15 @@ class Measures:
         for model, vector in self._vectors.items():
             updates = self._live.updates(model, vector, steps) if vector.is_measured else []
             if updates and vector.by_lengths:
-                products = vector.products(updates, merges.contributors)
+                contributors = merges.contributors_of(model, vector.spec)
+                products = vector.products(updates, contributors, len(steps))
                 parts += [m.Sum(model, *node, tensor, *pair) for tensor, *pair, node in products]
             elif updates:
                 squares = vector.squares(updates, merges.of(model, vector.spec))
                 parts += [m.Sum(model, *node) for node in squares]
+                if vector.last is not None:
+                    alike = vector.likeness(updates, merges.of(model, vector.spec))
+                    parts += [m.Sum(model, *node, -1, *pair) for *pair, node in alike]
         self._keep(entry, parts)
 
     def _keep(self, entry: m.Measured, parts: Sequence[m.Sum]) -> None:

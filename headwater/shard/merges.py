@@ -69,6 +69,9 @@ class CommitMerges:
 
     Attributes:
         contributors: places of the updates that carry a gradient.
+
+    Of a model with `outer` in its spec only those contribute that carry it: who made local steps for others
+    has not said that this one should stay as it is.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class CommitMerges:
         reduce: Reduce,
         scales: Sequence[Scales] = (),
     ) -> None:
+        self._steps = steps
         self.contributors = tuple([place for place, step in enumerate(steps) if contributing(step)])
         self._even = not weights
         self._weights = tuple(weights) or (1.0,) * len(steps)
@@ -87,19 +91,30 @@ class CommitMerges:
     @property
     def rows(self) -> Merge:
         """Of tables."""
-        return self._merge(self._reduce)
+        return self._merge(self._reduce, self.contributors)
 
     def of(self, model: int, spec: ModelSpec) -> Merge:
         """Of a model."""
         kind = self._reduce if spec.merge is None else parse_merge(spec.merge)
         if kind.kind == "rda":
             return Merge(scales={one.tensor: one.values for one in self._scales if one.model == model})
-        return self._merge(kind)
+        return self._merge(kind, self.contributors_of(model, spec))
 
-    def _merge(self, kind: MergeKind) -> Merge:
+    def contributors_of(self, model: int, spec: ModelSpec) -> tuple[int, ...]:
+        """Places of the updates that contribute to a model's gradient."""
+        if not spec.outer:
+            return self.contributors
+        carrying = (
+            place
+            for place, step in enumerate(self._steps)
+            if any(one.model == model and any(one.tensors) for one in step.carried)
+        )
+        return tuple(carrying)
+
+    def _merge(self, kind: MergeKind, contributors: Sequence[int]) -> Merge:
         if self._even and kind.kind == "mean":
-            return Merge(float(len(self.contributors)))
-        counted = [self._weights[place] for place in self.contributors]
+            return Merge(float(len(contributors)))
+        counted = [self._weights[place] for place in contributors]
         if kind.kind == "sum":
             return PLAIN if all(weight == 1.0 for weight in counted) else Merge(1.0, self._weights)
         if kind.kind != "mean":
@@ -109,7 +124,7 @@ class CommitMerges:
         # Scaled by a power of two: exact, and no weight takes a gradient out of float32's range.
         _, exponent = math.frexp(max(counted))
         weights = tuple(math.ldexp(weight, -exponent) for weight in self._weights)
-        return Merge(math.fsum(weights[place] for place in self.contributors), weights)
+        return Merge(math.fsum(weights[place] for place in contributors), weights)
 
 
 def contributing(step: Step) -> bool:

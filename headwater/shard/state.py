@@ -148,9 +148,10 @@ class State:
             for reader in present:
                 self.tables.pull(reader.pulled(), self.version)
         named = {self.vectors[model].spec.name: norm for model, norm in norms.items()} if norms else {}
+        alike = {self.vectors[model].spec.name: cosine for model, cosine in entry.correlations}
         for ticket, step in steps:
             staleness = entry.version - 1 - step.seen
-            result = m.StepResult(entry.version, True, count, staleness, named)
+            result = m.StepResult(entry.version, True, count, staleness, named, correlations=alike)
             self.ledger.record(ticket.member, step.step, result)
             self._note_program(ticket, step)
         answers: Answers = []

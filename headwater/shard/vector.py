@@ -22,6 +22,8 @@ from headwater.kernels.fused import Update as Kernel
 from headwater.log.norms import Node, scale, subtrees, total
 from headwater.messages import ModelSpec, ModelStatistics, ProgramWrite, VectorWork
 from headwater.shard.governed import GovernedRules
+from headwater.shard.last_change import NAME as LAST_CHANGE
+from headwater.shard.last_change import LastChange
 from headwater.shard.merges import PLAIN, Merge
 from headwater.shard.named_vectors import BroughtGradients, NamedVectors
 from headwater.shard.pattern import Pattern, addresses
@@ -79,6 +81,7 @@ class Vector:
         clip_norm: the largest norm that the gradient of a commit may have; None: any.
         governed: its rules, by parameter group.
         named: vectors beside the values.
+        last: the last commit's change, of a model whose gradients are such; None of others.
     """
 
     def __init__(self, spec: ModelSpec, start: int, stop: int, initial: Array, version: int) -> None:
@@ -90,6 +93,7 @@ class Vector:
         self.changed = version
         self.governed = GovernedRules(spec.rules)
         self._writes = Writes(f"model {spec.name!r}")
+        self.last = LastChange(stop - start) if spec.outer else None
         self.states = self._initial_states()
         self.named = NamedVectors(start, self._tensors_here())
         self.counts = np.zeros(len(self.layout.tensors), dtype=np.int64)
@@ -126,7 +130,7 @@ class Vector:
     @property
     def is_measured(self) -> bool:
         """Whether its gradients must be measured on all servers before they are applied."""
-        return self.by_lengths or self.clip_norm is not None
+        return self.by_lengths or self.clip_norm is not None or self.spec.outer
 
     @property
     def rules(self) -> list[Rule]:
@@ -181,9 +185,13 @@ class Vector:
                 copy_out(self.values[here], out)
                 continue
             if merge.is_sum:
+                if self.last is not None:
+                    self.last.note(here, starts)
                 self._run(tensor, starts, over, here, out)
                 continue
             for piece, merged in self._merged(updates, merge, tensor, low, high, room):
+                if self.last is not None:
+                    self.last.note(piece, merged)
                 there = addresses([staging.parameters_at for staging in answers], piece.start)
                 self._run(tensor, merged, over, piece, there)
         self.updates += 1
@@ -279,14 +287,33 @@ class Vector:
                 square_up(gradients, merge.divisor, here.start, here.stop - here.start, lanes)
         return _nodes(lanes, self.start // PAGE)
 
+    def likeness(self, updates: Sequence[Update], merge: Merge) -> Iterator[tuple[int, int, Node]]:
+        """Sums of products of what `apply` would merge of this range, undivided, and what it merged last.
+
+        Yields (first, second, a node of the sum), numbered as in `Sum`. Blocks for some passes.
+        """
+        assert self.last is not None
+        merge = self._own(merge)
+        carried = np.stack([update.carried for update in updates])
+        room = _room(merge)
+        pieces = (
+            piece
+            for low, high, tensor in self._segments(carried)
+            for piece in self._merged(updates, merge, tensor, low, high, room)
+        )
+        for (one, other), lanes in self.last.products(pieces).items():
+            for node in _nodes(lanes, self.start // PAGE):
+                yield one, other, node
+
     def products(
-        self, updates: Sequence[Update], contributors: Sequence[int]
+        self, updates: Sequence[Update], contributors: Sequence[int], last: int = -1
     ) -> Iterator[tuple[int, int, int, Node]]:
         """Sums of the products of all pairs of `updates`, of each tensor that any of them carries.
 
         Yields (tensor, place of one, place of the other, a node of the sum); a tensor that lies within this
         range has one node. `contributors`: places of all that contribute to the commit; one that does not
-        carry a tensor has a product of 0 with itself there. Blocks for a pass over the range for each pair.
+        carry a tensor has a product of 0 with itself there. `last`: the place of the last commit's change, of
+        a model that keeps it. Blocks for a pass over the range for each pair.
         """
         carried = np.stack([update.carried for update in updates])
         for low, high, tensor in self._segments(carried, each_tensor=True):
@@ -295,13 +322,16 @@ class Vector:
                 continue
             whole = self.start <= self.layout.starts[tensor] and self.layout.stops[tensor] <= self.stop
             first = low // PAGE
-            for one, other in itertools.combinations_with_replacement(by, 2):
+            vectors = [(update.place, update.staging.gradients_at) for update in by]
+            if self.last is not None:
+                vectors.append((last, self.last.array.ctypes.data))
+            for one, other in itertools.combinations_with_replacement(vectors, 2):
                 lanes = np.zeros((-(-high // PAGE) - first, LINE))
-                at = [two.staging.gradients_at + _ITEM * (low - self.start) for two in (one, other)]
+                at = [address + _ITEM * (low - self.start) for _, address in (one, other)]
                 multiply_up(at[0], at[1], low - first * PAGE, high - low, lanes)
                 nodes = _nodes(lanes, first)
                 for node in [(0, 0, total(nodes))] if whole else nodes:
-                    yield tensor, one.place, other.place, node
+                    yield tensor, one[0], other[0], node
             for place in set(contributors) - {update.place for update in by}:
                 yield tensor, place, place, (0, 0, 0.0)
 
@@ -381,7 +411,11 @@ class Vector:
 
     def arrays(self) -> list[Array]:
         """All that are as long as the range."""
-        return [self.values, *self.states.values(), *self.named.arrays.values()]
+        return [self.values, *self._all_states().values(), *self.named.arrays.values()]
+
+    def _all_states(self) -> dict[str, Array]:
+        """The rule's, and the last change where it is kept."""
+        return self.states if self.last is None else {**self.states, LAST_CHANGE: self.last.array}
 
     def snapshot(self, copy: Callable[[Array], Array] = np.copy) -> ModelSnapshot:
         """A copy of all of it but `changed`; `restore` is the inverse. `copy` makes those of large arrays."""
@@ -391,7 +425,7 @@ class Vector:
             start=self.start,
             stop=self.stop,
             values=copy(self.values),
-            states={name: copy(state) for name, state in self.states.items()},
+            states={name: copy(state) for name, state in self._all_states().items()},
             counts=self.counts.copy(),
             updates=self.updates,
             program=msgspec.structs.replace(
@@ -409,7 +443,7 @@ class Vector:
         vector = cls(snapshot.spec, snapshot.start, snapshot.stop, snapshot.values, changed)
         vector.governed.restore(snapshot.rules, snapshot.program)
         vector._writes = Writes(f"model {snapshot.spec.name!r}", snapshot.program.written)
-        for name, state in vector.states.items():
+        for name, state in vector._all_states().items():
             state[:] = snapshot.states[name]
         vector.counts[:] = snapshot.counts
         vector.updates = snapshot.updates

@@ -40,7 +40,7 @@ def model_difference(old: ModelSpec, new: ModelSpec, resumed: bool = False) -> s
             f"model {old.name!r} exists with rule {kinds[0]}, got {kinds[1]}: "
             f"pass the same, or name=… for another model"
         )
-    for field in ("clip_norm", "merge", "codec", "values_codec"):
+    for field in ("clip_norm", "merge", "codec", "values_codec", "outer"):
         before, after = getattr(old, field), getattr(new, field)
         if before != after and not resumed:
             return (

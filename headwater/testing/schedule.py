@@ -33,6 +33,7 @@ class Schedule:
         rule: a second model is trained with it, and compared, bit by bit, with one process.
         clip_norm: the largest norm of a gradient of that model.
         merge: how gradients of that model become one; None: as the mode says.
+        outer: they are changes after local steps.
         weighted: steps have weights in the mean.
         invariants: what must hold besides what always must.
     """
@@ -53,6 +54,7 @@ class Schedule:
     rule: Rule | None = None
     clip_norm: float | None = None
     merge: str | None = None
+    outer: bool = False
     weighted: bool = False
     invariants: tuple[type[Invariant], ...] = ()
 
@@ -110,6 +112,7 @@ def random_schedule(sync: str | Mode, seed: int, faults: Faults, **fixed: Any) -
         "clip_norm": chance.choice((None, 1.0)),
         "merge": random.Random(f"{seed} merge").choice((None, None, *_MERGES)),
         "weighted": random.Random(f"{seed} weights").random() < 0.5,
+        "outer": random.Random(f"{seed} outer").random() < 0.3,
         **fixed,
     }
     if Schedule(sync).mode.rounds and "splits" not in fixed:

@@ -111,6 +111,7 @@ _LEAST: dict[str, Any] = {
     "clip_norm": None,
     "merge": None,
     "weighted": False,
+    "outer": False,
     "splits": False,
     "meets": 0,
     "checkpoints": 0,

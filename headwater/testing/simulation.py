@@ -56,6 +56,7 @@ def run(schedule: Schedule, *, trace: bool = False) -> Result:
         schedule.weighted,
         schedule.merge,
         schedule.mode.late == "carry",
+        schedule.outer,
     )
     world = _world(schedule, workload, trace)
     inject(world, schedule.faults)

@@ -39,6 +39,7 @@ class Workload:
         merge: how gradients of that model become one, as its spec says.
         carries: what came too late for its round goes out with the next step.
         weighted: steps have weights, which follow from (rank, step) and differ within a round.
+        outer: gradients of that model are changes after local steps.
     """
 
     ranks: int
@@ -53,6 +54,7 @@ class Workload:
     weighted: bool = False
     merge: str | None = None
     carries: bool = False
+    outer: bool = False
 
     # ── what is trained ─────────────────────────────────────────────────────────────────────────
 
@@ -70,7 +72,8 @@ class Workload:
         """The model that `rule` trains: two tensors, of which the second begins within a server's range."""
         shapes = {"a": (70,), "b": (self.servers * PAGE - 100,)}
         tensors = tuple(m.TensorSpec(name, shape, "float32") for name, shape in shapes.items())
-        return m.ModelSpec("trained", tensors, (rule.to_spec(),), self.clip_norm, self.merge)
+        rules = (rule.to_spec(),)
+        return m.ModelSpec("trained", tensors, rules, self.clip_norm, self.merge, outer=self.outer)
 
     def gradient(self, rank: int, step: int, name: str, size: int) -> NDArray[np.float32]:
         """Of a tensor of the trained model: float32[size]."""

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.errors import ConfigurationError, RegistrationError
+from headwater.errors import ConfigurationError
 from headwater.spec.rules import Rule
 from headwater.worker.model import Model
 from headwater.worker.model_spec import NonFinite
@@ -204,11 +204,8 @@ class LocalSteps:
                 values_codec=values_codec,
                 aliases={alias: of for alias, of in aliases.items() if of in names},
                 nonfinite=nonfinite,
+                outer=True,
             )
-            if model.adapter is not None and not isinstance(model.adapter, FragmentClaim):
-                raise RegistrationError(
-                    f"model {model.name!r} is trained by another kind of optimizer already: pass name=…"
-                )
             model.adapter = claim
             due = plan.due(i)
             self.fragments.append(Fragment(model, names, due, due - plan.overlap))

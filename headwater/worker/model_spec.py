@@ -59,6 +59,7 @@ def specify(
     aliases: Mapping[str, str] = MappingProxyType({}),
     codec: str | None = None,
     values_codec: str | None = None,
+    outer: bool = False,
 ) -> tuple[m.ModelSpec, dict[str, NDArray[Any]]]:
     """The spec of a model and its initial values as arrays.
 
@@ -114,7 +115,7 @@ def specify(
         )
     rules = tuple(one.to_spec() for one in (rule, *(group.rule for group in groups)))
     largest = None if clip_norm is None else float(clip_norm)
-    spec = m.ModelSpec(name, Layout(specs).tensors, rules, largest, combined, coded, values_coded)
+    spec = m.ModelSpec(name, Layout(specs).tensors, rules, largest, combined, coded, values_coded, outer)
     _check_size(spec)
     return spec, arrays
 

@@ -174,6 +174,7 @@ class Worker:
         merge: str | None = None,
         codec: str | None = None,
         values_codec: str | None = None,
+        outer: bool = False,
         aliases: Mapping[str, str] = MappingProxyType({}),
         nonfinite: NonFinite = "raise",
     ) -> Model:
@@ -202,6 +203,11 @@ class Worker:
         gradient of that tensor; one that is started again begins with nothing kept. `values_codec`: how
         values are represented that workers read, "bf16" or "fp16"; the servers keep them in float32.
 
+        `outer`: its gradients are changes after local steps, as an `OuterOptimizer` sends them. In a commit
+        only workers that carry the model contribute to it, and `StepResult.correlations` has how alike its
+        change and the one before are. It costs servers memory of the model's size, some passes over the
+        gradients of a commit and one exchange more between servers.
+
         `aliases`: other name → tensor, for results and checkpoints to have the tensor under both.
 
         Raises:
@@ -212,7 +218,8 @@ class Worker:
         """
         self._session.check_open("model")
         check_merge(merge, self.workers)
-        spec, initial = specify(name, params, rule, groups, clip_norm, merge, aliases, codec, values_codec)
+        how = clip_norm, merge, aliases, codec, values_codec, outer
+        spec, initial = specify(name, params, rule, groups, *how)
         known = self._models.get(name)
         if known is not None:
             known.redeclare(spec, nonfinite)

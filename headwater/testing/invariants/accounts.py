@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -160,30 +160,32 @@ class Accounts:
     ) -> tuple[Merge, float | None]:
         """How these are combined, by the weights that their members gave, whatever the entry says of them.
 
-        Every step contributes, since all count in the ledger. The second is the norm of the result, where
-        that follows.
+        Every step contributes, since all count in the ledger; to changes after local steps those alone that
+        carry some. The second is the norm of the result, where that follows.
         """
         kind = self.workload.merge or self.world.sync.reduce
         if kind == "sum":
             return Merge(1.0, weights), None
+        places = [update.place for update in updates] if self.workload.outer else range(len(weights))
+        counted = [weights[place] for place in places]
         if kind == "median" or kind.startswith("trimmed"):
-            most = (len(weights) - 1) // 2
-            return Merge(middle=(len(weights), most if kind == "median" else min(1, most))), None
+            most = (len(counted) - 1) // 2
+            return Merge(middle=(len(counted), most if kind == "median" else min(1, most))), None
         if kind == "rda":
-            return self._by_lengths(vector, updates, weights)
-        equal = len(set(weights)) == 1
-        return Merge(float(len(weights))) if equal else Merge(sum(weights), weights), None
+            return self._by_lengths(vector, updates, weights, places)
+        equal = len(set(counted)) == 1
+        return Merge(float(len(counted))) if equal else Merge(sum(counted), weights), None
 
     def _by_lengths(
-        self, vector: Vector, updates: list[Update], weights: tuple[float, ...]
+        self, vector: Vector, updates: list[Update], weights: tuple[float, ...], places: Sequence[int]
     ) -> tuple[Merge, float]:
         products: defaultdict[int, dict[tuple[int, int], float]] = defaultdict(dict)
-        for tensor, one, other, (_, _, value) in vector.products(updates, range(len(weights))):
+        for tensor, one, other, (_, _, value) in vector.products(updates, places):
             products[tensor][one, other] = value
         scales: dict[int, tuple[float, ...]] = {}
         squared = 0.0
         for tensor in sorted(products):
-            factors, length = coefficients(products[tensor], dict(enumerate(weights)))
+            factors, length = coefficients(products[tensor], {place: weights[place] for place in places})
             scales[tensor] = tuple(factors.get(place, 0.0) for place in range(len(weights)))
             squared += length * length
         return Merge(scales=scales), math.sqrt(squared)
