@@ -161,6 +161,7 @@ class Cluster:
             config,
             self._supervisor.departures.put,
             self._supervisor.end_asked,
+            write_checkpoint=self._storage.take_now,
             generation=self._storage.generation,
             reach=reach,
         )
@@ -226,8 +227,7 @@ class Cluster:
             CheckpointError: it cannot be written.
         """
         self._check_open()
-        self._storage.take_now()
-        return self._storage.last or ""
+        return self._storage.take_now()
 
     def worker(self) -> Worker:
         """Join as the next worker, from any thread of this process; blocks until the servers are up."""

@@ -108,15 +108,17 @@ class Storage:
         if self._checkpointer is not None:
             self._checkpointer.take_last()
 
-    def take_now(self) -> None:
-        """Take a checkpoint of now, unless it is written already.
+    def take_now(self) -> str:
+        """Take a checkpoint of now, unless it is written already; returns its path. Blocks.
 
         Raises:
             ConfigurationError: there is no directory for it.
+            HeadwaterError: it cannot be written.
         """
         if self._checkpointer is None:
             raise ConfigurationError(f"a checkpoint needs a directory: pass {option('checkpoint', 'DIR')}")
         self._checkpointer.take_now()
+        return self._checkpointer.last
 
     def interrupt(self) -> None:
         """Take no more checkpoints, and give up one that is being written; does not block, idempotent."""

@@ -3,13 +3,14 @@
 import pytest
 from desks import IDENTITY, Desk
 
-from headwater.errors import ProtocolError, UnreachableError
-from headwater.machines.coordinator import AllFinished, Ended, Identity
+from headwater.errors import CheckpointError, ProtocolError, UnreachableError
+from headwater.machines.coordinator import AllFinished, Ended, Identity, WriteCheckpoint
 from headwater.machines.roster import Departure
 from headwater.messages import (
     Acknowledged,
     Ask,
     CaughtUp,
+    CheckpointTaken,
     ClusterStatistics,
     DataProgress,
     Departed,
@@ -30,6 +31,7 @@ from headwater.messages import (
     Span,
     StandbyLost,
     StaticProgress,
+    TakeCheckpoint,
     Unleased,
     Visited,
     Welcome,
@@ -590,6 +592,53 @@ def test_an_owner_ends_it_once():
     assert refusal(worker) == ("EngineError", "the first")
     assert desk.told == [Ended(Refused("EngineError", "the first"))]
     assert not desk.machine.all_finished
+
+
+def asks_for_a_checkpoint(desk):
+    """Whoever asked, and the task that the owner does for it, where there is one."""
+    node = desk.connect().say(TakeCheckpoint("somebody"))
+    return node, next((one for one in desk.tasks if isinstance(one.task, WriteCheckpoint)), None)
+
+
+def test_who_asks_for_a_checkpoint_hears_when_it_is_on_disk_however_long_that_takes():
+    desk = Desk()
+    desk.running("worker")
+    node, task = asks_for_a_checkpoint(desk)
+    desk.passes(100)
+    assert (node.said, node.closed) == ([], False)
+    desk.performs(task, "runs/a/g000-v000000007")
+    assert (node.said, node.closed) == ([CheckpointTaken("runs/a/g000-v000000007")], True)
+    assert "a checkpoint is written, as somebody asks" in desk.notes
+
+
+def test_why_a_checkpoint_cannot_be_written_is_said():
+    desk = Desk()
+    node, task = asks_for_a_checkpoint(desk)
+    assert (
+        refusal(node)[1]
+        == "no checkpoint of this cluster can be written now: its servers have not all joined"
+    )
+    assert task is None
+    desk.running()
+    node, task = asks_for_a_checkpoint(desk)
+    desk.performs(task, CheckpointError("the disk is full"))
+    assert refusal(node) == ("CheckpointError", "the disk is full")
+
+
+def test_who_asked_for_a_checkpoint_of_a_cluster_that_ends_or_went_away_is_told_once_or_not_at_all():
+    desk = Desk()
+    desk.running()
+    node, task = asks_for_a_checkpoint(desk)
+    desk.does(lambda machine, now: machine.end("ClusterEndedError", "it is closed", now))
+    desk.performs(task, "runs/a/g000-v000000007")
+    assert len(node.said) == 1
+    assert refusal(node) == ("ClusterEndedError", "it is closed")
+    desk = Desk()
+    desk.running()
+    node, task = asks_for_a_checkpoint(desk)
+    node.hangs_up()
+    desk.performs(task, "runs/a/g000-v000000007")
+    assert node.said == []
 
 
 # ── a coordinator that is started again ─────────────────────────────────────────────────────────

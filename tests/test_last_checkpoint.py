@@ -1,20 +1,27 @@
 """Checkpoints on demand, and at the end: when training finishes, is told to end, or the disk is full."""
 
+import contextlib
 import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 from waiting import wait_until
 
 import headwater as hw
 from headwater.checkpoint import direct
+from headwater.cli.app import app
 from headwater.cli.summary import summarize
-from headwater.errors import CheckpointError, ConfigurationError
+from headwater.errors import CheckpointError, ClusterEndedError, ConfigurationError, HeadwaterError
+from headwater.spec.cluster import ClusterConfig
+from headwater.standalone import StandaloneCluster, StandaloneServer
+from headwater.standalone import cluster as cluster_module
 
 
 def count(worker, steps=5):
@@ -25,10 +32,11 @@ def count(worker, steps=5):
     return "hours of work"
 
 
-def test_a_disk_that_is_full_at_the_end_costs_the_checkpoint_and_not_the_values(tmp_path, monkeypatch):
-    def full(path):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def full(path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+
+def test_a_disk_that_is_full_at_the_end_costs_the_checkpoint_and_not_the_values(tmp_path, monkeypatch):
     monkeypatch.setattr(direct, "_create", full)
     result = hw.run(count, workers=1, engine="inline", checkpoint=tmp_path, deadline=30)
     assert result.values == ["hours of work"]
@@ -51,6 +59,96 @@ def test_a_checkpoint_is_written_when_it_is_asked_for(tmp_path):
     assert hw.load_checkpoint(second)["sums"]["a"].tolist() == [5.0] * 2000
     with hw.Cluster(workers=1) as cluster, pytest.raises(ConfigurationError, match="checkpoint=DIR"):
         cluster.checkpoint()
+
+
+def test_a_worker_and_the_command_line_have_one_written_and_hear_where_it_is(tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(app, ["checkpoint", "now", *arguments], env={"COLUMNS": "200"})
+
+    with hw.Cluster(workers=1, checkpoint=tmp_path, every="1000s", deadline=30) as cluster:
+        with cluster.worker() as worker:
+            count(worker, 3)
+            path = worker.checkpoint()
+            assert hw.load_checkpoint(path)["sums"]["a"].tolist() == [3.0] * 2000
+            assert run(cluster.address).output == f"{path}\n", "nothing has changed"
+            count(worker, 1)
+            told = run(cluster.address)
+        assert told.exit_code == 0
+        assert hw.load_checkpoint(told.output.strip())["sums"]["a"].tolist() == [4.0] * 2000
+    assert run(cluster.address).exit_code == 1
+    with hw.Cluster(workers=1) as cluster, cluster.worker() as worker:
+        with pytest.raises(ConfigurationError, match="checkpoint=DIR"):
+            worker.checkpoint()
+        told = run(cluster.address)
+        assert told.exit_code == 2
+        assert "a checkpoint needs a directory" in told.output
+
+
+@contextlib.contextmanager
+def served(tmp_path, **options):
+    """A cluster as `headwater serve` has it, with its server in a thread; its worker is the caller's."""
+    config = ClusterConfig(workers=1, checkpoint=str(tmp_path / "runs"), every="1000s", **options)
+    cluster = StandaloneCluster(config)
+
+    def serve():
+        with contextlib.suppress(HeadwaterError):
+            StandaloneServer(cluster.address).run()
+
+    server = threading.Thread(target=serve)
+    server.start()
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+        server.join(30)
+
+
+def test_a_served_cluster_that_is_told_to_end_on_a_full_disk_says_so_and_ends(tmp_path, monkeypatch, caplog):
+    with served(tmp_path, deadline=30) as cluster:
+        worker = hw.connect(cluster.address)
+        count(worker, 2)
+        monkeypatch.setattr(direct, "_create", full)
+        cluster.interrupt(signal.SIGTERM)
+        assert cluster.run() == signal.SIGTERM
+        with pytest.raises(ClusterEndedError, match="the cluster is closed"):
+            worker.leave()
+    assert any("no last checkpoint" in line and "No space left" in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_what_a_served_cluster_trained_is_kept_until_the_disk_has_room_or_the_deadline_is_over(
+    room, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(cluster_module, "_AGAIN_S", 0.05)
+    create, refused = direct._create, threading.Event()
+
+    def full_at_first(path):
+        if room and refused.is_set():
+            return create(path)
+        refused.set()
+        return full(path)
+
+    monkeypatch.setattr(direct, "_create", full_at_first)
+    with served(tmp_path, deadline=30) as cluster:
+        monkeypatch.setattr(cluster, "_deadline", 30 if room else 0.2)
+
+        def work():
+            with contextlib.suppress(HeadwaterError):
+                worker = hw.connect(cluster.address)
+                count(worker, 3)
+                worker.finish()
+
+        working = threading.Thread(target=work)
+        working.start()
+        if room:
+            assert cluster.run() == 0
+        else:
+            with pytest.raises(CheckpointError, match="No space left"):
+                cluster.run()
+        working.join(30)
+    assert any("the servers keep what was trained so long: make room" in line for line in caplog.messages)
+    if room:
+        assert hw.load_checkpoint(tmp_path / "runs")["sums"]["a"].tolist() == [3.0] * 2000
 
 
 SCRIPT = """

@@ -1,4 +1,4 @@
-"""`headwater checkpoint`: what checkpoints there are, what one holds, whether it is sound, and its values."""
+"""`headwater checkpoint`: what there are, what one holds, whether it is sound, its values; and one of now."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from headwater import checkpoint
 from headwater.checkpoint import Listed, Manifest
 from headwater.checkpoint.spec_differences import describe_rule
 from headwater.cli.faults import FAILED, complain
-from headwater.cli.options import Json, command
+from headwater.cli.options import Address, Json, command, credentials, the
+from headwater.cli.stop import who
 from headwater.errors import ConfigurationError
 from headwater.messages import ModelRecord, TableRecord
+from headwater.runtime.inquiry import take_checkpoint
 from headwater.spec.layout import Layout
+from headwater.wire.security import Security
 
 app = typer.Typer(
-    help="Look at the checkpoints that trainings wrote; a cluster need not be running.",
+    help="Look at the checkpoints that trainings wrote, whether a cluster runs or not; have one written now.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -53,6 +56,27 @@ class Shown(msgspec.Struct, frozen=True):
     path: str
     size: int
     manifest: Manifest
+
+
+@command(app, name="now", security=credentials())
+def take_now(
+    address: Address = None,
+    wait: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="How long it may take until it is on disk.")
+    ] = 600.0,
+    security: Security = Security(),  # noqa: B008 - made from its options
+) -> None:
+    """Have a running cluster write a checkpoint of now, while training goes on; prints its path.
+
+    The cluster needs a directory for checkpoints: [bold]--checkpoint[/bold] of run or serve coordinator.
+
+    [bold]Example[/bold]
+
+    headwater checkpoint now tcp:node1:7000 --token-file token
+
+    Exit codes: 0 it is on disk, 1 it is not, 2 a wrong argument, or no directory.
+    """
+    print(take_checkpoint(the(address), f"headwater checkpoint now ({who()})", wait, security))
 
 
 @command(app, name="list")

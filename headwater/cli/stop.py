@@ -54,7 +54,7 @@ def stop(
 def _ask_for_the_end(address: str, security: Security) -> None:
     channel = dial(address, timeout=ANSWER_S, security=security)
     try:
-        channel.send(EndCluster(f"headwater stop ({_who()})"), timeout=ANSWER_S)
+        channel.send(EndCluster(f"headwater stop ({who()})"), timeout=ANSWER_S)
         received = channel.receive(timeout=ANSWER_S)
     except TimeoutError as error:
         raise ConnectionLostError(f"{address} did not answer for {ANSWER_S:g} s") from error
@@ -64,7 +64,8 @@ def _ask_for_the_end(address: str, security: Security) -> None:
         raise ProtocolError(f"what listens at {address} is no coordinator: give the address of the cluster")
 
 
-def _who() -> str:
+def who() -> str:
+    """Who gives this command, for the log of the cluster."""
     try:
         name = getpass.getuser()
     except (KeyError, OSError):  # a user without a name, as in a container

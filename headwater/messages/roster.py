@@ -241,6 +241,21 @@ class EndCluster(Message, frozen=True):
     by: str
 
 
+class TakeCheckpoint(Message, frozen=True):
+    """Somebody asks the coordinator for a checkpoint of now; `by`: who, in words for its log.
+
+    The answer is CheckpointTaken, or Refused.
+    """
+
+    by: str
+
+
+class CheckpointTaken(Message, frozen=True):
+    """A checkpoint of now is on disk, at `path`."""
+
+    path: str
+
+
 ToCoordinator: TypeAlias = (
     RequestSlot
     | Join
@@ -253,8 +268,11 @@ ToCoordinator: TypeAlias = (
     | Departed
     | Finished
     | EndCluster
+    | TakeCheckpoint
 )
 """What a node says on its connection to the coordinator."""
 
-FromCoordinator: TypeAlias = NoSlot | Assignment | JoinWaits | Welcome | Roster | ServerAddresses | Finished
+FromCoordinator: TypeAlias = (
+    NoSlot | Assignment | JoinWaits | Welcome | Roster | ServerAddresses | Finished | CheckpointTaken
+)
 """What the coordinator says on a node's connection."""

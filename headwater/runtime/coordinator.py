@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from headwater import messages as m
-from headwater.errors import ConnectionLostError, HeadwaterError, JournalError, RefusedError, named
+from headwater.errors import (
+    ConfigurationError,
+    ConnectionLostError,
+    HeadwaterError,
+    JournalError,
+    RefusedError,
+    named,
+)
 from headwater.machines.coordinator import (
     AllFinished,
     CheckAddresses,
@@ -24,6 +31,7 @@ from headwater.machines.coordinator import (
     Ended,
     Identity,
     Logged,
+    WriteCheckpoint,
 )
 from headwater.machines.roster import Departure
 from headwater.runtime.dialling import check_reachable, dial_member
@@ -64,6 +72,8 @@ class CoordinatorNode:
         on_departure: told of every server, standby and worker that ended without leaving; called from a
             thread of the coordinator, which it may not block for long.
         on_end_asked: told by whom, when somebody asks for the end of the cluster; as `on_departure`.
+        write_checkpoint: writes one of now, and returns its path; called in a thread of its own when somebody
+            asks for it. Blocks. Raises HeadwaterError.
         on_logged: told what workers log; as `on_departure`.
         generation: of the log, to begin with.
         journal: a file in which the roster survives this process; "" keeps it in memory, and members take
@@ -88,6 +98,7 @@ class CoordinatorNode:
         on_departure: Callable[[Departure], None] = lambda departure: None,
         on_end_asked: Callable[[str], None] = lambda by: None,
         on_logged: Callable[[Logged], None] = lambda logged: None,
+        write_checkpoint: Callable[[], str] | None = None,
         *,
         generation: int = 0,
         journal: str | os.PathLike[str] = "",
@@ -97,6 +108,7 @@ class CoordinatorNode:
         self.settings = settings
         self._on_departure = on_departure
         self._on_end_asked = on_end_asked
+        self._write_checkpoint = write_checkpoint
         self._on_logged = on_logged
         self._serving = serving
         self._security = reach.security
@@ -182,10 +194,14 @@ class CoordinatorNode:
         self._journal.write(record)
 
     def perform(self, task: Any) -> Any:
-        """Dial a newcomer's addresses, or choose a checkpoint."""
+        """Dial a newcomer's addresses, choose a checkpoint, or write one."""
         if isinstance(task, CheckAddresses):
             check_reachable(task.join, self._security)
             return None
+        if isinstance(task, WriteCheckpoint):
+            if self._write_checkpoint is None:
+                raise ConfigurationError("nobody takes checkpoints of this cluster")
+            return self._write_checkpoint()
         assert isinstance(task, ChooseCheckpoint)
         assert self._serving is not None
         return self._serving.restore(task.begun, task.first)

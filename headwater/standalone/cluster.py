@@ -6,8 +6,9 @@ import logging
 import os
 import queue
 import signal
+import time
 
-from headwater.errors import ConfigurationError, HeadwaterError, RewoundError
+from headwater.errors import CheckpointError, ConfigurationError, HeadwaterError, RewoundError
 from headwater.machines.coordinator import EndAsked
 from headwater.messages import Refused
 from headwater.observe.otlp import OtlpExporter
@@ -19,6 +20,9 @@ from headwater.storage import Storage
 from headwater.wire.endpoint import LOCAL, Endpoint
 
 _log = logging.getLogger("headwater.coordinator")
+
+_AGAIN_S = 2.0
+"""Between two attempts to write a last checkpoint that the disk refused, in seconds."""
 
 
 class StandaloneCluster:
@@ -57,12 +61,15 @@ class StandaloneCluster:
             )
         self._journal = journal
         self._security = reach.security
+        self._deadline = config.deadline
+        self._give_up_at: float | None = None  # of the last checkpoint, which the disk refused
         self._events: queue.SimpleQueue[HeadwaterError | EndAsked | int | None] = queue.SimpleQueue()
         self._storage = Storage(config)
         try:
             self._node = CoordinatorNode(
                 config,
                 on_end_asked=lambda by: self._events.put(EndAsked(by)),
+                write_checkpoint=self._storage.take_now,
                 generation=self._storage.generation,
                 journal=journal,
                 reach=reach,
@@ -91,6 +98,8 @@ class StandaloneCluster:
     def run(self) -> int:
         """Block until every declared worker has finished; then takes a last checkpoint and tells all members.
 
+        What the disk refuses then is tried again for the deadline, since nobody but the servers has it.
+
         After `interrupt` it takes a last checkpoint too, and ends: the cluster with it, or this coordinator
         alone where it has a journal and the number is not SIGINT's.
 
@@ -102,7 +111,7 @@ class StandaloneCluster:
         """
         try:
             while True:
-                event = self._events.get()
+                event = self._next_event()
                 if isinstance(event, int):
                     self._interrupted(event)
                     return event
@@ -125,19 +134,43 @@ class StandaloneCluster:
         self._node.close()
         self._storage.close()
 
+    def _next_event(self) -> HeadwaterError | EndAsked | int | None:
+        """What has happened; None: every declared worker has finished, or the disk may have room by now."""
+        try:
+            return self._events.get(timeout=None if self._give_up_at is None else _AGAIN_S)
+        except queue.Empty:
+            return None
+
     def _finish(self) -> bool:
-        """Everybody has done his work; False where it was lost at the last moment."""
+        """Everybody has done his work; False where that was lost at the last moment, or the disk is full."""
         try:
             self._storage.take_last()
         except RewoundError as error:
             _log.warning("no last checkpoint: %s", error)
             self._keep_checkpoints()
             return False
+        except CheckpointError as error:
+            if not self._is_given_up():
+                _log.error(
+                    "no last checkpoint: %s; it is tried again every %g s, for %g s in all, and the servers "
+                    "keep what was trained so long: make room",
+                    *(error, _AGAIN_S, self._deadline),
+                )
+                return False
+            self._node.end("CheckpointError", f"no last checkpoint could be written: {error}")
+            raise
         except HeadwaterError as error:
             self._node.end(type(error).__name__, f"no last checkpoint could be written: {error}")
             raise
         self._node.finish()
         return True
+
+    def _is_given_up(self) -> bool:
+        """Whether the last checkpoint has been tried for as long as it is."""
+        now = time.monotonic()
+        if self._give_up_at is None:
+            self._give_up_at = now + self._deadline
+        return now >= self._give_up_at
 
     def _interrupted(self, number: int) -> None:
         if self._journal and number != signal.SIGINT:

@@ -17,6 +17,7 @@ from headwater import messages as m
 from headwater.errors import HeadwaterError, UsageError
 from headwater.machines.row_buffer import RowBuffer
 from headwater.runtime.client import Client
+from headwater.runtime.inquiry import take_checkpoint
 from headwater.spec.initializers import Initializer, Zeros
 from headwater.spec.lifetime import AfterCount, Expiry
 from headwater.spec.rules import Rule
@@ -590,6 +591,22 @@ class Worker:
         """Others may have gone on meanwhile."""
         for model in self._models.values():
             model.outdated()
+
+    def checkpoint(self) -> str:
+        """Have the cluster write a checkpoint of now, and return its path; blocks until it is on disk.
+
+        Others go on meanwhile. It holds the steps that have been taken: what is pushed or kept since this
+        worker's last step is not in it.
+
+        Raises:
+            ConfigurationError: the cluster has no directory for checkpoints.
+            CheckpointError: it cannot be written.
+            StalledError: it is not on disk within the deadline.
+            ConnectionLostError: the coordinator is away.
+        """
+        self._session.check_open("checkpoint")
+        deadline = self._session.welcome.deadline
+        return take_checkpoint(self.address, f"worker {self.rank}", deadline, self.security)
 
     def stop(self) -> None:
         """End everybody's `batches` after their next step; blocks for an exchange."""

@@ -1,7 +1,12 @@
 """The coordinator as a machine: every decision of the master node, and how they couple (`machine`)."""
 
 from headwater.machines.coordinator.identity import Identity
-from headwater.machines.coordinator.machine import AllFinished, CoordinatorMachine, EndAsked
+from headwater.machines.coordinator.machine import (
+    AllFinished,
+    CoordinatorMachine,
+    EndAsked,
+    WriteCheckpoint,
+)
 from headwater.machines.coordinator.members import Ended, Logged
 from headwater.machines.coordinator.newcomers import CheckAddresses, ChooseCheckpoint
 from headwater.machines.coordinator.state import CoordinatorRecord
@@ -16,4 +21,5 @@ __all__ = [
     "Ended",
     "Identity",
     "Logged",
+    "WriteCheckpoint",
 ]

@@ -20,6 +20,7 @@ of a shard with all its copies begins the next generation, or the end.
 
     Stranger ──Ask─────────▶ Survey ──all asked have answered──▶ (closed)
        ├──EndCluster───────▶ (closed), and the owner is told
+       ├──TakeCheckpoint───▶ Asking ──it is written, or cannot be──▶ (closed)
        ├──RequestSlot──────▶ Spare ──a slot is free──▶ Invited ──Join──▶ Joining
        ├──Join─────────────▶ Joining ──others reach it, and its turn has come──▶ Entered ──▶ Present
        └──Rejoin───────────▶ Present ──Departed, closed, silent for a lease, struck off──▶ (closed)
@@ -48,13 +49,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from headwater import messages as m
-from headwater.errors import ProtocolError
-from headwater.machines.actions import Actions, Conn, Tell
+from headwater.errors import HeadwaterError, ProtocolError, RefusedError
+from headwater.machines.actions import Actions, Conn, Perform, Tell
 from headwater.machines.coordinator.hosts import ANSWER_S, TAG, Hosts
 from headwater.machines.coordinator.identity import Identity
 from headwater.machines.coordinator.members import FROM_MEMBERS, Members
 from headwater.machines.coordinator.newcomers import Newcomers
 from headwater.machines.coordinator.phases import (
+    Asking,
     Entered,
     Invited,
     Joining,
@@ -85,6 +87,11 @@ class EndAsked:
     """An event: somebody wants the cluster to end in order."""
 
     by: str
+
+
+@dataclass(frozen=True, slots=True)
+class WriteCheckpoint:
+    """A task: write a checkpoint of now; its result is the path."""
 
 
 class CoordinatorMachine:
@@ -128,6 +135,7 @@ class CoordinatorMachine:
                 m.Join: self.newcomers.on_join,
                 m.Rejoin: self.newcomers.on_rejoin,
                 m.EndCluster: self._end_asked,
+                m.TakeCheckpoint: self._checkpoint_asked,
             },
             Invited: {m.Join: self.newcomers.on_join},
             Present: dict.fromkeys(FROM_MEMBERS, self.members.received),
@@ -249,11 +257,13 @@ class CoordinatorMachine:
         return self._done()
 
     def performed(self, tag: str, result: Any, now: float) -> Actions:
-        """A task is done: a newcomer's addresses were dialled, or a checkpoint was chosen."""
+        """A task is done: a newcomer's addresses were dialled, a checkpoint was chosen, or written."""
         self._turn(now)
         what, _, number = tag.partition(" ")
         if what == "reach":
             self.newcomers.reached(int(number), result)
+        elif what == "write":
+            self._written(int(number), result)
         else:
             self.newcomers.chosen(int(number), result)
         return self._done()
@@ -288,6 +298,27 @@ class CoordinatorMachine:
         self.state.send(conn, m.Acknowledged())
         self.state.hang_up(conn)
         self.state.emit(Tell(EndAsked(message.by)))
+
+    def _checkpoint_asked(self, conn: Conn, stranger: Stranger, message: m.TakeCheckpoint) -> None:
+        """Have the owner write one; whoever asked hears when it is on disk."""
+        state = self.state
+        if state.stage != "running":
+            missing = "its servers have not all joined" if state.stage == "forming" else "it ends"
+            state.refuse(conn, RefusedError(f"no checkpoint of this cluster can be written now: {missing}"))
+            return
+        state.note(f"a checkpoint is written, as {message.by} asks")
+        state.phases[conn] = Asking()
+        state.emit(Perform(WriteCheckpoint(), f"write {conn}"))
+
+    def _written(self, conn: Conn, result: str | HeadwaterError) -> None:
+        state = self.state
+        if not isinstance(state.phases.get(conn), Asking):
+            return  # it has gone, or was told that the cluster has ended
+        if isinstance(result, HeadwaterError):
+            state.refuse(conn, result)
+        else:
+            state.send(conn, m.CheckpointTaken(result))
+            state.hang_up(conn)
 
     # ── what follows from every event ───────────────────────────────────────────────────────────
 

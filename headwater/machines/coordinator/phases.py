@@ -38,6 +38,11 @@ class Survey:
 
 
 @dataclass(slots=True)
+class Asking:
+    """It asked for a checkpoint, and hears once that is written or cannot be. It says how long it waits."""
+
+
+@dataclass(slots=True)
 class Spare:
     """It waits for a slot, for as long as it likes."""
 
@@ -85,7 +90,7 @@ class Present:
     member: Member
 
 
-Phase: TypeAlias = Stranger | Survey | Spare | Invited | Joining | Entered | Present
+Phase: TypeAlias = Stranger | Survey | Asking | Spare | Invited | Joining | Entered | Present
 
 
 def servers_missing(missing: list[int], servers: int) -> str:
