@@ -5,9 +5,10 @@ Invariants:
   rule, template or library never meets old code. (numba's own cache keeps a caller's old machine code
   when a function it calls was edited.)
 - Code is imported from the directory, so it is private to the user: anything else is refused.
-- A module that was compiled once is loaded without a lock: no process can hold up another one. Of several
-  processes that need the same new module, one compiles and the others wait, for a limited time: a process
-  that is stopped while it compiles holds up nobody for longer. Two that compile the same do no harm.
+- A module that was compiled once is loaded without numba (see `objects`) and without a lock: no process can
+  hold up another one. Of several processes that need the same new module, one compiles and the others wait,
+  for a limited time: a process that is stopped while it compiles holds up nobody for longer. Two that compile
+  the same do no harm.
 - A forked process has nothing of a lock that another thread of its parent held.
 """
 
@@ -31,6 +32,7 @@ from pathlib import Path
 from types import ModuleType
 
 from headwater.errors import ConfigurationError, EnvironmentFailure
+from headwater.kernels import objects
 
 _log = logging.getLogger("headwater.kernels")
 
@@ -73,22 +75,27 @@ def load(text: str) -> ModuleType:
 
 def _loaded_from(folder: Path, name: str, text: str) -> ModuleType:
     path, compiled = folder / f"{name}.py", folder / "compiled"
-    if compiled.exists() and path.exists() and path.read_text() == text:
-        return _imported(name, path)
-    with _only_one_process(folder / "lock"):
-        if not path.exists() or path.read_text() != text:
-            _write(path, text)
-        module = _imported(name, path)
-        compiled.touch()
-        return module
+
+    def is_there() -> bool:
+        return compiled.exists() and path.exists() and path.read_text() == text
+
+    if not is_there():
+        with _only_one_process(folder / "lock"):
+            if not is_there():
+                _write(path, text)
+                module = _imported(name, path)
+                objects.store(folder, module)
+                compiled.touch()
+                return module
+    return objects.restore(folder, name) or _imported(name, path)
 
 
 def _digest(text: str) -> str:
     """Of the text, of the functions that it imports from here, and of what compiles them."""
-    names = ("primitives.py", "memory.py", "lines.py")
+    names = ("primitives.py", "memory.py", "lines.py", "objects.py")
     imported = "".join((Path(__file__).parent / name).read_text() for name in names)
     versions = [importlib.metadata.version(package) for package in ("numba", "llvmlite")]
-    parts = "\0".join([text, imported, *versions, sys.version])
+    parts = "\0".join([text, imported, *versions, sys.version, objects.processor()])
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
