@@ -157,6 +157,8 @@ BY_THE_USER = [
     "spec/registry.py: importlib.import_module(module_name)",  # a module that the user named to this process
     "weights/layout.py: importlib.import_module(module)",  # one of the libraries named beside it
     "kernels/cache.py: spec.loader.exec_module(module)",  # text that this process made
+    "kernels/objects.py: loader.exec_module(module)",  # the machine code of numba's extension modules
+    "kernels/objects.py: exec('\\n'.join(lines), known)",  # checks of arguments, from a private directory
 ]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from examples import examples
 from headwater.errors import EnvironmentFailure
 from headwater.kernels import reference
-from headwater.kernels.rows import ages, combine, fill, gather, row_rule, stamp
+from headwater.kernels.rows import ages, combine, fill, gather, oldest, row_rule, stamp
 from headwater.kernels.slabs import Slabs
 from headwater.spec.rules import SGD, Accumulate, Adagrad, Adam, Ftrl, Lion, RowwiseAdagrad, Yogi
 
@@ -201,3 +201,28 @@ def can_populate():
     except OSError:
         return False
     return True
+
+
+@examples(60)
+@given(
+    st.lists(
+        st.dictionaries(
+            st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 3),
+            st.integers(0, 4) | st.integers(0, 2**32 - 1),
+            max_size=12,
+        ),
+        max_size=4,
+    ),
+    st.integers(0, 8),
+)
+def test_the_oldest_of_each_run_are_found_and_of_one_age_the_smallest_ids(runs, kept):
+    ids = np.array([id for run in runs for id in run], np.int64)
+    how_old = np.array([age for run in runs for age in run.values()], np.uint32)
+    bounds = np.cumsum([0, *(len(run) for run in runs)])
+    expected = []
+    for run in runs:
+        in_order = sorted(run, key=lambda id: (-run[id], id))
+        expected += in_order[: max(0, len(run) - kept)]
+    found = oldest(ids, how_old, bounds, kept).tolist()
+    assert len(found) == sum(max(0, len(run) - kept) for run in runs)
+    assert sorted(found) == sorted(expected)

@@ -27,6 +27,7 @@ from headwater.kernels.primitives import VALUES, WINDOWS, inner, load, outer, st
 
 AHEAD = 16
 LINE = 64
+LARGEST = np.uint64(2**63 - 1)
 
 
 @inner
@@ -105,16 +106,44 @@ def ages(rows, addresses, shift, now, out):
 
 
 @inner
+def largest(keys, count):
+    """The `count`-th largest key: its bytes are found one after the other, from the highest on."""
+    found, left = np.uint64(0), count
+    tally = np.empty(256, np.int64)
+    for shift in range(56, -1, -8):
+        tally[:] = 0
+        for key in keys:
+            if shift == 56 or (key ^ found) >> np.uint64(shift + 8) == 0:
+                tally[(key >> np.uint64(shift)) & np.uint64(255)] += 1
+        byte = 255
+        while tally[byte] < left:
+            left -= tally[byte]
+            byte -= 1
+        found |= np.uint64(byte) << np.uint64(shift)
+    return found
+
+
+@inner
 def older(ids, ages, count, out):
     """Write the `count` oldest ids to `out`; of those as old as the youngest of them the smallest."""
-    limit = np.partition(ages, len(ages) - count)[len(ages) - count]
-    found = 0
+    keys = np.empty(len(ids), np.uint64)
+    for i in range(len(ids)):
+        keys[i] = ages[i]
+    limit = largest(keys, count)
+    found = level = 0
     for i in range(len(ids)):
         if ages[i] > limit:
             out[found] = ids[i]
             found += 1
-    level = np.sort(ids[ages == limit])
-    out[found:count] = level[: count - found]
+        elif ages[i] == limit:
+            keys[level] = LARGEST - np.uint64(ids[i])  # in the order of signed ids, the smallest first
+            level += 1
+    if found < count:
+        least = largest(keys[:level], count - found)
+        for i in range(len(ids)):
+            if ages[i] == limit and LARGEST - np.uint64(ids[i]) >= least:
+                out[found] = ids[i]
+                found += 1
 
 
 @outer("int64(int64[::1], uint32[::1], int64[::1], int64, int64[::1])")
