@@ -567,3 +567,32 @@ def test_the_loops_of_the_page_train(capsys):
         exec(block, names)  # the page is part of the repository
         for loss in train(names["train"], workers=2).values:
             assert loss < 0.01
+
+
+def test_lbfgs_minimises_the_sum_of_all_workers_losses_over_a_tree():
+    x = np.random.default_rng(0).standard_normal((60, 3)).astype(np.float32)
+    y = x @ np.array([3.0, -2.0, 0.5], np.float32) + 1
+
+    def program(worker):
+        mine = slice(60 * worker.rank // worker.workers, 60 * (worker.rank + 1) // worker.workers)
+
+        @jax.value_and_grad
+        def loss_and_grad(params):
+            return jnp.sum((x[mine] @ params["layer"]["w"] + params["b"] - y[mine]) ** 2)
+
+        params = {"layer": {"w": jnp.zeros(3)}, "b": jnp.zeros(())}
+        opt = hw.jax.LBFGS(worker, params, max_iter=30)
+        found = opt.step(loss_and_grad)
+        assert opt.params is found
+        with pytest.raises(ConfigurationError, match="weight=0"):
+            opt.step(loss_and_grad, weight=0)
+        with pytest.raises(GradientError, match="no parameter"):
+            opt.step(lambda params: (0.0, {"other": params["b"]}))
+        return found["layer"]["w"].tolist(), float(found["b"]), opt.report
+
+    values = hw.run(program, workers=2, servers=2, engine="inline", deadline=60).values
+    assert values[0] == values[1]
+    w, b, report = values[0]
+    assert w == pytest.approx([3, -2, 0.5], abs=1e-3)
+    assert b == pytest.approx(1, abs=1e-3)
+    assert report.loss < 1e-6 * report.first_loss

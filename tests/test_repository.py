@@ -189,7 +189,7 @@ SHARED_MODULES = """
 
 SHARED_CLASSES = """
     Assign Call Checkpoint Client Constant DistributedOptimizer End Ended Entries EntryInputs Frame
-    Group Host Identity Index Listener Measures Member Members Outbox Outgoing Progress Roster Schedule
+    Group Host Identity Index LBFGS Listener Measures Member Members Outbox Outgoing Progress Roster Schedule
     OuterOptimizer Scratch Span State Stop Sums Table Update Verification Wait Window World
 """
 """Names of public classes that stand for several things still; none is added but by another framework."""

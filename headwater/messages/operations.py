@@ -8,9 +8,10 @@ import msgspec
 
 
 class CreateVector(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """A new vector of the model's layout, 0 everywhere."""
+    """A new vector of the model's layout, 0 everywhere. With `keep` one that exists stays as it is."""
 
     name: str
+    keep: bool = False
 
 
 class FreeVector(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):

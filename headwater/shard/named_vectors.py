@@ -61,7 +61,8 @@ class NamedVectors:
         freed: list[str] = []
         for one in work.operations:
             if isinstance(one, m.CreateVector):
-                self.arrays[one.name] = np.zeros_like(values)
+                if one.name not in self.arrays:
+                    self.arrays[one.name] = np.zeros_like(values)
             elif isinstance(one, m.FreeVector):
                 freed.append(one.name)
             elif isinstance(one, m.KeepNote):
@@ -92,7 +93,8 @@ class NamedVectors:
         combinations: list[Combination] = []
         for one in work.operations:
             if isinstance(one, m.CreateVector):
-                named[one.name] = np.zeros_like(values)
+                if one.name not in named:
+                    named[one.name] = np.zeros_like(values)
             elif isinstance(one, m.FillVector):
                 named[one.name] = self._fill(np.zeros_like(values), one.value)
             elif isinstance(one, m.CombineVectors | m.GatherGradients):
@@ -134,7 +136,7 @@ def check(
 
     for one in work.operations:
         if isinstance(one, m.CreateVector):
-            if one.name in names | freed:
+            if one.name in freed or (one.name in names and not one.keep):
                 raise UsageError(f"model {model!r}: vector {one.name!r} exists: free it, or fill it")
             names.add(one.name)
         elif isinstance(one, m.FreeVector):

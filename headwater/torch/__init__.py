@@ -5,10 +5,12 @@ from __future__ import annotations
 from headwater.torch.bag import EmbeddingBag
 from headwater.torch.collection import EmbeddingBagCollection, EmbeddingBagConfig, pull_rows
 from headwater.torch.embedding import Embedding
+from headwater.torch.lbfgs_optimizer import LBFGS
 from headwater.torch.optimizer import DistributedOptimizer
 from headwater.torch.outer import OuterOptimizer
 
 __all__ = [
+    "LBFGS",
     "DistributedOptimizer",
     "Embedding",
     "EmbeddingBag",

@@ -97,7 +97,7 @@ class Binding:
         """
         if self.owner is not user:
             raise UsageError(
-                f"another DistributedOptimizer was made for the parameters of model {self.model.name!r} "
+                f"another optimizer was made for the parameters of model {self.model.name!r} "
                 f"after this one and has taken the model over: use that one"
             )
         for bound in self.bounds.values():

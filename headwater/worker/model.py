@@ -130,7 +130,7 @@ class Model:
         self._session.check_open("push")
         stages = self._session.stages
         began = stages.now()
-        arrays = {name: _flat(array) for name, array in self._checked(grads).items()}
+        arrays = {name: _flat(array) for name, array in self.checked(grads).items()}
         bad = [name for name, array in arrays.items() if not self._stage(name, array)]
         if bad and self._nonfinite != "off":
             self.report_nonfinite(bad)
@@ -149,7 +149,7 @@ class Model:
             GradientError: an unknown name, a wrong shape or dtype; nothing was assigned.
         """
         self._session.check_open("assign")
-        for name, array in self._checked(values).items():
+        for name, array in self.checked(values).items():
             self.parameters[name][...] = array
         self.outdated()
         self.assign_local(list(values))
@@ -425,7 +425,8 @@ class Model:
         answer: m.Answer = self._session.call(outgoing, what, place)
         return answer
 
-    def _checked(self, values: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    def checked(self, values: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """As arrays of the tensors' shapes. Raises GradientError."""
         if not isinstance(values, Mapping):
             raise GradientError(
                 f"model {self.name!r} takes a dict of tensor names and arrays, got a {type(values).__name__}"
