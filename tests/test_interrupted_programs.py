@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 
 import headwater as hw
-from headwater.errors import HeadwaterError, RefusedError
+from headwater.errors import HeadwaterError, RefusedError, RewoundError
 from headwater.worker import Worker, batches, program
 
 WORKERS = 2
-KINDS = ("exception", "SIGTERM", "kill -9")
+KINDS = ("exception", "SIGTERM", "kill -9", "rewind")
+SEEDS, MORE_SEEDS = 14, 200
+"""Programs by default, and with `--long`."""
 
 
 class Interrupted(Exception):
@@ -58,7 +60,7 @@ class Plan:
 
 @dataclass
 class Seen:
-    """What came of a program: by rank and epoch the batches that steps followed, and what meetings gave."""
+    """What came of a program: by rank, epoch and step the batch, and by rank and epoch what meetings gave."""
 
     read: dict = field(default_factory=dict)
     met: dict = field(default_factory=dict)
@@ -82,7 +84,8 @@ def train(worker, plan, seen, interrupt):
             model.push({"w": (w - batch.mean()) / 8})
             table.push(batch % 5, table.pull(batch % 5) / 4)
             worker.step()
-            seen.read.setdefault((rank, epoch), []).append(batch.tolist())
+            before = seen.read.setdefault((rank, epoch, worker.steps), batch.tolist())
+            assert before == batch.tolist(), "what is read again after a rewind is what was read"
             interrupt(worker)
         worker.barrier()  # who has fewer batches sees the others' last steps from here on
         found = [meet(worker, kind, epoch, model) for kind in plan.meets]
@@ -113,8 +116,8 @@ def incarnations(cluster, rank, plan, seen, stops_at):
     while True:
         try:
             worker = Worker(cluster.address, rank)
-        except RefusedError:
-            continue  # the death of the one before is not known yet
+        except (RefusedError, RewoundError):
+            continue  # the death of the one before is not known yet, or everything begins anew
 
         def interrupt(worker=worker):
             if worker.steps == stops_at:
@@ -122,6 +125,8 @@ def incarnations(cluster, rank, plan, seen, stops_at):
             kind = plan.interrupts.pop((rank, worker.steps), "")
             if kind == "exception":
                 raise Interrupted
+            if kind == "rewind":
+                cluster._engine._servers[-1].close()
             if kind == "SIGTERM":
                 worker.dismiss(143)
             if kind == "kill -9":
@@ -132,7 +137,7 @@ def incarnations(cluster, rank, plan, seen, stops_at):
             with worker:
                 train(worker, plan, seen, lambda worker: interrupt())
             return
-        except (Interrupted, SystemExit) as error:
+        except (Interrupted, RewoundError, SystemExit) as error:
             if error.args == ("all stop here",):
                 return
 
@@ -148,7 +153,8 @@ def ends(plan, folder, resumes_at=0):
             errors.append(error)
 
     for part, stops_at in enumerate([resumes_at, -1] if resumes_at else [-1]):
-        options = {"checkpoint": folder, "every": "1000s", "resume": part > 0} if resumes_at else {}
+        keeps = resumes_at or "rewind" in plan.interrupts.values()
+        options = {"checkpoint": folder, "every": "3steps", "resume": part > 0} if keeps else {}
         with hw.Cluster(
             workers=WORKERS, servers=2 + part, min_workers=WORKERS, patience=5, deadline=8, **options
         ) as cluster:
@@ -182,9 +188,15 @@ def holds(seed, folder):
     return ""
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_an_interrupted_program_ends_with_the_same_bits_meetings_and_data(seed, tmp_path):
     assert holds(seed, tmp_path) == ""
+
+
+@pytest.mark.long
+def test_many_interrupted_programs_do(tmp_path, seed_base):
+    for seed in range(max(SEEDS, seed_base), max(SEEDS, seed_base) + MORE_SEEDS):
+        assert holds(seed, tmp_path / str(seed)) == ""
 
 
 def _paired_by_arrival(monkeypatch):

@@ -186,3 +186,55 @@ def test_a_run_that_is_told_to_end_writes_a_last_checkpoint(number, code, tmp_pa
     assert child.returncode == code
     assert "writing a last checkpoint, for at most 60 s" in said
     assert len(set(hw.load_checkpoint(tmp_path / "runs")["sums"]["a"].tolist())) == 1
+
+
+HANGS = """
+import signal, sys, threading
+import headwater as hw
+from headwater.runtime.checkpointer import Checkpointer
+
+def for_ever(self):
+    print("writing", flush=True)
+    threading.Event().wait()
+
+Checkpointer.take_last = for_ever
+
+def train(worker):
+    print("begun", flush=True)
+    threading.Event().wait()
+
+hw.run(train, workers=1, engine=sys.argv[1], checkpoint=sys.argv[2], every="1000s", deadline=60, output=print)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "engine"),
+    [
+        (signal.SIGINT, "inline"),
+        pytest.param(signal.SIGTERM, "inline", marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, "local", marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, "local", marks=pytest.mark.long),
+    ],
+)
+def test_a_second_signal_ends_a_run_at_once_though_its_last_checkpoint_hangs(number, engine, tmp_path):
+    child = subprocess.Popen(
+        [sys.executable, "-c", HANGS, engine, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        wait_for_line(child, "begun")
+        child.send_signal(number)
+        wait_for_line(child, "writing")
+        child.send_signal(number)
+        child.communicate(timeout=30)
+    finally:
+        child.kill()
+        child.wait()
+    assert child.returncode == -number
+
+
+def wait_for_line(child, word):
+    assert any(word in line for line in child.stdout)

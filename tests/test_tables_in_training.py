@@ -239,6 +239,33 @@ def test_prefetched_rows_are_those_that_a_pull_after_the_step_gives(mode, transp
     train(work, workers=2, servers=2, sync=mode, transport=transport)
 
 
+def test_what_others_assign_or_delete_after_a_step_is_not_in_what_came_with_it():
+    asked, changed = threading.Event(), threading.Event()
+
+    def work(worker):
+        table = worker.table("rows", 1, hw.Accumulate())
+        table.push([1, 2], [[1.0], [1.0]])
+        if worker.rank == 0:
+            table.prefetch([1, 2])
+        worker.step()
+        if worker.rank == 1:
+            assert asked.wait(30)
+            table.assign([1], [[9.0]])
+            table.delete([2])
+            changed.set()
+            return None
+        asked.set()
+        assert changed.wait(30)
+        return [table.pull([1, 2]).ravel().tolist() for _ in range(2)]
+
+    for mode in ("sync", "async"):
+        asked.clear()
+        changed.clear()
+        ahead, anew = train(work, workers=2, servers=2, sync=mode).values[0]
+        assert ahead == [2.0, 2.0] or mode == "async"
+        assert anew == [9.0, 0.0]
+
+
 def test_a_prefetch_is_used_once_and_only_where_the_worker_has_seen_nothing_later():
     def work(worker):
         table = worker.table("rows", DIM, hw.Accumulate())

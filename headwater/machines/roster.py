@@ -259,9 +259,10 @@ class RosterBook:
             index = next(i for i in range(len(kept) + 1) if i not in kept)
         noun = "rank" if join.role == "worker" else "index"
         if index in taken:
+            holder = next(member for member in self.of(join.role) if member.index == index)
             raise RefusedError(
-                f"{join.role} {noun} {index} is taken by a living {join.role}: "
-                f"leave it out to get the next free one"
+                f"{join.role} {noun} {index} is taken by a living {join.role} (pid {holder.pid} on "
+                f"{holder.host}): end that one, or give no {noun} to get the next free one"
             )
         if index < 0 or (join.role in ("server", "standby") and index >= self._servers):
             raise RefusedError(f"there can be no {join.role} with {noun} {index}")

@@ -112,9 +112,10 @@ class Table:
         """Have the rows of `ids` ready for the `pull` of the same ids that follows the next `step`.
 
         They come with the answer of that step, in every mode, and are of its version: the step is contained,
-        and in synchronous training they are exactly what a pull would give. Where the worker has had another
-        answer meanwhile, of a later version, the pull asks anew. Does not block. Another call replaces what
-        an earlier one asked for; pulls of other ids are not affected.
+        and they are exactly what a pull would give that is answered at that version. What others `assign` or
+        `delete` later is not in them. Where the worker has had another answer meanwhile, of a later version,
+        the pull asks anew. Does not block. Another call replaces what an earlier one asked for; pulls of
+        other ids are not affected.
 
         Raises:
             UsageError: ids that are not integers, or do not fit int64.
