@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from headwater.messages import Pace
 from headwater.spec.sync import Commits, Decision, Mode, Wait
 
 
@@ -13,6 +14,7 @@ class Step:
     clock: int = 0
     missed: int = 0
     since: float = 0.0
+    pace: Pace | None = None
 
 
 @dataclass(frozen=True)

@@ -361,6 +361,34 @@ class Book:
         return sum(float(value[0]) for value in self.model.residual.values())
 
 
+def test_rounds_under_slack_are_held_open_by_what_workers_say_of_their_steps_and_lose_nothing():
+    def work(worker):
+        net = Points(0.0, 1)
+        inner, outer = outer_of(worker, net, hw.SGD(1.0), every=4, overlap=2, merge="sum")
+        said, begin = [], worker.begin_step
+
+        def begun(**options):
+            said.append(worker.pace)
+            return begin(**options)
+
+        worker.begin_step = begun
+        for _ in range(12):
+            net.descend(inner, 0.125)
+            outer.step()
+        outer.flush()
+        worker.barrier()
+        outer.pull_parameters()
+        paces = [pace for pace in said if pace is not None]
+        assert paces
+        assert all(0 < pace.step_s < 60 and pace.overlap == 2 and pace.sync_s > 0 for pace in paces)
+        return float(net.points[0].detach())
+
+    values = run(work, workers=3, servers=2, sync="sync:quorum=2,grace=slack,late=carry,cap=1").values
+    assert values[0] == values[1] == values[2]
+    assert values[0] <= -3 * 6 * 0.125, "of each worker half of the steps at least count, and nothing twice"
+    assert values[0] >= -3 * 12 * 0.125
+
+
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────
 
 

@@ -379,3 +379,15 @@ def test_two_memories_of_one_member_know_nothing_of_each_other():
     desk, _, _ = with_table()
     other = MemberMemory(desk.machine.shard, 5, desk.memory)
     assert [len(array) for array in other.place(m.PullRows(3, (m.Rows(0, 2, 0, 0),)), 16)] == [2]
+
+
+def test_a_pace_that_cannot_be_ends_the_connection():
+    for pace in (
+        m.Pace(-1.0, 1, 0.0),
+        m.Pace(float("nan"), 1, 0.0),
+        m.Pace(1.0, -1, 0.0),
+        m.Pace(1.0, 1, 1e999),
+    ):
+        desk, conn, _ = one()
+        desk.says(conn, step(2, pace=pace))
+        assert "says that its pace is" in desk.closed[conn]

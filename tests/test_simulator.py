@@ -44,6 +44,13 @@ def test_no_random_schedule_breaks_an_invariant(mode, long, seed_base):
     assert found.faults > 2 * found.schedules
 
 
+def test_no_random_schedule_of_local_steps_breaks_an_invariant(long, seed_base):
+    """Changes that are averaged over who carries them, rounds that are held open by their workers' pace."""
+    schedules = 500 if long else 60
+    for mode in ("sync:quorum=2,grace=slack,late=carry,cap=0.004", "sync"):
+        explore(mode, schedules, seed=seed_base, outer=True, rule=Adam(lr=0.1))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_schedule_run_again_is_the_same_run_message_by_message(mode):
     for seed in range(8):

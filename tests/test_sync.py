@@ -5,11 +5,13 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from modes import Pairs, steps
+from modes import Pairs, Step, Steps, steps
 
 from headwater.errors import ConfigurationError
 from headwater.log.clocks import Clocks
+from headwater.messages import Pace
 from headwater.spec.registry import load_rules, register
+from headwater.spec.slack import grace
 from headwater.spec.sync import (
     Asynchronous,
     Commits,
@@ -27,6 +29,8 @@ MODES = {
     "sync:quorum=3": Synchronous(quorum=3),
     "sync:quorum=3,grace=0.5": Synchronous(quorum=3, grace_s=0.5),
     "sync:quorum=1,grace=2,reduce=sum": Synchronous(quorum=1, grace_s=2, reduce="sum"),
+    "sync:quorum=2,grace=slack": Synchronous(quorum=2, grace_s="slack"),
+    "sync:quorum=2,grace=slack,late=carry,cap=3": Synchronous(2, "slack", late="carry", cap_s=3),
     "async": Asynchronous(),
     "ssp:0": StaleSynchronous(0),
     "ssp:12": StaleSynchronous(12),
@@ -82,6 +86,10 @@ def test_a_grace_is_seconds_from_0(grace):
 def test_a_grace_without_a_quorum_is_refused():
     with pytest.raises(ConfigurationError, match="without a quorum"):
         parse_sync("sync:grace=1")
+    with pytest.raises(ConfigurationError, match="grace_s=slack without a quorum"):
+        parse_sync("sync:grace=slack")
+    with pytest.raises(ConfigurationError, match="cap_s=3 is for grace='slack'"):
+        parse_sync("sync:quorum=2,cap=3")
 
 
 def test_only_mean_and_sum_reduce():
@@ -111,6 +119,37 @@ def test_a_round_with_a_quorum_waits_for_it_then_for_the_grace_or_everybody():
     assert mode.next(three, 8.5) == Commits((tuple(three),))
     for full in (steps(4, 4), steps(1, 1)):  # never more than there are
         assert mode.next(full, 0.0) == Commits((tuple(full),))
+
+
+def test_the_slack_is_what_local_steps_leave_of_the_time_for_the_quorum_and_for_synchronising():
+    """Two steps of 1 s under way, half a second for the quorum, 0.3 to synchronise: 0.8 · 1.2 s."""
+    pace = Pace(step_s=1.0, overlap=2, sync_s=0.3)
+    seconds, why = grace([(pace, 0.5)], cap_s=10.0)
+    assert seconds == pytest.approx(0.96)
+    assert (
+        why == "0.8 of the slack 1.2 s = 2 local steps of 1 s − 0.5 s for the quorum − 0.3 s to synchronise"
+    )
+    assert grace([(pace, 2.0)], 10.0)[0] == 0.0, "it waits already"
+    assert grace([(pace, 0.5)], 0.25)[0] == 0.25, "no longer than the cap"
+    assert grace([(None, 0.5)], 10.0)[0] == 10.0, "nobody knows, so the cap"
+    assert grace([], 10.0)[1] == "nobody has said how long a local step takes, so for all of cap=10 s"
+    hasty = Pace(step_s=0.5, overlap=2, sync_s=0.3)
+    assert grace([(pace, 0.5), (hasty, 0.0), (None, 0.5)], 10.0)[0] == pytest.approx(0.56), (
+        "the first to wait"
+    )
+
+
+def test_a_round_under_slack_stays_open_for_what_its_own_quorum_can_spare():
+    mode = Synchronous(quorum=2, grace_s="slack", cap_s=5)
+    paces = [Pace(1.0, 2, 0.3), Pace(1.0, 3, 0.3), None]
+    three = Steps(4, [Step(rank, since=7.0 + rank / 2, pace=pace) for rank, pace in enumerate(paces)])
+    wait = mode.next(three, 8.0)
+    assert wait.due == pytest.approx(7.5 + 0.96)
+    assert wait.reason.startswith(
+        "the round stays open for the other 1 for 0.96 s: 0.8 of the slack 1.2 s = "
+    )
+    assert mode.next(three, wait.due) == Commits((tuple(three),))
+    assert mode.next(steps(2, 3), 1.0).due == 5.0
 
 
 def test_with_a_quorum_a_step_counts_for_the_round_that_its_worker_saw_open():

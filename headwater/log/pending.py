@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from headwater.log.state import LogState, MemberState
-from headwater.messages import ExchangeId, Held
+from headwater.messages import ExchangeId, Held, Pace
 
 
 class Stage(enum.IntEnum):
@@ -106,6 +106,10 @@ class PendingExchange:
     def weight(self) -> float:
         """Of the outstanding step, in a mean."""
         return self.held.weight if self.held is not None else 1.0
+
+    @property
+    def pace(self) -> Pace | None:
+        return self.held.pace if self.held is not None else None
 
     @property
     def waits(self) -> bool:

@@ -8,7 +8,7 @@ import msgspec
 
 from headwater.messages.base import Message, Refused, Scalar
 from headwater.messages.checkpoints import PartRecord
-from headwater.messages.log import LogStateRecord
+from headwater.messages.log import LogStateRecord, Pace
 from headwater.messages.models import ModelSpec, Rows, RuleSpec, Run, TableSpec, WindowSpec
 from headwater.messages.operations import VectorWork
 from headwater.messages.programs import Meeting, Recalled
@@ -118,7 +118,8 @@ class Step(Message, frozen=True):
     `position`: where the worker is in its data once this is committed; None where it reads none. `weight`:
     what its gradients count in a mean over the contributors, > 0. `known`, `known_tables`: the fingerprint of
     the rules that the member knows to be in force, by model and table; the answer has those that are others.
-    `kept`: what its rank keeps from then on, encoded; None where that has not changed.
+    `kept`: what its rank keeps from then on, encoded; None where that has not changed. `pace`: of an outer
+    step, how fast local ones are made.
     """
 
     number: int
@@ -137,6 +138,7 @@ class Step(Message, frozen=True):
     known_tables: tuple[tuple[int, int], ...] = ()
     kept: bytes | None = None
     coded: tuple[Coded, ...] = ()
+    pace: Pace | None = None
 
 
 class Pull(Message, frozen=True):

@@ -38,12 +38,25 @@ Phase: TypeAlias = Literal["new", "active", "ended", "meeting", "observer"]
 """`new`: joined, not yet activated; `ended`: its batches are over; `meeting`: it waits in a meeting."""
 
 
+class Pace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How fast a worker makes local steps, as it reports it with an outer step.
+
+    `step_s`: seconds of one. `overlap`: how many it makes before it must have the answer. `sync_s`: what
+    sending and receiving takes when nobody is waited for.
+    """
+
+    step_s: float
+    overlap: int
+    sync_s: float
+
+
 class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A server holds exchange `number` of `member` completely, as it came with `connection_epoch`.
 
     `measured`: it is a step whose gradients cannot be applied before all servers have measured them, since a
     model is clipped or merged by lengths; or it is a meeting whose work on vectors has reductions. `weight`:
-    of a step, what its gradients count in a mean. `meeting`: the place of a meeting.
+    of a step, what its gradients count in a mean. `meeting`: the place of a meeting. `pace`: of the worker,
+    where its step says so.
     """
 
     member: int
@@ -54,6 +67,7 @@ class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     measured: bool = False
     weight: float = 1.0
     meeting: Meeting | None = None
+    pace: Pace | None = None
 
 
 class Sum(msgspec.Struct, frozen=True, array_like=True):

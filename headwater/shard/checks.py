@@ -124,6 +124,8 @@ class Checks:
     def _check_step(self, member: int, step: m.Step, rows: Sequence[StagedRows]) -> None:
         if not 0 < step.weight < math.inf:
             raise ProtocolError(f"member {member} sent a step of weight {step.weight}, expected a number > 0")
+        if step.pace is not None:
+            _check_pace(member, step.pace)
         if rows:
             self._tables.check(rows[: len(step.pushed)])
             self._tables.check(rows[len(step.pushed) :])
@@ -200,6 +202,12 @@ def check_declared(spec: m.ModelSpec | m.TableSpec) -> None:
         check_table(spec)
     else:
         _check_model(spec)
+
+
+def _check_pace(member: int, pace: m.Pace) -> None:
+    """Raise ProtocolError unless times can be these."""
+    if not (0 <= pace.step_s < math.inf and 0 <= pace.sync_s < math.inf and 0 <= pace.overlap < 2**31):
+        raise ProtocolError(f"member {member} says that its pace is {pace}, expected numbers from 0")
 
 
 def _check_model(spec: m.ModelSpec) -> None:

@@ -159,15 +159,15 @@ class Shard:
             raise ProtocolError(f"member {member} sent exchange {request.number}, but {last} was answered")
         self._checks.check(member, request, rows)
         kind = self._kind(member, request)
-        measured, weight, meeting = False, 1.0, None
+        measured, weight, meeting, pace = False, 1.0, None, None
         if isinstance(request, m.Step):
             measured = kind == "step" and self._measures.needed(request)
-            weight = request.weight
+            weight, pace = request.weight, request.pace
         elif isinstance(request, m.Meet):
             meeting = request.meeting
             measured = request.work is not None and bool(request.work.reductions)
         held = m.Held(
-            member, request.number, kind, name_of(request), connection_epoch, measured, weight, meeting
+            member, request.number, kind, name_of(request), connection_epoch, measured, weight, meeting, pace
         )
         self._members.hold(Outstanding(held, request, staging, rows))
         self.exchanges += 1

@@ -17,18 +17,21 @@ Pure: no clock, no I/O; a mode keeps nothing between two questions. It travels a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, Protocol, Self, TypeAlias
 
 from headwater.errors import ConfigurationError
+from headwater.messages import Pace
 from headwater.spec.registry import Registry, register
 from headwater.spec.setting_text import settings_of, text_name, text_of
 from headwater.spec.settings import Settings, field_types, require
+from headwater.spec.slack import grace
 from headwater.spec.words import option
 
 Reduce: TypeAlias = Literal["mean", "sum"]
 Late: TypeAlias = Literal["drop", "carry"]
+SLACK: Literal["slack"] = "slack"
 
 
 # ── what is asked, and what is answered ─────────────────────────────────────────────────────────
@@ -56,6 +59,7 @@ class ReadyStep(Protocol):
         clock: steps that its worker had finished before.
         missed: commits since its worker was answered last.
         since: when every server held it, in seconds of the clock that `Mode.next` is told.
+        pace: how fast its worker makes local steps, where it has said so.
     """
 
     @property
@@ -66,6 +70,8 @@ class ReadyStep(Protocol):
     def missed(self) -> int: ...
     @property
     def since(self) -> float: ...
+    @property
+    def pace(self) -> Pace | None: ...
 
 
 class Pending(Protocol):
@@ -242,30 +248,40 @@ class Synchronous(Mode):
 
     Args:
         quorum: how many updates close a round; None: those of all active workers.
-        grace_s: seconds that a round is held open for more after the quorum's last update.
+        grace_s: seconds that a round is held open for more after the quorum's last update; "slack": for as
+            long as that makes nobody wait, as far as workers report how long their local steps take (see
+            `headwater.spec.slack`).
         reduce: how the gradients of a round are combined, "mean" over the contributors or "sum".
         late: what becomes of a late update, "drop", or "carry": its worker sends it with the next one.
+        cap_s: longest grace under "slack", in seconds.
 
     Raises:
-        ConfigurationError: `quorum` is not an integer ≥ 1, `grace_s` not a number ≥ 0, `grace_s` or
-            `late="carry"` without a quorum, or `reduce` or `late` none of the two.
+        ConfigurationError: `quorum` is not an integer ≥ 1, `grace_s` or `cap_s` not a number ≥ 0, `grace_s`
+            or `late="carry"` without a quorum, `cap_s` without "slack", or `reduce` or `late` none of the
+            two.
     """
 
     keyword = "sync"
-    form = "'sync', 'sync:quorum=K,grace=SECONDS,reduce=sum,late=carry' (any of these)"
+    form = (
+        "'sync', 'sync:quorum=K,grace=SECONDS,reduce=sum,late=carry' (any of these; grace=slack,cap=SECONDS)"
+    )
 
     quorum: int | None = None
-    grace_s: float = 0.0
+    grace_s: float | Literal["slack"] = 0.0
     reduce: Reduce = "mean"
     late: Late = "drop"
+    cap_s: float = 10.0
 
     def check(self) -> None:
         require(self.quorum is None or self.quorum >= 1, self, "quorum", "≥ 1, or None for everybody")
-        require(self.grace_s >= 0, self, "grace_s", "≥ 0 seconds")
+        require(self.grace_s == SLACK or self.grace_s >= 0, self, "grace_s", "≥ 0 seconds, or 'slack'")
+        require(self.cap_s >= 0, self, "cap_s", "≥ 0 seconds")
         if self.quorum is None and self.grace_s:
             raise ConfigurationError(
-                f"sync: grace_s={self.grace_s:g} without a quorum: a round waits for everybody anyway"
+                f"sync: grace_s={self.grace_s} without a quorum: a round waits for everybody anyway"
             )
+        if self.cap_s != 10.0 and self.grace_s != SLACK:
+            raise ConfigurationError(f"sync: cap_s={self.cap_s:g} is for grace='slack', which it bounds")
         if self.quorum is None and self.late == "carry":
             raise ConfigurationError("sync: late=carry without a quorum: nobody is ever late")
 
@@ -289,11 +305,21 @@ class Synchronous(Mode):
         if held < needed:
             return Wait(f"{held} of {needed} updates of this round have arrived")
         if held < pending.active and self.grace_s:
-            due = sorted(step.since for step in pending)[needed - 1] + self.grace_s
+            quorum = sorted(pending, key=lambda step: step.since)[:needed]
+            seconds, why = self._grace(quorum)
+            due = quorum[-1].since + seconds
             if now < due:
                 others = pending.active - held
-                return Wait(f"the round stays open for the other {others} for {self.grace_s:g} s", due)
+                return Wait(f"the round stays open for the other {others} for {seconds:g} s{why}", due)
         return Commits((tuple(pending),))
+
+    def _grace(self, quorum: Sequence[ReadyStep]) -> tuple[float, str]:
+        """For how long a round stays open that these have made complete, the last one just now, and why."""
+        if self.grace_s != SLACK:
+            return self.grace_s, ""
+        last = quorum[-1].since
+        seconds, why = grace(((step.pace, last - step.since) for step in quorum), self.cap_s)
+        return seconds, f": {why}"
 
 
 @register

@@ -99,6 +99,12 @@ class Workload:
         """What a step of the worker counts in a mean; some of a round are equal, some not."""
         return float(1 + (3 * rank + step * step) % 5) if self.weighted else 1.0
 
+    def pace(self, rank: int, step: int) -> m.Pace | None:
+        """What a worker says of its local steps; some say nothing."""
+        if not self.outer or not (rank + step) % 3:
+            return None
+        return m.Pace(0.001 * (1 + rank), step % 4, 0.0005)
+
     # ── what a worker does ──────────────────────────────────────────────────────────────────────
 
     def program(self, me: Client) -> Steps:
@@ -162,7 +168,8 @@ class Workload:
             for name, grads in me.windows[TRAINED].grads.items():
                 if self.fill(grads, me.rank, contained, name):
                     me.carry(name, TRAINED)
-        answer = yield me.step(position=position, weight=self.weight(me.rank, step))
+        weight, pace = self.weight(me.rank, step), self.pace(me.rank, step)
+        answer = yield me.step(position=position, weight=weight, pace=pace)
         late = answer.result is not None and not answer.result.applied
         me.late_steps = contained if late and self.carries else ()
         if answer.version % 5 == me.rank % 5:

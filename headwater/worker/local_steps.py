@@ -21,6 +21,7 @@ Invariants:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
@@ -156,6 +157,24 @@ def spread(sizes: Mapping[str, int], fragments: int) -> list[tuple[str, ...]]:
     return [tuple(part) for part in parts]
 
 
+class StepTimer:
+    """How long a local step takes, without what it sends: a moving average in which the last counts half.
+
+    Attributes:
+        step_s: seconds; None before the second step. began: when the present one did; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.step_s: float | None = None
+        self.began: float | None = None
+
+    def stepped(self, now: float) -> None:
+        """A step has ended."""
+        if self.began is not None:
+            took = now - self.began
+            self.step_s = took if self.step_s is None else 0.5 * self.step_s + 0.5 * took
+
+
 class LocalSteps:
     """Of one worker and the parameters `values`; the adapters for frameworks are made of it.
 
@@ -190,6 +209,7 @@ class LocalSteps:
         self._local = local
         self._plan = plan
         self._pending: tuple[PendingStep, Fragment, Work, bool] | None = None
+        self._timer = StepTimer()
         self.result: m.StepResult | None = None
         self.also: Sequence[Model] = ()
         self.fragments: list[Fragment] = []
@@ -210,6 +230,7 @@ class LocalSteps:
             due = plan.due(i)
             self.fragments.append(Fragment(model, names, due, due - plan.overlap))
         self.taken = self._place() if worker.mode.rounds else 0
+        self._sync_s = self._measure() if plan.overlap else 0.0
         self.take_over()
 
     def _place(self) -> int:
@@ -217,6 +238,14 @@ class LocalSteps:
         updates = [fragment.model.settings.updates for fragment in self.fragments]
         behind = next((i for i, count in enumerate(updates) if count < updates[0]), 0)
         return self._plan.due(behind - 1) if behind else 0
+
+    def _measure(self) -> float:
+        """Seconds that a fragment takes up and down, nobody being waited for: twice those of a read."""
+        largest = max(self.fragments, key=lambda fragment: fragment.model.layout.elements).model
+        began = time.monotonic()
+        largest.changed_here()
+        largest.pull()
+        return 2 * (time.monotonic() - began)
 
     def take_over(self) -> None:
         """Have the local parameters take the bases' values."""
@@ -233,6 +262,13 @@ class LocalSteps:
         Raises: as `Worker.step`; NonFiniteError: local parameters are not finite.
         """
         self.taken += 1
+        self._timer.stepped(time.monotonic())
+        try:
+            self._step(count)
+        finally:
+            self._timer.began = time.monotonic()
+
+    def _step(self, count: float) -> None:
         for fragment in self.fragments:
             fragment.work.add(Work(1, count))
         now = (self.taken - 1) % self._plan.every + 1
@@ -295,6 +331,8 @@ class LocalSteps:
             work.add(fragment.work)
             fragment.work = Work()
         self._local.sending()
+        if self._timer.step_s is not None:
+            self._worker.pace = m.Pace(self._timer.step_s, self._plan.overlap, self._sync_s)
         read = (fragment.model, *self.also) if reads else tuple(self.also)
         pending = self._worker.begin_step(read=read, weight=weight_of(work, self._plan.weighing))
         self._pending = pending, fragment, work, reads

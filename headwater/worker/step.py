@@ -17,7 +17,8 @@ class StepExchange:
     """Takes what is staged; nothing may be under way in the session.
 
     `weight`: what its gradients count in a mean; with 0 they are dropped, and it is an empty turn. `since`:
-    the version that those were computed on which came too late before, and are sent again.
+    the version that those were computed on which came too late before, and are sent again. `pace`: of local
+    steps, where this is an outer one.
 
     Attributes:
         skip: whether it is an empty turn because a gradient was not finite.
@@ -32,7 +33,9 @@ class StepExchange:
         tables: Iterable[Table],
         weight: float = 1.0,
         since: int | None = None,
+        pace: m.Pace | None = None,
     ) -> None:
+        self._pace = pace
         self._session = session
         self._memory = memory
         self._models = list(models)
@@ -155,6 +158,7 @@ class StepExchange:
             known_tables=tuple((table.id, table.settings.known) for table in self._tables),
             kept=self._kept,
             coded=tuple(piece for pieces, _ in coded for piece in pieces),
+            pace=self._pace,
         )
         arrays: list[Any] = [array for _, arrays in (*payload, *coded) for array in arrays]
         for table, place in self._pushed.items():

@@ -101,6 +101,7 @@ class Worker:
         rank: which worker this is, from 0.
         workers: how many were declared.
         settings: what `run(settings=…)` was given.
+        pace: of local steps, which the next step reports; None where there are none.
         address, security: of the coordinator, and how this worker speaks to it.
         stages: the clock of this worker's turns, for adapters that stage gradients themselves.
         told: what the coordinator was told last; None before the first time. From any thread.
@@ -116,6 +117,7 @@ class Worker:
         self.workers = welcome.workers
         self.stages = self._session.stages
         self.settings = unpack(welcome.settings)
+        self.pace: m.Pace | None = None
         self._models: dict[str, Model] = {}
         self._tables: dict[str, Table] = {}
         self._rows = RowBuffer(self._session.machine, Scratch(shared=any(self._session.shares)))
@@ -373,7 +375,7 @@ class Worker:
         for model in self._models.values() if read is True else read or ():
             model.before_read()
         models, tables, since = self._models.values(), self._tables.values(), self._carried_since
-        return StepExchange(self._session, self._rows, models, tables, weight, since)
+        return StepExchange(self._session, self._rows, models, tables, weight, since, self.pace)
 
     def _took(
         self,

@@ -153,6 +153,7 @@ class _Step:
     clock: int = 0
     missed: int = 0
     since: float = 0.0
+    pace: m.Pace | None = None
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,7 @@ class Client:
         pulled: Mapping[int, NDArray[np.int64]] | None = None,
         position: m.Position | None = None,
         weight: float = 1.0,
+        pace: m.Pace | None = None,
     ) -> Call:
         """What was pushed leaves; `step` other than the next one is a repeat, or an error.
 
@@ -194,6 +195,7 @@ class Client:
             read,
             position=position,
             weight=weight,
+            pace=pace,
         )
 
         def frame(server: int, number: int) -> Outgoing:
