@@ -29,6 +29,13 @@ Rules = Annotated[
     list[str] | None,
     typer.Option(metavar="MODULE", help="A module with rules and modes of your own; repeatable."),
 ]
+Probes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Answer probes there: /live, and /ready with the reason, in plain text and without a secret.",
+    ),
+]
 Wait = Annotated[
     float,
     typer.Option(min=0, help="Seconds for which a coordinator that cannot be reached is tried again."),
@@ -48,6 +55,7 @@ def coordinator(
     ] = None,
     metrics: Metrics = None,
     otlp: Otlp = None,
+    health: Probes = None,
     reach: Endpoint = Endpoint(),  # noqa: B008 - made from its options
 ) -> None:
     """Keep the roster of a cluster, hand out data, take checkpoints; prints its address when it is ready.
@@ -61,7 +69,7 @@ def coordinator(
     Exit codes: 0 every worker has finished, or `headwater stop` has ended it; 1 the cluster cannot go on; 2 a
     wrong argument; 130 and 143 told to end.
     """
-    serve_coordinator(config, journal, reach, metrics, otlp)
+    serve_coordinator(config, journal, reach, metrics, otlp, health)
 
 
 @command(app, reach=listening())
@@ -76,6 +84,7 @@ def server(
     rules: Rules = None,
     wait: Wait = 300.0,
     metrics: Metrics = None,
+    health: Probes = None,
     reach: Endpoint = Endpoint(),  # noqa: B008 - made from its options
 ) -> None:
     """Be a server or standby, whichever is missing, or a spare that waits until one is.
@@ -89,7 +98,7 @@ def server(
     """
     load_all(rules)
     with losses_reported():
-        serve_server(coordinator, role, index, reach, wait, metrics)
+        serve_server(coordinator, role, index, reach, wait, metrics, health)
 
 
 @command(app, security=credentials())
@@ -107,6 +116,7 @@ def worker(
     rules: Rules = None,
     wait: Wait = 300.0,
     metrics: Metrics = None,
+    health: Probes = None,
     security: Security = Security(),  # noqa: B008 - made from its options
 ) -> None:
     """Run a training function as a worker; its settings come from the coordinator.
@@ -120,7 +130,7 @@ def worker(
     """
     load_all(rules)
     with losses_reported():
-        serve_worker(script, coordinator, rank, security, wait, metrics)
+        serve_worker(script, coordinator, rank, security, wait, metrics, health)
 
 
 @command(app)

@@ -6,11 +6,13 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 
 import typer
 
 from headwater.cli.faults import complain
+from headwater.cli.health import Health
+from headwater.cli.probes import ProbeServer, Readiness
 from headwater.cli.script import load_function
 from headwater.cli.signals import signals_to
 from headwater.errors import (
@@ -49,6 +51,7 @@ def serve_coordinator(
     reach: Endpoint,
     metrics: str | None = None,
     otlp: str | None = None,
+    health: str | None = None,
 ) -> None:
     """Be the coordinator until training has finished; prints its address on standard output.
 
@@ -58,7 +61,12 @@ def serve_coordinator(
     """
     _log_plainly()
     cluster = StandaloneCluster(config, journal=journal or "", reach=reach, metrics=metrics, otlp=otlp)
-    with signals_to(cluster.interrupt):
+
+    def readiness() -> tuple[bool, str]:
+        found = Health.of(cluster.statistics())
+        return found.is_ready, found.readiness()
+
+    with closing(cluster), signals_to(cluster.interrupt), _probed(health, readiness):
         print(cluster.address, flush=True)
         _log.info(
             "coordinator at %s, for %d workers, %d servers",
@@ -79,6 +87,7 @@ def serve_server(
     reach: Endpoint,
     wait: float,
     metrics: str | None = None,
+    health: str | None = None,
 ) -> None:
     """Be a server until training has finished.
 
@@ -90,7 +99,7 @@ def serve_server(
     server = StandaloneServer(
         _given(coordinator), role=_role(role), index=index, reach=reach, wait=wait, metrics=metrics
     )
-    with signals_to(_end):
+    with signals_to(_end), _probed(health, server.readiness):
         server.run()
 
 
@@ -101,6 +110,7 @@ def serve_worker(
     security: Security,
     wait: float,
     metrics: str | None = None,
+    health: str | None = None,
 ) -> None:
     """Run the script's function as a worker until training has finished.
 
@@ -115,8 +125,13 @@ def serve_worker(
     worker = StandaloneWorker(
         load_function(script), address, rank=rank, security=security, wait=wait, metrics=metrics
     )
-    with signals_to(worker.interrupt):
+    with signals_to(worker.interrupt), _probed(health, worker.readiness):
         worker.run()
+
+
+def _probed(place: str | None, readiness: Readiness) -> AbstractContextManager[object]:
+    """Answers probes at `place` during the block."""
+    return nullcontext() if place is None else ProbeServer(place, readiness)
 
 
 @contextmanager

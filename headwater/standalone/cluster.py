@@ -10,7 +10,7 @@ import time
 
 from headwater.errors import CheckpointError, ConfigurationError, HeadwaterError, RewoundError
 from headwater.machines.coordinator import EndAsked
-from headwater.messages import Refused
+from headwater.messages import ClusterStatistics, Refused
 from headwater.observe.otlp import OtlpExporter
 from headwater.observe.prometheus import MetricsServer
 from headwater.runtime.coordinator import CoordinatorNode, Serving
@@ -124,6 +124,10 @@ class StandaloneCluster:
                     return 0
         finally:
             self.close()
+
+    def statistics(self) -> ClusterStatistics:
+        """The cluster's; blocks for the servers' answers."""
+        return self._node.statistics()
 
     def close(self) -> None:
         """End the cluster; idempotent. Members are told."""

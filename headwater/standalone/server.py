@@ -74,6 +74,14 @@ class StandaloneServer:
                 undo.enter_context(closing(exporter))
             self._run()
 
+    def readiness(self) -> tuple[bool, str]:
+        """Whether it serves now, and as what; blocks for the node's own parts. From any thread."""
+        node = self._serving
+        if node is None:
+            return False, "waits for the coordinator, or until a server or standby is missing"
+        own = node.statistics()
+        return True, f"{own.role} {own.index}, at version {own.version}"
+
     def _statistics(self) -> ClusterStatistics:
         """What this node knows now. Raises ConnectionLostError while it serves nobody."""
         node = self._serving

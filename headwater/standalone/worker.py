@@ -76,6 +76,13 @@ class StandaloneWorker:
                 undo.enter_context(closing(exporter))
             self._run_again()
 
+    def readiness(self) -> tuple[bool, str]:
+        """Whether it is a member now, and where it is in its training. From any thread."""
+        worker = self._worker
+        if worker is None:
+            return False, "waits for the coordinator and the servers"
+        return True, f"worker {worker.rank}, at version {worker.version}"
+
     def _statistics(self) -> ClusterStatistics:
         """What this worker last told the coordinator. Raises ConnectionLostError before the first time."""
         worker = self._worker
