@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # the same as `_HOMES`, for type checkers and editors
     from headwater.engines import RayEngine
     from headwater.follower import Change, Follower, FollowerStatistics, TableChange, ValueRun, View, follow
     from headwater.messages import ClusterStatistics, Progress, StepResult
+    from headwater.observe import sinks
+    from headwater.observe.history import History
     from headwater.spec import initializers
     from headwater.spec.initializers import Normal, TruncatedNormal, Uniform, Zeros
     from headwater.spec.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
@@ -77,6 +79,7 @@ __all__ = [
     "FollowerStatistics",
     "Ftrl",
     "Group",
+    "History",
     "LeastRecentlyUsed",
     "Linear",
     "Lion",
@@ -117,6 +120,7 @@ __all__ = [
     "load_weights",
     "register",
     "run",
+    "sinks",
 ]
 
 _SUBMODULES = ("jax", "kvstore", "torch")
@@ -129,6 +133,8 @@ _HOMES = {
     "engines": ("RayEngine",),
     "follower": ("Change", "Follower", "FollowerStatistics", "TableChange", "ValueRun", "View", "follow"),
     "messages": ("ClusterStatistics", "Progress", "StepResult"),
+    "observe": ("sinks",),
+    "observe.history": ("History",),
     "spec": ("initializers",),
     "spec.initializers": ("Normal", "TruncatedNormal", "Uniform", "Zeros"),
     "spec.lifetime": ("AfterCount", "AfterSteps", "LeastRecentlyUsed"),
@@ -170,6 +176,8 @@ if not TYPE_CHECKING:  # a wrong name is told by type checkers too
         if name not in _MODULES:
             raise AttributeError(f"module 'headwater' has no attribute {name!r}")
         module = importlib.import_module(f"headwater.{_MODULES[name]}")
+        if not hasattr(module, name):  # a module of that package, which nobody has imported yet
+            importlib.import_module(f"{module.__name__}.{name}")
         globals()[name] = value = getattr(module, name)
         return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypedDict, Unpack
@@ -17,6 +17,8 @@ from headwater.errors import ClosedError, ConfigurationError, UsageError
 from headwater.messages import ClusterStatistics, ServerRole
 from headwater.observe.otlp import OtlpExporter
 from headwater.observe.prometheus import MetricsServer
+from headwater.observe.recorder import Recorder, checked
+from headwater.observe.sinks import LogSink
 from headwater.runtime.coordinator import CoordinatorNode
 from headwater.runtime.verifier import Verification, verify
 from headwater.spec.cluster import ClusterConfig, ClusterOptions
@@ -45,6 +47,7 @@ class NodeOptions(TypedDict, total=False):
     output: Callable[[str], None]
     metrics: str | None
     otlp: str | None
+    log_to: Sequence[LogSink]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +101,16 @@ class NodeConfig:
         ),
     )
 
+    log_to: Sequence[LogSink] = field(
+        default=(),
+        metadata=means(
+            "Sinks (`hw.sinks`) that get what workers log while the cluster runs, which closes them: "
+            "TensorBoard, Jsonl, Csv, Wandb, Mlflow, or objects with `write(points)` and `close()`."
+        ),
+    )
+
     def __post_init__(self) -> None:
+        checked(self.log_to)
         if self.transport not in TRANSPORTS:
             raise ConfigurationError(
                 f"{option('transport')}: got {self.transport!r}, "
@@ -127,6 +139,7 @@ class Cluster:
 
     Attributes:
         config: what was said of it.
+        history: what workers logged: see `RunResult.history`.
     """
 
     @takes((ClusterConfig, ClusterOptions), (NodeConfig, NodeOptions))
@@ -157,10 +170,13 @@ class Cluster:
             replicas=config.replicas,
             rewind=self._storage.rewind if config.rewinds else None,
         )
+        self._recorder = Recorder(nodes.log_to)
+        self.history = self._recorder.history
         self._coordinator = CoordinatorNode(
             config,
             self._supervisor.departures.put,
             self._supervisor.end_asked,
+            on_logged=self._recorder.take,
             write_checkpoint=self._storage.take_now,
             generation=self._storage.generation,
             reach=reach,
@@ -298,6 +314,7 @@ class Cluster:
         self._coordinator.close()  # who waits to join, the checkpointer too, is told
         self._storage.close()
         self._engine.close()
+        self._recorder.close()
 
     def _check_open(self) -> None:
         if os.getpid() != self._process:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Unpack
 
@@ -26,6 +26,7 @@ from headwater.errors import (
 )
 from headwater.messages import ClusterStatistics
 from headwater.observe.display import both, display_for, is_watched
+from headwater.observe.history import History
 from headwater.spec.cluster import ClusterConfig, ClusterOptions
 from headwater.spec.keywords import chosen, takes
 from headwater.spec.words import option
@@ -50,6 +51,8 @@ class RunResult:
         seconds: from the first worker's start to the last one's end.
         checkpoint: path of the newest checkpoint; None without a directory for them.
         checkpoint_error: why the last checkpoint could not be written, such as a full disk; else None.
+        history: what workers logged with `Worker.log`, a row for each value: `pandas.DataFrame(history)`;
+            `history.curve(name)` for a plot.
     """
 
     values: list[Any]
@@ -59,6 +62,7 @@ class RunResult:
     seconds: float
     checkpoint: str | None = None
     checkpoint_error: CheckpointError | None = None
+    history: History = field(default_factory=History)
 
     def __repr__(self) -> str:
         """A line: arrays are counted, not printed."""
@@ -68,7 +72,8 @@ class RunResult:
         }
         return (
             f"RunResult(version={self.version}, seconds={self.seconds:.1f}, "
-            f"values={reprlib.repr(self.values)}, parameters={models}, checkpoint={self.checkpoint!r})"
+            f"values={reprlib.repr(self.values)}, parameters={models}, checkpoint={self.checkpoint!r}, "
+            f"history={self.history!r})"
         )
 
 
@@ -156,6 +161,7 @@ def _run(
             seconds,
             cluster.last_checkpoint,
             failure,
+            cluster.history,
         )
 
 

@@ -219,7 +219,7 @@ def test_one_name_is_one_thing():
 def test_no_decision_reads_a_clock_that_can_jump():
     """Dates are written into manifests, certificates and what is exported; everything that waits counts
     monotonic seconds."""
-    dates = {"write.py", "certificates.py", "otlp.py"}
+    dates = {"write.py", "certificates.py", "otlp.py", "recorder.py"}
     for path in PACKAGE.rglob("*.py"):
         jumps = re.findall(r"\btime\.(?:time|time_ns|localtime|gmtime)\b|\bdatetime\b", path.read_text())
         assert not jumps or path.name in dates or path.parent.name == "bench", (path, jumps)
@@ -243,6 +243,18 @@ def test_public_names_are_the_same_for_type_checkers_and_at_run_time():
     }
     assert typed == {**headwater._MODULES, **dict.fromkeys(headwater._SUBMODULES, "")}
     assert {*headwater._MODULES, "errors", "kvstore"} == set(headwater.__all__)
+
+
+def test_a_public_module_can_be_the_first_name_that_a_program_uses():
+    """Those that are modules of a package are no attributes of it before somebody has imported them."""
+    for first in ("sinks", "initializers", "kvstore"):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import headwater\nheadwater.{first}"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert not done.stderr, done.stderr
 
 
 IMPORT = """

@@ -55,6 +55,13 @@ Otlp = Annotated[
     str | None,
     typer.Option(metavar="URL", help="An OpenTelemetry collector that gets the metrics every 10 s."),
 ]
+LogTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KIND:PATH",
+        help="Where what workers log is written: tensorboard:DIR, jsonl:FILE or csv:FILE; repeatable.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 
 Command = TypeVar("Command", bound=Callable[..., None])

@@ -16,13 +16,14 @@ import typer
 from rich.console import Console
 
 from headwater.cli.engines import chosen_engine
-from headwater.cli.options import Metrics, Otlp, command, configuration, listening
+from headwater.cli.options import LogTo, Metrics, Otlp, command, configuration, listening
 from headwater.cli.script import load_function
 from headwater.cli.summary import summarize
 from headwater.driver import RunResult
 from headwater.driver import run as train_with
 from headwater.engines import RayEngine
 from headwater.observe.display import Display, LiveDisplay, PlainDisplay
+from headwater.observe.sinks import sink_of
 from headwater.spec.cluster import ClusterConfig
 from headwater.wire.endpoint import Endpoint
 
@@ -67,6 +68,7 @@ def run(
     ] = "unix",
     metrics: Metrics = None,
     otlp: Otlp = None,
+    log_to: LogTo = None,
     reach: Endpoint = Endpoint(),  # noqa: B008 - made from its options
 ) -> None:
     """Run a training function in every worker, against servers on this machine or in a Ray cluster.
@@ -96,6 +98,7 @@ def run(
         transport=transport,
         metrics=metrics,
         otlp=otlp,
+        log_to=list(map(sink_of, log_to or ())),
         reach=reach,
     )
     for line in summarize(result):

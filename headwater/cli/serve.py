@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from headwater.cli.certificates import make_certificates
-from headwater.cli.options import Metrics, Otlp, command, configuration, credentials, listening
+from headwater.cli.options import LogTo, Metrics, Otlp, command, configuration, credentials, listening
 from headwater.cli.serving import load_all, losses_reported, serve_coordinator, serve_server, serve_worker
 from headwater.spec.cluster import ClusterConfig
 from headwater.wire.endpoint import Endpoint
@@ -56,6 +56,7 @@ def coordinator(
     metrics: Metrics = None,
     otlp: Otlp = None,
     health: Probes = None,
+    log_to: LogTo = None,
     reach: Endpoint = Endpoint(),  # noqa: B008 - made from its options
 ) -> None:
     """Keep the roster of a cluster, hand out data, take checkpoints; prints its address when it is ready.
@@ -69,7 +70,7 @@ def coordinator(
     Exit codes: 0 every worker has finished, or `headwater stop` has ended it; 1 the cluster cannot go on; 2 a
     wrong argument; 130 and 143 told to end.
     """
-    serve_coordinator(config, journal, reach, metrics, otlp, health)
+    serve_coordinator(config, journal, reach, metrics, otlp, health, log_to or ())
 
 
 @command(app, reach=listening())

@@ -23,6 +23,7 @@ from headwater.errors import (
     UnreachableError,
 )
 from headwater.messages import ServerRole
+from headwater.observe.sinks import sink_of
 from headwater.spec.cluster import ClusterConfig
 from headwater.spec.registry import load_rules
 from headwater.standalone import StandaloneCluster, StandaloneServer, StandaloneWorker
@@ -52,6 +53,7 @@ def serve_coordinator(
     metrics: str | None = None,
     otlp: str | None = None,
     health: str | None = None,
+    log_to: Sequence[str] = (),
 ) -> None:
     """Be the coordinator until training has finished; prints its address on standard output.
 
@@ -60,7 +62,10 @@ def serve_coordinator(
         typer.Exit: 128 + the number of a signal.
     """
     _log_plainly()
-    cluster = StandaloneCluster(config, journal=journal or "", reach=reach, metrics=metrics, otlp=otlp)
+    sinks = [sink_of(text) for text in log_to]
+    cluster = StandaloneCluster(
+        config, journal=journal or "", reach=reach, metrics=metrics, otlp=otlp, log_to=sinks
+    )
 
     def readiness() -> tuple[bool, str]:
         found = Health.of(cluster.statistics())

@@ -50,7 +50,7 @@ class LoggedPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array
     """What `Worker.log` was told at one step.
 
     Attributes:
-        step: of this incarnation, finished when it was told.
+        step: of this rank over all its incarnations, finished when it was told.
         version: of the last answer then.
         age: seconds between that moment and the sending of the report.
         metrics: by name.

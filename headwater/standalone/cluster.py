@@ -7,12 +7,15 @@ import os
 import queue
 import signal
 import time
+from collections.abc import Sequence
 
 from headwater.errors import CheckpointError, ConfigurationError, HeadwaterError, RewoundError
 from headwater.machines.coordinator import EndAsked
 from headwater.messages import ClusterStatistics, Refused
 from headwater.observe.otlp import OtlpExporter
 from headwater.observe.prometheus import MetricsServer
+from headwater.observe.recorder import Recorder
+from headwater.observe.sinks import LogSink
 from headwater.runtime.coordinator import CoordinatorNode, Serving
 from headwater.spec.cluster import ClusterConfig
 from headwater.spec.words import option
@@ -35,6 +38,7 @@ class StandaloneCluster:
         config: what holds for the cluster, and where its checkpoints go.
         metrics: "HOST:PORT" where Prometheus scrapes them.
         otlp: URL of an OpenTelemetry collector that gets them.
+        log_to: sinks that get what workers log.
 
     Attributes:
         address: where nodes join.
@@ -53,6 +57,7 @@ class StandaloneCluster:
         reach: Endpoint = LOCAL,
         metrics: str | None = None,
         otlp: str | None = None,
+        log_to: Sequence[LogSink] = (),
     ) -> None:
         if journal and not reach.is_fixed:
             raise ConfigurationError(
@@ -64,12 +69,18 @@ class StandaloneCluster:
         self._deadline = config.deadline
         self._give_up_at: float | None = None  # of the last checkpoint, which the disk refused
         self._events: queue.SimpleQueue[HeadwaterError | EndAsked | int | None] = queue.SimpleQueue()
-        self._storage = Storage(config)
+        self._recorder = Recorder(log_to)
+        try:
+            self._storage = Storage(config)
+        except BaseException:
+            self._recorder.close()
+            raise
         try:
             self._node = CoordinatorNode(
                 config,
                 on_end_asked=lambda by: self._events.put(EndAsked(by)),
                 write_checkpoint=self._storage.take_now,
+                on_logged=self._recorder.take,
                 generation=self._storage.generation,
                 journal=journal,
                 reach=reach,
@@ -77,6 +88,7 @@ class StandaloneCluster:
             )
         except BaseException:
             self._storage.close()
+            self._recorder.close()
             raise
         self.address = self._node.address
         self._metrics: MetricsServer | None = None
@@ -137,6 +149,7 @@ class StandaloneCluster:
             self._otlp.close()
         self._node.close()
         self._storage.close()
+        self._recorder.close()
 
     def _next_event(self) -> HeadwaterError | EndAsked | int | None:
         """What has happened; None: every declared worker has finished, or the disk may have room by now."""

@@ -633,7 +633,7 @@ class Worker:
                 raise UsageError(
                     f"log: {name} is {value!r}, expected a number; nothing was logged"
                 ) from error
-        self._logged.add(numbers, self._step, self.version, time.monotonic())
+        self._logged.add(numbers, self.steps, self.version, time.monotonic())
         if self._trial is not None:
             self._trial.logged(numbers, self._feed.samples)
 
