@@ -11,6 +11,7 @@ from headwater.bench.latency import measure_latency
 from headwater.bench.memory import measure_memory
 from headwater.bench.peers import measure_peers
 from headwater.bench.safety import measure_safety
+from headwater.bench.soak import measure_soak
 from headwater.bench.splits import measure_splits
 from headwater.bench.table import measure_lookup, measure_table
 from headwater.bench.table_training import measure_table_training
@@ -25,6 +26,7 @@ SUITES: dict[str, Callable[[Effort], list[Figure]]] = {
     "kernels": measure_kernels,
     "memory": measure_memory,
     "safety": measure_safety,
+    "soak": measure_soak,
     "splits": measure_splits,
     "lookup": measure_lookup,
     "table": measure_table,

@@ -34,7 +34,8 @@ def bench(
     dense: rounds of a model of ResNet-50's size. peers: the same beside gloo, torch RPC and Ray.
     latency: pulls of 1 KB. kernels: update loops. tcp, tls: the wire alone, against plain sockets.
     memory: what nodes keep resident. splits: who gets which data. safety: replicas, failover,
-    checkpoints. lookup, table: the loops of embedding tables. rows: tables in a cluster.
+    checkpoints. soak: 100,000 small steps, at whose end nothing may cost more than before.
+    lookup, table: the loops of embedding tables. rows: tables in a cluster.
 
     [bold]Examples[/bold]
 

@@ -18,7 +18,7 @@ from headwater.log.sequencer import Sequencer
 from headwater.machines.actions import BESIDE, Actions, Close, Conn, Note, Pause, Resume, Send
 from headwater.machines.log_link import Policy
 
-_TAIL = 1 << 16
+_TAIL = 1 << 14
 """Entries kept for a server whose connection is made anew; far more than there are exchanges under way."""
 
 
