@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from headwater.engines import local
+from headwater.engines import early
 from headwater.engines.cores import available_cores
+from headwater.engines.process import LaunchContext
 
 
 @pytest.fixture
@@ -69,8 +70,8 @@ def test_a_process_bound_to_one_core_has_one():
 
 @pytest.mark.parametrize(("workers", "threads"), [(1, "6"), (2, "3"), (4, "1"), (9, "1")])
 def test_workers_share_the_cores_out_unless_the_user_said_otherwise(monkeypatch, workers, threads):
-    monkeypatch.setattr(local, "available_cores", lambda: 6)
+    monkeypatch.setattr(early, "available_cores", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert local._environment(workers)["OMP_NUM_THREADS"] == threads
+    assert LaunchContext.here(early.sharing_cores(workers)).environment["OMP_NUM_THREADS"] == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert local._environment(workers)["OMP_NUM_THREADS"] == "7"
+    assert LaunchContext.here(early.sharing_cores(workers)).environment["OMP_NUM_THREADS"] == "7"

@@ -5,11 +5,11 @@ What `train` prints and the summary go to standard output; how it goes, and what
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -17,15 +17,17 @@ from rich.console import Console
 
 from headwater.cli.engines import chosen_engine
 from headwater.cli.options import LogTo, Metrics, Otlp, command, configuration, listening
-from headwater.cli.script import load_function
+from headwater.cli.script import load_function, script_path
 from headwater.cli.summary import summarize
 from headwater.driver import RunResult
 from headwater.driver import run as train_with
 from headwater.engines import RayEngine
+from headwater.engines.early import begun
 from headwater.observe.display import Display, LiveDisplay, PlainDisplay
 from headwater.observe.sinks import sink_of
 from headwater.spec.cluster import ClusterConfig
 from headwater.wire.endpoint import Endpoint
+from headwater.worker import Worker
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -120,7 +122,21 @@ def train_script(
     Raises:
         HeadwaterError: as `headwater.run`, or the script cannot be loaded.
     """
-    train = load_function(script)
+    servers = config.servers * (1 + config.replicas)
+    with contextlib.ExitStack() as stack:
+        if engine == "local":
+            stack.enter_context(begun(script_path(script), workers=config.workers, servers=servers))
+        return _train(load_function(script), script, config, engine, reach, options)
+
+
+def _train(
+    train: Callable[[Worker], Any],
+    script: str,
+    config: ClusterConfig,
+    engine: str | RayEngine,
+    reach: Endpoint,
+    options: Mapping[str, Any],
+) -> RunResult:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what a terminal lacks is escaped
             stream.reconfigure(errors="backslashreplace")
@@ -161,7 +177,7 @@ class _LinesHandler(logging.Handler):
             self.handleError(record)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _logs_to(display: Display) -> Iterator[None]:
     """Show what Headwater logs in this process, which is the coordinator's, while the block runs."""
     logger, handler = logging.getLogger("headwater"), _LinesHandler(display)

@@ -68,6 +68,11 @@ def load_script(path: Path) -> ModuleType:
     return module
 
 
+def script_path(target: str) -> Path:
+    """The file that SCRIPT[:FUNCTION] names."""
+    return _split(target)[0]
+
+
 def _split(target: str) -> tuple[Path, str]:
     """Path and function; a colon that is part of the path is left alone."""
     path, colon, name = target.rpartition(":")

@@ -11,11 +11,13 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import io
 import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import cloudpickle
@@ -31,8 +33,11 @@ _ending = threading.Lock()
 """Taken by the thread that ends the process, and never given back."""
 
 
-def main(result: int, parent: int) -> None:
-    """Run what the parent sends over standard input; write how it ended to descriptor `result`."""
+def main(result: int, parent: int, modules: Sequence[str]) -> None:
+    """Run what the parent sends over standard input; write how it ended to descriptor `result`.
+
+    `modules`: imported until it is sent, as far as they can be.
+    """
     _end_with(parent)
     faulthandler.enable()
     for stream in (sys.stdout, sys.stderr):  # both are our own pipe, whatever the user's locale is
@@ -41,6 +46,9 @@ def main(result: int, parent: int) -> None:
     orders = os.fdopen(os.dup(0), "rb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.set_inheritable(result, False)
+    for name in modules:
+        with contextlib.suppress(Exception):  # whoever needs it will say so
+            importlib.import_module(name)
     try:
         role, rules, start, logs = cloudpickle.load(orders)
     except EOFError:

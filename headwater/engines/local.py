@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
@@ -11,13 +10,14 @@ from typing import Any
 
 import cloudpickle
 
-from headwater.engines.cores import available_cores
+from headwater.engines.early import sharing_cores, take
 from headwater.engines.engine import Launch, Outcome, Process
 from headwater.engines.logs import Logs
 from headwater.engines.output import Output
 from headwater.engines.packing import pack_train
-from headwater.engines.process import NodeProcess
+from headwater.engines.process import Child, LaunchContext, NodeProcess
 from headwater.engines.spawner import Spawner
+from headwater.errors import EngineError
 from headwater.messages import Assignment
 from headwater.wire.endpoint import Endpoint
 from headwater.worker import Worker
@@ -52,13 +52,13 @@ class LocalEngine:
         self._forget_the_gone()
 
         def spawn() -> None:
+            context = LaunchContext.here(sharing_cores(self._launch.workers))
+            try:
+                child = take(part, context) or Child(context)
+            except (OSError, ValueError) as error:
+                raise EngineError(f"cannot start {role} {index}: {error}") from error
             node = NodeProcess(
-                role,
-                index,
-                start,
-                environment=_environment(self._launch.workers),
-                output=self._output,
-                report=self._outcomes.put,
+                role, index, start, child=child, output=self._output, report=self._outcomes.put
             )
             with self._lock:
                 self._nodes.append(node)
@@ -106,9 +106,3 @@ class LocalEngine:
             node.stop()
         for node in nodes:
             node.join(until)
-
-
-def _environment(workers: int) -> dict[str, str]:
-    """The children's environment: torch and NumPy share the cores out, unless the user said otherwise."""
-    threads = max(1, available_cores() // workers)
-    return {"OMP_NUM_THREADS": str(threads), **os.environ}

@@ -20,17 +20,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from headwater.engines.engine import Failure, Outcome, Process
 from headwater.engines.lines import LineSplitter
 from headwater.engines.output import Output, prefixed
 from headwater.engines.packing import unpack_outcome
-from headwater.errors import EngineError
 from headwater.wire.fork import close_in_child
 
 _BOOTSTRAP = (
-    "import sys; sys.path[:] = {path!r}; from headwater.engines.child import main; main({outcome}, {parent})"
+    "import sys; sys.path[:] = {path!r}; from headwater.engines.child import main; "
+    "main({outcome}, {parent}, {modules!r})"
 )
 
 _READ = 65_536
@@ -44,19 +45,78 @@ _GONE_S = 5.0
 """How long a killed process, and the callback that takes its lines, may take to end, in seconds."""
 
 
+@dataclass(frozen=True)
+class LaunchContext:
+    """What a child has of this process: where it finds modules, its environment, its folder."""
+
+    path: tuple[str, ...]
+    environment: Mapping[str, str]
+    folder: str
+
+    @classmethod
+    def here(cls, environment: Mapping[str, str], *first: str) -> LaunchContext:
+        """Those of now, with more `environment` where the user says nothing else; `first` leads the path."""
+        path = (os.fspath(place) for place in sys.path if isinstance(place, str | os.PathLike))
+        return cls((*first, *path), {**environment, **os.environ}, os.getcwd())
+
+
+class Child:
+    """A process that has begun and does not know yet what it is to be; it imports `modules` meanwhile.
+
+    Started by a thread that lives as long as this process, as the child ends with the thread that started it
+    (see `child`).
+
+    Raises:
+        OSError, ValueError: it cannot be started.
+    """
+
+    def __init__(self, context: LaunchContext, modules: Sequence[str] = ()) -> None:
+        self.context = context
+        (stdin, self.input), (self.printed, stdout), (self.result, result) = (os.pipe() for _ in range(3))
+        path = list(context.path)
+        bootstrap = _BOOTSTRAP.format(path=path, outcome=result, parent=os.getpid(), modules=tuple(modules))
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", "-c", bootstrap],
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stdout,
+                pass_fds=(result,),
+                env=dict(context.environment),
+                start_new_session=True,
+            )
+        except BaseException:
+            self.close_descriptors()
+            raise
+        finally:
+            for theirs in (stdin, stdout, result):
+                os.close(theirs)
+        close_in_child(self)
+
+    def discard(self) -> None:
+        """End it, as it is not needed; blocks until it has ended."""
+        self.process.kill()
+        self.process.wait()
+        self.close_descriptors()
+
+    def close_descriptors(self) -> None:
+        """A forked child would keep the pipes open, and so the node alive, when this process has ended."""
+        for descriptor in (self.input, self.printed, self.result):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.input = self.printed = self.result = -1
+
+
 class NodeProcess:
-    """A child process that is a node. Started by a thread that lives as long as this process, as the child
-    ends with the thread that started it (see `child`).
+    """A child process that is a node.
 
     Args:
+        child: the process, which this object owns from now on.
         start: what the child reads, of any size.
         report: told of the node's end, from a thread of this object, unless `stop` was called before.
 
     Attributes:
         process: pid and host name.
-
-    Raises:
-        EngineError: the process cannot be started.
     """
 
     def __init__(
@@ -65,7 +125,7 @@ class NodeProcess:
         index: int,
         start: bytes,
         *,
-        environment: dict[str, str],
+        child: Child,
         output: Output,
         report: Callable[[Outcome], None],
     ) -> None:
@@ -79,8 +139,9 @@ class NodeProcess:
         self._ended = threading.Event()
         self._killed = ""
         self._ready = selectors.PollSelector()
-        self._process = self._start(environment)
+        self._child, self._process = child, child.process
         self.process: Process = self._process.pid, socket.gethostname()
+        self._listen()
         close_in_child(self)
         self._threads = [
             threading.Thread(target=self._serve, name=f"headwater-output-{role}-{index}", daemon=True),
@@ -89,38 +150,18 @@ class NodeProcess:
         for thread in self._threads:
             thread.start()
 
-    def _start(self, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        (stdin, self._input), (self._printed, stdout), (self._result, result), (self._woken, self._wakes) = (
-            os.pipe() for _ in range(4)
-        )
-        path = [os.fspath(place) for place in sys.path if isinstance(place, str | os.PathLike)]
-        bootstrap = _BOOTSTRAP.format(path=path, outcome=result, parent=os.getpid())
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-u", "-c", bootstrap],
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stdout,
-                pass_fds=(result,),
-                env=environment,
-                start_new_session=True,
-            )
-        except (OSError, ValueError) as error:
-            self.close_descriptors()
-            raise EngineError(f"cannot start {self.role} {self.index}: {error}") from error
-        finally:
-            for theirs in (stdin, stdout, result):
-                os.close(theirs)
-        os.set_blocking(self._input, False)
-        self._ready.register(self._input, selectors.EVENT_WRITE, self._send)
+    def _listen(self) -> None:
+        self._woken, self._wakes = os.pipe()
+        child = self._child
+        os.set_blocking(child.input, False)
+        self._ready.register(child.input, selectors.EVENT_WRITE, self._send)
         for ours, take in (
-            (self._printed, self._print),
-            (self._result, self._receive),
+            (child.printed, self._print),
+            (child.result, self._receive),
             (self._woken, self._wake_up),
         ):
             os.set_blocking(ours, False)
             self._ready.register(ours, selectors.EVENT_READ, take)
-        return process
 
     def kill(self, why: str) -> None:
         """End the process, unless it ends by itself; its end is reported, with this reason where it was this.
@@ -155,10 +196,11 @@ class NodeProcess:
 
     def close_descriptors(self) -> None:
         """A forked child would keep the pipes open, and so the node alive, when this process has ended."""
-        for descriptor in (self._input, self._printed, self._result, self._woken, self._wakes):
+        self._child.close_descriptors()
+        for descriptor in (self._woken, self._wakes):
             if descriptor >= 0:
                 os.close(descriptor)
-        self._input = self._printed = self._result = self._woken = self._wakes = -1
+        self._woken = self._wakes = -1
 
     def _wake(self) -> None:
         try:
@@ -222,7 +264,7 @@ class NodeProcess:
         )
 
     def _is_silent(self) -> bool:
-        return self._printed not in self._ready.get_map()
+        return self._child.printed not in self._ready.get_map()
 
     def _show(self, lines: list[bytes]) -> None:
         for line in lines:
@@ -232,31 +274,31 @@ class NodeProcess:
 
     def _send(self) -> None:
         try:
-            self._unsent = self._unsent[os.write(self._input, self._unsent[: 16 * _READ]) :]
+            self._unsent = self._unsent[os.write(self._child.input, self._unsent[: 16 * _READ]) :]
         except BlockingIOError:
             return
         except OSError:
             self._unsent = self._unsent[:0]  # it died at once: how is reported
         if not self._unsent:
-            self._ready.unregister(self._input)
+            self._ready.unregister(self._child.input)
 
     def _print(self) -> bool:
-        data = self._read(self._printed)
+        data = self._read(self._child.printed)
         if data:
             self._show(self._lines.feed(data, time.monotonic()))
         return bool(data)
 
     def _receive(self) -> bool:
-        data = self._read(self._result)
+        data = self._read(self._child.result)
         self._told += data
         return bool(data)
 
     def _wake_up(self) -> bool:
-        if self._stopping and self._input >= 0:
-            if self._input in self._ready.get_map():
-                self._ready.unregister(self._input)
-            os.close(self._input)
-            self._input = -1
+        if self._stopping and self._child.input >= 0:
+            if self._child.input in self._ready.get_map():
+                self._ready.unregister(self._child.input)
+            os.close(self._child.input)
+            self._child.input = -1
         return bool(self._read(self._woken))
 
     def _read(self, descriptor: int) -> bytes:
