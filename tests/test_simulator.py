@@ -29,7 +29,7 @@ from headwater.testing import (
     shrink,
     simulate,
 )
-from headwater.testing.invariants import ALWAYS, COUNTED
+from headwater.testing.invariants import ALWAYS, COUNTED, FOLLOWED
 from headwater.testing.schedule import random_schedule
 
 MODES = ["sync", "async", "ssp:1", "sync:quorum=2,grace=0.002"]
@@ -201,5 +201,5 @@ def test_the_page_on_simulated_clusters_tells_the_truth(capsys, monkeypatch):
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(code, scope)
     assert capsys.readouterr().out.startswith("NothingIsDropped: a step of worker ")
-    checked = {kind.__name__ for kind in (*ALWAYS, *COUNTED)}
+    checked = {kind.__name__ for kind in (*ALWAYS, *COUNTED, *FOLLOWED)}
     assert set(re.findall(r"^\| `([A-Z]\w+)` \|", page, re.MULTILINE)) == checked

@@ -20,7 +20,7 @@ from headwater.messages import TableSpec
 from headwater.shard.cuts import TableCut
 from headwater.spec import initializers
 from headwater.spec.lifetime import AfterSteps, expiry_from_spec
-from headwater.spec.placement import SLOTS, slots_of_server
+from headwater.spec.placement import SLOTS, slots_of, slots_of_server
 
 _ITEM = 4
 
@@ -42,11 +42,15 @@ class TableCopy:
         expiry = None if spec.expiry is None else expiry_from_spec(spec.expiry)
         self._expiry = expiry if isinstance(expiry, AfterSteps) else None
         self._initializer = initializers.from_spec(spec.initializer)
-        self._clear()
+        self._make()
 
-    def _clear(self) -> None:
+    def _make(self) -> None:
         self._index = Index(range(SLOTS))
         self._slabs = Slabs([self.spec.dim * _ITEM, *([_ITEM] if self._expiry else [])])
+
+    def _clear(self) -> None:
+        if self._index.high_water:
+            self._make()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -75,14 +79,14 @@ class TableCopy:
                 f"rows of table {self.spec.name!r} changed since version {cut.base} came for a copy of "
                 f"version {base}: they do not apply to it"
             )
-        if cut.base < 0:
+        if cut.base < 0 and len(self._index):
             self._index.remove(self._index.entries(np.arange(slots.start, slots.stop)).ids)
-        own = Index(slots)
         for ids in (cut.ids, cut.deleted):
-            stranger = own.stranger(ids)
-            if stranger is not None:
+            of = slots_of(ids)
+            strangers = ids[(of < slots.start) | (of >= slots.stop)]
+            if len(strangers):
                 raise ProtocolError(
-                    f"table {self.spec.name!r}: server {server} sent id {stranger} of another"
+                    f"table {self.spec.name!r}: server {server} sent id {strangers[0]} of another"
                 )
         self._index.remove(cut.deleted)
         self._put(cut.ids, cut.values, cut.last)

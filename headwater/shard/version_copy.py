@@ -29,7 +29,8 @@ class VersionCopy:
         vectors: by model id, float32[elements], or uint16[elements], the bits of bfloat16.
         models: by id, the version of that vector's values; -1 for none.
         tables: by id.
-        recorded: where workers were in their data at this version.
+        position: of the log, at which servers copied this version.
+        recorded: where workers were in their data then.
         touched: by table id, the ids that the last installation changed; None: all.
     """
 
@@ -48,6 +49,7 @@ class VersionCopy:
         }
         self.models = dict.fromkeys(self.layouts, -1)
         self.tables = {id: TableCopy(spec, servers) for id, spec in tables.items()}
+        self.position = 0
         self.recorded = m.DataProgress()
         self.touched: dict[int, Ids | None] = {}
         self._arrived: dict[int, list[TableCut]] = {}
@@ -121,7 +123,7 @@ class VersionCopy:
                 self.models[id] = first.version
             elif self.models[id] < 0:
                 raise ProtocolError(f"model {id} did not come, and no version of it is here")
-        self.recorded = first.recorded
+        self.position, self.recorded = first.position, first.recorded
         self._arrived.clear()
         return first.version
 
@@ -132,7 +134,7 @@ class VersionCopy:
             self.models[id] = other.models[id]
         for id, table in self.tables.items():
             table.become(other.tables[id])
-        self.recorded = other.recorded
+        self.position, self.recorded = other.position, other.recorded
 
     def spoil(self) -> None:
         """What is here is of no version any more: the next request asks for all of it."""

@@ -115,6 +115,22 @@ class Faults:
             faults.append(Crash(_moment(chance, until), "coordinator"))
         return tuple(sorted(faults, key=lambda fault: fault.at))
 
+    def of_followers(
+        self, chance: random.Random, *, followers: int, servers: int, until: float
+    ) -> tuple[Fault, ...]:
+        """What goes wrong with followers in such a run: at most one thing each."""
+        faults: list[Fault] = []
+        for number in range(followers):
+            node, at = f"follower {number}", round(chance.uniform(0.0, until), 3)
+            kind = chance.choice(("none", "crash", "stop", "cut", "cut"))
+            if kind == "crash" and self.crashes:
+                faults.append(Crash(at, node))
+            elif kind == "stop" and self.stops:
+                faults.append(Stop(at, node, round(chance.uniform(0.1, 2.0) * LEASE_S, 3)))
+            elif kind == "cut" and self.cuts:
+                faults.append(Cut(at, node, f"server {chance.randrange(servers)}"))
+        return tuple(faults)
+
 
 def _while(chance: random.Random, long: bool) -> float:
     """How long something lasts: where that is allowed, for longer than a lease as often as not."""

@@ -47,6 +47,8 @@ def _find(world: World, name: str) -> Process | None:
     role, _, number = name.partition(" ")
     if role == "coordinator":
         return world.coordinator
+    if role == "follower":
+        return world.followers[int(number)].member if int(number) < len(world.followers) else None
     if role == "worker":
         return next((member for member in reversed(world.living()) if member.rank == int(number)), None)
     known = world.standby(int(number)) if role == "standby" else None

@@ -23,7 +23,7 @@ class Schedule:
 
     Attributes:
         sync: a mode as text, or an object that is one.
-        readers: members that read while the others train.
+        readers: members that read while the others train. followers: that keep versions meanwhile.
         replicas: 1: every server has a standby. min_workers: with fewer present nothing is committed.
         seed: of delays, of gradients, and of what is lost with a fault.
         faults: what goes wrong, and when.
@@ -43,6 +43,7 @@ class Schedule:
     servers: int = 2
     replicas: int = 0
     readers: int = 0
+    followers: int = 0
     steps: int = 5
     seed: int = 0
     faults: tuple[Fault, ...] = ()
@@ -113,6 +114,7 @@ def random_schedule(sync: str | Mode, seed: int, faults: Faults, **fixed: Any) -
         "merge": random.Random(f"{seed} merge").choice((None, None, *_MERGES)),
         "weighted": random.Random(f"{seed} weights").random() < 0.5,
         "outer": random.Random(f"{seed} outer").random() < 0.3,
+        "followers": random.Random(f"{seed} followers").choice((*[0] * 9, 1, 1, 2)),
         **fixed,
     }
     if Schedule(sync).mode.rounds and "splits" not in fixed:
@@ -129,4 +131,11 @@ def with_faults(schedule: Schedule, faults: Faults, chance: random.Random) -> Sc
         replicas=schedule.replicas,
         until=schedule.steps * _STEP_S + _REST_S,
     )
-    return dataclasses.replace(schedule, faults=planned)
+    of_followers = faults.of_followers(
+        random.Random(f"{schedule.seed} faults of followers"),
+        followers=schedule.followers,
+        servers=schedule.servers,
+        until=schedule.steps * _STEP_S + _REST_S,
+    )
+    both = sorted((*planned, *of_followers), key=lambda fault: fault.at)
+    return dataclasses.replace(schedule, faults=tuple(both))

@@ -116,6 +116,7 @@ _LEAST: dict[str, Any] = {
     "meets": 0,
     "checkpoints": 0,
     "readers": 0,
+    "followers": 0,
     "replicas": 0,
     "min_workers": 1,
     "workers": 1,

@@ -10,6 +10,7 @@ from typing import Any
 from headwater.messages import AnyEntry
 from headwater.spec.sync import Mode
 from headwater.testing.faults import Fault, Faults, Partition, Stop
+from headwater.testing.following import FollowedRows, Following
 from headwater.testing.injection import inject
 from headwater.testing.invariants import explained
 from headwater.testing.schedule import Schedule, with_faults
@@ -57,6 +58,7 @@ def run(schedule: Schedule, *, trace: bool = False) -> Result:
         schedule.merge,
         schedule.mode.late == "carry",
         schedule.outer,
+        FollowedRows(schedule.seed) if schedule.followers else None,
     )
     world = _world(schedule, workload, trace)
     inject(world, schedule.faults)
@@ -88,6 +90,7 @@ def _world(schedule: Schedule, workload: Workload, trace: bool) -> World:
         beats=any(silent),
         restarts=workload.program,
         readers=[workload.reader] * schedule.readers,
+        followers=[Following(workload, number) for number in range(schedule.followers)],
         workload=workload,
         invariants=schedule.invariants,
         digest_every=8,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,14 @@ from headwater.spec.layout import PAGE
 from headwater.spec.rules import Accumulate, Rule
 from headwater.testing.processes.client import Call, Client, Question
 
+if TYPE_CHECKING:
+    from headwater.testing.following import FollowedRows
+
 LEDGER, TRAINED = 0, 1
 """Ids of the two models."""
+
+ROWS = 0
+"""Id of the table that followers read."""
 
 Steps = Generator[Call | Question, Any, Any]
 
@@ -40,6 +46,7 @@ class Workload:
         carries: what came too late for its round goes out with the next step.
         weighted: steps have weights, which follow from (rank, step) and differ within a round.
         outer: gradients of that model are changes after local steps.
+        followed: a table that steps push to, for followers.
     """
 
     ranks: int
@@ -55,6 +62,7 @@ class Workload:
     merge: str | None = None
     carries: bool = False
     outer: bool = False
+    followed: FollowedRows | None = None
 
     # ── what is trained ─────────────────────────────────────────────────────────────────────────
 
@@ -109,6 +117,8 @@ class Workload:
 
     def program(self, me: Client) -> Steps:
         """Declare the models, take all steps, leave."""
+        if self.followed is not None:
+            yield me.register_table(self.followed.spec)
         yield me.register(self.ledger())
         if self.rule is not None:
             yield me.register(self.trained(self.rule), value=1.0)
@@ -168,9 +178,13 @@ class Workload:
             for name, grads in me.windows[TRAINED].grads.items():
                 if self.fill(grads, me.rank, contained, name):
                     me.carry(name, TRAINED)
+        if self.followed is not None:
+            me.push_rows(self.followed.pushed(me.rank, step), step, ROWS)
         weight, pace = self.weight(me.rank, step), self.pace(me.rank, step)
         answer = yield me.step(position=position, weight=weight, pace=pace)
         late = answer.result is not None and not answer.result.applied
         me.late_steps = contained if late and self.carries else ()
+        if self.followed is not None and (ids := self.followed.deleted(me.rank, step)):
+            yield me.delete_rows(ROWS, np.array(ids, np.int64))
         if answer.version % 5 == me.rank % 5:
             yield me.pull(have=me.version if answer.version % 2 else -1)

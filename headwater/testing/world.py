@@ -20,7 +20,8 @@ from headwater.shard.snapshot import ShardSnapshot
 from headwater.spec.cluster import ClusterConfig
 from headwater.spec.sync import Mode, parse_sync
 from headwater.testing.faults import Fault
-from headwater.testing.invariants import ALWAYS, COUNTED, Invariant
+from headwater.testing.following import Following
+from headwater.testing.invariants import ALWAYS, COUNTED, FOLLOWED, Invariant
 from headwater.testing.invariants.accounts import Accounts
 from headwater.testing.processes.agenda import Agenda
 from headwater.testing.processes.client import Call, Program
@@ -50,7 +51,7 @@ class World:
         shares: whether members share windows with servers, or send values as payload.
         beats: whether processes send heartbeats; needed only where they are stopped or parted.
         restarts: the program of a worker that died is run again with this, in a new process of the same rank.
-        readers: join, each for itself, when the first model is there.
+        readers, followers: join, each for itself, when the first model is there.
         workload: what the members do; what holds of it is checked besides, and `invariants`.
 
     Attributes:
@@ -79,6 +80,7 @@ class World:
         speeds: Sequence[float] = SPEEDS_S,
         restarts: Program | None = None,
         readers: Sequence[Program] = (),
+        followers: Sequence[Following] = (),
         workload: Workload | None = None,
         invariants: Iterable[type[Invariant]] = (),
         digest_every: int = 1,
@@ -98,7 +100,8 @@ class World:
         self.snapshots: dict[tuple[int, int], dict[int, ShardSnapshot]] = defaultdict(dict)
         self.progress_s = 0.0
         self._starting = 0
-        self._readers = readers
+        self.followers = followers
+        self._readers = [*readers, *(follower.program for follower in followers)]
         self.trace: list[tuple[float, str]] | None = [] if trace else None
         self.agenda = Agenda()
         self.network = Network(self.agenda, seed, speeds)
@@ -107,7 +110,8 @@ class World:
         self._ids: dict[int, Member] = {}
         self._names: dict[str, int] = defaultdict(int)
         self.accounts = None if workload is None else Accounts(self, workload)
-        checked = [kind(self) for kind in (*ALWAYS, *(COUNTED if workload is not None else ()), *invariants)]
+        kinds = (*ALWAYS, *(COUNTED if workload is not None else ()), *(FOLLOWED if followers else ()))
+        checked = [kind(self) for kind in (*kinds, *invariants)]
         self._told = {name: _who_hears(checked, name) for name in _EVENTS}
         self._settings = ClusterConfig(
             workers=workers,
@@ -311,9 +315,14 @@ class World:
         for hears in self._told["answered"]:
             hears(member, call, answer)
         if isinstance(call.request, m.Register):
-            readers, self._readers = self._readers, ()
+            readers, self._readers = self._readers, []
             for program in readers:
                 self.join(program, role="observer")
+
+    def published(self, member: Member) -> None:
+        """A publication has arrived."""
+        self.note(f"{member.name} has all parts of a publication")
+        self.progress_s = self.agenda.now
 
     def wakes(self, member: Member) -> None:
         """Its program goes on."""

@@ -3,5 +3,6 @@
 from headwater.testing.invariants.always import ALWAYS
 from headwater.testing.invariants.counted import COUNTED
 from headwater.testing.invariants.invariant import Invariant, Violation, explained
+from headwater.testing.invariants.views import FOLLOWED
 
-__all__ = ["ALWAYS", "COUNTED", "Invariant", "Violation", "explained"]
+__all__ = ["ALWAYS", "COUNTED", "FOLLOWED", "Invariant", "Violation", "explained"]

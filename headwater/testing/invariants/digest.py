@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from headwater.shard import Shard
 from headwater.shard.snapshot import ShardSnapshot
 
@@ -19,8 +21,10 @@ def snapshot_digest(snapshot: ShardSnapshot) -> int:
     for model in snapshot.models:
         arrays += [model.counts, *model.arrays()]
     for table in snapshot.tables:
-        arrays += [table.ids, table.values, table.counts, table.last]
-        arrays += [table.pending_ids, table.pending_counts, *table.states.values()]
+        order = np.argsort(table.ids)  # rows count as a set, whatever places they have in memory
+        last = table.last[order] if len(table.last) else table.last
+        arrays += [table.ids[order], table.values[order], table.counts[order], last]
+        arrays += [table.pending_ids, table.pending_counts, *(one[order] for one in table.states.values())]
     rules = [(model.rules, model.updates, model.program.vectors) for model in snapshot.models]
     notes = [model.program.note for model in snapshot.models]
     rows = [(table.rule, table.updates) for table in snapshot.tables]

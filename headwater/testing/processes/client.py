@@ -19,6 +19,7 @@ from headwater import messages as m
 from headwater.kernels.arrange import arrange
 from headwater.machines.client import ClientMachine
 from headwater.machines.connections import Frame, Outgoing
+from headwater.machines.exchange import AnyAnswer
 from headwater.machines.model_buffer import ModelBuffer
 from headwater.machines.row_buffer import RowBuffer, RowSlice
 from headwater.spec.layout import Layout
@@ -78,13 +79,15 @@ class Call:
         place: where the payload of a server's answer goes; None: to the models whose values it is.
         brought: told of the answer of all servers.
         rows: the request refers to the member's scratch memory.
+        expects: the class of the answers.
     """
 
     request: m.Request
     frame: Callable[[int, int], Outgoing] | None = None
-    place: Callable[[int, m.Answer], Sequence[Any]] | None = None
+    place: Callable[[int, Any], Sequence[Any]] | None = None
     brought: Callable[[m.Answer], None] | None = None
     rows: bool = False
+    expects: type[AnyAnswer] = m.Answer
 
     def __repr__(self) -> str:
         step = f" {self.request.step}" if isinstance(self.request, m.Step) else ""
@@ -357,6 +360,10 @@ class Client:
         values = {float(x) for view in self.windows[model].values.values() for x in np.unique(view)}
         assert len(values) == 1, f"client {self.rank} reads a mixture of {sorted(values)[:5]}"
         return values.pop()
+
+    def next_number(self) -> int:
+        """Of an exchange that is made elsewhere; it must be made next."""
+        return self._next()
 
     def _next(self) -> int:
         self.number += 1

@@ -37,6 +37,9 @@ class World(Protocol):
     def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
         """Its exchange is over."""
 
+    def published(self, member: Member) -> None:
+        """A publication has arrived."""
+
     def wakes(self, member: Member) -> None:
         """Between two exchanges, its program goes on."""
 
@@ -132,7 +135,7 @@ class Member(Client, Node):
     def place(self, conn: Conn, message: m.AnyMessage, length: int) -> Any:
         """Where payload goes."""
         links = self.machine.connections.links
-        if conn not in links or not isinstance(message, m.Answer):
+        if conn not in links or not isinstance(message, m.Answer | m.Publication):
             return ()
         return self.machine.place(links.index(conn), message)
 
@@ -188,7 +191,9 @@ class Member(Client, Node):
         assert call is not None
         self.outstanding = False
         self._pause()
-        if answer is not None:
+        if isinstance(answer, list):
+            self.world.published(self)
+        elif answer is not None:
             assert isinstance(answer, m.Answer)
             if call.brought is not None:
                 call.brought(answer)
@@ -251,6 +256,7 @@ class Member(Client, Node):
             repr(call),
             call.frame or (lambda server, number: Frame(request)),
             call.place,
+            call.expects,
             memory=self.scratch if call.rows else None,
             leaves=isinstance(request, m.Leave),
         )
