@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # the same as `_HOMES`, for type checkers and editors
     from headwater.driver import RunResult, run
     from headwater.engines import RayEngine
     from headwater.follower import Change, Follower, FollowerStatistics, TableChange, ValueRun, View, follow
+    from headwater.machines.lbfgs import LBFGS, Report
     from headwater.messages import ClusterStatistics, Progress, StepResult
+    from headwater.minimization import Minimum, minimize
     from headwater.observe import sinks
     from headwater.observe.history import History
     from headwater.spec import initializers
@@ -57,6 +59,7 @@ if TYPE_CHECKING:  # the same as `_HOMES`, for type checkers and editors
 __version__ = "0.1.0"
 
 __all__ = [
+    "LBFGS",
     "SGD",
     "TLS",
     "Accumulate",
@@ -83,6 +86,7 @@ __all__ = [
     "LeastRecentlyUsed",
     "Linear",
     "Lion",
+    "Minimum",
     "Mode",
     "Model",
     "Normal",
@@ -91,6 +95,7 @@ __all__ = [
     "Progress",
     "RMSprop",
     "RayEngine",
+    "Report",
     "RowwiseAdagrad",
     "Rule",
     "RunResult",
@@ -118,6 +123,7 @@ __all__ = [
     "kvstore",
     "load_checkpoint",
     "load_weights",
+    "minimize",
     "register",
     "run",
     "sinks",
@@ -132,7 +138,9 @@ _HOMES = {
     "driver": ("RunResult", "run"),
     "engines": ("RayEngine",),
     "follower": ("Change", "Follower", "FollowerStatistics", "TableChange", "ValueRun", "View", "follow"),
+    "machines.lbfgs": ("LBFGS", "Report"),
     "messages": ("ClusterStatistics", "Progress", "StepResult"),
+    "minimization": ("Minimum", "minimize"),
     "observe": ("sinks",),
     "observe.history": ("History",),
     "spec": ("initializers",),

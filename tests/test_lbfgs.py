@@ -8,7 +8,7 @@ import torch
 
 from headwater.errors import ConfigurationError
 from headwater.machines import lbfgs
-from headwater.machines.lbfgs import Combine, Dots, Evaluate, LBFGSSettings, LBFGSState, Sizes, steps, vectors
+from headwater.machines.lbfgs import LBFGS, Combine, Dots, Evaluate, LBFGSState, Sizes, steps, vectors
 
 
 class Driven:
@@ -101,7 +101,7 @@ def of_torch(function, start, settings, calls):
 )
 def test_the_points_evaluated_are_those_of_torch(function, start, search):
     lr = 1.0 if search else 0.02
-    settings = LBFGSSettings(lr=lr, max_iter=7, history_size=4, line_search_fn=search)
+    settings = LBFGS(lr=lr, max_iter=7, history_size=4, line_search_fn=search)
     ours = Driven(function, start, settings)
     for _ in range(3):
         ours.step()
@@ -113,7 +113,7 @@ def test_the_points_evaluated_are_those_of_torch(function, start, search):
 
 
 def test_rosenbrock_is_solved():
-    driven = Driven(rosenbrock, [-1.2, 1.0], LBFGSSettings(max_iter=100))
+    driven = Driven(rosenbrock, [-1.2, 1.0], LBFGS(max_iter=100))
     report = driven.step()
     assert report.loss < 1e-10
     assert report.first_loss == pytest.approx(24.2)
@@ -127,7 +127,7 @@ def test_a_quadratic_is_solved_in_as_many_iterations_as_it_has_dimensions():
     driven = Driven(
         quadratic(n),
         [0.0] * n,
-        LBFGSSettings(max_iter=n + 20, max_eval=1000, tolerance_change=1e-16, history_size=n + 2),
+        LBFGS(max_iter=n + 20, max_eval=1000, tolerance_change=1e-16, history_size=n + 2),
     )
     report = driven.step()
     assert report.gradient_norm < 1e-4
@@ -161,11 +161,11 @@ def test_a_loss_that_is_not_a_number_is_stepped_back_from():
     def hole(x):
         return (math.nan, np.full_like(x, math.nan)) if x[0] > 2 else ((x[0] - 1.9) ** 2, 2 * (x - 1.9))
 
-    driven = Driven(hole, [-50.0], LBFGSSettings(lr=100.0, max_iter=30, max_eval=500))
+    driven = Driven(hole, [-50.0], LBFGS(lr=100.0, max_iter=30, max_eval=500))
     report = driven.step()
     assert math.isfinite(report.loss)
     assert driven.vectors["parameters"] == pytest.approx([1.9], abs=1e-3)
-    report = Driven(hole, [5.0], LBFGSSettings()).step()
+    report = Driven(hole, [5.0], LBFGS()).step()
     assert (report.iterations, report.reason) == (0, "the loss is nan at the first point")
 
 
@@ -173,17 +173,17 @@ def test_a_step_without_a_search_into_a_hole_leaves_the_parameters_before_it():
     def hole(x):
         return (math.inf, x * math.nan) if abs(x[0]) > 1 else (x[0] ** 2, 2 * x)
 
-    driven = Driven(hole, [0.5], LBFGSSettings(lr=9.0, line_search_fn=None))
+    driven = Driven(hole, [0.5], LBFGS(lr=9.0, line_search_fn=None))
     report = driven.step()
     assert "the loss is inf: the parameters are those before the last step" in report.reason
     assert driven.vectors["parameters"].tolist() == [0.5]
 
 
 def test_where_nothing_is_to_gain_it_says_so():
-    report = Driven(lambda x: (1.0, np.zeros(2)), [1.0, 2.0], LBFGSSettings()).step()
+    report = Driven(lambda x: (1.0, np.zeros(2)), [1.0, 2.0], LBFGS()).step()
     assert (report.iterations, report.evaluations) == (0, 1)
     assert "at most tolerance_grad" in report.reason
-    report = Driven(lambda x: (np.abs(x).sum(), np.sign(x)), [1.0], LBFGSSettings(max_iter=3)).step()
+    report = Driven(lambda x: (np.abs(x).sum(), np.sign(x)), [1.0], LBFGS(max_iter=3)).step()
     assert report.evaluations >= 1
 
 
@@ -200,4 +200,4 @@ def test_where_nothing_is_to_gain_it_says_so():
 )
 def test_impossible_settings_are_refused(settings, what):
     with pytest.raises(ConfigurationError, match=what):
-        LBFGSSettings(**settings)
+        LBFGS(**settings)

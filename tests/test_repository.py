@@ -28,7 +28,7 @@ LAYERS = [
     ["torch", "jax"],
     ["engines"],
     ["observe"],
-    ["kvstore", "cluster", "supervisor", "storage", "driver", "standalone"],
+    ["kvstore", "cluster", "supervisor", "storage", "driver", "minimization", "standalone"],
     ["cli", "bench", "comparison", "testing", "__main__", "__init__"],
 ]
 """A module imports from its own group and the groups above it (docs/architecture.md)."""

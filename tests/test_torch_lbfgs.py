@@ -12,7 +12,7 @@ from test_lbfgs import Driven, rosenbrock
 
 import headwater as hw
 from headwater.errors import ConfigurationError, StalledError, UsageError, WorkerError
-from headwater.machines.lbfgs import LBFGSSettings
+from headwater.machines.lbfgs import LBFGS as Settings
 from headwater.machines.model_buffer import ModelBuffer
 from headwater.spec.layout import LINE, PAGE
 from headwater.torch import LBFGS
@@ -66,7 +66,7 @@ def train(worker):
 
 
 def ran(program=train, workers=1, *, calls=1, **settings):
-    how = {name: settings.pop(name) for name in list(settings) if name in LBFGSSettings.__dataclass_fields__}
+    how = {name: settings.pop(name) for name in list(settings) if name in Settings.__dataclass_fields__}
     options = {"engine": "inline", "deadline": 60, "settings": {"lbfgs": how, "calls": calls}}
     return hw.run(program, workers=workers, **{**options, **settings}).values
 
@@ -107,7 +107,7 @@ def softmax_regression():
 
 
 def test_the_iterates_are_those_of_two_loops_in_numpy():
-    reference = TwoLoops(softmax_regression(), np.zeros(650), LBFGSSettings(max_iter=1, max_eval=30))
+    reference = TwoLoops(softmax_regression(), np.zeros(650), Settings(max_iter=1, max_eval=30))
     expected = []
     for _ in range(30):
         expected.append(reference.step().first_loss)

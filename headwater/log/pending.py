@@ -42,9 +42,13 @@ class Stage(enum.IntEnum):
     """A step may be committed as soon as the mode says so."""
     COMMITTED = 8
     """A step is committed, and its answer withheld until the mode allows it."""
+    WORKING = 9
+    """Work on vectors waits for what it comes to, or for the evaluation that follows it."""
+    ASKING = 10
+    """A worker waits for a portion of an evaluation."""
 
 
-IDLE, ARRIVING, COMPLETE, DECLARING, MEETING, SCHEDULED, RESUMING, READY, COMMITTED = Stage
+IDLE, ARRIVING, COMPLETE, DECLARING, MEETING, SCHEDULED, RESUMING, READY, COMMITTED, WORKING, ASKING = Stage
 """As plain names: looking one up in its class takes longer than deciding what it means."""
 
 _OVER = frozenset({IDLE, ARRIVING})
@@ -53,13 +57,15 @@ _OVER = frozenset({IDLE, ARRIVING})
 MOVES: Mapping[Stage, frozenset[Stage]] = {
     IDLE: frozenset({ARRIVING}),
     ARRIVING: _OVER | {COMPLETE},
-    COMPLETE: _OVER.union({DECLARING, MEETING, SCHEDULED, RESUMING, READY, COMMITTED}),
+    COMPLETE: _OVER.union({DECLARING, MEETING, SCHEDULED, RESUMING, READY, COMMITTED, WORKING, ASKING}),
     DECLARING: _OVER,
     MEETING: _OVER,
     SCHEDULED: _OVER,
     RESUMING: _OVER | {READY},
     READY: _OVER | {COMMITTED},
     COMMITTED: _OVER,
+    WORKING: _OVER,
+    ASKING: _OVER,
 }
 """From each stage to those that may follow it."""
 

@@ -23,6 +23,8 @@ Stages of an exchange (`log/pending.py`), with what moves it from one to the nex
     COMPLETE ──→ DECLARING   a registration, until the lowest active rank has declared the model
              ──→ MEETING     a barrier, sum, gather or broadcast, until all workers are at the same one
              ──→ SCHEDULED   a checkpoint or publication, until its version is reached (and there is room)
+             ──→ WORKING     work on vectors, until it is measured or evaluated (`log/evaluations.py`)
+             ──→ ASKING      a worker that computes portions, until there is one for it
              ──→ RESUMING    a step after its worker's last batch, until nobody is active      ──→ READY
              ──→ READY       a step, until `mode.next` commits it; a mode may also call it late  ──→ IDLE
     READY    ──→ COMMITTED   its update is in the log, until `mode.may_read` allows the answer  ──→ IDLE
@@ -60,6 +62,7 @@ from headwater import messages as m
 from headwater.errors import RefusedError
 from headwater.log import meetings
 from headwater.log.committer import Committer
+from headwater.log.evaluations import Evaluations
 from headwater.log.pending import (
     COMPLETE,
     DECLARING,
@@ -67,6 +70,7 @@ from headwater.log.pending import (
     READY,
     RESUMING,
     SCHEDULED,
+    WORKING,
     PendingExchange,
     ids,
 )
@@ -116,6 +120,7 @@ class Sequencer:
         self._writer = LogWriter(servers, self.standings)
         self._pending = self._writer.pending
         self._steps = Committer(self._writer, sync, enough=self._enough, committed=self._take_snapshots)
+        self._evaluations = Evaluations(self._writer)
         self._on_held: dict[str, Callable[[PendingExchange], None]] = {
             "register": self._register,
             "table": self._declare,
@@ -131,6 +136,8 @@ class Sequencer:
             "broadcast": self._meet,
             "operate": self._meet,
             "measure": self._meet,
+            "work": self._on_vectors,
+            "portion": self._portion,
             "recall": self._serve,
             "end": self._end,
             "stop": self._stop,
@@ -330,6 +337,14 @@ class Sequencer:
                 reason = f"waits in {exchange.what}"
                 self._writer.write(m.Retired(self._writer.next, exchange.member, False, reason))
 
+    def _on_vectors(self, exchange: PendingExchange) -> None:
+        if self.standings.started:
+            self._evaluations.work(exchange)
+
+    def _portion(self, exchange: PendingExchange) -> None:
+        if self.standings.started:
+            self._evaluations.ask(exchange)
+
     def _end(self, exchange: PendingExchange) -> None:
         self._writer.write(
             m.Retired(self._writer.next, exchange.member, False, "its batches are over", exchange.id)
@@ -396,6 +411,8 @@ class Sequencer:
         if self.standings.started:
             self._steps.commit_ready(self._now)
             self._steps.release()
+            self._evaluations.settle()
+            self._take_snapshots()
             for exchange in self._pending.at(DECLARING):
                 if exchange.stage is DECLARING:  # the one before it may have declared for it
                     self._register(exchange)
@@ -472,7 +489,9 @@ class Sequencer:
     def _fail_stalled(self) -> None:
         """Everybody waits and nothing followed: nothing will, unless a rank comes back that is needed."""
         workers = self._pending.workers()
-        if not meetings.judge(workers, self.standings).absent:
+        evaluates = any(exchange.held and exchange.held.plan for exchange in self._pending.at(WORKING))
+        comes_back = evaluates and self.standings.absent_ranks()
+        if not comes_back and not meetings.judge(workers, self.standings).absent:
             told = (f"worker {exchange.rank} waits in {exchange.what}" for exchange in workers)
             self._fail(f"everybody waits for each other: {'; '.join(told)}", workers)
 

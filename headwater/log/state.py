@@ -16,6 +16,7 @@ from typing import Any
 
 from headwater import messages as m
 from headwater.log.clocks import Clocks
+from headwater.log.portions import Portions
 
 UNFINISHED = "before its end"
 """Names the exchange of a worker that leaves without having done all that it was to do."""
@@ -63,6 +64,7 @@ class LogState:
         met: meetings that have ended; the next one has the number after it.
         histories: by rank, over all generations.
         stopping: ranks whose next worker is told to end its batches.
+        portions: of the evaluation of now.
     """
 
     def __init__(self) -> None:
@@ -77,6 +79,7 @@ class LogState:
         self.met = 0
         self.histories: dict[int, RankState] = {}
         self.stopping: set[int] = set()
+        self.portions = Portions()
         self._on_entry: dict[type, Callable[[Any], None]] = {
             m.Enrolled: self._enrolled,
             m.Registered: self._registered,
@@ -88,6 +91,10 @@ class LogState:
             m.Activated: self._activated,
             m.Retired: self._retired,
             m.Met: self._met,
+            m.Operated: self._operated,
+            m.Opened: self._opened,
+            m.Counted: lambda entry: self.portions.add(entry.done),
+            m.Handed: self._handed,
             m.Stopped: self._stopped,
             m.Stalled: self._stalled,
             m.Checkpointed: lambda entry: self._answered(entry.ticket),
@@ -248,6 +255,7 @@ class LogState:
             if standing.rank >= 0:
                 self._history(standing.rank).over = standing.over
             del self.members[entry.member]
+            self.portions.gone(entry.member)
         elif entry.answered is not None:
             self._count_out(standing, "ended")
             standing.over = True
@@ -261,6 +269,21 @@ class LogState:
         for ticket in entry.tickets:
             self._answered(ticket)
             self._count_in(self.standing(ticket.member), 0)
+
+    def _operated(self, entry: m.Operated) -> None:
+        self.version = entry.version
+        self._answered(entry.source)
+
+    def _opened(self, entry: m.Opened) -> None:
+        self.version = entry.version
+        self.portions.open((entry.source.member, entry.source.number), entry.plan, entry.model)
+
+    def _handed(self, entry: m.Handed) -> None:
+        if entry.portion is None:
+            self.portions.release(entry.ticket.member)
+        else:
+            self.portions.hand(entry.ticket.member, entry.portion)
+        self._answered(entry.ticket)
 
     def _stopped(self, entry: m.Stopped) -> None:
         for member in entry.members:
@@ -293,6 +316,7 @@ class LogState:
                 m.RankRecord(rank, *astuple(one)) for rank, one in sorted(self.histories.items())
             ),
             stopping=tuple(sorted(self.stopping)),
+            portions=self.portions.record(),
         )
 
     @classmethod
@@ -306,6 +330,7 @@ class LogState:
         standings.started = record.workers > 0 and not standings.missing_ranks()
         standings.names = set(record.names)
         standings.met, standings.stopping = record.met, set(record.stopping)
+        standings.portions = Portions(record.portions)
         standings.histories = {
             one.rank: RankState(one.incarnations, one.steps, one.over) for one in record.histories
         }
@@ -323,9 +348,9 @@ def tickets_of(entry: m.AnyEntry) -> tuple[m.ExchangeId, ...]:
         return entry.updates
     if isinstance(entry, m.Met | m.Stalled | m.Published):
         return entry.tickets
-    if isinstance(entry, m.Registered | m.Assigned):
+    if isinstance(entry, m.Registered | m.Assigned | m.Operated | m.Opened | m.Counted):
         return (entry.source,)
-    if isinstance(entry, m.Served | m.Late | m.Stopped | m.Checkpointed):
+    if isinstance(entry, m.Served | m.Late | m.Handed | m.Stopped | m.Checkpointed):
         return (entry.ticket,)
     if isinstance(entry, m.Retired) and entry.answered is not None:
         return (entry.answered,)

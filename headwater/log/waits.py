@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from headwater.log import meetings
 from headwater.log.measures import Measures
-from headwater.log.pending import COMMITTED, MEETING, READY, PendingExchange, PendingExchanges
+from headwater.log.pending import (
+    ASKING,
+    COMMITTED,
+    MEETING,
+    READY,
+    WORKING,
+    PendingExchange,
+    PendingExchanges,
+)
 from headwater.log.state import LogState
 from headwater.spec.sync import Mode
 
@@ -55,6 +63,15 @@ class Waits:
         if missing := self.measures.missing(exchange):
             what = "what the vectors come to" if exchange.stage is MEETING else "how large the gradients are"
             return f"{_list('server', missing)} to say {what}"
+        if exchange.stage is WORKING:
+            holders = self.log.portions.holders()
+            ranks = sorted({self.log.standing(one).rank for members in holders.values() for one in members})
+            return f"{_list('worker', ranks)} to compute portions" if ranks else "workers to take portions"
+        if exchange.stage is ASKING:
+            source = self.log.portions.source[0]
+            known = self.log.members.get(source)
+            who = f"worker {known.rank}" if known is not None else "a worker"
+            return f"{who} to ask for an evaluation, or for a portion to be counted"
         if exchange.stage is READY:
             missing_steps = [other for other in active if other.stage is not READY]
             named = _named(missing_steps) + self._never_stepped(missing_steps)

@@ -75,8 +75,17 @@ Steps: TypeAlias = Generator[Command, "float | Sequence[float] | None", "Report"
 
 
 @dataclass(frozen=True, slots=True)
-class LBFGSSettings:
-    """As `torch.optim.LBFGS`. `lr`: the first step length tried, and each later one without a line search.
+class LBFGS:
+    """How L-BFGS runs, as `torch.optim.LBFGS` has it.
+
+    Attributes:
+        lr: the first step length tried, and each later one without a line search.
+        max_iter: most iterations.
+        max_eval: most evaluations of the loss, looked at after each iteration; None: 5/4 of `max_iter`.
+        tolerance_grad: it stops where no element of the gradient is larger.
+        tolerance_change: it stops where no parameter moves further, or the loss changes less.
+        history_size: changes that are remembered, of parameters and of the gradient.
+        line_search_fn: "strong_wolfe", or None for steps of length `lr`.
 
     Raises:
         ConfigurationError: an impossible value.
@@ -117,7 +126,8 @@ class Report:
     """What one call of `step` did.
 
     Attributes:
-        first_loss: at the parameters that it began with; loss: at those that it ended with.
+        first_loss: at the parameters that it began with.
+        loss: at those that it ended with.
         gradient_norm: 2-norm of the gradient there.
         iterations, evaluations: of this call.
         step_length: of the last line search; 0 where there was none.
@@ -192,7 +202,7 @@ class _Found(NamedTuple):
     failed: str
 
 
-def steps(settings: LBFGSSettings, state: LBFGSState) -> Steps:
+def steps(settings: LBFGS, state: LBFGSState) -> Steps:
     """Minimise from the present parameters; at most `max_iter` iterations.
 
     A loss that is not finite ends it at the last point that was.
@@ -241,7 +251,7 @@ def steps(settings: LBFGSSettings, state: LBFGSState) -> Steps:
     return Report(first, loss, norm, iterations, evaluations, length, reason, failed)
 
 
-def _converged(most: float, loss: float, settings: LBFGSSettings) -> str:
+def _converged(most: float, loss: float, settings: LBFGS) -> str:
     if not math.isfinite(loss):
         return f"the loss is {loss} at the first point"
     if most <= settings.tolerance_grad:
@@ -250,7 +260,7 @@ def _converged(most: float, loss: float, settings: LBFGSSettings) -> str:
 
 
 def _stop(
-    settings: LBFGSSettings, iterations: int, evaluations: int, most: float, moved: float, gained: float
+    settings: LBFGS, iterations: int, evaluations: int, most: float, moved: float, gained: float
 ) -> str:
     if iterations >= settings.max_iter:
         return "max_iter is reached"
@@ -320,9 +330,7 @@ def two_loops(state: LBFGSState) -> dict[str, float]:
     return terms
 
 
-def _remember(
-    settings: LBFGSSettings, state: LBFGSState
-) -> Generator[Command, float | Sequence[float] | None, None]:
+def _remember(settings: LBFGS, state: LBFGSState) -> Generator[Command, float | Sequence[float] | None, None]:
     """Keep how parameters and gradient changed with the last move, in place of the oldest change."""
     length, state.moved = state.moved, 0.0
     slope, slope_before = yield from _dots((DIRECTION, GRADIENT), (DIRECTION, BEFORE))
@@ -351,7 +359,7 @@ class _LineSearch:
     `reach`: the direction's largest magnitude. `evaluations`: made so far.
     """
 
-    def __init__(self, origin: _Point, reach: float, settings: LBFGSSettings) -> None:
+    def __init__(self, origin: _Point, reach: float, settings: LBFGS) -> None:
         self._origin = origin
         self._reach = reach
         self._settings = settings

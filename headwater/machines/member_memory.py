@@ -87,7 +87,7 @@ class MemberMemory:
                 raise ProtocolError(f"initial values of {length} bytes, expected {_ITEM * (stop - start)}")
             self._initial = np.zeros(stop - start, dtype=np.float32)
             return [self._initial]
-        if isinstance(message, m.Meet):
+        if isinstance(message, m.Meet | m.NextPortion):
             return [self._private(run).gradients[self._within(run)] for run in message.payload]
         if isinstance(message, m.Step):
             runs: Arrays = [self._private(run).gradients[self._within(run)] for run in message.payload]

@@ -122,6 +122,13 @@ class ModelBuffer:
         runs, values = self._runs(server, self.layout.mask(self.layout.index), self.memory.gradients)
         return Frame(msgspec.structs.replace(meet, payload=runs), values)
 
+    def portion(self, request: m.NextPortion, server: int) -> Frame:
+        """Bring the gradient of a portion, if there is a result, and ask for the next."""
+        if request.done is None:
+            return Frame(request)
+        runs, values = self._runs(server, self.layout.mask(self.layout.index), self.memory.gradients)
+        return Frame(msgspec.structs.replace(request, payload=runs), values)
+
     def take(self, mask: bytes) -> None:
         """A step carries the gradients of these tensors: make them what the model's codec says."""
         if self._coded is not None:

@@ -10,7 +10,7 @@ from headwater.messages.base import Message, Refused, Scalar
 from headwater.messages.checkpoints import PartRecord
 from headwater.messages.log import LogStateRecord, Pace
 from headwater.messages.models import ModelSpec, Rows, RuleSpec, Run, TableSpec, WindowSpec
-from headwater.messages.operations import VectorWork
+from headwater.messages.operations import Portion, PortionPlan, PortionResult, VectorWork
 from headwater.messages.programs import Meeting, Recalled
 from headwater.messages.publication import Publication, Publish, Taken
 from headwater.messages.reading import DataProgress, Position
@@ -242,6 +242,30 @@ class Meet(Message, frozen=True):
     payload: tuple[Run, ...] = ()
 
 
+class Operate(Message, frozen=True):
+    """Have the servers work on vectors, for this worker alone.
+
+    `plan`: an evaluation follows, which other workers compute portion by portion; the answer comes when all
+    are counted, with the sum of their losses.
+    """
+
+    number: int
+    work: VectorWork
+    plan: PortionPlan | None = None
+
+
+class NextPortion(Message, frozen=True):
+    """Bring the result of a portion, if there is one, and ask for the next; the answer brings the model's
+    values, unless they have not changed since version `have`. Without a portion in it there is none to come.
+    """
+
+    number: int
+    model: int
+    have: int
+    done: PortionResult | None = None
+    payload: tuple[Run, ...] = ()
+
+
 class Recall(Message, frozen=True):
     """From a worker that has joined: what does the log know of its rank?"""
 
@@ -317,6 +341,8 @@ Request: TypeAlias = (
     | Assign
     | LoadState
     | Meet
+    | Operate
+    | NextPortion
     | Recall
     | End
     | Stop
@@ -374,7 +400,7 @@ class Answer(Message, frozen=True):
     registered. `states`: names of the rule's state vectors whose range follows, in this order; `counts`:
     updates of each tensor. `notice`: what a person should know of it. `rules`: in force, where the member may
     not know them. `sums`, `data`, `ranks`: of a meeting, and who was in it; `totals`: of its reductions of
-    vectors.
+    vectors. `portion`: to be computed next.
     """
 
     number: int
@@ -394,6 +420,7 @@ class Answer(Message, frozen=True):
     data: tuple[bytes, ...] = ()
     recalled: Recalled | None = None
     totals: tuple[float, ...] = ()
+    portion: Portion | None = None
 
 
 class Stored(Message, frozen=True):

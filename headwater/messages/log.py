@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from headwater.messages.base import Message
+from headwater.messages.operations import Portion, PortionPlan, PortionResult, PortionsRecord
 from headwater.messages.programs import Meeting
 
 Kind: TypeAlias = Literal[
@@ -24,6 +25,8 @@ Kind: TypeAlias = Literal[
     "broadcast",
     "operate",
     "measure",
+    "work",
+    "portion",
     "recall",
     "end",
     "stop",
@@ -56,7 +59,7 @@ class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `measured`: it is a step whose gradients cannot be applied before all servers have measured them, since a
     model is clipped or merged by lengths; or it is a meeting whose work on vectors has reductions. `weight`:
     of a step, what its gradients count in a mean. `meeting`: the place of a meeting. `pace`: of the worker,
-    where its step says so.
+    where its step says so. `plan`: of work that an evaluation follows. `done`: the portion that is brought.
     """
 
     member: int
@@ -68,6 +71,8 @@ class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight: float = 1.0
     meeting: Meeting | None = None
     pace: Pace | None = None
+    plan: PortionPlan | None = None
+    done: PortionResult | None = None
 
 
 class Sum(msgspec.Struct, frozen=True, array_like=True):
@@ -249,6 +254,40 @@ class Met(Entry, frozen=True):
     totals: tuple[float, ...] = ()
 
 
+class Operated(Entry, frozen=True):
+    """Work on vectors is done, and answered; `version` is of what it leaves. `totals`: as of Met.
+
+    Where an evaluation followed the work, that is over, and its gradient comes to its vector.
+    """
+
+    version: int
+    source: ExchangeId
+    totals: tuple[float, ...] = ()
+
+
+class Opened(Entry, frozen=True):
+    """Work on vectors is done, and the evaluation that follows it begins; answered when that is over."""
+
+    version: int
+    source: ExchangeId
+    plan: PortionPlan
+    model: int
+
+
+class Counted(Entry, frozen=True):
+    """The first result of a portion counts; whoever brought it is answered by another entry."""
+
+    source: ExchangeId
+    done: PortionResult
+
+
+class Handed(Entry, frozen=True):
+    """A member computes this portion next; None: there is none to come."""
+
+    ticket: ExchangeId
+    portion: Portion | None
+
+
 class Stopped(Entry, frozen=True):
     """The next answered step of each of these members tells it to end its batches.
 
@@ -290,6 +329,10 @@ AnyEntry: TypeAlias = (
     | Activated
     | Retired
     | Met
+    | Operated
+    | Opened
+    | Counted
+    | Handed
     | Stopped
     | Stalled
     | Checkpointed
@@ -360,6 +403,7 @@ class LogStateRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     met: int = 0
     histories: tuple[RankRecord, ...] = ()
     stopping: tuple[int, ...] = ()
+    portions: PortionsRecord = PortionsRecord()
 
 
 LogMessage: TypeAlias = Reports | Entries | Explain | Reasons

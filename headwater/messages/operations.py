@@ -82,3 +82,48 @@ class VectorWork(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def gathers(self) -> bool:
         """Whether members bring gradients."""
         return any(isinstance(one, GatherGradients) for one in self.operations)
+
+
+class PortionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An evaluation in `count` portions, handed out one by one; their gradients come to vector `out`.
+
+    `backup`: whoever has nothing to do gets a copy of a portion that somebody else has not finished.
+    """
+
+    out: str
+    count: int
+    backup: bool = True
+
+
+class Portion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Portion `index` of `count` of evaluation `round`, counted from 1, of a model."""
+
+    round: int
+    index: int
+    count: int
+    model: int
+
+
+class PortionResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A member has computed a portion; its gradient lies in the window or is the payload."""
+
+    portion: Portion
+    loss: float
+
+
+class PortionsRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the evaluation of now is.
+
+    `source`: the member who asked for it, and the number of its exchange; `finished`: portions with their
+    losses; `held`: portions with the members who compute them; `over`: there is none to come.
+    """
+
+    round: int = 0
+    count: int = 0
+    model: int = -1
+    backup: bool = True
+    source: int = 0
+    number: int = 0
+    finished: tuple[tuple[int, float], ...] = ()
+    held: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    over: bool = False

@@ -33,6 +33,8 @@ _KINDS: dict[type, m.Kind] = {
     m.ReadState: "state",
     m.Assign: "assign",
     m.LoadState: "assign",
+    m.Operate: "work",
+    m.NextPortion: "portion",
     m.Recall: "recall",
     m.End: "end",
     m.Stop: "stop",
@@ -59,6 +61,8 @@ def name_of(request: m.Request) -> str:
         return str(request.at)
     if isinstance(request, m.Meet):
         return describe_meeting(request.meeting)
+    if isinstance(request, m.Operate):
+        return str(request.work.model)
     if isinstance(request, m.End):
         return request.stalled
     if isinstance(request, m.Leave):
@@ -88,7 +92,13 @@ class Checks:
         elif isinstance(request, m.Attach):
             self.check_model(request.model)
         elif isinstance(request, m.Meet):
-            self._check_work(member, request)
+            self._check_meeting(member, request)
+        elif isinstance(request, m.Operate):
+            self._check_operate(member, request)
+        elif isinstance(request, m.NextPortion):
+            self._members.staging(member, request.model)
+            if request.done is not None and request.done.portion.model != request.model:
+                raise ProtocolError(f"member {member} brings {request.done} as one of model {request.model}")
         elif isinstance(request, m.Assign):
             self._check_carried(member, request.carried)
         elif isinstance(request, m.LoadState):
@@ -154,7 +164,16 @@ class Checks:
             for rule in rules if setting.group < 0 else [rules[setting.group]]:
                 rule.with_settings(**setting.values)
 
-    def _check_work(self, member: int, request: m.Meet) -> None:
+    def _check_operate(self, member: int, request: m.Operate) -> None:
+        work, plan = request.work, request.plan
+        self._members.staging(member, work.model)
+        if work.gathers:
+            raise ProtocolError(f"member {member} gathers gradients alone")
+        strange = [one for one in work.operations if not isinstance(one, m.CombineVectors)]
+        if plan is not None and (plan.count < 1 or strange or work.reductions):
+            raise ProtocolError(f"member {member} asks for an evaluation with {plan} and {work}")
+
+    def _check_meeting(self, member: int, request: m.Meet) -> None:
         """Names are checked where the work is done: a repeated meeting's vectors may be gone since."""
         work, kind = request.work, request.meeting.kind
         if (work is not None) != (kind in ("operate", "measure")):

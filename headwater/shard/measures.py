@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from headwater import messages as m
 from headwater.log.measures import LARGEST
 from headwater.shard.merges import CommitMerges
+from headwater.shard.named_vectors import BroughtGradients
 from headwater.shard.outstanding import Members
 from headwater.shard.replica import LiveInputs
 from headwater.shard.vector import Vector
@@ -37,14 +38,18 @@ class Measures:
     def of_meeting(self, entry: m.Measured) -> bool:
         """Whether what an entry asks for are reductions of vectors, as entries before it leave those."""
         held = self._members.holds(entry.updates[0])
-        return held and isinstance(self._live.request(entry.updates[0]), m.Meet)
+        return held and isinstance(self._live.request(entry.updates[0]), m.Meet | m.Operate)
 
     def reduce(self, entry: m.Measured) -> None:
-        """Of a meeting: do the reductions; blocks for a pass over what they read."""
-        requests = [(ticket, self._live.meet(ticket)) for ticket in entry.updates]
-        work = requests[0][1].work
+        """Do the reductions of work on vectors; blocks for a pass over what they read."""
+        request = self._live.request(entry.updates[0])
+        assert isinstance(request, m.Meet | m.Operate)
+        work, brought = request.work, BroughtGradients()
         assert work is not None
-        brought = self._live.gathered(work, requests)
+        if work.gathers:
+            brought = self._live.gathered(
+                work, [(ticket, self._live.meet(ticket)) for ticket in entry.updates]
+            )
         self._keep(
             entry,
             [

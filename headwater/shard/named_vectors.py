@@ -44,11 +44,13 @@ class NamedVectors:
     Attributes:
         arrays: float32[range], by name, in the order of their creation.
         note: bytes that are kept with them.
+        spare: memory that nobody reads any more, float32[range] each.
     """
 
     def __init__(self, start: int, runs: Sequence[tuple[int, int]], note: bytes = b"") -> None:
         self.arrays: dict[str, Array] = {}
         self.note = note
+        self.spare: list[Array] = []
         self._start = start
         self._runs = runs
 

@@ -66,6 +66,9 @@ class EntryInputs(Protocol):
     def gathered(self, work: m.VectorWork, requests: Meetings) -> BroughtGradients:
         """The gradients that work on vectors gathers."""
 
+    def gradient(self, ticket: m.ExchangeId, model: int) -> Array:
+        """Of a portion that a member has computed."""
+
     def initial(self, ticket: m.ExchangeId) -> Array:
         """Initial values of this server's range of a model."""
 
@@ -121,6 +124,10 @@ class LiveInputs:
         """Each member's, from its window."""
         staged = [self._members.staging(ticket.member, work.model).gradients for ticket, _ in requests]
         return gathered(work, [request for _, request in requests], staged)
+
+    def gradient(self, ticket: m.ExchangeId, model: int) -> Array:
+        """From its window."""
+        return self._members.staging(ticket.member, model).gradients
 
     def initial(self, ticket: m.ExchangeId) -> Array:
         """From the member's parameters."""
@@ -189,6 +196,10 @@ class MaterializedEntry:
     def gathered(self, work: m.VectorWork, requests: Meetings) -> BroughtGradients:
         """One, which is gathered already."""
         return BroughtGradients(self.models, [1.0] * len(self.models))
+
+    def gradient(self, ticket: m.ExchangeId, model: int) -> Array:
+        """As it was."""
+        return self.models[0]
 
     def initial(self, ticket: m.ExchangeId) -> Array:
         """As they were."""
@@ -311,6 +322,9 @@ class InputCollector:
         elif isinstance(entry, m.Assigned) and isinstance(requests[0][1], m.Assign | m.LoadState):
             model = requests[0][1].carried.model
             models[model] = _fill(room, self._live.assigned(entry.source, model).parameters)
+        elif isinstance(entry, m.Counted):
+            model = entry.done.portion.model
+            models[model] = _fill(room, self._live.gradient(entry.source, model))
         elif isinstance(entry, m.Met):
             models = self._gathered([(ticket, self._live.meet(ticket)) for ticket in entry.tickets], room)
         elif isinstance(entry, m.Assigned):
@@ -387,7 +401,7 @@ def _blobs(request: m.Request) -> Iterator[tuple[Literal["kept", "data"], bytes]
 def _alone(request: m.Request) -> m.Request:
     """The request without what travels beside it."""
     changes: dict[str, Any] = {field: b"" for field, _ in _blobs(request)}
-    if isinstance(request, m.Step | m.Assign | m.Meet) and request.payload:
+    if isinstance(request, m.Step | m.Assign | m.Meet | m.NextPortion) and request.payload:
         changes["payload"] = ()
     if isinstance(request, m.Step) and request.coded:
         changes["coded"] = ()

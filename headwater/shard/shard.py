@@ -166,8 +166,20 @@ class Shard:
         elif isinstance(request, m.Meet):
             meeting = request.meeting
             measured = request.work is not None and bool(request.work.reductions)
+        elif isinstance(request, m.Operate):
+            measured = bool(request.work.reductions)
         held = m.Held(
-            member, request.number, kind, name_of(request), connection_epoch, measured, weight, meeting, pace
+            member,
+            request.number,
+            kind,
+            name_of(request),
+            connection_epoch,
+            measured,
+            weight,
+            meeting,
+            pace,
+            plan=request.plan if isinstance(request, m.Operate) else None,
+            done=request.done if isinstance(request, m.NextPortion) else None,
         )
         self._members.hold(Outstanding(held, request, staging, rows))
         self.exchanges += 1

@@ -22,10 +22,12 @@ from headwater.log.meetings import describe
 from headwater.log.positions import Positions
 from headwater.log.programs import Programs
 from headwater.log.state import LogState
+from headwater.shard import portion_sums
 from headwater.shard.copies import Copies, found
 from headwater.shard.governed import GovernedRules
 from headwater.shard.ledger import Ledger
 from headwater.shard.merges import CommitMerges
+from headwater.shard.named_vectors import BroughtGradients
 from headwater.shard.outstanding import Members, Outstanding
 from headwater.shard.publications import Publications
 from headwater.shard.replica import EntryInputs
@@ -83,6 +85,10 @@ class State:
             m.Activated: lambda entry: [],
             m.Retired: self._retired,
             m.Met: self._met,
+            m.Operated: self._operated,
+            m.Opened: self._opened,
+            m.Counted: self._counted,
+            m.Handed: self._handed,
             m.Stopped: lambda entry: self._answer(entry.ticket),
             m.Stalled: self._stalled,
             m.Checkpointed: lambda entry: self._answer(entry.ticket),
@@ -302,6 +308,10 @@ class State:
             return self._join(ticket, reader, model) | {"notice": notice, "rules": (rules,)}
         if isinstance(request, m.Meet):
             return self._met_before(ticket, request.meeting) | self._read_after(ticket, request)
+        if isinstance(request, m.Operate):
+            return self._read_after(ticket, request)
+        if isinstance(request, m.NextPortion):
+            return {"values": self._write(ticket, reader, (request.model,))}
         if isinstance(request, m.Recall):
             return {"recalled": self._recalled(ticket)}
         if isinstance(request, m.Attach):
@@ -437,7 +447,55 @@ class State:
             perform(self.vectors, work, self._inputs.gathered(work, requests), entry.version)
         return ""
 
-    def _read_after(self, ticket: m.ExchangeId, request: m.Meet) -> dict[str, Any]:
+    def _operate_of(self, ticket: m.ExchangeId) -> m.Operate:
+        request = self._inputs.request(ticket)
+        assert isinstance(request, m.Operate)
+        return request
+
+    def _operated(self, entry: m.Operated) -> Answers:
+        self.version = entry.version
+        request = self._operate_of(entry.source)
+        work, plan, portions = request.work, request.plan, self.standings.portions
+        vector = self.vectors[work.model]
+        failure = refusal(self.vectors, work)
+        if plan is not None and plan.out not in vector.named.arrays:
+            failure = failure or f"model {vector.spec.name!r}: vector {plan.out!r} is unknown"
+        if failure:
+            return self._answer(entry.source, failure=m.Refused("UsageError", failure))
+        sums = None
+        if plan is None:
+            perform(self.vectors, work, BroughtGradients(), entry.version)
+        else:
+            portion_sums.finish(vector.named, plan.count, plan.out)
+            sums = {"loss": portions.total}
+        read = self._read_after(entry.source, request)
+        return self._answer(entry.source, totals=entry.totals, sums=sums, **read)
+
+    def _opened(self, entry: m.Opened) -> Answers:
+        """What is refused is not done, and said when the evaluation is over."""
+        self.version = entry.version
+        work = self._operate_of(entry.source).work
+        portion_sums.begin(self.vectors[entry.model].named)
+        if not refusal(self.vectors, work):
+            perform(self.vectors, work, BroughtGradients(), entry.version)
+        return []
+
+    def _counted(self, entry: m.Counted) -> Answers:
+        portion = entry.done.portion
+        gradient = self._inputs.gradient(entry.source, portion.model)
+        portion_sums.add(self.vectors[portion.model].named, portion, gradient)
+        return []
+
+    def _handed(self, entry: m.Handed) -> Answers:
+        request = self._inputs.request(entry.ticket)
+        assert isinstance(request, m.NextPortion)
+        values: tuple[int, ...] = ()
+        if entry.portion is not None:
+            reader = self._members.reader(entry.ticket)
+            values = self._write(entry.ticket, reader, (request.model,), request.have)
+        return self._answer(entry.ticket, portion=entry.portion, values=values)
+
+    def _read_after(self, ticket: m.ExchangeId, request: m.Meet | m.Operate) -> dict[str, Any]:
         """The values that work on vectors brings, for a member that can be answered here."""
         if request.work is None or not request.work.read:
             return {}

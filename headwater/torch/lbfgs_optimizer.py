@@ -11,7 +11,8 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from headwater.errors import ConfigurationError, UsageError
-from headwater.machines.lbfgs import LBFGSSettings, Report
+from headwater.machines.lbfgs import LBFGS as Settings
+from headwater.machines.lbfgs import Report
 from headwater.spec.rules import SGD
 from headwater.torch.binding import Binding
 from headwater.torch.parameters import find_parameters, tied_names, wait_for_copies
@@ -57,7 +58,7 @@ class LBFGS(torch.optim.Optimizer):
         *,
         name: str = "model",
     ) -> None:
-        settings = LBFGSSettings(
+        settings = Settings(
             lr, max_iter, max_eval, tolerance_grad, tolerance_change, history_size, line_search_fn
         )
         if not isinstance(worker, Worker):
@@ -77,7 +78,7 @@ class LBFGS(torch.optim.Optimizer):
         self._binding = known or Binding(worker, self._model, module, trained)
         prepare(self._model, settings)
         self.report: Report | None = None
-        defaults = {field: getattr(settings, field) for field in LBFGSSettings.__dataclass_fields__}
+        defaults = {field: getattr(settings, field) for field in Settings.__dataclass_fields__}
         super().__init__(list(trained.values()), defaults)
         self._binding.belong_to(self, watched=True)
 
@@ -106,7 +107,7 @@ class LBFGS(torch.optim.Optimizer):
             )
         run = LBFGSRun(ModelCarrier(self._model, lambda: self._evaluate(closure), weight))
         group = self.param_groups[0]
-        settings = LBFGSSettings(**{name: group[name] for name in LBFGSSettings.__dataclass_fields__})
+        settings = Settings(**{name: group[name] for name in Settings.__dataclass_fields__})
         self.report = run.step(settings)
         return torch.tensor(self.report.first_loss, dtype=torch.float64)
 

@@ -21,13 +21,13 @@ import msgspec
 from headwater import messages as m
 from headwater.machines.lbfgs import (
     DIRECTION,
+    LBFGS,
     PARAMETERS,
     START,
     Combine,
     Command,
     Dots,
     Evaluate,
-    LBFGSSettings,
     LBFGSState,
     Report,
     Sizes,
@@ -70,7 +70,7 @@ class LBFGSRun:
         self._moved = False
         self._at: dict[str, float] = {}
 
-    def step(self, settings: LBFGSSettings) -> Report:
+    def step(self, settings: LBFGS) -> Report:
         """At most `max_iter` iterations from the present parameters; blocks."""
         state = state_of(self._carrier.begin(), settings.history_size)
         self._waiting, self._moved, self._at = [], False, {}
@@ -154,7 +154,7 @@ class ModelCarrier:
         self._model.vectors.run(operations, read=moved, of="all")
 
 
-def prepare(model: Model, settings: LBFGSSettings) -> None:
+def prepare(model: Model, settings: LBFGS) -> None:
     """Have all vectors, and no memory of an earlier optimization; a meeting of all workers."""
     created = [m.CreateVector(named(name), True) for name in vectors(settings.history_size)]
     model.vectors.run([*created, m.KeepNote(b"")])

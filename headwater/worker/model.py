@@ -350,6 +350,19 @@ class Model:
         """The runs and arrays of staged gradients for a server without a window."""
         return self._buffer.staged(mask, server)
 
+    def exchange(self, request: Callable[[int, int], m.Request], what: str) -> m.Answer:
+        """An exchange for this model, given a server and the number: its values may come with the answer.
+
+        The result of a portion brings all gradients.
+        """
+        self._session.check_open(what)
+
+        def outgoing(server: int, number: int) -> Outgoing:
+            made = request(server, number)
+            return self._buffer.portion(made, server) if isinstance(made, m.NextPortion) else Frame(made)
+
+        return self._call(outgoing, what, self._session.machine.values)
+
     def meet(self, meet: m.Meet, server: int) -> Frame:
         """What a server is sent of a meeting with work on this model's vectors."""
         return self._buffer.meet(meet, server)
