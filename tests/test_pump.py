@@ -363,3 +363,49 @@ def test_what_was_left_to_the_thread_that_keeps_time_is_done(node):
         channel.send(Heartbeat())
         assert acknowledged.get(timeout=10) == Acknowledged()
         assert [second.hears("CaughtUp")[1] for _ in range(2)] == [CaughtUp(1)] * 2
+
+
+class Growing(Script):
+    """A machine with a piece of work after each message, and memory to prepare that takes for ever."""
+
+    def __init__(self, **replies):
+        super().__init__(**replies)
+        self.pieces, self.unprepared = 0, False
+        self.begun, self.go_on = threading.Semaphore(0), threading.Semaphore(0)
+        self.preparing = set()
+
+    @property
+    def busy(self):
+        return self.pieces > 0
+
+    def received(self, conn, message, payload, now, *, request=0):
+        self.pieces += 1
+        return super().received(conn, message, payload, now, request=request)
+
+    def advance(self, now):
+        self.pieces -= 1
+        self.unprepared = True
+        return []
+
+    def prepare(self):
+        self.unprepared = False
+        self.preparing.add(threading.current_thread())
+        self.begun.release()
+        self.go_on.acquire()
+
+
+def test_nobody_waits_while_memory_is_prepared_and_the_node_can_be_stopped_meanwhile(node):
+    machine = Growing(Heartbeat=lambda conn: [Send(conn, Acknowledged())])
+    made = node(machine)
+    with made.dial() as channel:
+        channel.send(Heartbeat())
+        assert told(channel) == Acknowledged()
+        assert machine.begun.acquire(timeout=10)
+        for _ in range(5):  # each is another piece, after which there is something to prepare
+            channel.send(Heartbeat())
+            assert told(channel) == Acknowledged()
+        machine.go_on.release()
+        assert machine.begun.acquire(timeout=10), "what was asked for meanwhile is prepared afterwards"
+        assert len(machine.preparing) == 1
+    made.pump.stop()
+    machine.go_on.release()

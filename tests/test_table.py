@@ -10,6 +10,7 @@ from small_tables import ALL_SLOTS, INT64, POOL, TWO_SLOTS, make, pull, push, sp
 from headwater.errors import ConfigurationError, ProtocolError, RegistrationError
 from headwater.kernels.arrange import arrange
 from headwater.kernels.index import PAGE, Index
+from headwater.kernels.slabs import Slabs
 from headwater.messages import RuleSpec, TableSpec
 from headwater.shard.table import Table
 from headwater.spec.initializers import Constant, Normal, Zeros
@@ -312,6 +313,46 @@ def test_memory_can_be_prepared_at_any_time_beside_any_call():
         stop.set()
         beside.join()
     assert (pull(table, np.arange(600_000)) == 4).all()
+
+
+def test_memory_for_new_rows_is_wanted_from_the_beginning_and_before_it_runs_out():
+    table = make(dim=64, initializer=Constant(3))
+    slabs = table._slabs
+    assert table.unprepared
+    table.prepare()
+    assert not table.unprepared
+    assert 0 < slabs.prepared * sum(slabs.row_bytes) <= 1 << 20
+    push(table, np.arange(2000))
+    assert table.unprepared
+    table.prepare()
+    assert slabs.prepared == 2000 + 4 * 2000
+    for k, wanted in ((1, False), (2, False), (3, True)):
+        push(table, np.arange(k * 2000, (k + 1) * 2000))
+        assert table.unprepared is wanted
+    table.prepare()
+    assert slabs.prepared == 8000 + 4 * 2000
+    push(table, np.arange(8000))  # no row is new
+    assert not table.unprepared
+
+
+def test_memory_that_is_prepared_ahead_is_bounded():
+    table = make(dim=1024, initializer=Constant(3))
+    slabs = table._slabs
+    push(table, np.arange(20_000))
+    table.prepare()
+    assert (slabs.prepared - 20_000) * sum(slabs.row_bytes) <= 32 << 20
+
+
+def test_rows_that_came_into_use_while_memory_is_prepared_are_left_out():
+    slabs, used = Slabs([1024]), iter([0, 5000, 5000, 5000, 5000, 5000, 5000])
+    slabs.reserve(10_000)
+    asked = []
+    slabs.populate = lambda first, rows: asked.append((first, rows))
+    slabs.prepare(lambda: next(used), 6000)
+    assert asked[0] == (0, 2048)
+    assert asked[1] == (5000, 2048)
+    assert asked[-1][0] + asked[-1][1] == 11_000
+    assert sum(rows for _, rows in asked) == 2048 + 6000
 
 
 def test_statistics_tell_hits():

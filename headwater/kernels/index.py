@@ -196,8 +196,8 @@ class Index:
             self._directory = wider
 
     def prepare(self) -> None:
-        """Have memory for the next pages that slots grow by, as `Slabs.populate`."""
-        self._memory.populate(int(self._counters[_NEXT_PAGE]), _PREPARED_PAGES)
+        """Have memory for the next pages that slots grow by, as `Slabs.prepare`."""
+        self._memory.prepare(lambda: int(self._counters[_NEXT_PAGE]), _PREPARED_PAGES)
 
     def remove(self, ids: Ids) -> int:
         """Drop entries and pending counts of ids; their rows are claimed again. Returns how many had one."""

@@ -37,12 +37,14 @@ class Slabs:
     Attributes:
         shift: a chunk holds 2^shift rows, of every slab.
         addresses: int64[slabs, chunks], where each chunk starts; what kernels take.
+        prepared: rows below this had `prepare` called for them.
     """
 
     def __init__(self, row_bytes: Sequence[int], *, large: bool = False) -> None:
         self.row_bytes = tuple(row_bytes)
         self.shift = max(0, (CHUNK // max(row_bytes)).bit_length() - 1)
         self.addresses = np.empty((len(row_bytes), 0), dtype=np.int64)
+        self.prepared = 0
         self._large = large
         self._chunks: list[list[NDArray[np.uint8]]] = []
 
@@ -77,6 +79,21 @@ class Slabs:
                 begin, end = begin - begin % page, begin + (stop - first) * size
                 populate(begin, end - begin, _POPULATE_WRITE)
             first = stop
+
+    def prepare(self, in_use: Callable[[], int], rows: int) -> None:
+        """As `populate` for as many rows after those that are in use, but for what was done before.
+
+        `in_use` is asked again for every piece, as another thread may write rows meanwhile: two that have
+        the system give them the same memory take twice the time. One thread at a time.
+        """
+        piece = max(1, _HUGE_PAGE // max(self.row_bytes))
+        while True:
+            used, room = in_use(), self.addresses.shape[1] << self.shift
+            begin, stop = max(used, self.prepared), min(used + rows, room)
+            if begin >= stop:
+                return
+            self.populate(begin, min(piece, stop - begin))
+            self.prepared = min(begin + piece, stop)
 
     def place(self, slab: int, rows: NDArray[np.int32]) -> NDArray[np.int64]:
         """int64[rows]: the address of each row in one slab."""

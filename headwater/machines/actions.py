@@ -176,6 +176,7 @@ class Advancing(Protocol):
 
     Attributes:
         busy: whether `advance` has something to do; may be read without the lock.
+        unprepared: whether `prepare` has; likewise.
     """
 
     @property
@@ -184,8 +185,11 @@ class Advancing(Protocol):
     def advance(self, now: float) -> Actions:
         """Do the next piece. Raises HeadwaterError: it cannot be done, so the machine is stopped."""
 
+    @property
+    def unprepared(self) -> bool: ...
+
     def prepare(self) -> None:
-        """Make the next piece quicker; called without the lock when none is left to do. May block."""
+        """Make the next pieces quicker; called without the lock, in a thread of its own. May block."""
 
 
 @runtime_checkable

@@ -415,10 +415,14 @@ class ServerMachine:
             self._wake(self._standby.due)
         return actions if self._served else actions + self._note_serving(now)
 
+    @property
+    def unprepared(self) -> bool:
+        """Whether there is not enough memory for rows to come."""
+        return self.shard.tables.unprepared
+
     def prepare(self) -> None:
-        """Have memory ready for rows to come; without the lock, when there is nothing else to do."""
-        for table in self.shard.tables:
-            table.prepare()
+        """Have memory ready for rows to come; without the lock, in a thread of its own."""
+        self.shard.tables.prepare()
 
     def _compared(self) -> Actions:
         """What the standby says, or its loss, may be what somebody who verifies waits for."""

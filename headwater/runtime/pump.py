@@ -165,6 +165,7 @@ class Pump:
         self._queue: deque[tuple[Action, bool]] = deque()
         self._ordered = 0  # actions in the queue that are a `Persist`, or stand behind one
         self._carrying = threading.Lock()
+        self._unprepared = threading.Event()
         self._stopped = False
 
     # ── for the owner ───────────────────────────────────────────────────────────────────────────
@@ -172,6 +173,8 @@ class Pump:
     def begin(self) -> None:
         """Let time pass for the machine from now on."""
         self._threads.start(self._keep_time, "time")
+        if self._advancing is not None:
+            self._threads.start(partial(self._prepare, self._advancing), "memory")
 
     def do(self, decide: Decide) -> None:
         """Have the machine decide something, as `decide(now)` says; carries out what can be at once."""
@@ -227,6 +230,7 @@ class Pump:
                 mailbox.put(None)
             paused = [connection for connection in self._connections.values() if connection.paused]
         self._wake_clock()
+        self._unprepared.set()
         for connection in paused:
             if connection.outbox.put(RESUME):
                 connection.outbox.drain()
@@ -411,7 +415,7 @@ class Pump:
         `sender`: the connection of which this thread is the sender: an answer that is there leaves between
         two pieces of work.
         """
-        advanced = None
+        advanced: Pump | None = None
         again = True
         while again:
             again = False
@@ -419,11 +423,20 @@ class Pump:
                 advancing = pump._advancing
                 while (pump._inbox or (advancing is not None and advancing.busy)) and pump._work():
                     again = True
-                    advanced = advancing or advanced
+                    if advancing is not None:
+                        advanced = pump
                     if sender is not None:
                         sender.outbox.send_ready()
-        if advanced is not None:
-            advanced.prepare()
+        if advanced is not None and advanced._advancing is not None and advanced._advancing.unprepared:
+            advanced._unprepared.set()
+
+    def _prepare(self, machine: Advancing) -> None:
+        """Prepare what is to come, beside everything else: nobody waits for that."""
+        while not self._stopped:
+            self._unprepared.wait()
+            self._unprepared.clear()
+            while machine.unprepared and not self._stopped:
+                machine.prepare()
 
     def _work(self) -> bool:
         """Do one piece of what waits, unless another thread is inside; whether to look again.

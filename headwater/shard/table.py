@@ -45,7 +45,10 @@ _NO_LAST = np.empty(0, dtype=np.int32)
 _NO_IDS = np.empty(0, dtype=np.int64)
 _NOTHING = np.empty(0, dtype=np.float32)
 _NO_BOUNDS = np.empty(0, dtype=np.int64)
-_PREPARED = 32 << 20
+_PREPARED, _PREPARED_FIRST = 32 << 20, 1 << 20
+"""Bytes of rows that memory is prepared for ahead at most, and of a table that has none yet."""
+_PUSHES_AHEAD = 4
+"""Memory is prepared for as many new rows as so many updates bring, once there is less than half of that."""
 _SWEEPS = 64
 """Updates in which every slot is swept once."""
 
@@ -79,7 +82,10 @@ class Table:
         self._slabs = Slabs([spec.dim * _ITEM, *states, *last])
         self._last = len(states) + 1
         self._step: int | None = None
-        self._swept = self._fresh = 0
+        self._swept = 0
+        self._ahead = _PREPARED_FIRST // sum(self._slabs.row_bytes)
+        self._slabs.reserve(self._ahead)
+        self.unprepared = True
         self.touched = Touched()
         self._updates = self._begun = self._refused = self._expired = self._pulled = self._hits = 0
 
@@ -167,11 +173,13 @@ class Table:
         ids, sources, bounds = self._traced(updates)
         if isinstance(self._expiry, AfterSteps):
             self._end_expired(ids, self._index.find(ids)[0], step)
-        self._slabs.reserve(self._index.high_water + 2 * len(ids))  # as many more: room to prepare
+        self._slabs.reserve(self._index.high_water + (1 + _PUSHES_AHEAD) * len(ids))  # room to prepare
         rows, counts, fresh, refused = self._index.claim(ids)
         self._begin_rows(ids[fresh], rows[fresh])
-        self._begun += len(ids[fresh])
-        self._fresh = len(fresh)
+        self._begun += len(fresh)
+        if len(fresh):
+            self._ahead = min(_PUSHES_AHEAD * len(fresh), _PREPARED // sum(self._slabs.row_bytes))
+            self.unprepared |= self._slabs.prepared - self._index.high_water < self._ahead // 2
         lines, which = self._scalars.look_up(updates_of_schedule, counts)
         scale = 1.0 if self.rule.always_sum else float(divisor)
         addresses, shift = self._slabs.addresses, self._slabs.shift
@@ -195,16 +203,17 @@ class Table:
         return ids, sums
 
     def prepare(self) -> None:
-        """Have memory ready for as many new rows as the last update brought, up to `_PREPARED` bytes.
+        """Have memory ready for as many new rows as the next updates may bring, up to `_PREPARED` bytes.
 
         A push then does not wait for the system to give it memory, which on a virtual machine whose host
-        gives it at its first use takes some milliseconds a MB. May be called at any time, also beside a call
-        in another thread: it reads where the table ends and changes nothing. Blocks for as long, without
-        the interpreter's lock.
+        gives it at its first use takes some milliseconds a MB. May be called at any time by one thread, also
+        beside another one's call: it reads where the table ends, and changes no row. Blocks, without the
+        interpreter's lock.
         """
-        rows = min(self._fresh, _PREPARED // sum(self._slabs.row_bytes))
-        if rows:
-            self._slabs.populate(self._index.high_water, rows)
+        self.unprepared = False
+        if self._ahead:
+            self._slabs.prepare(lambda: self._index.high_water, self._ahead)
+        if self._begun:
             self._index.prepare()
 
     def _weighted(self, updates: Sequence[Gradients], weights: Array | None) -> Sequence[Gradients]:

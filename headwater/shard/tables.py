@@ -45,9 +45,14 @@ Pushed: TypeAlias = Sequence[tuple[int, Sequence[StagedRows]]]
 
 
 class Tables:
-    """What server `index` of `servers` has of every table, numbered from 0 as they were registered."""
+    """What server `index` of `servers` has of every table, numbered from 0 as they were registered.
+
+    Attributes:
+        unprepared: `prepare` has something to do.
+    """
 
     def __init__(self, index: int, servers: int) -> None:
+        self.unprepared = False
         self._slots = slots_of_server(index, servers)
         self._tables: list[Table] = []
         self._ids: dict[str, int] = {}
@@ -97,6 +102,14 @@ class Tables:
         """Begin a table without rows; its id is the next one."""
         self._ids[spec.name] = len(self._tables)
         self._tables.append(Table(spec, self._slots))
+        self.unprepared = True
+
+    def prepare(self) -> None:
+        """Have memory for rows to come, as `Table.prepare`: in a thread of its own, beside any other call."""
+        self.unprepared = False
+        for table in tuple(self._tables):
+            if table.unprepared:
+                table.prepare()
 
     def resolve(self, spec: TableSpec) -> tuple[int, str]:
         """The id of the table that `spec` declares, and what a person should know of that, or "".
@@ -128,6 +141,7 @@ class Tables:
         for id, (places, parts) in _by_table(pushed).items():
             table = self._tables[id]
             table.apply(parts, merge.divisor, version, table.updates, merge.weights_of(places))
+            self.unprepared |= table.unprepared
 
     def reduce(self, pushed: Pushed, merge: Merge) -> list[StagedRows]:
         """Each table's gradients as one: applying them instead, by `merge.summed()`, gives the same bits.
