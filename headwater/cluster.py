@@ -19,9 +19,10 @@ from headwater.observe.otlp import OtlpExporter
 from headwater.observe.prometheus import MetricsServer
 from headwater.observe.recorder import Recorder, checked
 from headwater.observe.sinks import LogSink
+from headwater.observe.tracer import Tracer
 from headwater.runtime.coordinator import CoordinatorNode
 from headwater.runtime.verifier import Verification, verify
-from headwater.spec.cluster import ClusterConfig, ClusterOptions
+from headwater.spec.cluster import ClusterConfig, ClusterOptions, PathLike
 from headwater.spec.keywords import chosen, means, takes
 from headwater.spec.words import option
 from headwater.storage import Storage
@@ -48,6 +49,7 @@ class NodeOptions(TypedDict, total=False):
     metrics: str | None
     otlp: str | None
     log_to: Sequence[LogSink]
+    trace: str | PathLike | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +108,14 @@ class NodeConfig:
         metadata=means(
             "Sinks (`hw.sinks`) that get what workers log while the cluster runs, which closes them: "
             "TensorBoard, Jsonl, Csv, Wandb, Mlflow, or objects with `write(points)` and `close()`."
+        ),
+    )
+
+    trace: str | PathLike | None = field(
+        default=None,
+        metadata=means(
+            "A file for what all nodes do, from beginning to end, which Perfetto opens; it grows with each "
+            "step."
         ),
     )
 
@@ -184,15 +194,19 @@ class Cluster:
         self._security = security
         self._config = config
         self._reach = _of_servers(reach, nodes.transport, self._engine.nearby)
-        self._closed = False
+        self._closed = self._traced = False
         self._process = os.getpid()
         self._metrics: MetricsServer | None = None
         self._otlp: OtlpExporter | None = None
+        self._tracer: Tracer | None = None
         try:
             if nodes.metrics is not None:
                 self._metrics = MetricsServer(nodes.metrics, self._coordinator.statistics, security=security)
             if nodes.otlp is not None:
                 self._otlp = OtlpExporter(nodes.otlp, self._coordinator.statistics)
+            if nodes.trace is not None:
+                path = nodes.trace if isinstance(nodes.trace, str) else nodes.trace.__fspath__()
+                self._tracer = Tracer(self._coordinator.addresses[0], path, security=security)
             self._supervisor.begin()
             self._storage.sign(self._coordinator.cluster)
             self._storage.begin(
@@ -305,6 +319,9 @@ class Cluster:
         if os.getpid() != self._process:
             return
         self._closed = True
+        if self._tracer is not None and not self._traced:
+            self._traced = True
+            self._tracer.close()
         if self._metrics is not None:
             self._metrics.close()
         if self._otlp is not None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "status": "Show the nodes, models and tables of a running cluster.",
     "ping": "Ask whether a cluster lives, or is ready to train: for probes and scripts.",
     "stop": "End a running cluster, with a last checkpoint where it keeps some.",
+    "trace": "Record what all nodes of a running cluster do, as a file that Perfetto opens.",
     "verify": "Compare every server of a running cluster with its standby, at one entry of the log.",
     "checkpoint": "Look at the checkpoints that trainings wrote; a cluster need not be running.",
     "bench": "Measure this machine: each figure beside the limit it is held against, taken in the same run.",

@@ -71,6 +71,10 @@ def run(
     metrics: Metrics = None,
     otlp: Otlp = None,
     log_to: LogTo = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="What all nodes do, from beginning to end; Perfetto opens it."),
+    ] = None,
     reach: Endpoint = Endpoint(),  # noqa: B008 - made from its options
 ) -> None:
     """Run a training function in every worker, against servers on this machine or in a Ray cluster.
@@ -100,6 +104,7 @@ def run(
         transport=transport,
         metrics=metrics,
         otlp=otlp,
+        trace=trace,
         log_to=list(map(sink_of, log_to or ())),
         reach=reach,
     )

@@ -193,6 +193,17 @@ class Advancing(Protocol):
 
 
 @runtime_checkable
+class Traceable(Protocol):
+    """A machine that says what its work is about, for traces."""
+
+    def exchanges_of(self, conn: Conn, message: AnyMessage) -> tuple[tuple[int, int], ...]:
+        """The exchange, as (member, number), that a message from `conn` is."""
+
+    def next_piece(self) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """What `advance` would do next, and the exchanges that it is about."""
+
+
+@runtime_checkable
 class Refusing(Protocol):
     """A machine that has a word for a peer that breaks the protocol."""
 

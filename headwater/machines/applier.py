@@ -85,6 +85,13 @@ class LogApplier:
         return True if self._arrived else self._replicated and self._may_commit()
 
     @property
+    def next_entry(self) -> m.AnyEntry | None:
+        """The entry that `advance` processes next; None where it does something else."""
+        if (self._replicated and self._may_commit()) or not self._arrived:
+            return None
+        return self._arrived[0][1]
+
+    @property
     def waiting(self) -> int:
         """Entries and news of the commit index that wait for their turn."""
         return len(self._arrived)

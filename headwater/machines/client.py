@@ -324,7 +324,7 @@ class ClientMachine:
         if conn == membership.conn and membership.phase == "member":
             if isinstance(message, m.Leased | m.Unleased):
                 return self.splits.received(message)
-            if not isinstance(message, m.ServerAddresses | m.Refused | m.Finished):
+            if not isinstance(message, m.ServerAddresses | m.Refused | m.Finished | m.RecordTrace):
                 wrong = ProtocolError(f"the coordinator sent {type(message).__name__}")
                 return self._followed(membership.give_up(wrong), now)
         actions = self._followed(membership.received(conn, message, None, now), now)

@@ -73,6 +73,12 @@ class Heard(NamedTuple):
     message: m.AnyMessage
 
 
+class TraceAsked(NamedTuple):
+    """Event: the coordinator wants to know what this node does, for a while, or no longer."""
+
+    asked: m.RecordTrace
+
+
 class Ended(NamedTuple):
     """Event: this node is no member any more, or never became one."""
 
@@ -188,6 +194,8 @@ class Membership:
             return self._answered(message, now)
         if self.phase == "away":
             return self._answered_again(message, now)
+        if isinstance(message, m.RecordTrace):
+            return [Tell(TraceAsked(message))]
         if isinstance(message, m.ServerAddresses):
             self.addresses = message
             return []

@@ -149,6 +149,18 @@ class ServerMachine:
         """Whether this node serves or follows anybody, so that it goes on without a coordinator."""
         return bool(self._members) or self._receiver is not None
 
+    def exchanges_of(self, conn: Conn, message: m.AnyMessage) -> tuple[tuple[int, int], ...]:
+        """The exchange that a message from `conn` is, for traces."""
+        requests, number = self._requests.get(conn), getattr(message, "number", 0)
+        return ((requests.member.id, number),) if requests is not None and number else ()
+
+    def next_piece(self) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """What `advance` would do next, for traces."""
+        entry = self._applier.next_entry
+        if isinstance(entry, m.Committed):
+            return f"commit {entry.version}", tuple((one.member, one.number) for one in entry.updates)
+        return "apply" if entry is None else type(entry).__name__, ()
+
     def place(self, conn: Conn, message: m.AnyMessage, length: int) -> Any:
         """Where the payload of `message` goes; in the connection's thread, without the lock.
 

@@ -30,6 +30,7 @@ from headwater.messages.replication import *
 from headwater.messages.roster import *
 from headwater.messages.snapshots import *
 from headwater.messages.statistics import *
+from headwater.messages.traces import *
 from headwater.messages.verification import *
 
 AnyMessage: TypeAlias = (
@@ -43,6 +44,7 @@ AnyMessage: TypeAlias = (
     | FromCoordinator
     | BeginningMessage
     | StatisticsMessage
+    | TraceMessage
     | VerificationMessage
 )
 """Whatever may cross a connection: the union of all conversations."""

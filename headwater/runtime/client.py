@@ -66,6 +66,7 @@ class Client:
         channels: to the servers, by index.
         waiting: seconds spent in exchanges.
         stages: the clock of a worker's turns.
+        trace: records what this member does while the coordinator asks for it.
         under_way: a step that was begun and whose result was not taken; "" for none.
         dismissed: an exit code with which calls end from now on, until it leaves; None while they do not.
 
@@ -112,6 +113,7 @@ class Client:
         self._process = os.getpid()
         self._member = MembershipThread(self.machine, self.machine.membership, security, self._put_off)
         self._member.watched = lambda: tuple(self._links.values())
+        self.trace = self.stages.trace = self._member.trace
         self._lock = self._member.lock
         close_in_child(self)
         try:
@@ -355,6 +357,7 @@ class Client:
 
     def depart(self, finished: bool) -> None:
         """Having left the log, leave the cluster."""
+        self.trace.close()  # while it is a member, so that its last reaches the coordinator
         self._member.step(lambda now: self.machine.leave(finished))
         self.close()
 

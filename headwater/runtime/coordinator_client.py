@@ -74,6 +74,7 @@ class CoordinatorClient:
 
     Attributes:
         welcome: what the coordinator said first.
+        trace: records what this node does while the coordinator asks for it.
 
     Raises:
         ConnectionLostError: nobody answers at that address.
@@ -95,6 +96,7 @@ class CoordinatorClient:
         self._membership = Membership(coordinator, join)
         self._messages: deque[m.AnyMessage] = deque()
         self._thread = MembershipThread(self._membership, self._membership, security, self._take)
+        self.trace = self._thread.trace
         try:
             self._thread.begin(f"headwater-membership-{role}", over)
             with self._thread.lock:

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 from headwater import messages as m
 from headwater.errors import ConnectionLostError, HeadwaterError
-from headwater.machines.actions import Action, Actions, Close, Conn, Dial, Note, Send
-from headwater.machines.membership import COORDINATOR, Membership
+from headwater.machines.actions import Action, Actions, Close, Conn, Dial, Note, Send, Tell
+from headwater.machines.membership import COORDINATOR, Membership, TraceAsked
 from headwater.runtime.dialling import NOBODY
+from headwater.runtime.tracing import TraceRecorder
 from headwater.wire.channel import Channel
 from headwater.wire.listener import dial
 from headwater.wire.liveness import PeerLiveness
@@ -57,6 +58,7 @@ class MembershipThread:
     Attributes:
         lock: the machine's; changed: its condition, notified after everything that happens here.
         watched: returns the node's other connections; those whose peer's machine is gone are closed.
+        trace: records what this node does while the coordinator asks for it.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class MembershipThread:
         self.watched: Callable[[], Iterable[Channel]] = tuple
         self._machine = machine
         self._membership = membership
+        self.trace = TraceRecorder(lambda told: self.step(lambda now: membership.tell(told)))
         self._security = security
         self._elsewhere = elsewhere
         self._channels: dict[Conn, Channel] = {}
@@ -120,11 +123,14 @@ class MembershipThread:
             channel.close()
         elif isinstance(action, Dial) and action.tag == COORDINATOR:
             self._dial(action)
+        elif isinstance(action, Tell) and isinstance(action.event, TraceAsked):
+            self.trace.obey(action.event.asked)
         else:
             self._elsewhere(action)
 
     def stop(self) -> None:
         """Let no more time pass; blocks until the thread has ended. Idempotent; after the machine closed."""
+        self.trace.close()
         with self.lock:
             self._stopped = True
             self.changed.notify_all()

@@ -49,11 +49,13 @@ from headwater.machines.actions import (
     Resume,
     Send,
     Tell,
+    Traceable,
 )
 from headwater.messages import AnyMessage, Member
 from headwater.runtime.dialling import NOBODY
 from headwater.runtime.outbox import RESUME, Join, Outbox
 from headwater.runtime.threads import ConnectionThreads
+from headwater.runtime.tracing import TraceRecorder
 from headwater.wire.channel import Array, Channel, Received
 
 _log = logging.getLogger("headwater")
@@ -126,6 +128,9 @@ class Pump:
         keep_alive: seconds after which a silent machine at the other end counts as gone; None: the default.
         other: drives the node's other machine, to which this one hands over connections.
         join: makes one message of two that wait to be sent.
+
+    Attributes:
+        trace: is told of every message and every piece of work while it is on.
     """
 
     def __init__(
@@ -144,6 +149,7 @@ class Pump:
         self._machine = machine
         self._advancing = machine if isinstance(machine, Advancing) else None
         self._refusing = machine if isinstance(machine, Refusing) else None
+        self._tracing = machine if isinstance(machine, Traceable) else None
         self._owner = owner
         self._threads = threads
         self._log = log
@@ -155,6 +161,7 @@ class Pump:
             other._other, other._together = self, (self, other)
         self._join = join
         self._clock = clock
+        self.trace = TraceRecorder(lambda told: None)
         self._lock = threading.Lock()
         self._clockwork = threading.Condition(threading.Lock())
         self._cuts: list[tuple[float, _Connection]] = []
@@ -290,10 +297,15 @@ class Pump:
     def _take(self, connection: _Connection, received: Received) -> None:
         conn, machine, payloads = connection.conn, self._machine, self._payloads
         payload = None if payloads is None else payloads.take(conn, received)
-        self._hand(
-            connection,
-            partial(machine.received, conn, received.message, payload, request=received.request),
-        )
+        decide = partial(machine.received, conn, received.message, payload, request=received.request)
+        trace = self.trace
+        if not trace.on:
+            self._hand(connection, decide)
+            return
+        began = trace.now()
+        flows = self._tracing.exchanges_of(conn, received.message) if self._tracing is not None else ()
+        self._hand(connection, decide)
+        trace.slice(type(received.message).__name__, began, trace.now(), flows, "pass")
 
     def _hand(self, connection: _Connection, decide: Decide) -> None:
         """Have the machine decide; this thread sends what leaves over its own connection because of it, and,
@@ -452,7 +464,7 @@ class Pump:
                 return False
             if not self._inbox and (self._advancing is None or not self._advancing.busy):
                 return True  # another thread did it meanwhile
-            senders = self._decide(self._next_piece)
+            senders = self._traced_piece() if self.trace.on else self._decide(self._next_piece)
         except HeadwaterError as error:
             failure = error
         except BaseException as error:
@@ -467,6 +479,13 @@ class Pump:
         if self._queue:
             self._carry_out()
         return failure is None
+
+    def _traced_piece(self) -> list[_Connection]:
+        began = self.trace.now()
+        name, flows = ("log", ()) if self._inbox or self._tracing is None else self._tracing.next_piece()
+        senders = self._decide(self._next_piece)
+        self.trace.slice(name, began, self.trace.now(), flows, "pass")
+        return senders
 
     def _next_piece(self, now: float) -> Actions:
         inbox = self._inbox

@@ -106,6 +106,8 @@ class ServerNode:
             raise
         membership.watch(self._threads.channels)
         self._membership = membership
+        for pump in self._pumps():
+            pump.trace = membership.trace
         self.pump.do(lambda now: self.machine.joined(membership.welcome, now))
         self._threads.start(self._watch_membership, "membership")
         if self._closed:

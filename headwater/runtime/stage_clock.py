@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.messages import Histogram, TurnBlock
+from headwater.runtime.tracing import TraceRecorder
 from headwater.spec.stages import SECONDS, STAGES
 
 _BOUNDS = np.array([round(bound * 1e9) for bound in SECONDS], np.int64)
@@ -32,6 +33,8 @@ class StageClock:
         now: reads the clock, in nanoseconds.
         sent, answered: when the last exchange was sent, and when the last server began to answer it.
         data, push, wait: nanoseconds in these stages since the last turn ended, apart from its own exchange.
+        trace: is told of every stage while it is on.
+        exchange: (member, number) of the step that was made last, for traces.
     """
 
     __slots__ = (
@@ -47,15 +50,19 @@ class StageClock:
         "_waiting",
         "answered",
         "data",
+        "exchange",
         "now",
         "push",
         "sent",
+        "trace",
         "wait",
     )
 
     def __init__(self, now: Callable[[], int] = time.monotonic_ns) -> None:
         self.now = now
         self.sent = self.answered = 0
+        self.trace = TraceRecorder(lambda told: None)
+        self.exchange: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self.data = self.push = self.wait = 0
         self._turns = 0
         self._closed = self._step_began = now()
@@ -77,17 +84,26 @@ class StageClock:
 
     def read(self, began: int, waited: float) -> None:
         """Data were read since `began`; `waited` of these were seconds in exchanges."""
-        self.data += self.now() - began
+        now = self.now()
+        self.data += now - began
         self._counted += waited
+        if self.trace.on:
+            self.trace.slice("data", began, now)
 
     def met(self, began: int, waited: float) -> None:
         """A meeting, as `read`."""
-        self.wait += self.now() - began
+        now = self.now()
+        self.wait += now - began
         self._counted += waited
+        if self.trace.on:
+            self.trace.slice("meeting", began, now)
 
     def pushed(self, began: int) -> None:
         """Gradients were staged since `began`."""
-        self.push += self.now() - began
+        now = self.now()
+        self.push += now - began
+        if self.trace.on:
+            self.trace.slice("stage gradients", began, now)
 
     def step(self) -> None:
         """The worker ends its turn: what follows is its push."""
@@ -113,7 +129,18 @@ class StageClock:
         pulled = round((before - self._waiting - self._counted) * 1e9)  # exchanges of their own
         self.push += sent - began
         self.wait += answered - sent
+        if self.trace.on:
+            self._draw(key, began, sent, answered, now)
         self._close(key, now, now - answered + (pulled if pulled > 0 else 0), waiting)
+
+    def _draw(self, key: int, began: int, sent: int, answered: int, now: int) -> None:
+        """The turn in a trace: an outer slice, its exchange in it, and the exchange's three parts in that."""
+        draw, flow = self.trace.slice, (self.exchange(),)
+        draw("turn", self._closed, now, row=key)
+        draw("step", began, now, row=key)
+        draw("push", began, sent, flow, "begin")
+        draw("wait", sent, answered)
+        draw("pull", answered, now, flow, "end")
 
     def _close(self, key: int, now: int, pull: int, waiting: float) -> None:
         data, push, wait = self.data, self.push, self.wait

@@ -116,6 +116,8 @@ class Worker:
         self.rank = welcome.member.index
         self.workers = welcome.workers
         self.stages = self._session.stages
+        session = self._session
+        self.stages.exchange = lambda: (welcome.member.id, session.machine.number)
         self.settings = unpack(welcome.settings)
         self.pace: m.Pace | None = None
         self._models: dict[str, Model] = {}

@@ -57,6 +57,7 @@ from headwater.machines.coordinator.members import FROM_MEMBERS, Members
 from headwater.machines.coordinator.newcomers import Newcomers
 from headwater.machines.coordinator.phases import (
     Asking,
+    Collecting,
     Entered,
     Invited,
     Joining,
@@ -108,7 +109,7 @@ class CoordinatorMachine:
 
     Attributes:
         due: when `tick` should come.
-        state, members, newcomers, surveys: the parts of the decisions.
+        state, members, newcomers, surveys, traces: the parts of the decisions.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class CoordinatorMachine:
         self.members = Members(self.state, self._hosts)
         self.newcomers = Newcomers(self.state, self._hosts, self.members, enlists)
         self.surveys = Surveys(self.state, self._hosts, self.members, self.newcomers)
+        self.traces = self.members.traces
         self._transitions: _Transitions = {
             Stranger: {
                 m.Ask: self.surveys.on_ask,
@@ -136,7 +138,9 @@ class CoordinatorMachine:
                 m.Rejoin: self.newcomers.on_rejoin,
                 m.EndCluster: self._end_asked,
                 m.TakeCheckpoint: self._checkpoint_asked,
+                m.CollectTrace: self.traces.on_collect,
             },
+            Collecting: {m.CollectTrace: self.traces.on_end},
             Invited: {m.Join: self.newcomers.on_join},
             Present: dict.fromkeys(FROM_MEMBERS, self.members.received),
         }
@@ -324,6 +328,7 @@ class CoordinatorMachine:
 
     def _turn(self, now: float) -> None:
         still = self.state.own.advance(now)
+        self.traces.clock = round(now * 1e9)
         if still > self.state.settings.lease / 2:
             self.state.warn(
                 f"this coordinator stood still for {still:.1f} s, in which nobody's silence counts"
@@ -332,12 +337,13 @@ class CoordinatorMachine:
     def _done(self) -> Actions:
         """Move on whatever can; what is to be done, and when time must pass."""
         self._settle()
-        moments = [self._look, *self.newcomers.due()]
+        moments = [self._look, *self.newcomers.due(), *self.traces.due()]
         moments += [one for one in (self._hosts.due(), self.members.due()) if one is not None]
         if self.stage == "finishing":
             moments.append(self._back_by)
         self.due = self.state.own.clock_at(min(moments))
-        return self.state.taken()
+        actions = self.state.taken()
+        return actions + self.traces.noted(actions)
 
     def _settle(self) -> None:
         state = self.state
@@ -353,6 +359,7 @@ class CoordinatorMachine:
             self.newcomers.tell_waits()
             self.members.ask_recorded()
         self.members.note_failovers()
+        self.traces.settle()
         self.surveys.answer()
         if self.all_finished != self._told_finished:
             self._told_finished = self.all_finished

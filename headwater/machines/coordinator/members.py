@@ -13,6 +13,7 @@ from headwater.machines.coordinator.phases import Entered, Present, Stranger, Su
 from headwater.machines.coordinator.reading import Reading
 from headwater.machines.coordinator.state import State
 from headwater.machines.coordinator.tally import Tally
+from headwater.machines.coordinator.trace_collection import TraceCollection
 from headwater.machines.splits import Replies
 from headwater.spec.user_settings import pack
 
@@ -42,9 +43,11 @@ class Members:
     Attributes:
         tally: what the ranks have done, and who came and went.
         reading: splits and positions.
+        traces: who collects them.
     """
 
     def __init__(self, state: State, hosts: Hosts) -> None:
+        self.traces = TraceCollection(state)
         self.tally = Tally()
         self.reading = Reading(state.settings.workers)
         self._state = state
@@ -77,6 +80,7 @@ class Members:
             cluster=state.identity.cluster,
         )
         state.send(conn, welcome)
+        self.traces.welcomed(member.id)
 
     # ── what members say ────────────────────────────────────────────────────────────────────────
 
@@ -120,6 +124,9 @@ class Members:
             self._state.book.finish(member.id)
         self.strike_off(member, "")
 
+    def _on_trace_events(self, conn: Conn, member: m.Member, told: m.TraceEvents) -> None:
+        self.traces.on_events(member, told)
+
     def _reply(self, replies: Replies) -> None:
         for member, reply in replies:
             conn = self._state.conns.get(member)
@@ -137,6 +144,7 @@ class Members:
         departure = state.book.remove(member.id, verdict if why else "")
         if departure is None:
             return
+        self.traces.gone(member.id)
         conn = state.conns.pop(member.id, None)
         if conn is not None and conn in state.phases:
             if why:
@@ -260,5 +268,6 @@ FROM_MEMBERS: dict[type, FromMember] = {
     m.StandbyLost: Members._on_standby_lost,
     m.Finished: Members._on_finished,
     m.Departed: Members._on_departed,
+    m.TraceEvents: Members._on_trace_events,
 }
 """What a member may say, and what follows."""

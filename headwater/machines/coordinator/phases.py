@@ -38,6 +38,14 @@ class Survey:
 
 
 @dataclass(slots=True)
+class Collecting:
+    """It collects a trace. `until`: of the recording, and once that is `ending` of members' last words."""
+
+    until: float
+    ending: bool = False
+
+
+@dataclass(slots=True)
 class Asking:
     """It asked for a checkpoint, and hears once that is written or cannot be. It says how long it waits."""
 
@@ -90,7 +98,7 @@ class Present:
     member: Member
 
 
-Phase: TypeAlias = Stranger | Survey | Asking | Spare | Invited | Joining | Entered | Present
+Phase: TypeAlias = Stranger | Survey | Collecting | Asking | Spare | Invited | Joining | Entered | Present
 
 
 def servers_missing(missing: list[int], servers: int) -> str:
