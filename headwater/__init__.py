@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the same as `_HOMES`, for type checkers and editors
     from headwater.driver import RunResult, run
     from headwater.engines import RayEngine
     from headwater.follower import Change, Follower, FollowerStatistics, TableChange, ValueRun, View, follow
+    from headwater.follower.publisher import publish
     from headwater.machines.lbfgs import LBFGS, Report
     from headwater.messages import ClusterStatistics, Progress, StepResult
     from headwater.minimization import Minimum, minimize
@@ -124,6 +125,7 @@ __all__ = [
     "load_checkpoint",
     "load_weights",
     "minimize",
+    "publish",
     "register",
     "run",
     "sinks",
@@ -137,6 +139,7 @@ _HOMES = {
     "data": ("Csv", "Files", "Parquet"),
     "driver": ("RunResult", "run"),
     "engines": ("RayEngine",),
+    "follower.publisher": ("publish",),
     "follower": ("Change", "Follower", "FollowerStatistics", "TableChange", "ValueRun", "View", "follow"),
     "machines.lbfgs": ("LBFGS", "Report"),
     "messages": ("ClusterStatistics", "Progress", "StepResult"),

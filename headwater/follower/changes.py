@@ -68,15 +68,23 @@ class Change:
     tables: Mapping[str, TableChange]
 
 
-def change(subject: Subject, before: Slot | None, after: Slot, touched: Mapping[int, Ids | None]) -> Change:
+def change(
+    subject: Subject,
+    before: Slot | None,
+    after: Slot,
+    touched: Mapping[int, Ids | None],
+    *,
+    runs: bool = True,
+) -> Change:
     """What leads from `before` to `after`, two pinned copies; blocks for a pass over both.
 
-    `touched`: by table id, the ids that may differ; None: any may.
+    `touched`: by table id, the ids that may differ; None: any may. `runs` False: of tables only.
     """
     assert after.version is not None
     models = {
         name: tuple(_runs(subject, id, None if before is None else before.copy.vectors[id], after))
         for name, id in subject.models.items()
+        if runs
     }
     tables = {
         name: _rows(id, after, None if before is None else touched.get(id))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.errors import ClosedError, ConfigurationError, StalledError, UsageError
+from headwater.errors import ClosedError, ConfigurationError, HeadwaterError, StalledError, UsageError
 from headwater.follower.changes import Change, change
 from headwater.follower.keeper import Keeper, Wish
 from headwater.follower.subject import names, read_type
@@ -278,6 +278,18 @@ class Follower:
         return self._changes()
 
     def _changes(self) -> Iterator[Change]:
+        versions = self.versions()
+        try:
+            for _, found in versions:
+                yield found
+        finally:
+            versions.close()
+
+    def versions(self, *, runs: bool = True) -> Generator[tuple[View, Change], None, None]:
+        """As `changes`, each with a view of the version that it leads to, which is there until the next.
+
+        `runs` False: of tables only, which spares a pass over both versions of the models.
+        """
         keeper = self._keeper
         touched: dict[int, NDArray[np.int64] | None] = {}
 
@@ -302,15 +314,27 @@ class Follower:
                 assert subject is not None
                 former, before = before, after
                 known = former if former is not None and _same_training(former, after) else None
-                found = change(subject, known, after, {id: taken.get(id) for id in subject.table_specs})
+                ids = {id: taken.get(id) for id in subject.table_specs}
+                found = change(subject, known, after, ids, runs=runs)
                 if former is not None:
                     self._unpin(former)
-                yield found
+                yield View(after, subject, self._behind, lambda slot: None), found
         finally:
             with keeper.changed:
                 keeper.listeners.remove(collect)
             if before is not None:
                 self._unpin(before)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that are followed, by name."""
+        subject = self._keeper.subject
+        return tuple(subject.models) if subject is not None else ()
+
+    @property
+    def failure(self) -> HeadwaterError | None:
+        """Why nothing newer will come; None while something may."""
+        return self._keeper.failure
 
     # ── what a person sees ──────────────────────────────────────────────────────────────────────
 

@@ -11,6 +11,9 @@ import msgspec
 
 from headwater.errors import ConfigurationError, WeightsError
 
+BODY = '{"source_dir": "{directory}", "target_version": {version}}'
+"""What SGLang's `pull_weights` takes."""
+
 _DEADLINE_S = 30.0
 _FIELDS = ("version", "directory", "path")
 
@@ -30,7 +33,7 @@ class Notification:
     """
 
     url: str
-    body: str = '{"source_dir": "{directory}", "target_version": {version}}'
+    body: str = BODY
     deadline: float = _DEADLINE_S
 
     def __post_init__(self) -> None:
@@ -69,6 +72,7 @@ class Notification:
             with urllib.request.urlopen(request, timeout=self.deadline) as answer:
                 return int(answer.status)
         except urllib.error.HTTPError as error:
+            error.close()
             raise WeightsError(f"{self.url} answered {error.code} to version {version}") from error
         except (OSError, ValueError) as error:
             raise WeightsError(f"{self.url} could not be told of version {version}: {error}") from error

@@ -11,7 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -138,7 +138,7 @@ class WeightsWriter:
         *,
         version: tuple[int, int] | None = None,
         positions: Any = None,
-        tables: Mapping[str, TableDelta] | None = None,
+        tables: Mapping[str, TableDelta | Callable[[bool], TableDelta]] | None = None,
     ) -> PublishedVersion:
         """Publish the next version; blocks until it is durable.
 
@@ -147,7 +147,8 @@ class WeightsWriter:
                 in every call.
             version: (generation, number) of the training's version, told to readers.
             positions: plain data, what of the data that version has seen.
-            tables: rows beside the tensors.
+            tables: rows beside the tensors; or what gives them, told whether the version is full, so that it
+                must give all rows.
 
         Raises:
             ConfigurationError: other names or shapes than before, or a dtype that is not float32.
@@ -157,8 +158,16 @@ class WeightsWriter:
         number = self._number + 1
         delta = self._delta(new) if self._may_be_delta(tables) else None
         full = delta is None
+        rows = {
+            name: one if isinstance(one, TableDelta) else one(full) for name, one in (tables or {}).items()
+        }
+        if full and (partial := [name for name, one in rows.items() if not one.full]):
+            raise ConfigurationError(
+                f"version {number} is full, and of table {partial[0]!r} only some rows came: give a function "
+                f"that gives all rows when it is told so"
+            )
         try:
-            size = self._write(number, new, delta, version, positions, tables or {})
+            size = self._write(number, new, delta, version, positions, rows)
         except CheckpointError as error:
             self._base = None
             self._discard(folder_name(number))
@@ -207,9 +216,10 @@ class WeightsWriter:
                 )
         return cast
 
-    def _may_be_delta(self, tables: Mapping[str, TableDelta] | None) -> bool:
+    def _may_be_delta(self, tables: Mapping[str, Any] | None) -> bool:
         """A full version holds whole tables, so rows that come whole make it one."""
-        if self._base is None or any(table.full for table in (tables or {}).values()):
+        whole = (table.full for table in (tables or {}).values() if isinstance(table, TableDelta))
+        if self._base is None or any(whole):
             return False
         return self._number + 1 - self._anchor < self._full_every
 
