@@ -136,3 +136,17 @@ def test_a_pending_step_of_a_cluster_that_is_closed_fails():
     for worker in workers:
         with contextlib.suppress(hw.errors.HeadwaterError):  # the other one hears of the end only now
             worker.leave()
+
+
+def test_what_is_kept_while_a_step_is_under_way_belongs_to_the_next():
+    def work(worker):
+        worker.keep(at=0)
+        pending = worker.begin_step()
+        worker.keep(at=1)
+        pending.result()
+        assert worker.kept == {"at": 1}
+        assert worker._program.unsent() is not None, "the log knows of the first alone"
+        worker.step()
+        assert worker._program.unsent() is None
+
+    run(work, workers=1)

@@ -26,6 +26,7 @@ from headwater.spec.rules import (
     AdamW,
     Assign,
     Ftrl,
+    Lamb,
     Lion,
     RMSprop,
     Rule,
@@ -47,6 +48,7 @@ EXAMPLES = [
     Ftrl(l1=0.1, l2=0.2, beta=1),
     Yogi(weight_decay=0.1, initial_accumulator=0.01),
     Lion(betas=(0.8, 0.9), weight_decay=0.1),
+    Lamb(weight_decay=0.1),
     Accumulate(),
     Assign(),
 ]

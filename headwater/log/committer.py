@@ -93,9 +93,9 @@ class Committer:
             self._commit(steps)
             return True
         measures = self._writer.measures
-        if not measures.under_way(steps):
+        if not measures.under_way(steps, self._state.version):
             self._writer.write(m.Measured(self._writer.next, ids(steps), weights_of(steps)))
-            measures.begin(steps, self._state.position)
+            measures.begin(steps, self._state.position, self._state.version)
         measured = measures.result(steps)
         if measured is not None:
             self._commit(steps, measured)
@@ -113,7 +113,7 @@ class Committer:
         self._writer.write(
             m.Committed(
                 *(self._writer.next, version, updates, told, found.norms, weights_of(steps), found.scales),
-                found.correlations,
+                *(found.correlations, found.ratios),
             )
         )
         for step in answered:

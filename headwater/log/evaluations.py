@@ -60,9 +60,9 @@ class Evaluations:
                 return
         elif exchange.held.measured:
             measures = self._writer.measures
-            if not measures.under_way([exchange]):
+            if not measures.under_way([exchange], self._state.version):
                 self._writer.write(m.Measured(self._writer.next, ids([exchange])))
-                measures.begin([exchange], self._state.position)
+                measures.begin([exchange], self._state.position, self._state.version)
             totals = measures.totals([exchange])
         if totals is not None:
             version = self._state.version + 1

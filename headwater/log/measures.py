@@ -18,7 +18,7 @@ from typing import TypeAlias
 from headwater.log.norms import Node, total
 from headwater.log.pending import PendingExchange
 from headwater.log.rda import coefficients
-from headwater.messages import Scales, Sum, Sums
+from headwater.messages import Ratio, Scales, Sum, Sums
 
 LARGEST = -2
 """Stands for the tensor of what is a largest magnitude and no sum."""
@@ -34,6 +34,7 @@ _What: TypeAlias = tuple[int, int, int, int]
 class _Measure:
     key: _Key
     position: int
+    version: int
     parts: dict[int, tuple[Sum, ...]] = field(default_factory=dict)
 
 
@@ -45,11 +46,13 @@ class MeasuredGradients:
         norms: (model, norm of the merged gradient) of each model that was measured.
         scales: of each tensor that is merged by lengths.
         correlations: (model, cosine of the merged gradient and the last one) of each model that keeps that.
+        ratios: of each tensor whose rule is layerwise.
     """
 
     norms: tuple[tuple[int, float], ...] = ()
     scales: tuple[Scales, ...] = ()
     correlations: tuple[tuple[int, float], ...] = ()
+    ratios: tuple[Ratio, ...] = ()
 
 
 NOT_MEASURED = MeasuredGradients()
@@ -67,16 +70,19 @@ class Measures:
         """Whether a server has yet to say something, so that what everybody waits for may still come."""
         return any(len(measure.parts) < self._servers for measure in self._at.values())
 
-    def under_way(self, exchanges: Sequence[PendingExchange]) -> bool:
-        """Whether servers have been asked to measure exactly these."""
+    def under_way(self, exchanges: Sequence[PendingExchange], version: int) -> bool:
+        """Whether servers have been asked to measure exactly these; in this version, where that matters."""
         measure = self._of.get(exchanges[0].member)
-        return measure is not None and measure.key == _key(exchanges)
+        if measure is None or measure.key != _key(exchanges):
+            return False
+        return measure.version == version or not any(one.held and one.held.current for one in exchanges)
 
-    def begin(self, exchanges: Sequence[PendingExchange], position: int) -> None:
-        """The entry at `position` asks for them; what was asked of some of them with others is void."""
+    def begin(self, exchanges: Sequence[PendingExchange], position: int, version: int) -> None:
+        """The entry at `position` asks for them, in this version; what was asked of some of them before, with
+        others, is void."""
         for exchange in exchanges:
             self.forget(exchange)
-        measure = self._at[position] = _Measure(_key(exchanges), position)
+        measure = self._at[position] = _Measure(_key(exchanges), position, version)
         self._of.update((exchange.member, measure) for exchange in exchanges)
 
     def add(self, server: int, sums: Iterable[Sums]) -> None:
@@ -125,6 +131,7 @@ def _measured(sums: Mapping[_What, float], weights: Sequence[float]) -> Measured
     """From the sums of all servers, and the weights of the updates."""
     squares: defaultdict[int, float] = defaultdict(float)
     scales: list[Scales] = []
+    ratios: list[Ratio] = []
     alike: defaultdict[int, Likeness] = defaultdict(Likeness)
     last = len(weights)
     for model, tensor in sorted({(model, tensor) for model, tensor, *_ in sums}):
@@ -133,6 +140,9 @@ def _measured(sums: Mapping[_What, float], weights: Sequence[float]) -> Measured
             squares[model] += products[0, 0]
             if (1, 1) in products:
                 alike[model].add(products[1, 1], products[1, 2], products[2, 2])
+            continue
+        if (-1, -1) in products:
+            ratios.append(Ratio(model, tensor, trust(products[-1, -1], products[-2, -2])))
             continue
         contributors = {i: weights[i] for i, j in products if i == j != last}
         factors, length = coefficients(products, contributors)
@@ -145,7 +155,13 @@ def _measured(sums: Mapping[_What, float], weights: Sequence[float]) -> Measured
         tuple((model, math.sqrt(squares[model])) for model in sorted(squares)),
         tuple(scales),
         tuple((model, cosine) for model in sorted(alike) if (cosine := alike[model].cosine) is not None),
+        tuple(ratios),
     )
+
+
+def trust(values: float, directions: float) -> float:
+    """‖values‖ / ‖directions‖ from sums of squares; 1 where one of them is 0 (You et al. 2020)."""
+    return math.sqrt(values) / math.sqrt(directions) if values > 0 and directions > 0 else 1.0
 
 
 @dataclass(slots=True)

@@ -37,6 +37,16 @@ def subtrees(blocks: NDArray[np.float64], first: int) -> list[Node]:
     return found
 
 
+def nodes_of(lanes: NDArray[np.float64], first: int) -> list[Node]:
+    """The largest whole subtrees over blocks from number `first` on; `lanes`: float64[blocks, 2**k], which
+    are added up in pairs.
+    """
+    with np.errstate(all="ignore"):
+        while lanes.shape[1] > 1:
+            lanes = lanes[:, 0::2] + lanes[:, 1::2]
+    return subtrees(lanes[:, 0], first)
+
+
 def norm(nodes: Iterable[Node]) -> float:
     """The root of the whole, from subtrees that cover it once; a missing end counts as zeros."""
     return math.sqrt(total(nodes))

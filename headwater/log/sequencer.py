@@ -475,9 +475,9 @@ class Sequencer:
         totals: tuple[float, ...] | None = ()
         if any(exchange.held is not None and exchange.held.measured for exchange in workers):
             measures = self._writer.measures
-            if not measures.under_way(workers):
+            if not measures.under_way(workers, self.version):
                 self._writer.write(m.Measured(self._writer.next, ids(workers)))
-                measures.begin(workers, self.position)
+                measures.begin(workers, self.position, self.version)
             totals = measures.totals(workers)
         if totals is not None:
             version = self.version + 1 if workers[0].kind == "operate" else 0

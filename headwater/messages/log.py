@@ -60,6 +60,7 @@ class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model is clipped or merged by lengths; or it is a meeting whose work on vectors has reductions. `weight`:
     of a step, what its gradients count in a mean. `meeting`: the place of a meeting. `pace`: of the worker,
     where its step says so. `plan`: of work that an evaluation follows. `done`: the portion that is brought.
+    `current`: what is measured depends on the model too, so it is void after any other commit.
     """
 
     member: int
@@ -73,6 +74,7 @@ class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pace: Pace | None = None
     plan: PortionPlan | None = None
     done: PortionResult | None = None
+    current: bool = False
 
 
 class Sum(msgspec.Struct, frozen=True, array_like=True):
@@ -81,7 +83,8 @@ class Sum(msgspec.Struct, frozen=True, array_like=True):
     `tensor` -1: of the merged gradient with itself, over the whole model; where `first` and `second` are not
     0, of what is merged (1) and what was at the last commit (2). Otherwise of that tensor's part of the
     gradients of updates number `first` and `second`, `first` ≤ `second`; behind the last one, of the last
-    commit's. Of a meeting's work on vectors: of its reduction number `first`, over the whole model; with
+    commit's. -1 and -1: of that tensor's values, -2 and -2: of the directions in which its rule goes. Of a
+    meeting's work on vectors: of its reduction number `first`, over the whole model; with
     `tensor` -2 `value` is a largest magnitude.
     """
 
@@ -179,13 +182,22 @@ class Scales(msgspec.Struct, frozen=True, array_like=True):
     values: tuple[float, ...]
 
 
+class Ratio(msgspec.Struct, frozen=True, array_like=True):
+    """What a layerwise rule's step of a tensor is multiplied by."""
+
+    model: int
+    tensor: int
+    value: float
+
+
 class Committed(Entry, frozen=True):
     """Updates, in rank order, applied as one; those in `answered` get their answer here.
 
     `norms`: (model, norm of the gradient) for each model that is clipped, or merged by lengths, and that they
     carry. `weights`: what each update counts in a mean; empty where all count the same, 1. `scales`: of each
     tensor that is merged by lengths and that they carry. `correlations`: (model, cosine) of the merged
-    gradient and that of the commit before, of each model that says `outer`.
+    gradient and that of the commit before, of each model that says `outer`. `ratios`: of each tensor that
+    they carry of a model whose rule is layerwise.
     """
 
     version: int
@@ -195,6 +207,7 @@ class Committed(Entry, frozen=True):
     weights: tuple[float, ...] = ()
     scales: tuple[Scales, ...] = ()
     correlations: tuple[tuple[int, float], ...] = ()
+    ratios: tuple[Ratio, ...] = ()
 
 
 class Served(Entry, frozen=True):

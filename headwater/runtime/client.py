@@ -382,7 +382,7 @@ class Client:
         Raises UsageError in a forked child, SystemExit where this member was dismissed.
         """
         self._check_usable(what)
-        if self.under_way and what not in ("batches", "splits"):
+        if self.under_way and what not in ("batches", "splits", "keep"):
             raise UsageError(
                 f"{what}: {self.under_way} is under way, and until its answer the memory is the servers': "
                 f"take the result() of the PendingStep first"

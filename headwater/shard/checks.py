@@ -248,6 +248,11 @@ def _check_model(spec: m.ModelSpec) -> None:
             )
         if rule.rows_only:
             raise RegistrationError(f"model {spec.name!r}: {rule.name} is a rule for tables' rows only")
+        if rule.layerwise and (spec.clip_norm is not None or spec.merge == "rda"):
+            raise RegistrationError(
+                f"model {spec.name!r}: {rule.name} with clip_norm={spec.clip_norm}, merge={spec.merge!r}: "
+                f"each needs norms before the other"
+            )
         check_runs(rule, dense)
     merged = spec.merge not in (None, "mean", "sum")
     compile_for_model(clipped=spec.clip_norm is not None, merged=merged)

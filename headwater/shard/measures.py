@@ -35,13 +35,25 @@ class Measures:
         """Whether its gradients must be measured before they are applied."""
         return any(self._vectors[one.model].is_measured and any(one.tensors) for one in step.carried)
 
-    def of_meeting(self, entry: m.Measured) -> bool:
-        """Whether what an entry asks for are reductions of vectors, as entries before it leave those."""
-        held = self._members.holds(entry.updates[0])
-        return held and isinstance(self._live.request(entry.updates[0]), m.Meet | m.Operate)
+    def follows(self, entry: m.Measured) -> bool:
+        """Whether what an entry asks for depends on values as entries before it leave those: reductions of
+        vectors, the directions of steps, how alike changes are."""
+        if not self._members.holds(entry.updates[0]):
+            return False
+        request = self._live.request(entry.updates[0])
+        if isinstance(request, m.Meet | m.Operate):
+            return True
+        held = (ticket for ticket in entry.updates if self._members.holds(ticket))
+        return any(self.depends_on_models(self._live.step(ticket)) for ticket in held)
 
-    def reduce(self, entry: m.Measured) -> None:
-        """Do the reductions of work on vectors; blocks for a pass over what they read."""
+    def measure(self, entry: m.Measured) -> None:
+        """Sum up what an entry asks for; blocks for a pass over what that reads, or for several."""
+        if isinstance(self._live.request(entry.updates[0]), m.Meet | m.Operate):
+            self._reduce_vectors(entry)
+        else:
+            self._measure_gradients(entry)
+
+    def _reduce_vectors(self, entry: m.Measured) -> None:
         request = self._live.request(entry.updates[0])
         assert isinstance(request, m.Meet | m.Operate)
         work, brought = request.work, BroughtGradients()
@@ -58,8 +70,15 @@ class Measures:
             ],
         )
 
-    def measure(self, entry: m.Measured) -> None:
-        """Sum up what an entry asks for; blocks for a pass over those gradients, or one for each pair."""
+    def depends_on_models(self, step: m.Step) -> bool:
+        """Whether what is measured of them is of the models' values or last changes too."""
+        return any(
+            (self._vectors[one.model].layerwise or self._vectors[one.model].last is not None)
+            and any(one.tensors)
+            for one in step.carried
+        )
+
+    def _measure_gradients(self, entry: m.Measured) -> None:
         steps = [(ticket, self._live.step(ticket)) for ticket in entry.updates]
         merges = CommitMerges([step for _, step in steps], entry.weights, self._reduce)
         parts: list[m.Sum] = []
@@ -69,12 +88,15 @@ class Measures:
                 contributors = merges.contributors_of(model, vector.spec)
                 products = vector.products(updates, contributors, len(steps))
                 parts += [m.Sum(model, *node, tensor, *pair) for tensor, *pair, node in products]
-            elif updates:
+            elif updates and (vector.clip_norm is not None or vector.last is not None):
                 squares = vector.squares(updates, merges.of(model, vector.spec))
                 parts += [m.Sum(model, *node) for node in squares]
                 if vector.last is not None:
                     alike = vector.likeness(updates, merges.of(model, vector.spec))
                     parts += [m.Sum(model, *node, -1, *pair) for *pair, node in alike]
+            if updates and vector.layerwise:
+                directed = vector.directions(updates, merges.of(model, vector.spec))
+                parts += [m.Sum(model, *node, tensor, what, what) for tensor, what, node in directed]
         self._keep(entry, parts)
 
     def _keep(self, entry: m.Measured, parts: Sequence[m.Sum]) -> None:

@@ -159,9 +159,10 @@ class Shard:
             raise ProtocolError(f"member {member} sent exchange {request.number}, but {last} was answered")
         self._checks.check(member, request, rows)
         kind = self._kind(member, request)
-        measured, weight, meeting, pace = False, 1.0, None, None
+        measured, weight, meeting, pace, current = False, 1.0, None, None, False
         if isinstance(request, m.Step):
             measured = kind == "step" and self._measures.needed(request)
+            current = measured and self._measures.depends_on_models(request)
             weight, pace = request.weight, request.pace
         elif isinstance(request, m.Meet):
             meeting = request.meeting
@@ -180,6 +181,7 @@ class Shard:
             pace,
             plan=request.plan if isinstance(request, m.Operate) else None,
             done=request.done if isinstance(request, m.NextPortion) else None,
+            current=current,
         )
         self._members.hold(Outstanding(held, request, staging, rows))
         self.exchanges += 1
@@ -251,14 +253,14 @@ class Shard:
             ProtocolError: it is not the next one.
         """
         self._check_next(entry)
-        if isinstance(entry, m.Measured) and not self._measures.of_meeting(entry):
+        if isinstance(entry, m.Measured) and not self._measures.follows(entry):
             self._measures.measure(entry)
         return self._processed(entry, self._live)
 
     def _processed(self, entry: m.AnyEntry, inputs: EntryInputs) -> Answers:
-        """Vectors are measured when all entries before are applied, and where members are served."""
-        if isinstance(entry, m.Measured) and self._measures.of_meeting(entry):
-            self._measures.reduce(entry)
+        """Measures of values are taken when all entries before are applied, and where members are served."""
+        if isinstance(entry, m.Measured) and self._measures.follows(entry):
+            self._measures.measure(entry)
         return self._state.process(entry, inputs)
 
     @property
@@ -316,7 +318,8 @@ class Shard:
     def prepare(self, entry: m.AnyEntry, room: Room = own_memory) -> MaterializedEntry | None:
         """Keep the next entry until it is committed; with a standby, return what that must follow.
 
-        Gradients that it asks to be measured are measured at once, and need not be committed to be reported.
+        Gradients that it asks to be measured are measured at once, and need not be committed to be reported;
+        but where that depends on values too.
 
         `room` gives memory for gradients and values, which stays until the entry is applied. Blocks, with a
         standby, for a pass over the gradients of a commit.
@@ -325,7 +328,7 @@ class Shard:
             ProtocolError: it is not the next one.
         """
         self._check_next(entry)
-        if isinstance(entry, m.Measured) and not self._measures.of_meeting(entry):
+        if isinstance(entry, m.Measured) and not self._measures.follows(entry):
             self._measures.measure(entry)
         resolved = None
         if self._shipped is not None:

@@ -145,11 +145,12 @@ class State:
         asked = {ticket.member: self._read_by(ticket.member, step) for ticket, step in steps}
         present = self._members.readers(entry.answered)
         norms = dict(entry.norms)
+        ratios = {(one.model, one.tensor): one.value for one in entry.ratios}
         try:
             self._check_rules(steps)
         except ConfigurationError as error:
             return self._failed(entry, steps, error)
-        self._apply(steps, merges, [asked[reader.held.member] for reader in present], norms)
+        self._apply(steps, merges, [asked[reader.held.member] for reader in present], norms, ratios)
         if len(self.tables):
             for reader in present:
                 self.tables.pull(reader.pulled(), self.version)
@@ -247,6 +248,7 @@ class State:
         merges: CommitMerges,
         readers: Sequence[dict[int, Staging]],
         norms: dict[int, float],
+        ratios: dict[tuple[int, int], float],
     ) -> None:
         summed = self._inputs.summed
         for model, vector in self.vectors.items():
@@ -255,7 +257,8 @@ class State:
             if updates:
                 merge = merges.of(model, vector.spec)
                 done = merge.summed() if summed else merge
-                vector.apply(updates, done, answers, self.version, norms.get(model))
+                own = {tensor: ratio for (of, tensor), ratio in ratios.items() if of == model}
+                vector.apply(updates, done, answers, self.version, norms.get(model), own)
             elif answers:
                 vector.write(answers)
         if pushed := self._inputs.pushed(steps):

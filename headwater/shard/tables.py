@@ -178,6 +178,8 @@ def check_table(spec: TableSpec) -> None:
         ConfigurationError: an unknown or impossible rule, initialiser, admission, expiry or codec.
     """
     parse_row_codec(spec.codec)
+    if from_spec(spec.rule).layerwise:
+        raise RegistrationError(f"table {spec.name!r}: {spec.rule.name} is a rule for models only")
     check_runs(from_spec(spec.rule), row_rule)
     Table(spec, range(0))
     compile_for_table()

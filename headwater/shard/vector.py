@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import msgspec
 import numpy as np
@@ -19,11 +20,12 @@ from numpy.typing import NDArray
 
 from headwater.kernels import add_up, copy_out, dense, middle, multiply_up, square_up, weigh
 from headwater.kernels.fused import Update as Kernel
-from headwater.log.norms import Node, scale, subtrees, total
+from headwater.log.norms import Node, nodes_of, scale, total
 from headwater.messages import ModelSpec, ModelStatistics, ProgramWrite, VectorWork
 from headwater.shard.governed import GovernedRules
 from headwater.shard.last_change import NAME as LAST_CHANGE
 from headwater.shard.last_change import LastChange
+from headwater.shard.layers import directions, products, scaled
 from headwater.shard.merges import PLAIN, Merge
 from headwater.shard.named_vectors import BroughtGradients, NamedVectors
 from headwater.shard.pattern import Pattern, addresses
@@ -100,6 +102,7 @@ class Vector:
         first = int(np.searchsorted(self.layout.stops, start, side="right"))
         last = int(np.searchsorted(self.layout.starts, stop, side="left"))
         self._here = slice(first, max(first, last))
+        self._ratios: Mapping[int, float] = {}
         self._pattern: Pattern | None = None  # of the last update
         self._kernels: dict[int, tuple[Rule, Kernel, list[Array]]] = {}  # by parameter group
 
@@ -130,7 +133,12 @@ class Vector:
     @property
     def is_measured(self) -> bool:
         """Whether its gradients must be measured on all servers before they are applied."""
-        return self.by_lengths or self.clip_norm is not None or self.spec.outer
+        return self.by_lengths or self.clip_norm is not None or self.spec.outer or self.layerwise
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether its rule scales each tensor's step by how large that is over all servers."""
+        return self.rules[0].layerwise
 
     @property
     def rules(self) -> list[Rule]:
@@ -165,15 +173,20 @@ class Vector:
         answers: Sequence[Staging],
         version: int,
         norm: float | None = None,
+        ratios: Mapping[int, float] = MappingProxyType({}),
     ) -> None:
         """Apply what `merge` makes of `updates`, in the given order; write all values to `answers`.
 
-        `norm`: of that gradient over all servers, where it is to be clipped. Every piece of memory is read
-        and written once; blocks for one pass over the range.
+        `norm`: of that gradient over all servers, where it is to be clipped. `ratios`: by tensor, what a
+        layerwise rule's step is multiplied by. Every piece of memory is read and written once; blocks for one
+        pass over the range.
         """
         self.governed.begin()
+        self._ratios = ratios
         merge = self._own(merge)
-        pattern = self._pattern_of([update.carried for update in updates], merge.scales is not None)
+        pattern = self._pattern_of(
+            [update.carried for update in updates], merge.scales is not None or self.layerwise
+        )
         self.counts[pattern.touched] += 1
         over = self._clipped(merge.divisor, norm)
         gradients = [update.staging.gradients_at for update in updates]
@@ -222,6 +235,8 @@ class Vector:
             self._kernels[group] = known
         _, kernel, vectors = known
         scalars = rule.scalars(self.updates, int(self.counts[tensor]))
+        if rule.layerwise:
+            scalars = scaled(scalars, self._ratios.get(tensor, 1.0))
         states = tuple([vector[here] for vector in vectors])
         kernel(gradients, divisor, self.values[here], states, scalars, answers)
 
@@ -285,7 +300,7 @@ class Vector:
         for low, high, tensor in self._segments(carried):
             for here, gradients in self._merged(updates, merge, tensor, low, high, room):
                 square_up(gradients, merge.divisor, here.start, here.stop - here.start, lanes)
-        return _nodes(lanes, self.start // PAGE)
+        return nodes_of(lanes, self.start // PAGE)
 
     def likeness(self, updates: Sequence[Update], merge: Merge) -> Iterator[tuple[int, int, Node]]:
         """Sums of products of what `apply` would merge of this range, undivided, and what it merged last.
@@ -302,8 +317,39 @@ class Vector:
             for piece in self._merged(updates, merge, tensor, low, high, room)
         )
         for (one, other), lanes in self.last.products(pieces).items():
-            for node in _nodes(lanes, self.start // PAGE):
+            for node in nodes_of(lanes, self.start // PAGE):
                 yield one, other, node
+
+    def directions(self, updates: Sequence[Update], merge: Merge) -> Iterator[tuple[int, int, Node]]:
+        """Sums of squares of each carried tensor's values, and of the direction of its step.
+
+        Yields (tensor, number as in `Sum`, a node of the sum). Blocks for some passes over the range.
+        """
+        merge = self._own(merge)
+        carried = np.stack([update.carried for update in updates])
+        room = _room(merge)
+        for low, high, tensor in self._segments(carried, each_tensor=True):
+            if carried[:, tensor].any():
+                pieces = self._directed(updates, merge, tensor, low, high, room)
+                for number, node in products(pieces, low, high):
+                    yield tensor, number, node
+
+    def _directed(
+        self, updates: Sequence[Update], merge: Merge, tensor: int, low: int, high: int, room: Array
+    ) -> Iterator[tuple[int, Array, Array]]:
+        rule = self.rules[self.layout.groups[tensor]]
+        scalars = rule.scalars(self.updates, int(self.counts[tensor]) + 1)
+        for whole, gradients in self._merged(updates, merge, tensor, low, high, room):
+            for begin in range(whole.start, whole.stop, _CHUNK):
+                here = slice(begin, min(begin + _CHUNK, whole.stop))
+                states = [self.states[name][here] for name in rule.states()]
+                there = gradients + _ITEM * (begin - whole.start)
+                values = self.values[here]
+                yield (
+                    begin + self.start,
+                    values,
+                    directions(rule, scalars, values, states, there, merge.divisor),
+                )
 
     def products(
         self, updates: Sequence[Update], contributors: Sequence[int], last: int = -1
@@ -329,7 +375,7 @@ class Vector:
                 lanes = np.zeros((-(-high // PAGE) - first, LINE))
                 at = [address + _ITEM * (low - self.start) for _, address in (one, other)]
                 multiply_up(at[0], at[1], low - first * PAGE, high - low, lanes)
-                nodes = _nodes(lanes, first)
+                nodes = nodes_of(lanes, first)
                 for node in [(0, 0, total(nodes))] if whole else nodes:
                     yield tensor, one[0], other[0], node
             for place in set(contributors) - {update.place for update in by}:
@@ -467,11 +513,3 @@ class Vector:
 def _room(merge: Merge) -> Array:
     """Memory for a piece of a merged gradient, before anything has changed."""
     return np.empty(0 if merge.is_sum else _CHUNK, dtype=np.float32)
-
-
-def _nodes(lanes: NDArray[np.float64], first: int) -> list[Node]:
-    """The largest whole subtrees over blocks from number `first` on, whose lanes are given."""
-    with np.errstate(all="ignore"):
-        while lanes.shape[1] > 1:
-            lanes = lanes[:, 0::2] + lanes[:, 1::2]
-    return subtrees(lanes[:, 0], first)

@@ -153,6 +153,35 @@ def yogi(value, gradient, exp_avg, exp_avg_sq, lr, eps, beta1, rest1, rest2, l2)
     return value - lr * exp_avg / (math.sqrt(exp_avg_sq) + eps), exp_avg, exp_avg_sq
 
 
+def lamb(
+    value,
+    gradient,
+    exp_avg,
+    exp_avg_sq,
+    rate,
+    keep,
+    correction1,
+    correction2,
+    eps,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    decay,
+):
+    """value = keep · value − rate · (correction1 · exp_avg / (√exp_avg_sq · correction2 + eps) + decay ·
+    value)
+
+    exp_avg = beta1 · exp_avg + (1 − beta1) · g;  exp_avg_sq = beta2 · exp_avg_sq + (1 − beta2) · g²;
+    rest = 1 − beta;  correction1 = 1 / (1 − beta1^count);  correction2 = 1 / √(1 − beta2^count);  keep = 1;
+    rate = lr · ‖value‖ / ‖what is in brackets‖ over the tensor. You et al. 2020, algorithm 2, with φ(z) = z.
+    """
+    exp_avg = beta1 * exp_avg + rest1 * gradient
+    exp_avg_sq = beta2 * exp_avg_sq + rest2 * gradient * gradient
+    direction = correction1 * exp_avg / (math.sqrt(exp_avg_sq) * correction2 + eps) + decay * value
+    return keep * value - rate * direction, exp_avg, exp_avg_sq
+
+
 def lion(value, gradient, exp_avg, lr, shrink, beta1, rest1, beta2, rest2):
     """value = shrink · value − lr · sign(beta1 · exp_avg + (1 − beta1) · g)
 

@@ -35,6 +35,9 @@ class Rule(Settings):
         rows_only: for tables only: its one state is one float a row, to which each update adds the mean of
             the row's squared gradients, and its function takes the sum as `(value, gradient, state,
             *scalars) -> value`.
+        layerwise: for models only: a tensor's step is multiplied by ‖values‖ / ‖direction‖, over all servers.
+            The first of its scalars is the factor of the direction, which is taken away, and the second that
+            of the value.
     """
 
     __slots__ = ()
@@ -42,6 +45,7 @@ class Rule(Settings):
     registry: ClassVar[Registry[Rule]] = Registry("rule")
     always_sum: ClassVar[bool] = False
     rows_only: ClassVar[bool] = False
+    layerwise: ClassVar[bool] = False
 
     def states(self) -> dict[str, float]:
         """State name → initial value of each element, in the order the function takes them."""
@@ -465,6 +469,55 @@ class Yogi(_Rated):
         """What `yogi` takes, in its order."""
         beta1, beta2 = self.betas
         return _at(self.lr, updates), self.eps, beta1, 1 - beta1, 1 - beta2, self.weight_decay
+
+
+@register
+@dataclass(frozen=True, slots=True)
+class Lamb(_Rated):
+    """LAMB: Adam whose step of each tensor is as long as lr times the tensor (You et al. 2020); for models.
+
+    The step is lr · ‖value‖ / ‖direction‖ · direction, with direction = exp_avg / (√exp_avg_sq + eps) +
+    weight_decay · value, both averages bias-corrected; norms are over the whole tensor, on all servers, and
+    where one is 0 the ratio is 1. It costs some passes over a commit's tensors and one exchange more between
+    servers. A setting that changes counts in the direction that is measured from the next commit on.
+
+    Args:
+        lr: learning rate, a number or a schedule.
+        betas: decay of the averages of gradients and of squares, each of at least 0 and below 1.
+        eps: added to the root in the denominator.
+        weight_decay: this much of the value is added to the direction.
+
+    Raises:
+        ConfigurationError: a negative setting, or a beta that is not below 1.
+    """
+
+    layerwise: ClassVar[bool] = True
+
+    lr: Rate = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+
+    def check(self) -> None:
+        """As Adam."""
+        _check_lr(self, self.lr)
+        _check_not_negative(self, "eps", "weight_decay")
+        require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "of at least 0 and below 1")
+
+    def states(self) -> dict[str, float]:
+        """The averages of gradients and squares."""
+        return {"exp_avg": 0.0, "exp_avg_sq": 0.0}
+
+    def function(self) -> Callable[..., Any]:
+        """`lamb`."""
+        return formulas.lamb
+
+    def scalars(self, updates: int, count: int) -> tuple[float, ...]:
+        """What `lamb` takes, in its order."""
+        beta1, beta2 = self.betas
+        corrections = 1 / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
+        decays = beta1, 1 - beta1, beta2, 1 - beta2
+        return _at(self.lr, updates), 1.0, *corrections, self.eps, *decays, self.weight_decay
 
 
 @register

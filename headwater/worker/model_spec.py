@@ -113,6 +113,12 @@ def specify(
         raise RegistrationError(
             f"model {name!r}: {rule.name} adds up what is pushed, so merge={merge!r} cannot be: leave it out"
         )
+    if rule.layerwise and (clip_norm is not None or combined == "rda"):
+        other = f"clip_norm={clip_norm}" if clip_norm is not None else f"merge={merge!r}"
+        raise RegistrationError(
+            f"model {name!r}: {rule.name} scales each tensor by its own norm, and {other} needs another norm "
+            f"before: leave out one of the two"
+        )
     rules = tuple(one.to_spec() for one in (rule, *(group.rule for group in groups)))
     largest = None if clip_norm is None else float(clip_norm)
     spec = m.ModelSpec(name, Layout(specs).tensors, rules, largest, combined, coded, values_coded, outer)
@@ -145,6 +151,10 @@ def specify_table(
         raise RegistrationError(f"{what} has seed {seed!r}: pass an integer that fits int64")
     if not isinstance(rule, Rule):
         raise RegistrationError(f"{what}: rule must be a Rule such as hw.Adagrad(lr=0.1), got {rule!r}")
+    if rule.layerwise:
+        raise RegistrationError(
+            f"{what}: {rule.name} is a rule for models: a table has no norm, as rows come and go"
+        )
     if not isinstance(initializer, Initializer):
         raise RegistrationError(
             f"{what}: initializer must be one such as hw.Normal(std=0.01), got {initializer!r}"

@@ -10,9 +10,9 @@ class PendingStep:
     """What `Worker.begin_step` returns. Used by the worker's thread.
 
     Until `result` has returned, the memory of models and tables is the servers': nothing can be pushed,
-    pulled or assigned, and no other step or meeting begun (UsageError). Settings can be changed, and data be
-    read on: what is read after the step was begun belongs to the next one. The end of the data, and leaving,
-    wait for the answer.
+    pulled or assigned, and no other step or meeting begun (UsageError). Settings can be changed, data be
+    read on and plain data kept: what is read or kept after the step was begun belongs to the next one. The
+    end of the data, and leaving, wait for the answer.
     """
 
     def __init__(self, client: Client, what: str) -> None:

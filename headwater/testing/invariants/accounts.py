@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headwater import messages as m
-from headwater.log.norms import norm
+from headwater.log.measures import trust
+from headwater.log.norms import Node, norm, total
 from headwater.log.rda import coefficients
 from headwater.shard.merges import Merge
 from headwater.shard.vector import Staging, Update, Vector
@@ -149,7 +150,7 @@ class Accounts:
             merge, whole = self._merge(vector, updates, weights)
             if self.workload.clip_norm is not None and whole is None:
                 whole = norm(vector.squares(updates, merge))
-            vector.apply(updates, merge, [], entry.version, whole)
+            vector.apply(updates, merge, [], entry.version, whole, self._ratios(vector, updates, merge))
 
     def _rank_and_step(self, ticket: m.ExchangeId) -> tuple[int, int]:
         member, step = self.step_of(ticket)
@@ -175,6 +176,15 @@ class Accounts:
             return self._by_lengths(vector, updates, weights, places)
         equal = len(set(counted)) == 1
         return Merge(float(len(counted))) if equal else Merge(sum(counted), weights), None
+
+    def _ratios(self, vector: Vector, updates: list[Update], merge: Merge) -> dict[int, float]:
+        if not vector.layerwise:
+            return {}
+        nodes: defaultdict[tuple[int, int], list[Node]] = defaultdict(list)
+        for tensor, what, node in vector.directions(updates, merge):
+            nodes[tensor, what].append(node)
+        tensors = {tensor for tensor, _ in nodes}
+        return {one: trust(total(nodes[one, -1]), total(nodes[one, -2])) for one in tensors}
 
     def _by_lengths(
         self, vector: Vector, updates: list[Update], weights: tuple[float, ...], places: Sequence[int]
