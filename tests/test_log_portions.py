@@ -1,16 +1,19 @@
 """What the log promises of evaluations in portions: each counts once, whoever computes, copies or dies."""
 
 from clusters import Cluster, FlakyCluster, ReplicatedCluster
-from counting import few, modes, seeds, servers
-from hypothesis import given
+from counting import modes, seeds, servers
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from test_log_replicas import assert_settled
 
+from examples import examples
 from headwater import messages as m
 from headwater.log.portions import Portions
 from headwater.testing.portion_program import PortionProgram
 
 ROUNDS, PORTIONS = 3, 7
+
+several = examples(4, suppress_health_check=list(HealthCheck))
 
 
 def counted(cluster):
@@ -28,7 +31,7 @@ def assert_each_once(cluster, rounds=ROUNDS, portions=PORTIONS):
     }
 
 
-@few
+@several
 @given(modes, servers, st.integers(1, 4), seeds, st.sampled_from([0.0, 0.05]), st.booleans(), st.booleans())
 def test_each_portion_counts_once(mode, count, workers, seed, flaky, private, backup):
     program = PortionProgram(workers + 1, count, ROUNDS, PORTIONS, seed, backup).program
@@ -37,7 +40,7 @@ def test_each_portion_counts_once(mode, count, workers, seed, flaky, private, ba
     assert_each_once(cluster)
 
 
-@few
+@several
 @given(modes, servers, seeds, st.lists(st.integers(1, 20), min_size=1, max_size=4), st.booleans())
 def test_workers_may_come_and_go(mode, count, seed, gaps, backup):
     program = PortionProgram(4, count, ROUNDS, PORTIONS, seed, backup).program
@@ -54,7 +57,7 @@ def test_workers_may_come_and_go(mode, count, seed, gaps, backup):
     assert_each_once(cluster)
 
 
-@few
+@several
 @given(
     modes,
     servers,

@@ -2,14 +2,17 @@
 
 import pytest
 from clusters import Cluster, FlakyCluster, ReplicatedCluster
-from counting import few, modes, seeds, servers
-from hypothesis import given
+from counting import modes, seeds, servers
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from test_log_replicas import assert_settled
 
+from examples import examples
 from headwater.testing.vector_program import VectorProgram
 
 TURNS = 14
+
+several = examples(4, suppress_health_check=list(HealthCheck))
 
 
 def assert_equal(cluster, workers):
@@ -21,7 +24,7 @@ def assert_equal(cluster, workers):
         assert set(named.arrays) | {"parameters"} == set(values[0])
 
 
-@few
+@several
 @given(modes, servers, st.integers(1, 4), seeds, st.sampled_from([0.0, 0.05]), st.booleans())
 def test_work_on_vectors_comes_to_what_one_process_makes_of_it(mode, count, workers, seed, flaky, private):
     program = VectorProgram(workers, count, TURNS, seed).program
@@ -30,7 +33,7 @@ def test_work_on_vectors_comes_to_what_one_process_makes_of_it(mode, count, work
     assert_equal(cluster, workers)
 
 
-@few
+@several
 @given(modes, servers, seeds, st.lists(st.integers(1, 25), min_size=1, max_size=3))
 def test_workers_that_die_come_back_to_the_same_numbers(mode, count, seed, gaps):
     program = VectorProgram(3, count, TURNS, seed).program
@@ -46,7 +49,7 @@ def test_workers_that_die_come_back_to_the_same_numbers(mode, count, seed, gaps)
     assert_equal(cluster, 3)
 
 
-@few
+@several
 @given(
     modes,
     servers,
