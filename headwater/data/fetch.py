@@ -20,7 +20,8 @@ def length_of(dataset: Any) -> int:
     """The number of samples.
 
     Raises:
-        ConfigurationError: it has none, or the arrays of a tuple differ in length.
+        ConfigurationError: it has none, is a mapping with other keys than numbers, or the arrays of a tuple
+            differ in length.
     """
     if isinstance(dataset, tuple):
         if not dataset:
@@ -33,6 +34,12 @@ def length_of(dataset: Any) -> int:
         raise ConfigurationError(
             f"a data set needs __len__ and __getitem__, got {type(dataset).__name__}: "
             f"pass an array, a tuple of arrays, a map-style Dataset or hw.Files"
+        )
+    if isinstance(dataset, Mapping) and 0 not in dataset:
+        keys = ", ".join(map(repr, list(dataset)[:6])) or "none"
+        raise ConfigurationError(
+            f"a data set is asked for sample 0, 1, …, got a {type(dataset).__name__} with the keys {keys}: "
+            f"pass one of its values, or a tuple of them"
         )
     try:
         return len(dataset)

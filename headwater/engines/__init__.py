@@ -27,7 +27,7 @@ def make_engine(engine: str | RayEngine, launch: Launch) -> Engine:
     """
     if isinstance(engine, RayEngine):
         return engine.start(launch)
-    if engine not in ENGINES:
+    if not isinstance(engine, str) or engine not in ENGINES:
         raise ConfigurationError(
             f"{option('engine')}: got {engine!r}, expected one of {', '.join(map(repr, ENGINES))}"
             f"{wording(', or a RayEngine', '')}"

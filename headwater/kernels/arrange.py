@@ -80,7 +80,10 @@ def as_ids(ids: Any) -> Ids:
     Raises:
         UsageError: not integers, or beyond int64.
     """
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UsageError(f"ids: cannot read a {type(ids).__name__} as an array: {error}") from error
     if array.size == 0 and array.dtype == np.float64 and not isinstance(ids, np.ndarray):
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu":

@@ -8,6 +8,7 @@ machine to machine (addresses, certificates, engines) is no part of it.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict, Unpack, runtime_checkable
@@ -16,6 +17,7 @@ from headwater import messages as m
 from headwater.errors import ConfigurationError
 from headwater.spec.every import Every
 from headwater.spec.keywords import means
+from headwater.spec.placement import SLOTS
 from headwater.spec.registry import load_rules
 from headwater.spec.seconds import seconds
 from headwater.spec.sync import Mode, parse_sync
@@ -65,7 +67,10 @@ class ClusterConfig:
         default=2, metadata=means("Workers that must have joined before anything is committed.", least=1)
     )
     servers: int = field(
-        default=1, metadata=means("How many equal ranges every model is cut into: a server has one.", least=1)
+        default=1,
+        metadata=means(
+            "How many equal ranges every model is cut into: a server has one.", least=1, most=SLOTS
+        ),
     )
     sync: str = field(
         default="sync",
@@ -142,7 +147,8 @@ class ClusterConfig:
         self._load_rules()
         for one in dataclasses.fields(self):
             if one.metadata["least"] is not None:
-                _check_count(one.name, getattr(self, one.name), one.metadata["least"])
+                least, most = one.metadata["least"], one.metadata["most"]
+                self._set(one.name, _count(one.name, getattr(self, one.name), least, most))
         for name in ("patience", "deadline", "lease"):
             self._set(name, seconds(option(name), getattr(self, name)))
         # A wait that ends before anybody has said for whom it is could only be reported as silence.
@@ -165,7 +171,8 @@ class ClusterConfig:
 
     def _load_rules(self) -> None:
         """First of all, as a mode of the user's own is in one of them."""
-        if isinstance(self.rules, str) or not all(isinstance(name, str) for name in self.rules):
+        listed = isinstance(self.rules, Sequence) and not isinstance(self.rules, str)
+        if not listed or not all(isinstance(name, str) for name in self.rules):
             raise ConfigurationError(
                 f"{option('rules')}: got {self.rules!r}, expected a list of module names"
             )
@@ -231,9 +238,13 @@ _WITHOUT_CHECKPOINTS = {
 """The values that say nothing of checkpoints."""
 
 
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def _count(name: str, value: Any, least: int, most: int) -> int:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < least:
         raise ConfigurationError(f"{option(name)} must be an integer ≥ {least}, got {value!r}")
+    if value > most:
+        raise ConfigurationError(f"{option(name)} must be at most {most:,}, got {value!r:.40}")
+    return int(value)
 
 
 def _directory(value: object) -> str:

@@ -31,7 +31,7 @@ class Every:
             every = cls(seconds=float(plain[:-1])) if timed else cls(versions=int(plain))
         except ValueError:
             every = cls()
-        if every.versions <= 0 and not every.seconds > 0:
+        if not 0 < every.versions < 2**63 and not every.seconds > 0:
             raise ConfigurationError(
                 f"{option('every')}: got {text!r}, expected commits such as 100 or seconds such as '30s'"
             )

@@ -19,9 +19,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _WIDTH = 100
 
 
-def means(text: str, metavar: str | None = None, *, least: int | None = None) -> dict[str, Any]:
-    """A field's metadata: what it means; what a command line's help calls its value; the least integer."""
-    return {"help": text, "metavar": metavar, "least": least}
+def means(
+    text: str, metavar: str | None = None, *, least: int | None = None, most: int = 65_536
+) -> dict[str, Any]:
+    """A field's metadata: what it means; what a command line's help calls its value; for a count the least
+    and the most that it may be."""
+    return {"help": text, "metavar": metavar, "least": least, "most": most}
 
 
 def takes(

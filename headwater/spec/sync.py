@@ -24,6 +24,7 @@ from typing import ClassVar, Literal, Protocol, Self, TypeAlias
 from headwater.errors import ConfigurationError
 from headwater.messages import Pace
 from headwater.spec.registry import Registry, register
+from headwater.spec.seconds import LONGEST_S
 from headwater.spec.setting_text import settings_of, text_name, text_of
 from headwater.spec.settings import Settings, field_types, require
 from headwater.spec.slack import grace
@@ -274,8 +275,9 @@ class Synchronous(Mode):
 
     def check(self) -> None:
         require(self.quorum is None or self.quorum >= 1, self, "quorum", "≥ 1, or None for everybody")
-        require(self.grace_s == SLACK or self.grace_s >= 0, self, "grace_s", "≥ 0 seconds, or 'slack'")
-        require(self.cap_s >= 0, self, "cap_s", "≥ 0 seconds")
+        length = 0.0 if isinstance(self.grace_s, str) else self.grace_s
+        require(0 <= length <= LONGEST_S, self, "grace_s", "≥ 0 seconds and at most a year, or 'slack'")
+        require(0 <= self.cap_s <= LONGEST_S, self, "cap_s", "≥ 0 seconds and at most a year")
         if self.quorum is None and self.grace_s:
             raise ConfigurationError(
                 f"sync: grace_s={self.grace_s} without a quorum: a round waits for everybody anyway"

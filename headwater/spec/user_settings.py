@@ -53,6 +53,7 @@ def _mapping(value: Mapping[Any, Any], where: str, depth: int) -> dict[str, Any]
     for key in value:
         if type(key) is not str:
             raise ConfigurationError(f"{where}: the key {key!r} is a {type(key).__name__}, expected a text")
+        _check_text(key, where)
     return {key: _plain(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
 
 
@@ -62,6 +63,8 @@ def _plain(value: Any, where: str, depth: int) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or type(value) in (bool, float, str):
+        if type(value) is str:
+            _check_text(value, where)
         return value
     if type(value) is int:
         if not -(2**63) <= value < 2**64:
@@ -75,3 +78,12 @@ def _plain(value: Any, where: str, depth: int) -> Any:
         f"{where} is a {type(value).__name__}: expected None, a bool, a number, a text, or lists and dicts "
         "of those, since it travels to every worker: pass str(…) of it, or have train make it"
     )
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, as names of files may have
+        raise ConfigurationError(
+            f"{where}: {text!r} cannot be encoded as UTF-8, and so not travel"
+        ) from error

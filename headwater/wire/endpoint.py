@@ -40,6 +40,9 @@ class Endpoint:
     local: bool = True
 
     def __post_init__(self) -> None:
+        for name, value in (("bind", self.bind), ("advertise", self.advertise)):
+            if value is not None and not isinstance(value, str):
+                raise ConfigurationError(f"{option(name)}: got {value!r}, expected HOST or HOST:PORT")
         if self.is_beyond:
             assert self.bind is not None
             self.security.check_bind(split_place(self.bind)[0])

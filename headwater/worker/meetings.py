@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,7 +74,7 @@ class Meetings:
     def gather(self, arrays: Mapping[str, Any], of: m.Attendance) -> Gathered:
         """Everybody's arrays, in rank order."""
         _check_attendance("gather", of)
-        own = {name: np.asarray(array) for name, array in arrays.items()}
+        own = {name: _array(name, array) for name, array in arrays.items()}
         found = self._exchange("gather", tuple(own), of, -1, plain.encode(own, "gather"))
         return Gathered(
             {name: [plain.decode(data)[name] for data in found.values()] for name in own}, tuple(found)
@@ -179,8 +180,19 @@ def _check_attendance(what: str, of: object) -> None:
         raise ConfigurationError(f"{what}: got of={of!r}, expected 'present' or 'all'")
 
 
+def _array(name: str, value: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"gather: cannot read {name}, a {type(value).__name__}, as an array: {error}; nothing was sent"
+        ) from error
+
+
 def _scalar(name: str, value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"sum: {name} is {value!r}, expected a number; nothing was sent") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UsageError(
+            f"sum: {name} is {reprlib.repr(value)}, expected a number; nothing was sent"
+        ) from error

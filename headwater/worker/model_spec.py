@@ -221,11 +221,19 @@ def check_weight(weight: Any) -> float:
         ConfigurationError: no number from 0 up that is finite.
     """
     number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
-    if not (number and 0 <= weight < math.inf):
+    found = _float(weight) if number else math.nan
+    if not 0 <= found < math.inf:
         raise ConfigurationError(
             f"weight must be a finite number ≥ 0, such as how many samples the gradient is of, got {weight!r}"
         )
-    return float(weight)
+    return found
+
+
+def _float(number: Any) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def as_array(what: str, value: Any, error: type[UsageError] = GradientError) -> NDArray[Any]:

@@ -42,6 +42,10 @@ def _plain(value: Any, name: str, depth: int) -> Any:
     if depth > _DEEPEST:
         raise UsageError(f"{name} is nested more than {_DEEPEST} levels deep: keep something flatter")
     if value is None or (isinstance(value, bool | float | str | bytes | bytearray) and _is_own(value)):
+        if isinstance(value, str) and not _is_text(value):
+            raise UsageError(
+                f"{name} is {value!r}, which is no text that UTF-8 has; nothing was kept or sent"
+            )
         return value
     if isinstance(value, int) and type(value) is int:
         fits = -(2**63) <= value < 2**64
@@ -54,6 +58,14 @@ def _plain(value: Any, name: str, depth: int) -> Any:
     return _array(value, name)
 
 
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a lone surrogate, as names of files may have
+        return False
+    return True
+
+
 def _is_own(value: Any) -> bool:
     """NumPy's float64 and str_ are floats and strings too, and are to come back as what they are."""
     return not isinstance(value, np.generic)
@@ -61,7 +73,7 @@ def _is_own(value: Any) -> bool:
 
 def _mapping(value: Mapping[Any, Any], name: str, depth: int) -> Any:
     items = [(key, _plain(item, f"{name}[{key!r}]", depth + 1)) for key, item in value.items()]
-    if all(type(key) is str for key, _ in items):
+    if all(type(key) is str and _is_text(key) for key, _ in items):
         return dict(items)
     pairs = [[_plain(key, f"a key of {name}", depth + 1), item] for key, item in items]
     return msgspec.msgpack.Ext(_PAIRS, _encode(pairs))

@@ -63,8 +63,8 @@ def plan_of(
         )
     counted = isinstance(dataset, numbers.Integral) and not isinstance(dataset, bool)
     size = int(dataset) if counted else length_of(dataset)
-    if size < 1:
-        raise ConfigurationError(f"batches: the data set has {size} samples, expected at least one")
+    if not 1 <= size < 2**63:
+        raise ConfigurationError(f"batches: the data set has {size} samples, expected 1 to 2**63 - 1")
     groups = None if counted else groups_of(dataset)
     shuffle, drop_last = flag_of("batches", "shuffle", shuffle), flag_of("batches", "drop_last", drop_last)
     return ReadPlan(size, groups, batch, epochs, shuffle, seed, splits, drop_last)

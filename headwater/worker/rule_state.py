@@ -69,7 +69,7 @@ def rows_of(
         GradientError: another shape or dtype, an unknown or a missing state; says what was expected.
     """
     values = _fitting(f"rows for {what}", rows, (*shape, dim)).reshape(-1, dim)
-    if isinstance(state, str):
+    if not isinstance(state, Mapping):
         if state != "reset":
             raise GradientError(f"{what}: state must be 'reset' or the states by name, got {state!r}")
         return values
