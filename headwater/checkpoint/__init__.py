@@ -3,7 +3,7 @@
 The format: docs/checkpoint-format.md.
 """
 
-from headwater.checkpoint.export import export, load_checkpoint
+from headwater.checkpoint.export import export, export_table, load_checkpoint
 from headwater.checkpoint.find import (
     Latest,
     Listed,
@@ -37,6 +37,7 @@ __all__ = [
     "commit",
     "differences",
     "export",
+    "export_table",
     "folder_name",
     "latest",
     "list_checkpoints",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from headwater.checkpoint.find import resolve
 from headwater.checkpoint.read import Checkpoint, check_table, read_elements
+from headwater.checkpoint.row_files import Column, check_format, write_columns
 from headwater.checkpoint.store import Location, split
 from headwater.checkpoint.tensors import (
     METADATA,
@@ -99,6 +101,50 @@ def export(path: Location, file: Location) -> Written:
     folder, name = split(file)
     origin = {"generation": str(manifest.generation), "version": str(manifest.version)}
     return write_tensors(folder, name, tensors, {"format": "pt", **origin})
+
+
+def export_table(
+    path: Location,
+    file: Location,
+    table: str,
+    *,
+    counts: bool = False,
+    last: bool = False,
+    state: bool = False,
+) -> int:
+    """Write the rows of a table in a checkpoint as Parquet or safetensors, as the file's name says; blocks.
+
+    Columns are `ids`, `values` (dim float32 each), and on request `counts` (updates of each row), `last`
+    (the version of its last gradient modulo 2³², of tables with an expiry) and each state of the rule,
+    `state.NAME`. Memory is needed for small pieces only. Returns how many rows.
+
+    Raises:
+        ConfigurationError: as `load_checkpoint`; no such table, which lists those that there are; another
+            format; or `last` of a table without expiry.
+        CheckpointError: a damaged checkpoint, or a file that cannot be written.
+    """
+    check_format(file)
+    checkpoint = resolve(path)
+    known = {one.spec.name: one for one in checkpoint.manifest.tables}
+    if table not in known:
+        there = ", ".join(map(repr, known)) or "none"
+        raise ConfigurationError(f"{checkpoint.path} has no table {table!r}: its tables are {there}")
+    record = known[table]
+    if last and not record.spec.expiry:
+        raise ConfigurationError(
+            f"table {table!r} has no expiry, so the version of a row's last gradient is not kept"
+        )
+    wanted = [("ids", "<i8", 0), ("values", "<f4", record.spec.dim)]
+    wanted += [(name, "<i4", 0) for name, asked in (("counts", counts), ("last", last)) if asked]
+    if state:
+        wanted += [(f"state.{name}", "<f4", width) for name, width in record.states.items()]
+    columns = [
+        Column(name, np.dtype(dtype), width, partial(_rows, checkpoint, record, name))
+        for name, dtype, width in wanted
+    ]
+    rows = sum(_count(checkpoint, record, one) for one in record.files)
+    write_columns(file, rows, columns)
+    return rows
 
 
 def _whole(tensor: Tensor) -> Array:

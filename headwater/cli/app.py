@@ -21,6 +21,7 @@ COMMANDS = {
     "stop": "End a running cluster, with a last checkpoint where it keeps some.",
     "trace": "Record what all nodes of a running cluster do, as a file that Perfetto opens.",
     "verify": "Compare every server of a running cluster with its standby, at one entry of the log.",
+    "table": "Write the rows of a running cluster's table to a file.",
     "publish": "Write versions of a running training as files that inference engines pull.",
     "checkpoint": "Look at the checkpoints that trainings wrote; a cluster need not be running.",
     "bench": "Measure this machine: each figure beside the limit it is held against, taken in the same run.",

@@ -159,17 +159,34 @@ def verify(path: _Path, json: Json = False) -> None:
 def export(
     path: _Path,
     file: Annotated[str, typer.Argument(help="The file to write; one that exists is replaced.")],
+    table: Annotated[
+        str | None,
+        typer.Option("--table", metavar="NAME", help="Only this table's rows, as .parquet or .safetensors."),
+    ] = None,
+    counts: Annotated[bool, typer.Option("--counts", help="With --table: each row's updates.")] = False,
+    last: Annotated[
+        bool, typer.Option("--last", help="With --table: the version of each row's last gradient.")
+    ] = False,
+    state: Annotated[bool, typer.Option("--state", help="With --table: the rule's states.")] = False,
 ) -> None:
-    """Write a checkpoint's values as one safetensors file, tensors under their own names.
+    """Write a checkpoint's values as one safetensors file, tensors under their own names; or a table's rows.
 
     [bold]Example[/bold]
 
     headwater checkpoint export runs/a model.safetensors
 
+    headwater checkpoint export runs/a users.parquet --table users --counts
+
     Then in Python: module.load_state_dict(safetensors.torch.load_file("model.safetensors"))
 
     Exit codes: 0 written, 1 damaged or not writable, 2 no checkpoint, or one of a newer format.
     """
+    if table is not None:
+        rows = checkpoint.export_table(path, file, table, counts=counts, last=last, state=state)
+        print(f"{file}: {rows:,} rows")
+        return
+    if counts or last or state:
+        raise ConfigurationError("--counts, --last and --state say what of a table: pass --table NAME")
     written = checkpoint.export(path, file)
     print(f"{file}: {_megabytes(written.size)}")
 

@@ -445,9 +445,15 @@ class Sequencer:
             self._publish(ready)
 
     def _publish(self, ready: list[PendingExchange]) -> None:
-        """To as many followers as servers have room for; those who have waited for longest come first."""
+        """To as many followers as servers have room for; those who have waited for longest come first.
+
+        Workers do not wait for followers.
+        """
         room = ROOM - len(self.standings.receiving())
-        chosen = sorted(ready, key=lambda exchange: (exchange.since, exchange.member))[: max(0, room)]
+        chosen = [exchange for exchange in ready if exchange.rank >= 0]
+        others = [exchange for exchange in ready if exchange.rank < 0]
+        others.sort(key=lambda exchange: (exchange.since, exchange.member))
+        chosen += others[: max(0, room)]
         if chosen:
             self._writer.write(m.Published(self._writer.next, ids(chosen)))
             for exchange in chosen:

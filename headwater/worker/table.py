@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -26,6 +26,7 @@ from headwater.worker.pulls import Ahead, RowsAhead, pull_rows, pull_together, s
 from headwater.worker.row_sums import RowSums
 from headwater.worker.rule_settings import RuleSettings
 from headwater.worker.rule_state import rows_of
+from headwater.worker.table_scan import scan_rows
 
 _log = logging.getLogger("headwater.worker")
 
@@ -125,6 +126,20 @@ class Table:
         given, plan = self._plan(ids)
         self.ahead.clear()
         self._wanted = (given, plan) if len(plan.ids) else None
+
+    def scan(self, batch: int = 65_536) -> Iterator[tuple[NDArray[np.int64], Array]]:
+        """All rows as of one version: int64[n] ids and float32[n, dim], `batch` at a time, new arrays.
+
+        What was pushed and not stepped is not in them, nor are rows that have expired. Blocks for two
+        exchanges at the first piece, and keeps a copy of all rows until the last.
+
+        Raises:
+            ConfigurationError: `batch` is below 1.
+            ClosedError: the worker has left.
+            StalledError: no answer within the deadline.
+        """
+        self._session.check_open("scan")
+        return scan_rows(self._session, self.id, self.spec, batch)
 
     def delete(self, ids: Any) -> int:
         """Forget ids: rows, states, counts, and what admission counted; returns how many had a row.
