@@ -92,8 +92,8 @@ def test_what_cannot_be_served_is_answered_and_the_connection_goes_on():
 def test_observers_only_read():
     desk = Desk(sequencer="async").joins().takes(2, member(5), member(6, "observer", -1))
     conn = desk.hello(6, "observer", term=2)
-    desk.says(conn, m.Stop(1))
-    assert "an observer sent Stop, which only workers may" in refused(desk, conn).reason
+    desk.says(conn, m.End(1))
+    assert "an observer sent End, which only workers may" in refused(desk, conn).reason
 
 
 @pytest.mark.parametrize("message", [m.Heartbeat(), m.Acknowledged()])

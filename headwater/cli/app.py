@@ -18,6 +18,7 @@ COMMANDS = {
     "serve": "Run nodes one by one, under any scheduler, and make certificates for them.",
     "status": "Show the nodes, models and tables of a running cluster.",
     "ping": "Ask whether a cluster lives, or is ready to train: for probes and scripts.",
+    "drain": "Have all workers of a running cluster finish with their next step.",
     "stop": "End a running cluster, with a last checkpoint where it keeps some.",
     "trace": "Record what all nodes of a running cluster do, as a file that Perfetto opens.",
     "verify": "Compare every server of a running cluster with its standby, at one entry of the log.",

@@ -20,6 +20,7 @@ import typer
 
 from headwater.cli.assignments import parse_settings
 from headwater.cli.faults import faults_reported
+from headwater.cli.log_lines import LogStyle
 from headwater.errors import ConfigurationError
 from headwater.spec.cluster import ClusterConfig
 from headwater.wire.endpoint import Endpoint
@@ -182,6 +183,13 @@ def credentials() -> Options:
     return Options(list(_PROOFS), lambda values: security_of(**values))
 
 
+def log_style() -> Options:
+    """How a command logs: a `LogStyle`."""
+    return Options(
+        list(_LOGGING), lambda values: LogStyle(values["log_level"], values["log_format"] or "text")
+    )
+
+
 def listening() -> Options:
     """Where a node listens, and whom it admits: an `Endpoint`."""
 
@@ -246,6 +254,10 @@ _PLACES = (
         "HOST[:PORT]",
     ),
     _parameter("advertise", str | None, "What others dial, where it is not what --bind says.", "HOST[:PORT]"),
+)
+_LOGGING = (
+    _parameter("log_level", str | None, "The least that is logged: debug, info, warning or error.", "LEVEL"),
+    _parameter("log_format", str, "How lines are logged: text or json.", "FORMAT", "text"),
 )
 _PROOFS = (
     _parameter(

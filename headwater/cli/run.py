@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from headwater.cli.engines import chosen_engine
-from headwater.cli.options import LogTo, Metrics, Otlp, command, configuration, listening
+from headwater.cli.log_lines import LogStyle
+from headwater.cli.options import LogTo, Metrics, Otlp, command, configuration, listening, log_style
 from headwater.cli.script import load_function, script_path
 from headwater.cli.summary import summarize
 from headwater.driver import RunResult
@@ -32,7 +32,7 @@ from headwater.worker import Worker
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 
-@command(app, config=configuration(), reach=listening())
+@command(app, config=configuration(), reach=listening(), log=log_style())
 def run(
     script: Annotated[
         str,
@@ -76,6 +76,7 @@ def run(
         typer.Option(metavar="FILE", help="What all nodes do, from beginning to end; Perfetto opens it."),
     ] = None,
     reach: Endpoint = Endpoint(),  # noqa: B008 - made from its options
+    log: LogStyle = LogStyle(),  # noqa: B008 - made from its options
 ) -> None:
     """Run a training function in every worker, against servers on this machine or in a Ray cluster.
 
@@ -107,6 +108,7 @@ def run(
         trace=trace,
         log_to=list(map(sink_of, log_to or ())),
         reach=reach,
+        log=log,
     )
     for line in summarize(result):
         print(line)
@@ -118,6 +120,7 @@ def train_script(
     engine: str | RayEngine,
     *,
     reach: Endpoint,
+    log: LogStyle = LogStyle(),  # noqa: B008 - it is immutable
     **options: Any,
 ) -> RunResult:
     """Run the script's function and show how it goes; blocks until it is over.
@@ -131,7 +134,7 @@ def train_script(
     with contextlib.ExitStack() as stack:
         if engine == "local":
             stack.enter_context(begun(script_path(script), workers=config.workers, servers=servers))
-        return _train(load_function(script), script, config, engine, reach, options)
+        return _train(load_function(script), script, config, engine, reach, log, options)
 
 
 def _train(
@@ -140,6 +143,7 @@ def _train(
     config: ClusterConfig,
     engine: str | RayEngine,
     reach: Endpoint,
+    log: LogStyle,
     options: Mapping[str, Any],
 ) -> RunResult:
     for stream in (sys.stdout, sys.stderr):
@@ -148,7 +152,7 @@ def _train(
     console = Console(highlight=False, stderr=True)
     kind = LiveDisplay if console.is_terminal else PlainDisplay
     display: Display = kind(console, workers=config.workers, script=script)
-    with display, _logs_to(display):
+    with display, log.begin("coordinator", "warning", display.log):
         result = train_with(
             train,
             **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
@@ -166,28 +170,3 @@ def _train(
         )
         display.show(result.statistics)
     return result
-
-
-class _LinesHandler(logging.Handler):
-    """Sends log records to a display, one line each."""
-
-    def __init__(self, display: Display) -> None:
-        super().__init__(logging.WARNING)
-        self._display = display
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._display.log(self.format(record))
-        except Exception:  # noqa: BLE001 - as every handler of Python's does
-            self.handleError(record)
-
-
-@contextlib.contextmanager
-def _logs_to(display: Display) -> Iterator[None]:
-    """Show what Headwater logs in this process, which is the coordinator's, while the block runs."""
-    logger, handler = logging.getLogger("headwater"), _LinesHandler(display)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)

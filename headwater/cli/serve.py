@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from headwater.cli.certificates import make_certificates
-from headwater.cli.options import LogTo, Metrics, Otlp, command, configuration, credentials, listening
+from headwater.cli.log_lines import LogStyle
+from headwater.cli.options import (
+    LogTo,
+    Metrics,
+    Otlp,
+    command,
+    configuration,
+    credentials,
+    listening,
+    log_style,
+)
 from headwater.cli.serving import load_all, losses_reported, serve_coordinator, serve_server, serve_worker
 from headwater.spec.cluster import ClusterConfig
 from headwater.wire.endpoint import Endpoint
@@ -42,7 +52,7 @@ Wait = Annotated[
 ]
 
 
-@command(app, config=configuration("workers"), reach=listening())
+@command(app, config=configuration("workers"), reach=listening(), log=log_style())
 def coordinator(
     config: ClusterConfig,
     journal: Annotated[
@@ -58,6 +68,7 @@ def coordinator(
     health: Probes = None,
     log_to: LogTo = None,
     reach: Endpoint = Endpoint(),  # noqa: B008 - made from its options
+    log: LogStyle = LogStyle(),  # noqa: B008 - made from its options
 ) -> None:
     """Keep the roster of a cluster, hand out data, take checkpoints; prints its address when it is ready.
 
@@ -70,10 +81,11 @@ def coordinator(
     Exit codes: 0 every worker has finished, or `headwater stop` has ended it; 1 the cluster cannot go on; 2 a
     wrong argument; 130 and 143 told to end.
     """
-    serve_coordinator(config, journal, reach, metrics, otlp, health, log_to or ())
+    with log.begin("coordinator", "info"):
+        serve_coordinator(config, journal, reach, metrics, otlp, health, log_to or ())
 
 
-@command(app, reach=listening())
+@command(app, reach=listening(), log=log_style())
 def server(
     coordinator: Coordinator = None,
     role: Annotated[
@@ -87,6 +99,7 @@ def server(
     metrics: Metrics = None,
     health: Probes = None,
     reach: Endpoint = Endpoint(),  # noqa: B008 - made from its options
+    log: LogStyle = LogStyle(),  # noqa: B008 - made from its options
 ) -> None:
     """Be a server or standby, whichever is missing, or a spare that waits until one is.
 
@@ -98,11 +111,11 @@ def server(
     start it again, 130 and 143 told to end.
     """
     load_all(rules)
-    with losses_reported():
-        serve_server(coordinator, role, index, reach, wait, metrics, health)
+    with log.begin("server", "info") as node, losses_reported():
+        serve_server(coordinator, role, index, reach, wait, metrics, health, named=node.named)
 
 
-@command(app, security=credentials())
+@command(app, security=credentials(), log=log_style())
 def worker(
     script: Annotated[
         str,
@@ -119,6 +132,7 @@ def worker(
     metrics: Metrics = None,
     health: Probes = None,
     security: Security = Security(),  # noqa: B008 - made from its options
+    log: LogStyle = LogStyle(),  # noqa: B008 - made from its options
 ) -> None:
     """Run a training function as a worker; its settings come from the coordinator.
 
@@ -130,8 +144,8 @@ def worker(
     is lost: start it again, 130 and 143 told to end.
     """
     load_all(rules)
-    with losses_reported():
-        serve_worker(script, coordinator, rank, security, wait, metrics, health)
+    with log.begin("worker", "info") as node, losses_reported():
+        serve_worker(script, coordinator, rank, security, wait, metrics, health, named=node.named)
 
 
 @command(app)

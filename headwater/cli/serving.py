@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from typing import TypeAlias
 
 import typer
 
@@ -35,6 +36,13 @@ AGAIN = 75
 
 _log = logging.getLogger("headwater")
 
+Named: TypeAlias = Callable[[str, int], None]
+"""Is told who a node is, once that is known."""
+
+
+def _nobody(role: str, index: int) -> None:
+    pass
+
 
 def load_all(rules: Sequence[str] | None) -> None:
     """Load the modules of `--rules`, before anything that may name a rule or a mode of theirs.
@@ -61,7 +69,6 @@ def serve_coordinator(
         HeadwaterError: the cluster cannot begin, or not go on.
         typer.Exit: 128 + the number of a signal.
     """
-    _log_plainly()
     sinks = [sink_of(text) for text in log_to]
     cluster = StandaloneCluster(
         config, journal=journal or "", reach=reach, metrics=metrics, otlp=otlp, log_to=sinks
@@ -93,6 +100,8 @@ def serve_server(
     wait: float,
     metrics: str | None = None,
     health: str | None = None,
+    *,
+    named: Named = _nobody,
 ) -> None:
     """Be a server until training has finished.
 
@@ -100,9 +109,14 @@ def serve_server(
         ConfigurationError: an impossible option.
         HeadwaterError: as `StandaloneServer.run`.
     """
-    _log_plainly()
     server = StandaloneServer(
-        _given(coordinator), role=_role(role), index=index, reach=reach, wait=wait, metrics=metrics
+        _given(coordinator),
+        role=_role(role),
+        index=index,
+        reach=reach,
+        wait=wait,
+        metrics=metrics,
+        named=named,
     )
     with signals_to(_end), _probed(health, server.readiness):
         server.run()
@@ -116,6 +130,8 @@ def serve_worker(
     wait: float,
     metrics: str | None = None,
     health: str | None = None,
+    *,
+    named: Named = _nobody,
 ) -> None:
     """Run the script's function as a worker until training has finished.
 
@@ -125,10 +141,9 @@ def serve_worker(
         HeadwaterError: as `StandaloneWorker.run`.
         SystemExit: 128 + the number of a signal.
     """
-    _log_plainly()
     address = _given(coordinator)
     worker = StandaloneWorker(
-        load_function(script), address, rank=rank, security=security, wait=wait, metrics=metrics
+        load_function(script), address, rank=rank, security=security, wait=wait, metrics=metrics, named=named
     )
     with signals_to(worker.interrupt), _probed(health, worker.readiness):
         worker.run()
@@ -177,8 +192,3 @@ def _role(role: str | None) -> ServerRole | None:
     if role is None or role == "server" or role == "standby":
         return role  # type: ignore[return-value]
     raise ConfigurationError(f"--role: got {role!r}, expected server or standby")
-
-
-def _log_plainly() -> None:
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s")
-    logging.getLogger("headwater").setLevel(logging.INFO)

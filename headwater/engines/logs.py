@@ -25,16 +25,16 @@ class Logs:
     def here() -> Logs:
         """How this process logs, where it prints its records; else as Python does unless told otherwise."""
         root = logging.getLogger()
-        printing = [handler for handler in root.handlers if _prints(handler)]
-        if not printing:
-            return Logs()
+        printing = [handler for handler in root.handlers if prints(handler)]
         loggers = {"": root, **logging.root.manager.loggerDict}
+        if not printing:  # what Headwater's own loggers were told counts all the same
+            loggers = {name: one for name, one in loggers.items() if name.partition(".")[0] == "headwater"}
         levels = {
             name: logger.level
             for name, logger in loggers.items()
             if isinstance(logger, logging.Logger) and logger.level != logging.NOTSET
         }
-        return Logs(levels, _packed(printing[0].formatter))
+        return Logs(levels, _packed(printing[0].formatter) if printing else None)
 
     def use(self) -> None:
         """Log so in this process, from now on."""
@@ -47,7 +47,8 @@ class Logs:
         logging.lastResort = last
 
 
-def _prints(handler: logging.Handler) -> bool:
+def prints(handler: logging.Handler) -> bool:
+    """Whether it writes to standard output or error."""
     stream = getattr(handler, "stream", None)
     return stream is not None and stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
 

@@ -44,9 +44,10 @@ READING = (
     m.Verify,
     m.Publish,
     m.Taken,
+    m.Stop,
     m.Leave,
 )
-"""What observers may ask for."""
+"""What observers may ask for: to read, and for an end of everybody's batches."""
 
 
 class RequestServer(Protocol):

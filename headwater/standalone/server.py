@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 
 from headwater.engines.roles import prepare_server
@@ -34,6 +35,7 @@ class StandaloneServer:
         reach: where members reach it.
         wait: seconds for which a coordinator that cannot be reached is tried again.
         metrics: "HOST:PORT" where Prometheus scrapes what this node knows of itself.
+        named: told who this node is, whenever that is known anew.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class StandaloneServer:
         reach: Endpoint = LOCAL,
         wait: float = 300.0,
         metrics: str | None = None,
+        named: Callable[[str, int], None] = lambda role, index: None,
     ) -> None:
         self._coordinator = coordinator
         self._wanted = RequestSlot(role, index)
         self._reach = reach
         self._wait = seconds("wait", wait, zero=True)
         self._metrics = metrics
+        self._named = named
         self._serving: ServerNode | None = None
 
     def run(self) -> None:
@@ -125,6 +129,7 @@ class StandaloneServer:
             node.close()
 
     def _node(self, assignment: Assignment) -> ServerNode:
+        self._named(assignment.role, assignment.index)
         _log.info(
             "it is %s %d of %d%s",
             assignment.role,

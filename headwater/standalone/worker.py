@@ -28,6 +28,7 @@ class StandaloneWorker:
         security: what all nodes of the cluster were given.
         wait: seconds for which a coordinator that cannot be reached is tried again.
         metrics: "HOST:PORT" where Prometheus scrapes what this node knows of itself.
+        named: told who this node is, whenever that is known anew.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class StandaloneWorker:
         security: Security = PLAIN,
         wait: float = 300.0,
         metrics: str | None = None,
+        named: Callable[[str, int], None] = lambda role, index: None,
     ) -> None:
         self._train = train
         self._coordinator = coordinator
@@ -46,6 +48,7 @@ class StandaloneWorker:
         self._security = security
         self._wait = seconds("wait", wait, zero=True)
         self._metrics = metrics
+        self._named = named
         self._worker: Worker | None = None
         self._cluster = ""
 
@@ -116,6 +119,14 @@ class StandaloneWorker:
     def _join(self) -> Worker:
         worker = Worker(self._coordinator, self._rank, security=self._security, cluster=self._cluster)
         self._cluster = worker.cluster
+        self._named("worker", worker.rank)
+        _log.info(
+            "joined cluster %s as worker %d of %d, %s",
+            worker.cluster[:8],
+            worker.rank,
+            worker.workers,
+            worker.sync,
+        )
         return worker
 
     def _train_as(self, worker: Worker) -> None:
