@@ -441,4 +441,4 @@ def test_the_summary_of_a_run_tells_what_nobody_read():
                 break
 
     result = hw.run(give_up, workers=2, engine="inline", patience=5, deadline=30)
-    assert summarize(result)[2] == "4 samples of call 0 of batches, for worker 1, were read by nobody"
+    assert "4 samples of call 0 of batches, for worker 1, were read by nobody" in summarize(result)

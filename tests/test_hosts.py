@@ -410,7 +410,7 @@ def dialling_commands():
         command = typer.main.get_command(importlib.import_module(f"headwater.cli.{name}").app)
         parts = {(name, part): one for part, one in getattr(command, "commands", {}).items()}
         for words, one in (parts or {(name,): command}).items():
-            if name not in ("bench", "checkpoint") and words[-1] != "certificates":
+            if name not in ("bench", "checkpoint", "compare") and words[-1] != "certificates":
                 yield words, one
 
 

@@ -283,7 +283,7 @@ def test_kernels_release_the_interpreter():
 def moves_module():
     from headwater.kernels import moves
 
-    return moves._compiled()
+    return moves.compiled()
 
 
 # ── copies ──────────────────────────────────────────────────────────────────────────────────────

@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 HERE = {
     *("README.md", "index.md", "tutorial.md", "compare.md", "modes.md", "security.md", "weights-format.md"),
-    *("recommender.md", "rollouts.md", "far-apart.md", "readers.md", "lbfgs.md"),
+    *("recommender.md", "rollouts.md", "far-apart.md", "readers.md", "lbfgs.md", "observe.md"),
 }
 """Pages whose programs are run here. The test that runs another page's names that page."""
 
@@ -110,7 +110,7 @@ def test_a_reader_reads_as_the_page_says():
 def test_the_programs_about_lbfgs_run():
     import torch
 
-    minimise, vectors = blocks(DOCS / "lbfgs.md", "python")
+    minimise, portions, vectors = blocks(DOCS / "lbfgs.md", "python")
 
     def part(rank, workers):
         x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))[rank::workers]
@@ -121,6 +121,12 @@ def test_the_programs_about_lbfgs_run():
     losses = run(names["train"]).values
     assert losses[0] == losses[1] < 60 * np.log(2)
 
+    x = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
+    names = {"hw": hw, "np": np, "x": x, "y": (x.sum(1) > 0.5).astype(np.float32), "d": 3}
+    small = portions.replace("portions=64, workers=4", 'portions=8, workers=2, engine="inline"')
+    exec(small, names)
+    assert names["found"].report.loss < 64 * np.log(2)
+
     def train(worker):
         own = {"worker": worker, "hw": hw, "parameters": {"w": np.ones(4, np.float32)}}
         changed = 'model.push({"w": -np.ones(4, np.float32)}); worker.step()'
@@ -128,6 +134,26 @@ def test_the_programs_about_lbfgs_run():
         return own["squares"], own["model"].pull()["w"].tolist()
 
     assert run(train, workers=1).values == [(4.0, [1.5] * 4)]
+
+
+def test_the_program_about_histories_runs(tmp_path, monkeypatch):
+    pytest.importorskip("pandas", reason="needs pandas")
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    import pandas
+
+    (block,) = blocks(DOCS / "observe.md", "python")
+    monkeypatch.chdir(tmp_path)
+
+    def train(worker):
+        model = line(worker)
+        for step in range(3):
+            worker.log(loss=step)
+            model.push({"w": np.ones(3, np.float32)})
+            worker.step()
+
+    names = {"hw": hw, "pandas": pandas, "train": train}
+    exec(block.replace("hw.run(train, ", 'hw.run(train, engine="inline", '), names)
+    assert names["losses"].tolist() == [0, 1, 2]
 
 
 def test_fragments_about_steps_are_taken_as_they_stand():

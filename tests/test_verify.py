@@ -131,8 +131,8 @@ def test_a_standby_that_differs_is_named_with_the_part(corrupt, parts, tmp_path)
         for _ in range(2):
             assert cluster.next_outcome(30).failure is None
         assert cluster.verify().equal
-        standbys = [one for one in cluster._engine._servers if one.settings.role == "standby"]
-        standby = [one for one in standbys if one.settings.index == 1][-1]  # one that took another's place
+        standbys = [one for one in cluster._engine._servers if one.assignment.role == "standby"]
+        standby = [one for one in standbys if one.assignment.index == 1][-1]  # one that took another's place
         standby.pump.look(lambda: corrupt(standby.machine.shard))
         good, bad = cluster.verify().shards
         assert good.equal
