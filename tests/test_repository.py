@@ -29,7 +29,7 @@ LAYERS = [
     ["engines"],
     ["observe"],
     ["kvstore", "cluster", "supervisor", "storage", "driver", "minimization", "standalone"],
-    ["cli", "bench", "comparison", "testing", "__main__", "__init__"],
+    ["cli", "bench", "comparison", "page", "testing", "__main__", "__init__"],
 ]
 """A module imports from its own group and the groups above it (docs/architecture.md)."""
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": "Train a script in several modes, under planted stragglers, and report which is sooner.",
     "serve": "Run nodes one by one, under any scheduler, and make certificates for them.",
     "status": "Show the nodes, models and tables of a running cluster.",
+    "page": "Show a running cluster in a web page, beside a training and read only.",
     "ping": "Ask whether a cluster lives, or is ready to train: for probes and scripts.",
     "drain": "Have all workers of a running cluster finish with their next step.",
     "stop": "End a running cluster, with a last checkpoint where it keeps some.",

@@ -17,6 +17,7 @@ from rich.console import Console
 from headwater.cli.engines import chosen_engine
 from headwater.cli.log_lines import LogStyle
 from headwater.cli.options import LogTo, Metrics, Otlp, command, configuration, listening, log_style
+from headwater.cli.page_process import PageProcess
 from headwater.cli.script import load_function, script_path
 from headwater.cli.summary import summarize
 from headwater.driver import RunResult
@@ -75,6 +76,9 @@ def run(
         str | None,
         typer.Option(metavar="FILE", help="What all nodes do, from beginning to end; Perfetto opens it."),
     ] = None,
+    page: Annotated[
+        bool, typer.Option("--page", help="Show it in a web page too: prints its address (extra `page`).")
+    ] = False,
     reach: Endpoint = Endpoint(),  # noqa: B008 - made from its options
     log: LogStyle = LogStyle(),  # noqa: B008 - made from its options
 ) -> None:
@@ -109,6 +113,7 @@ def run(
         log_to=list(map(sink_of, log_to or ())),
         reach=reach,
         log=log,
+        page=page,
     )
     for line in summarize(result):
         print(line)
@@ -121,11 +126,13 @@ def train_script(
     *,
     reach: Endpoint,
     log: LogStyle = LogStyle(),  # noqa: B008 - it is immutable
+    page: bool = False,
     **options: Any,
 ) -> RunResult:
     """Run the script's function and show how it goes; blocks until it is over.
 
-    `options`: arguments of `headwater.run` beside the cluster's configuration.
+    `page`: a web page is served meanwhile. `options`: arguments of `headwater.run` beside the cluster's
+    configuration.
 
     Raises:
         HeadwaterError: as `headwater.run`, or the script cannot be loaded.
@@ -134,7 +141,7 @@ def train_script(
     with contextlib.ExitStack() as stack:
         if engine == "local":
             stack.enter_context(begun(script_path(script), workers=config.workers, servers=servers))
-        return _train(load_function(script), script, config, engine, reach, log, options)
+        return _train(load_function(script), script, config, engine, reach, log, page, options)
 
 
 def _train(
@@ -144,6 +151,7 @@ def _train(
     engine: str | RayEngine,
     reach: Endpoint,
     log: LogStyle,
+    page: bool,
     options: Mapping[str, Any],
 ) -> RunResult:
     for stream in (sys.stdout, sys.stderr):
@@ -152,7 +160,14 @@ def _train(
     console = Console(highlight=False, stderr=True)
     kind = LiveDisplay if console.is_terminal else PlainDisplay
     display: Display = kind(console, workers=config.workers, script=script)
-    with display, log.begin("coordinator", "warning", display.log):
+    beside = PageProcess(reach.security, display.log) if page else contextlib.nullcontext()
+
+    def started(address: str) -> None:
+        display.started(address)
+        if isinstance(beside, PageProcess):
+            beside.begin(address)
+
+    with display, log.begin("coordinator", "warning", display.log), beside:
         result = train_with(
             train,
             **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
@@ -163,7 +178,7 @@ def _train(
             tls=reach.security.tls,
             insecure=reach.security.insecure,
             output=display.print,
-            started=display.started,
+            started=started,
             watch=display.show,
             progress=False,
             **options,
