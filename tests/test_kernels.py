@@ -324,6 +324,24 @@ def test_one_number_that_is_not_finite_is_found_anywhere(place, bad):
     assert not stage(source, destination, True)
 
 
+@pytest.mark.parametrize("length", [(1 << 16) - 1, 1 << 16, (1 << 16) + 129])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_large_arrays_are_staged_whole_and_what_is_not_finite_is_found_in_them(length, offset):
+    """From 65,536 elements on they bypass the cache, where the destination is a multiple of 64 bytes."""
+    source = numbers(np.random.default_rng(length), length, 0.0)
+    memory = np.zeros(length + 32, np.float32)
+    begin = -memory.ctypes.data // 4 % 16 + offset
+    destination = memory[begin : begin + length]
+    assert stage(source, destination, False)
+    assert same_bits(destination, source)
+    assert not memory[:begin].any()
+    assert not memory[begin + length :].any()
+    for place in (0, length // 2, length - 1):
+        kept, source[place] = source[place], np.nan
+        assert not stage(source, destination, False)
+        source[place] = kept
+
+
 @pytest.mark.parametrize("place", [0, 1, 499, 998, 999])
 def test_a_sum_that_overflows_is_found_anywhere(place):
     source, destination = np.full(1000, 2e38, np.float32), np.zeros(1000, np.float32)

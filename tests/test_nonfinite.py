@@ -76,6 +76,54 @@ def test_with_skip_such_pushes_make_an_empty_turn_that_is_counted_and_with_off_t
     alone(off)
 
 
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_gradients_written_in_place_are_staged_as_they_are_and_tested(transport):
+    def work(worker):
+        model = worker.model("m", {"v": np.zeros((2, 2), np.float32)} | full(0.0), hw.SGD(lr=1.0))
+        for name, gradient in model.gradients.items():
+            gradient[...] = 1 + (name == "w")
+        model.push(model.gradients)
+        worker.step()
+        model.gradients["w"][...] = np.nan
+        with pytest.raises(NonFiniteError, match="'w' of model 'm'"):
+            model.push(model.gradients)
+        model.gradients["w"][...] = 5
+        model.push({"w": model.gradients["w"]})
+        model.push(full(1.0))  # another array adds
+        model.gradients["w"] += 10
+        model.push({"w": model.gradients["w"]})  # what is there now, once
+        worker.step()
+        return {name: value.ravel().tolist() for name, value in model.pull().items()}
+
+    values = alone(work, servers=2, transport=transport)
+    assert values == {"v": [-1] * 4, "w": [-2 - 16] * 3}
+
+
+def test_arrays_of_any_kind_are_pushed_beside_each_other():
+    pushed = {
+        "plain": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "transposed": np.arange(6, dtype=np.float32).reshape(3, 2).T,
+        "strided": np.arange(12, dtype=np.float32)[::2].reshape(2, 3),
+        "big endian": np.arange(6, dtype=">f4").reshape(2, 3),
+        "float64": np.arange(6.0).reshape(2, 3),
+        "whole": np.arange(6).reshape(2, 3),
+        "torch": torch.arange(6.0).reshape(2, 3),
+        "a list": [[0, 1, 2], [3, 4, 5]],
+    }
+
+    def work(worker):
+        zeros = {name: np.zeros((2, 3), np.float32) for name in pushed} | {"scalar": np.float32(0)}
+        model = worker.model("m", zeros, hw.SGD(lr=1.0))
+        for _ in range(2):
+            model.push(pushed | {"scalar": np.array(4, np.float32)})
+        worker.step()
+        for name, value in model.pull().items():
+            expected = [4] if name == "scalar" else np.asarray(pushed[name]).ravel()
+            assert (value.ravel() == -2 * np.asarray(expected)).all(), name
+
+    alone(work)
+
+
 def test_a_refused_push_of_many_tensors_adds_to_none_of_them():
     def work(worker):
         values = {"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from headwater.kernels.fused import Update, dense
 from headwater.kernels.merges import middle, weigh
-from headwater.kernels.moves import add_up, copy_out, finite, finite_sum, stage
+from headwater.kernels.moves import add_up, copy_out, finite, finite_sum, stage, stager
 from headwater.kernels.squares import multiply_up, square_up
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "multiply_up",
     "square_up",
     "stage",
+    "stager",
     "weigh",
 ]

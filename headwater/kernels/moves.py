@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -47,6 +48,12 @@ def stage(source: NDArray[np.float32], destination: NDArray[np.float32], add: bo
     return bool(compiled().stage(source, destination, add))
 
 
+def stager() -> Callable[[NDArray[np.float32], NDArray[np.float32], bool], bool]:
+    """`stage` itself, for many calls."""
+    function: Callable[[NDArray[np.float32], NDArray[np.float32], bool], bool] = compiled().stage
+    return function
+
+
 def finite_sum(source: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
     """Whether all of `source` + `other`, float32[n] and contiguous, is neither NaN nor infinite.
 
@@ -75,6 +82,9 @@ import math
 from numba import int32
 
 from headwater.kernels.primitives import *
+
+LARGE = 1 << 16
+# Elements from which on what is staged bypasses the cache: a whole model of such tensors does not fit anyway.
 
 
 @outer("void(Array(float32, 1, 'C', readonly=True), int64[::1])")
@@ -125,13 +135,28 @@ def total(gradients, sums):
 def stage(source, destination, add):
     if len(source) != len(destination):
         raise ValueError("source and destination differ in length")
+    n = len(source)
     strange = int32(0)
     if add:
-        for i in range(len(source)):
+        for i in range(n):
             destination[i] += source[i]
             strange |= int32(not math.isfinite(destination[i]))
+        return strange == 0
+    there = address_of(destination, n)
+    if n >= LARGE and there % (4 * LINE) == 0:
+        here = source.ctypes.data
+        for start in range(0, n - n % BLOCK, BLOCK):
+            at = 4 * start
+            for i in range(BLOCK):
+                strange |= int32(not math.isfinite(load(here + at, i, WINDOWS)))
+            for i in range(0, BLOCK, LINE):
+                stream_line(there + at, here + at, i)
+        for i in range(n - n % BLOCK, n):
+            strange |= int32(not math.isfinite(load(here, i, WINDOWS)))
+            store(there, i, load(here, i, WINDOWS), WINDOWS)
+        fence()
     else:
-        for i in range(len(source)):
+        for i in range(n):
             strange |= int32(not math.isfinite(source[i]))
             destination[i] = source[i]
     return strange == 0

@@ -57,7 +57,7 @@ class Layout:
         RegistrationError: no tensors, a repeated name, an impossible shape, size, group or dtype.
     """
 
-    __slots__ = ("_masks", "elements", "groups", "index", "starts", "stops", "tensors")
+    __slots__ = ("_masks", "_whole", "elements", "groups", "index", "starts", "stops", "tensors")
 
     def __init__(self, tensors: Iterable[TensorSpec]) -> None:
         self.tensors = tuple(sorted(tensors, key=lambda tensor: (tensor.group, tensor.name)))
@@ -80,6 +80,7 @@ class Layout:
         self.groups = np.array([tensor.group for tensor in self.tensors], dtype=np.int64)
         self.elements = _round_up(max(end, 1), PAGE)
         self._masks: dict[bytes, NDArray[np.bool_]] = {}
+        self._whole = np.packbits(np.ones(len(self.tensors), np.uint8), bitorder="little").tobytes()
 
     def cut(self, servers: int) -> list[tuple[int, int]]:
         """The vector's ranges [start, stop) for that many servers, in order.
@@ -108,6 +109,8 @@ class Layout:
 
     def mask(self, names: Iterable[str]) -> bytes:
         """A bit a tensor, little-endian, set for the given ones."""
+        if isinstance(names, set) and len(names) == len(self.tensors):
+            return self._whole
         bits = np.zeros(len(self.tensors), dtype=np.uint8)
         for name in names:
             bits[self.index[name]] = 1

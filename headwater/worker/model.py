@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.errors import GradientError, NonFiniteError, RegistrationError, UsageError
-from headwater.kernels import finite_sum, stage
+from headwater.kernels import finite, finite_sum, stager
 from headwater.machines.connections import Frame, Outgoing
 from headwater.machines.model_buffer import ModelBuffer, ModelMemory, PrivateMemory
 from headwater.runtime.client import Client
@@ -31,6 +31,10 @@ _log = logging.getLogger("headwater.worker")
 
 Array: TypeAlias = NDArray[np.float32]
 
+_FLOAT32 = np.dtype(np.float32)
+_NOTHING: Array = np.empty(0, dtype=np.float32)
+_NOWHERE: tuple[Array, tuple[int, ...], Array] = (_NOTHING, (-1,), _NOTHING)
+
 
 class Adapter(Protocol):
     """Whoever has a model's values elsewhere too: in a framework's parameters."""
@@ -47,8 +51,9 @@ class Model:
 
     Attributes:
         name, layout: as registered.
-        gradients: by name, float32 views of the window that the next `step` sends if `carry`-ed;
-            between `step` and its return they belong to the servers.
+        gradients: by name, writable float32 views of the memory that servers read gradients from. Whoever
+            can compute into them saves a copy: `push` of these very arrays stages what is in them. While a
+            step is under way they belong to the servers.
         parameters: by name, writable float32 views of the window that answers overwrite; `vector`: all of
             them one after the other, as the layout says.
         read_version: that of the values in `parameters`; -1 when they are none.
@@ -77,6 +82,7 @@ class Model:
         self.gradients = {name: gradients[name] for name in order}
         self.parameters = {name: parameters[name] for name in order}
         self.vector = self._memory.parameters
+        self._places = {name: (view, view.shape, view.reshape(-1)) for name, view in self.gradients.items()}
         self._read_only = {name: _read_only(view) for name, view in self.parameters.items()}
         self.adapter: Adapter | None = None
         self._vectors: Vectors | None = None
@@ -122,6 +128,9 @@ class Model:
         Copies; takes anything with `__dlpack__` or `__array__` of a real dtype and the tensor's
         shape. All or nothing: on an error no tensor is staged. Does not block.
 
+        The arrays of `gradients` themselves are not copied: what is in them is tested and staged as it is,
+        instead of what was staged of these tensors before.
+
         Raises:
             GradientError: an unknown name, a wrong shape or dtype; lists what was expected.
             NonFiniteError: NaN or infinity, or a sum that is, with `nonfinite="raise"`.
@@ -130,14 +139,26 @@ class Model:
         self._session.check_open("push")
         stages = self._session.stages
         began = stages.now()
-        arrays = {name: _flat(array) for name, array in self.checked(grads).items()}
-        bad = [name for name, array in arrays.items() if not self._stage(name, array)]
+        arrays = self._flattened(grads)
+        places, staged, put = self._places, self._staged, stager()
+        bad = []
+        for name, array in arrays.items():
+            target = places[name][2]
+            if array is target:
+                good = finite(array)
+            elif name in staged:
+                good = finite_sum(array, target)
+            else:
+                good = put(array, target, False)
+            if not good:
+                bad.append(name)
         if bad and self._nonfinite != "off":
             self.report_nonfinite(bad)
             return
-        for name in arrays.keys() & self._staged:
-            stage(arrays[name], self.gradients[name].reshape(-1), True)
-        self._staged.update(arrays)
+        for name in arrays.keys() & staged if staged else ():
+            if arrays[name] is not places[name][2]:
+                put(arrays[name], places[name][2], True)
+        staged.update(arrays)
         stages.pushed(began)
 
     def assign(self, values: Mapping[str, Any]) -> None:
@@ -459,10 +480,26 @@ class Model:
             arrays[name] = array
         return arrays
 
-    def _stage(self, name: str, array: Array) -> bool:
-        """Copy into the window, where nothing is staged yet; whether all that would be sent is finite."""
-        target = self.gradients[name].reshape(-1)
-        return finite_sum(array, target) if name in self._staged else stage(array, target, False)
+    def _flattened(self, grads: Any) -> dict[str, Array]:
+        """float32[n] each, contiguous: views where that is possible; of `gradients` the very views that stand
+        for them here. Raises GradientError."""
+        if not isinstance(grads, Mapping):
+            self.checked(grads)
+        arrays: dict[str, Array] = {}
+        for name, value in grads.items():
+            own, shape, flat = self._places.get(name, _NOWHERE)
+            if value is own:
+                arrays[name] = flat
+            elif (
+                type(value) is np.ndarray
+                and value.dtype is _FLOAT32
+                and value.shape == shape
+                and value.flags.c_contiguous
+            ):
+                arrays[name] = value.reshape(-1)
+            else:
+                arrays[name] = _flat(self.checked({name: value})[name])
+        return arrays
 
 
 def _flat(array: NDArray[Any]) -> Array:
