@@ -188,6 +188,21 @@ def test_a_connection_lost_between_exchanges_drops_all_and_is_made_anew_with_the
     assert alone.machine.connections.epoch == 1
 
 
+def test_a_dial_of_former_connections_that_succeeds_late_changes_nothing():
+    """It once had the outstanding request sent again over the connections of now."""
+    alone = talking(2).call()
+    alone.loses(alone.machine.connections.links[0])
+    locate(alone, 100, 201)
+    late = alone.dials()[-1]
+    alone.loses(alone.open(late))
+    alone.at(alone.now + 1.0)
+    locate(alone, 100, 202).connect()
+    alone.taken()
+    conn = alone.open(late)
+    assert closed(alone.actions) == [conn]
+    assert alone.events(Asked) == []
+
+
 def test_an_exchange_is_repeated_with_the_same_number_in_a_later_epoch_and_old_answers_do_not_count():
     alone = talking(2).call()
     alone.answer(0, version=5)

@@ -71,8 +71,18 @@ def test_schedules_have_something_of_everything():
     tickets = [ticket for entry in entries if isinstance(entry, m.Committed) for ticket in entry.updates]
     assert any(ticket.connection_epoch > 0 for ticket in tickets), "no exchange was ever repeated"
     kinds = {type(entry) for entry in entries}
-    assert {m.Committed, m.Measured, m.Served, m.Registered, m.Retired, m.Met, m.Checkpointed} <= kinds
-    for field in ("shares", "splits", "readers", "meets", "checkpoints", "rule", "clip_norm", "replicas"):
+    assert {
+        m.Committed,
+        m.Measured,
+        m.Served,
+        m.Registered,
+        m.Retired,
+        m.Met,
+        m.Checkpointed,
+        m.Assigned,
+    } <= kinds
+    fields = ["shares", "splits", "readers", "meets", "checkpoints", "rule", "clip_norm", "replicas", "rows"]
+    for field in (*fields, "keeps", "ahead", "verifies", "weighted", "merge"):
         assert len({bool(getattr(schedule, field)) for schedule in schedules}) == 2, field
 
 

@@ -1,27 +1,34 @@
 """Faults put into what servers run are found: each within 200 schedules, by the invariant that it breaks."""
 
+from collections import deque
+
 import pytest
 from msgspec.structs import replace
 
 from headwater import messages as m
 from headwater.log.pending import PendingExchanges
 from headwater.log.positions import Positions
+from headwater.log.programs import Programs
 from headwater.log.state import LogState
 from headwater.log.waits import Waits
-from headwater.machines.actions import Close
+from headwater.machines.actions import Close, Dial, Send
 from headwater.machines.applier import LogApplier
 from headwater.machines.coordinator.newcomers import Newcomers
 from headwater.machines.coordinator.state import State
 from headwater.machines.log_host import SequencerMachine
 from headwater.machines.log_link import ReportLink
+from headwater.machines.own_standby import OwnStandby
 from headwater.machines.server import ServerMachine
+from headwater.machines.standby_link import StandbyLink
+from headwater.machines.standby_receiver import StandbyReceiver
 from headwater.shard.ledger import Ledger
 from headwater.shard.shard import Shard
+from headwater.shard.table import Table
 from headwater.shard.vector import Vector
 from headwater.spec.rules import Adam
 from headwater.spec.sync import Decision, StaleSynchronous, Synchronous
 from headwater.testing import Faults, Violation, explore
-from headwater.testing.processes.memory import WindowArrays
+from headwater.testing.processes.memory import ScratchArray, WindowArrays
 
 MODES = [
     "sync",
@@ -46,6 +53,13 @@ def found(mode, **fixed):
     assert violation.schedule is not None
     assert f"run({violation.schedule}" in str(violation)
     return violation
+
+
+def found_by_default(mode, **fixed):
+    """As `found`, with whatever chance says of all else."""
+    with pytest.raises(Violation) as caught:
+        explore(mode, 200, **fixed)
+    return caught.value
 
 
 @modes
@@ -139,8 +153,69 @@ def test_a_server_that_goes_on_with_an_older_generation_of_a_window(mode, monkey
 def test_a_member_that_goes_on_in_memory_which_a_former_server_may_write(mode, monkeypatch):
     """It stops in the middle of a pass until its lease is over, and writes the rest while others go on."""
     monkeypatch.setattr(WindowArrays, "renew", lambda self: None)
-    plain = {"steps": 12, "shares": True, "replicas": 1}
-    assert found(mode, faults=Faults(1, 4, 1, 1, coordinator=0), **plain).invariant in VALUES_WRONG
+    assert found_by_default(mode, shares=True, replicas=1).invariant in VALUES_WRONG
+
+
+@pytest.mark.long
+def test_a_member_whose_rows_come_to_memory_that_a_former_server_may_write(monkeypatch):
+    """As above. Rows are read at once, so it shows only where the rest is written in few moments."""
+    monkeypatch.setattr(ScratchArray, "renew", lambda self: None)
+    often = {"steps": 12, "shares": True, "replicas": 1, "rows": True}
+    violation = found("sync", faults=Faults(1, 4, 1, 1, coordinator=0), **often)
+    assert violation.invariant in {*VALUES_WRONG, "RowsOfTheirVersion"}
+
+
+@modes
+def test_a_server_that_begins_twice_with_the_same_standby_which_follows_both(mode, monkeypatch):
+    """Rosters come while it is dialled. Promoted as what lags, it lacks what it had acknowledged."""
+    takes, opened = OwnStandby.take_roster, OwnStandby.opened
+    follows = ServerMachine._follow
+
+    def dials_again(self, roster, now):
+        actions = takes(self, roster, now)
+        if self._dialling and not any(isinstance(action, Dial) for action in actions):
+            actions.append(self._dial(self._member))
+        return actions
+
+    def begins_again(self, conn, dialled, hello, now):
+        self._dialling = self._dialling or dialled == f"standby {self._member and self._member.id}"
+        return opened(self, conn, dialled, hello, now)
+
+    def follows_both(self, conn):
+        follows(self, conn)
+        vars(self).setdefault("both", {})[conn] = self._receiver
+        return []
+
+    def either(self, conn):
+        return vars(self).get("both", {}).get(conn) if self.role == "standby" else None
+
+    monkeypatch.setattr(OwnStandby, "take_roster", dials_again)
+    monkeypatch.setattr(OwnStandby, "opened", begins_again)
+    monkeypatch.setattr(ServerMachine, "_follow", follows_both)
+    monkeypatch.setattr(ServerMachine, "_receiver_of", either)
+    assert found_by_default(mode).invariant in {"EachUpdateOnce", *LOGS_DIFFER, *NOTICED}
+
+
+@modes
+def test_a_chunk_that_is_used_again_when_only_one_of_both_is_through(mode, monkeypatch):
+    gives = StandbyLink.acknowledged
+
+    def early(self, message, applied):
+        gives(self, message, applied)
+        while self._loans and self._loans[0][0] <= max(self.applied, applied):
+            self._give_back(self._loans.popleft()[1])
+
+    monkeypatch.setattr(StandbyLink, "acknowledged", early)
+    assert found_by_default(mode).invariant in {*VALUES_WRONG, *LOGS_DIFFER}
+
+
+@modes
+def test_a_standby_that_claims_to_have_applied_what_it_only_has(mode, monkeypatch):
+    def claims(self, shard):
+        return Send(self.conn, m.AppendAck(shard.term, shard.prepared, shard.prepared))
+
+    monkeypatch.setattr(StandbyReceiver, "_acknowledge", claims)
+    assert found_by_default(mode).invariant in {*VALUES_WRONG, *LOGS_DIFFER}
 
 
 @modes
@@ -227,6 +302,30 @@ def test_a_position_in_the_data_that_is_not_recorded(mode, monkeypatch):
 
     monkeypatch.setattr(Positions, "record", forgets)
     assert noticed(mode, workers=2, splits=False) == "EverySample"
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_rows_that_are_not_deleted(mode, monkeypatch):
+    monkeypatch.setattr(Table, "delete", lambda self, ids, step: 0)
+    assert noticed(mode, rows=True, workers=2, steps=6) == "RowsOfTheirVersion"
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_what_a_rank_keeps_that_is_lost_with_it(mode, monkeypatch):
+    monkeypatch.setattr(Programs, "keep", lambda self, rank, state: None)
+    assert found(mode, keeps=True).invariant == "KeptIsKnown"
+
+
+def test_a_standby_that_is_compared_at_another_entry_than_its_server(monkeypatch):
+    applied = StandbyReceiver.applied
+
+    def early(self):
+        self._asked = deque(position - 1 for position in self._asked)
+        return applied(self)
+
+    monkeypatch.setattr(StandbyReceiver, "applied", early)
+    violation = found("async", readers=1, verifies=True, replicas=1, faults=Faults(0, 0, 0, 0))
+    assert violation.invariant in NOTICED
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])

@@ -237,8 +237,9 @@ class ClientMachine:
         """A connection exists. `shared`: memory can travel over it."""
         if dialled == COORDINATOR:
             return self.membership.opened(conn, dialled, now)
+        completes = self.connections.is_wanted(dialled)
         actions = self.connections.opened(conn, dialled, shared=shared)
-        if self.connections.stage != "connected":
+        if not completes or self.connections.stage != "connected":
             return actions
         if self._call is None:
             self._connecting, self.until = False, None

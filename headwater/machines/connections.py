@@ -160,7 +160,7 @@ class ServerConnections:
         self._membership.watching = True
         return [*actions, Tell(Connected())]
 
-    def is_wanted(self, dialled: str) -> bool:
+    def is_wanted(self, dialled: str | None) -> bool:
         """Whether what was dialled with this tag is still waited for."""
         return self.stage == "dialling" and dialled == self._tag()
 

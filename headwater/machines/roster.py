@@ -221,6 +221,8 @@ class RosterBook:
 
     def all_finished(self) -> bool:
         """Whether every declared worker has done its work, and nobody else is at work."""
+        if len(self._finished) < self._workers:
+            return False
         return {*range(self._workers), *(worker.index for worker in self.of("worker"))} <= self._finished
 
     def unreplicated(self) -> list[int]:

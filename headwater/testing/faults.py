@@ -101,9 +101,10 @@ class Faults:
             hosts += [f"standby {index}" for index in range(servers)]
         faults: list[Fault] = []
         for _ in range(chance.randint(0, self.crashes)):
-            faults.append(Crash(_moment(chance, until), chance.choice(nodes + hosts * replicas)))
+            whom = [*nodes, *hosts, *3 * hosts[:servers]] if replicas else nodes  # servers have most to lose
+            faults.append(Crash(_moment(chance, until), chance.choice(whom)))
         for _ in range(chance.randint(0, self.stops)):
-            faults.append(_stop(chance, until, nodes, hosts, replicas))
+            faults.append(_stop(chance, until, nodes, [*hosts, *3 * hosts[:servers]], replicas))
         for _ in range(chance.randint(0, self.cuts)):
             faults.append(_cut(chance, until, nodes, hosts))
         for _ in range(chance.randint(0, self.partitions)):
@@ -145,7 +146,7 @@ def _moment(chance: random.Random, until: float) -> float:
 
 
 def _stop(chance: random.Random, until: float, nodes: list[str], hosts: list[str], replicas: int) -> Stop:
-    node = chance.choice([*nodes, *2 * hosts, "coordinator"])
+    node = chance.choice([*nodes, *hosts, "coordinator"])
     seconds = _while(chance, replicas > 0 or node not in hosts)
     in_pass = node.startswith("server") and chance.random() < 0.6
     return Stop(_moment(chance, until), node, seconds, in_pass)

@@ -12,6 +12,9 @@ from headwater.testing.processes.member import Member
 from headwater.testing.processes.network import Process
 from headwater.testing.world import World
 
+_TRIES, _LATER_S = 8, 0.02
+"""A death that would lose a shard is tried again a little later, when it may not."""
+
 
 def inject(world: World, faults: Iterable[Fault]) -> None:
     """Have these happen in `world`, each at its time."""
@@ -20,11 +23,14 @@ def inject(world: World, faults: Iterable[Fault]) -> None:
         world.agenda.at(fault.at, _happen, world, fault, chance)
 
 
-def _happen(world: World, fault: Fault, chance: random.Random) -> None:
+def _happen(world: World, fault: Fault, chance: random.Random, tries: int = _TRIES) -> None:
     names = fault.nodes if isinstance(fault, Partition) else (fault.node,)
     found = [process for name in names if (process := _find(world, name)) is not None]
     if len(found) < len(names) or any(not _may_fail(world, process, fault) for process in found):
-        world.note(f"(not done: {fault})")
+        if tries and isinstance(fault, Crash | Stop) and not world.is_over():
+            world.agenda.at(world.agenda.now + _LATER_S, _happen, world, fault, chance, tries - 1, idle=True)
+        else:
+            world.note(f"(not done: {fault})")
         return
     world.note(f"FAULT: {fault}")
     world.faults.append(fault)

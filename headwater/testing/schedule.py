@@ -35,6 +35,8 @@ class Schedule:
         merge: how gradients of that model become one; None: as the mode says.
         outer: they are changes after local steps.
         weighted: steps have weights in the mean.
+        rows: a table is trained besides; keeps: ranks keep something; ahead: steps are begun and waited for
+            later; verifies: readers have standbys compared with their servers.
         invariants: what must hold besides what always must.
     """
 
@@ -57,6 +59,10 @@ class Schedule:
     merge: str | None = None
     outer: bool = False
     weighted: bool = False
+    rows: bool = False
+    keeps: bool = False
+    ahead: bool = False
+    verifies: bool = False
     invariants: tuple[type[Invariant], ...] = ()
 
     def __post_init__(self) -> None:
@@ -115,6 +121,10 @@ def random_schedule(sync: str | Mode, seed: int, faults: Faults, **fixed: Any) -
         "weighted": random.Random(f"{seed} weights").random() < 0.5,
         "outer": random.Random(f"{seed} outer").random() < 0.3,
         "followers": random.Random(f"{seed} followers").choice((*[0] * 9, 1, 1, 2)),
+        "rows": chance.random() < 0.2,
+        "keeps": chance.random() < 0.3,
+        "ahead": chance.random() < 0.3,
+        "verifies": chance.random() < 0.5,
         **fixed,
     }
     if Schedule(sync).mode.rounds and "splits" not in fixed:

@@ -48,17 +48,9 @@ def run(schedule: Schedule, *, trace: bool = False) -> Result:
         schedule.workers,
         schedule.servers,
         schedule.steps,
-        schedule.seed,
-        schedule.rule,
-        schedule.clip_norm,
-        schedule.splits,
-        schedule.meets,
-        schedule.checkpoints,
-        schedule.weighted,
-        schedule.merge,
-        schedule.mode.late == "carry",
-        schedule.outer,
-        FollowedRows(schedule.seed) if schedule.followers else None,
+        carries=schedule.mode.late == "carry",
+        followed=FollowedRows(schedule.seed) if schedule.followers else None,
+        **{name: getattr(schedule, name) for name in _SHARED},
     )
     world = _world(schedule, workload, trace)
     inject(world, schedule.faults)
@@ -75,6 +67,13 @@ def run(schedule: Schedule, *, trace: bool = False) -> Result:
         tuple(world.faults),
         tuple(world.trace or ()),
     )
+
+
+_SHARED = (
+    *("seed", "rule", "clip_norm", "splits", "meets", "checkpoints", "weighted", "merge"),
+    *("outer", "rows", "keeps", "ahead", "verifies"),
+)
+"""What a schedule says of its workload."""
 
 
 def _world(schedule: Schedule, workload: Workload, trace: bool) -> World:

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
+from headwater.spec.initializers import Zeros
 from headwater.spec.layout import PAGE
 from headwater.spec.rules import Accumulate, Rule
-from headwater.testing.processes.client import Call, Client, Question
+from headwater.testing.processes.client import Asked, AwaitAnswer, Call, Client, Question, SendAhead
 
 if TYPE_CHECKING:
     from headwater.testing.following import FollowedRows
@@ -28,7 +29,10 @@ LEDGER, TRAINED = 0, 1
 ROWS = 0
 """Id of the table that followers read."""
 
-Steps = Generator[Call | Question, Any, Any]
+KEYS = 5
+"""How many rows of the counting table are counted in by rank."""
+
+Steps = Generator[Asked, Any, Any]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class Workload:
         weighted: steps have weights, which follow from (rank, step) and differ within a round.
         outer: gradients of that model are changes after local steps.
         followed: a table that steps push to, for followers.
+        rows: steps also count themselves in rows of a table, which are read, asked for ahead and deleted.
+        keeps: each step has its rank keep something, which the log gives to the next incarnation.
+        ahead: every second step is begun before it is waited for.
+        verifies: readers have standbys compared with their servers.
     """
 
     ranks: int
@@ -63,6 +71,10 @@ class Workload:
     carries: bool = False
     outer: bool = False
     followed: FollowedRows | None = None
+    rows: bool = False
+    keeps: bool = False
+    ahead: bool = False
+    verifies: bool = False
 
     # ── what is trained ─────────────────────────────────────────────────────────────────────────
 
@@ -113,6 +125,32 @@ class Workload:
             return None
         return m.Pace(0.001 * (1 + rank), step % 4, 0.0005)
 
+    @property
+    def counted(self) -> int:
+        """Id of the table that counts."""
+        return 0 if self.followed is None else ROWS + 1
+
+    def table(self) -> m.TableSpec:
+        """The table that counts: a row has a number of steps, and the sum of their numbers."""
+        return m.TableSpec("counted", 2, Accumulate().to_spec(), Zeros().to_spec(), 0, None, None)
+
+    def keys(self, rank: int, step: int) -> tuple[int, ...]:
+        """The rows in which a step of the worker counts itself."""
+        return (rank + step) % KEYS, KEYS + step % 3
+
+    def pushed(self, rank: int, steps: tuple[int, ...]) -> dict[int, tuple[int, int]]:
+        """What these steps of a worker add to rows."""
+        rows: dict[int, tuple[int, int]] = {}
+        for step in steps:
+            for key in self.keys(rank, step):
+                count, total = rows.get(key, (0, 0))
+                rows[key] = count + 1, total + step
+        return rows
+
+    def deleted(self, rank: int, step: int) -> tuple[int, ...]:
+        """The rows that the worker deletes after this step."""
+        return ((2 * rank + step) % KEYS, KEYS + rank % 3) if (rank + step) % 4 == 3 else ()
+
     # ── what a worker does ──────────────────────────────────────────────────────────────────────
 
     def program(self, me: Client) -> Steps:
@@ -122,6 +160,10 @@ class Workload:
         yield me.register(self.ledger())
         if self.rule is not None:
             yield me.register(self.trained(self.rule), value=1.0)
+        if self.rows:
+            yield me.register_table(self.table())
+        if self.keeps:
+            yield me.recall()
         if self.splits:
             yield from self._read_splits(me)
         else:
@@ -133,6 +175,10 @@ class Workload:
         yield me.attach(m.ModelInfo(LEDGER, self.ledger()))
         for pull in range(self.steps):
             yield me.pull(have=me.version if pull % 2 else -1)
+            if self.verifies and pull % 2:
+                yield me.verify()
+                for one in (yield me.compare()):
+                    assert one.standby in (None, one.own), f"a standby differs: {one}"
         yield me.leave()
 
     def _read_part(self, me: Client) -> Steps:
@@ -144,7 +190,7 @@ class Workload:
             yield from self._step(me, m.Position(me.rank, 0, (place,)))
             if done + 1 == self.meets:
                 yield me.end()
-                yield me.barrier()
+                yield from self._meet(me)
             if done + 1 == self.checkpoints and me.rank == 0:
                 yield me.checkpoint()
         yield me.end()
@@ -180,11 +226,42 @@ class Workload:
                     me.carry(name, TRAINED)
         if self.followed is not None:
             me.push_rows(self.followed.pushed(me.rank, step), step, ROWS)
+        if self.rows:
+            sums = self.pushed(me.rank, contained)
+            me.push_rows(list(sums), np.array(list(sums.values()), np.float32), self.counted)
+        pulled = {self.counted: np.array(self.keys(me.rank, step + 1))} if self.rows and step % 2 else {}
+        kept = f"{me.rank} kept {step} of {me.id}".encode() if self.keeps else None
         weight, pace = self.weight(me.rank, step), self.pace(me.rank, step)
-        answer = yield me.step(position=position, weight=weight, pace=pace)
+        call = me.step(position=position, weight=weight, pace=pace, pulled=pulled, kept=kept)
+        answer = yield from self._ask(me, call, ahead=step % 2 == 0)
         late = answer.result is not None and not answer.result.applied
         me.late_steps = contained if late and self.carries else ()
         if self.followed is not None and (ids := self.followed.deleted(me.rank, step)):
             yield me.delete_rows(ROWS, np.array(ids, np.int64))
         if answer.version % 5 == me.rank % 5:
             yield me.pull(have=me.version if answer.version % 2 else -1)
+        if self.rows:
+            yield from self._look_at_rows(me, step)
+
+    def _ask(self, me: Client, call: Call, ahead: bool) -> Steps:
+        """Its answer; where it is asked for `ahead`, after a while."""
+        if self.ahead and ahead:
+            yield SendAhead(call)
+            return (yield AwaitAnswer())
+        return (yield call)
+
+    def _look_at_rows(self, me: Client, step: int) -> Steps:
+        """Read more of them than fitted into the member's memory before, and delete some."""
+        if (me.rank + step) % 3 == 0:
+            yield from self._ask(me, me.pull_rows({self.counted: np.arange(4 * step)}), ahead=step % 2 == 1)
+        gone = self.deleted(me.rank, step)
+        if gone:
+            yield me.delete_rows(self.counted, np.array(gone))
+
+    def _meet(self, me: Client) -> Steps:
+        """All together, once."""
+        if self.seed % 2:
+            yield me.barrier()
+            return
+        answer = yield me.sum(x=me.rank + 1.0)
+        assert answer.sums == {"x": float(sum(rank + 1 for rank in answer.ranks))}, answer

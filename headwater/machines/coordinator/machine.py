@@ -337,13 +337,17 @@ class CoordinatorMachine:
     def _done(self) -> Actions:
         """Move on whatever can; what is to be done, and when time must pass."""
         self._settle()
-        moments = [self._look, *self.newcomers.due(), *self.traces.due()]
+        moments = [self._look, *(self.newcomers.due() if self._somebody_comes() else ()), *self.traces.due()]
         moments += [one for one in (self._hosts.due(), self.members.due()) if one is not None]
         if self.stage == "finishing":
             moments.append(self._back_by)
         self.due = self.state.own.clock_at(min(moments))
         actions = self.state.taken()
         return actions + self.traces.noted(actions)
+
+    def _somebody_comes(self) -> bool:
+        """Whether there is a connection of anybody who is no member; most events are of members."""
+        return any(type(phase) is not Present for phase in self.state.phases.values())
 
     def _settle(self) -> None:
         state = self.state
@@ -353,14 +357,17 @@ class CoordinatorMachine:
             take(int(number), answer)
         if state.stage == "finishing" and (state.now >= self._back_by or not state.away()):
             self.members.end(state.last_word)
+        comes = self._somebody_comes()
         if state.stage != "ended":
-            self.newcomers.take_in()
-            self.newcomers.invite()
-            self.newcomers.tell_waits()
+            if comes:
+                self.newcomers.take_in()
+                self.newcomers.invite()
+                self.newcomers.tell_waits()
             self.members.ask_recorded()
         self.members.note_failovers()
         self.traces.settle()
-        self.surveys.answer()
+        if comes:
+            self.surveys.answer()
         if self.all_finished != self._told_finished:
             self._told_finished = self.all_finished
             if self._told_finished:

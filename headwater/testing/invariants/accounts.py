@@ -35,6 +35,9 @@ class Accounts:
         at: version → counts then, of the last `kept` versions; trained: the same of the trained model.
         applied, late: (member, step) → version.
         clocks: of the active members.
+        rows: version → what the rows of the table say, by id; of those that were deleted nothing.
+        recalled: by (member, number of the exchange), what its rank had kept whenever that was served.
+        requests: by (member, number of the exchange), what was asked.
     """
 
     def __init__(self, world: World, workload: Workload, kept: int = 4096) -> None:
@@ -50,7 +53,11 @@ class Accounts:
         self.steps: dict[tuple[int, int], int] = {}
         self.decided: dict[int, int] = {}
         self.clocks: dict[int, int] = {}
+        self.rows: dict[int, dict[int, tuple[int, int]]] = {0: {}}
+        self.recalled: defaultdict[tuple[int, int], set[bytes]] = defaultdict(set)
+        self.requests: dict[tuple[int, int], m.Request | m.Compare] = {}
         self._kept = kept
+        self._keeps: dict[int, bytes] = {}
         self._carried: dict[int, tuple[int, ...]] = {}
         self._vector: Vector | None = None
         self._phases: dict[type, Callable[[Any], None]] = {
@@ -60,8 +67,9 @@ class Accounts:
             m.Met: lambda entry: self.clocks.update({ticket.member: 0 for ticket in entry.tickets}),
             m.Committed: self._committed,
             m.Registered: self._registered,
-            m.Assigned: lambda entry: self._reached(entry.version),
+            m.Assigned: self._assigned,
             m.Late: self._came_late,
+            m.Served: self._served,
         }
 
     def read(self, entry: m.AnyEntry) -> bool:
@@ -90,13 +98,31 @@ class Accounts:
         for member in members:
             self.clocks.pop(member, None)
 
+    def _assigned(self, entry: m.Assigned) -> None:
+        deleted = self.requests[entry.source.member, entry.source.number]
+        rows = dict(self.rows[self.version])
+        if isinstance(deleted, m.DeleteRows) and deleted.rows.table == self.workload.counted:
+            rank, step = self._rank_and_step(entry.source)
+            for key in self.workload.deleted(rank, step):
+                rows.pop(key, None)
+        self.rows[entry.version] = rows
+        self._reached(entry.version)
+
     def _committed(self, entry: m.Committed) -> None:
         self.counts = self.counts.copy()
+        rows = self.rows[entry.version] = dict(self.rows[self.version])
         for ticket in entry.updates:
             member, step = self.step_of(ticket)
             rank = self.rank_of(member)
             self.counts[rank] += len(self._contained(member, step))
             self.counts[self.workload.ranks + rank] += sum(self._contained(member, step))
+            if self.workload.rows:
+                for key, (count, total) in self.workload.pushed(rank, self._contained(member, step)).items():
+                    before = rows.get(key, (0, 0))
+                    rows[key] = before[0] + count, before[1] + total
+            request = self.requests[ticket.member, ticket.number]
+            if isinstance(request, m.Step) and request.kept is not None:
+                self._keeps[rank] = request.kept
             self.applied.setdefault((member, step), entry.version)
             if member in self.clocks:
                 self.clocks[member] += 1
@@ -104,6 +130,12 @@ class Accounts:
         for ticket in entry.updates:
             self._carried.pop(ticket.member, None)
         self._reached(entry.version)
+
+    def _served(self, entry: m.Served) -> None:
+        if entry.kind == "recall":
+            ticket = entry.ticket
+            kept = self._keeps.get(self.rank_of(ticket.member), b"")
+            self.recalled[ticket.member, ticket.number].add(kept)
 
     def _came_late(self, entry: m.Late) -> None:
         member, step = self.step_of(entry.ticket)
@@ -119,6 +151,7 @@ class Accounts:
         self.version = version
         self.at[version] = self.counts
         self.at.pop(version - self._kept, None)
+        self.rows.pop(version - self._kept, None)
         if self._vector is not None:
             self.trained[version] = self._vector.values.copy()
             self.trained.pop(version - self._kept, None)

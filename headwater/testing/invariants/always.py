@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from headwater import messages as m
+from headwater.machines.memory import Bytes
 from headwater.shard import Shard
 from headwater.testing.invariants.digest import digest
 from headwater.testing.invariants.invariant import Invariant
@@ -100,6 +101,7 @@ class QuietMemory(Invariant):
     def __init__(self, world: World) -> None:
         super().__init__(world)
         self._left: dict[Member, list[tuple[Window, int, Floats, Floats]]] = {}
+        self._rows: dict[Member, tuple[int, Bytes]] = {}
 
     def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
         """From here on nobody may."""
@@ -108,6 +110,8 @@ class QuietMemory(Invariant):
                 (window, window.generation, window.gradients.copy(), window.parameters.copy())
                 for window in member.windows.values()
             ]
+            scratch = member.memory
+            self._rows[member] = scratch.generation, scratch.memory.copy()
 
     def wakes(self, member: Member) -> None:
         """Until the program goes on."""
@@ -115,6 +119,10 @@ class QuietMemory(Invariant):
             same = np.array_equal(window.gradients, gradients, equal_nan=True)
             if not same or not np.array_equal(window.parameters, parameters, equal_nan=True):
                 self.fail(f"the memory of {member.name} was touched while it had no exchange outstanding")
+        generation, rows = self._rows.pop(member, (-1, None))
+        scratch = member.memory
+        if rows is not None and scratch.generation == generation and not np.array_equal(scratch.memory, rows):
+            self.fail(f"rows of {member.name} were touched while it had no exchange outstanding")
 
 
 class NamedWaits(Invariant):

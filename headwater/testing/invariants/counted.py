@@ -37,8 +37,11 @@ class EachUpdateOnce(_Accounting):
 
     def sends(self, member: Member, call: Call) -> None:
         """A step begins."""
-        if isinstance(call.request, m.Step):
-            self.accounts.steps[member.id, call.request.number] = call.request.step
+        request = call.request
+        self.accounts.requests[member.id, request.number] = request
+        self.accounts.steps[member.id, request.number] = (
+            request.step if isinstance(request, m.Step) else member.steps
+        )
 
     def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
         """Who decides the next step of a member, decides the one after its last."""
@@ -96,6 +99,37 @@ class ValuesOfTheirVersion(_Accounting):
             self.fail(
                 f"{name}: at version {version} the trained model has other bits than one process would get"
             )
+
+
+class RowsOfTheirVersion(_Accounting):
+    """What a member reads of a table's rows is what the log adds up to at the version of the answer."""
+
+    def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
+        """The rows that it brought."""
+        expected = self.accounts.rows.get(answer.version)
+        if not call.rows or expected is None:
+            return
+        for table, id in call.pulled:
+            if table != self.accounts.workload.counted:
+                continue
+            row = tuple(int(x) for x in member.rows[table, id])
+            if row != expected.get(id, (0, 0)):
+                self.fail(
+                    f"{member.name} reads {row} of row {id} at version {answer.version}, the log has "
+                    f"{expected.get(id, (0, 0))}"
+                )
+
+
+class KeptIsKnown(_Accounting):
+    """A worker that joins is told what the last applied step of its rank had it keep."""
+
+    def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
+        """As the log says."""
+        if answer.recalled is None:
+            return
+        kept = self.accounts.recalled[member.id, call.request.number]
+        if answer.recalled.kept not in kept:
+            self.fail(f"{member.name} is told that its rank keeps {answer.recalled.kept!r}, it kept {kept}")
 
 
 class LateUpdatesAreNowhere(_Accounting):
@@ -286,6 +320,8 @@ class EverySample(_Accounting):
 COUNTED: tuple[type[Invariant], ...] = (
     EachUpdateOnce,
     ValuesOfTheirVersion,
+    RowsOfTheirVersion,
+    KeptIsKnown,
     LateUpdatesAreNowhere,
     BoundedStaleness,
     CompleteRounds,

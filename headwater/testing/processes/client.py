@@ -25,7 +25,9 @@ from headwater.machines.row_buffer import RowBuffer, RowSlice
 from headwater.spec.layout import Layout
 from headwater.testing.processes.memory import ScratchArray, WindowArrays
 
-Program: TypeAlias = Callable[["Client"], Generator["Call | Question", Any, Any]]
+Asked: TypeAlias = "Call | SendAhead | AwaitAnswer | Question"
+
+Program: TypeAlias = Callable[["Client"], Generator[Asked, Any, Any]]
 """What a member does: given its client, yields calls."""
 
 Floats: TypeAlias = NDArray[np.float32]
@@ -78,20 +80,33 @@ class Call:
         frame: given a server and the number: what it is sent; None: the request.
         place: where the payload of a server's answer goes; None: to the models whose values it is.
         brought: told of the answer of all servers.
-        rows: the request refers to the member's scratch memory.
+        rows: the request refers to the member's scratch memory; `pulled`: (table, id) of rows it asks for.
         expects: the class of the answers.
     """
 
-    request: m.Request
+    request: m.Request | m.Compare
     frame: Callable[[int, int], Outgoing] | None = None
     place: Callable[[int, Any], Sequence[Any]] | None = None
     brought: Callable[[m.Answer], None] | None = None
     rows: bool = False
+    pulled: Sequence[tuple[int, int]] = ()
     expects: type[AnyAnswer] = m.Answer
 
     def __repr__(self) -> str:
         step = f" {self.request.step}" if isinstance(self.request, m.Step) else ""
         return f"{type(self.request).__name__}{step} (exchange {self.request.number})"
+
+
+@dataclass(frozen=True)
+class SendAhead:
+    """Send this, and go on without its answer. The next exchange comes after `AwaitAnswer`."""
+
+    call: Call
+
+
+@dataclass(frozen=True)
+class AwaitAnswer:
+    """Wait for the answer to what was begun."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,7 @@ class Client:
         rows: what was last pulled, by (table, id).
         recorded: where the log had its rank, when it joined.
         late_steps: those whose gradients the next step carries again.
+        memory: where rows lie on their way; `scratch`: what servers are told of it.
     """
 
     def __init__(self, machine: ClientMachine, *, shares: bool) -> None:
@@ -131,7 +147,8 @@ class Client:
     def use(self, machine: ClientMachine) -> None:
         """Have this machine decide; it knows no models and tables yet."""
         self.machine = machine
-        self.scratch = RowBuffer(machine, ScratchArray(self._shares))
+        self.memory = ScratchArray(self._shares)
+        self.scratch = RowBuffer(machine, self.memory)
 
     # ── calls to yield ──────────────────────────────────────────────────────────────────────────
 
@@ -176,6 +193,7 @@ class Client:
         position: m.Position | None = None,
         weight: float = 1.0,
         pace: m.Pace | None = None,
+        kept: bytes | None = None,
     ) -> Call:
         """What was pushed leaves; `step` other than the next one is a repeat, or an error.
 
@@ -199,6 +217,7 @@ class Client:
             position=position,
             weight=weight,
             pace=pace,
+            kept=kept,
         )
 
         def frame(server: int, number: int) -> Outgoing:
@@ -226,7 +245,7 @@ class Client:
             self._read_rows(places)
             self.scratch.reset()
 
-        return Call(request, frame, place, brought, rows=bool(pushed or places))
+        return Call(request, frame, place, brought, bool(pushed or places), _wanted(places))
 
     def _taken(self, table: int, ids: NDArray[np.int64]) -> RowSlice:
         return self.scratch.take(arrange(ids, self.machine.servers), self.tables[table])
@@ -257,6 +276,7 @@ class Client:
             lambda server, _: self.scratch.incoming(list(places.values()), server),
             brought,
             rows=True,
+            pulled=_wanted(places),
         )
 
     def delete_rows(self, table: int, ids: NDArray[np.int64]) -> Call:
@@ -301,6 +321,18 @@ class Client:
             window.values[name][...] = value
         carried = m.Carried(model, window.layout.mask(values))
         return Call(m.Assign(self._next(), carried), partial(window.buffer.assign, carried, None))
+
+    def recall(self) -> Call:
+        """What does the log know of its rank?"""
+        return Call(m.Recall(self._next()))
+
+    def verify(self) -> Call:
+        """Have every server, and its standby, sum up what it is then."""
+        return Call(m.Verify(self._next()))
+
+    def compare(self) -> Call:
+        """What did they come to?"""
+        return Call(m.Compare(self._next()), expects=m.Compared)
 
     def barrier(self) -> Call:
         """Wait for everybody."""
@@ -350,10 +382,11 @@ class Client:
         """What lies in the gradients of this tensor is staged."""
         self._staged.setdefault(model, set()).add(name)
 
-    def push_rows(self, ids: Sequence[int], value: float, table: int = 0) -> None:
-        """Stage `value` for each element of these rows."""
+    def push_rows(self, ids: Sequence[int], value: float | Floats, table: int = 0) -> None:
+        """Stage `value` for these rows, each once: for each element, or float32[n, dim]."""
         place = self._staged_rows[table] = self._taken(table, np.array(ids, np.int64))
-        self.scratch.rows(place)[...] = value
+        rows = np.broadcast_to(np.asarray(value, np.float32), (len(ids), self.tables[table]))
+        place.plan.combine(np.ascontiguousarray(rows), self.scratch.rows(place))
 
     def read(self, model: int = 0) -> float:
         """The one value that all elements of a model have, on every server."""
@@ -368,3 +401,7 @@ class Client:
     def _next(self) -> int:
         self.number += 1
         return self.number
+
+
+def _wanted(places: Mapping[int, RowSlice]) -> list[tuple[int, int]]:
+    return [(table, int(id)) for table, place in places.items() for id in place.plan.ids]

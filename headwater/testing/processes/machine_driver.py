@@ -8,6 +8,7 @@ meanwhile. The process may die between any two actions.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -40,7 +41,10 @@ from headwater.machines.actions import (
 from headwater.testing.processes.network import End, Frame, Process
 
 _MOMENT_S = 0.001
-"""Mean seconds that a dial, a task, or the end of a connection takes."""
+"""Mean seconds that a task, or the end of a connection takes."""
+
+_DIALS_S = (0.0002, 0.001, 0.001, 0.01)
+"""Mean seconds that a dial takes: most are quick, some last as long as much else."""
 
 
 class Unpacking(Protocol):
@@ -82,6 +86,12 @@ def _always() -> bool:
     return True
 
 
+@functools.cache
+def _abilities(machine: type) -> tuple[bool, bool]:
+    """Whether machines of this class advance, and whether they refuse; asking takes long."""
+    return hasattr(machine, "advance"), hasattr(machine, "failed")
+
+
 class MachineDriver:
     """Drives `machine` in the process `node`.
 
@@ -109,8 +119,9 @@ class MachineDriver:
         self.ends: dict[Conn, End] = {}
         self.dies_after: int | None = None
         self._machine = machine
-        self._advancing = machine if isinstance(machine, Advancing) else None
-        self._refusing = machine if isinstance(machine, Refusing) else None
+        advances, refuses = _abilities(type(machine))
+        self._advancing = cast(Advancing, machine) if advances else None
+        self._refusing = cast(Refusing, machine) if refuses else None
         self._payloads = payloads
         self._beside = beside
         if beside is not None:
@@ -156,8 +167,8 @@ class MachineDriver:
         """What is decided takes effect in its turn; a connection that it stops is not read from already."""
         self._todo.extend(actions)
         for action in actions:
-            if isinstance(action, Pause | Close | HandOver) and action.conn in self.ends:
-                self.ends[action.conn].wait()
+            if type(action) in _STOPS and action.conn in self.ends:  # type: ignore[union-attr]
+                self.ends[action.conn].wait()  # type: ignore[union-attr]
         due = self._machine.due
         if due is None:
             return
@@ -174,7 +185,8 @@ class MachineDriver:
                         self.node.dies(tuple(self._todo))
                         return
                     self.dies_after -= 1
-                self._carry_out(self._todo.popleft())
+                action = self._todo.popleft()
+                _CARRY_OUT[type(action)](self, action)
             if self._advancing is None or not self._advancing.busy or not self.node.alive:
                 return
             self._queue(self._advancing.advance(self._agenda.now))
@@ -231,29 +243,31 @@ class MachineDriver:
 
     # ── actions ─────────────────────────────────────────────────────────────────────────────────
 
-    def _carry_out(self, action: Action) -> None:
-        if isinstance(action, Send):
-            self.send(action)
-        elif isinstance(action, Tell):
-            self.node.tell(action.event)
-        elif isinstance(action, Note):
-            self.node.note(action.text)
-        elif isinstance(action, Close):
-            self._close(action)
-        elif isinstance(action, Pause):
-            self.pause(action.conn)
-        elif isinstance(action, Resume):
-            self.resume(action.conn)
-        elif isinstance(action, HandOver):
-            end = self.ends.pop(action.conn, None)
-            if end is not None and self._beside is not None:
-                self._beside.connect(end, action.tag)
-        elif isinstance(action, Dial):
-            self._soon(self._dial, action)
-        elif isinstance(action, Perform):
-            self._soon(self._perform, action)
-        elif isinstance(action, Persist):
-            self.node.persist(action.record)
+    def _tell(self, tell: Tell) -> None:
+        self.node.tell(tell.event)
+
+    def _note(self, note: Note) -> None:
+        self.node.note(note.text)
+
+    def _persist(self, persist: Persist) -> None:
+        self.node.persist(persist.record)
+
+    def _hand_over(self, hand: HandOver) -> None:
+        end = self.ends.pop(hand.conn, None)
+        if end is not None and self._beside is not None:
+            self._beside.connect(end, hand.tag)
+
+    def _pause(self, pause: Pause) -> None:
+        self.pause(pause.conn)
+
+    def _resume(self, resume: Resume) -> None:
+        self.resume(resume.conn)
+
+    def _dial_soon(self, dial: Dial) -> None:
+        self.node.after(self._chance.expovariate(1.0) * self._chance.choice(_DIALS_S), self._dial, dial)
+
+    def _perform_soon(self, perform: Perform) -> None:
+        self._soon(self._perform, perform)
 
     def send(self, send: Send) -> None:
         """Put a message on its way; nothing happens where the connection has ended."""
@@ -300,6 +314,22 @@ class MachineDriver:
         except HeadwaterError as error:
             result = error
         self.do(lambda now: machine.performed(perform.tag, result, now))
+
+
+_STOPS = {Pause, Close, HandOver}
+
+_CARRY_OUT: dict[type, Callable[[MachineDriver, Any], None]] = {
+    Send: MachineDriver.send,
+    Close: MachineDriver._close,
+    Dial: MachineDriver._dial_soon,
+    Persist: MachineDriver._persist,
+    Tell: MachineDriver._tell,
+    Note: MachineDriver._note,
+    Pause: MachineDriver._pause,
+    Resume: MachineDriver._resume,
+    HandOver: MachineDriver._hand_over,
+    Perform: MachineDriver._perform_soon,
+}
 
 
 def pour(source: Sequence[Any], target: Sequence[Any]) -> None:

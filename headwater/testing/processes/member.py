@@ -19,7 +19,7 @@ from headwater.machines.connections import Connected, Frame, Renewal
 from headwater.machines.membership import Joined
 from headwater.machines.split_request import SplitAnswer
 from headwater.testing.processes import coordinator
-from headwater.testing.processes.client import Call, Client, Program, Question
+from headwater.testing.processes.client import AwaitAnswer, Call, Client, Program, Question, SendAhead
 from headwater.testing.processes.machine_driver import MachineDriver, Node
 from headwater.testing.processes.network import End, Network
 from headwater.testing.processes.times import START_S
@@ -82,7 +82,7 @@ class Member(Client, Node):
         self.ended = self.dead = False
         self.value: Any = None
         self._program = program(self)
-        self._begun = False
+        self._begun = self._ahead = False
         self._outcome: Any = None
         self._chance = chance
         self._thinks_s = thinks_s
@@ -168,8 +168,8 @@ class Member(Client, Node):
             self._failed(event.error)
 
     def _connected(self) -> None:
-        """Messages of servers are not read before something is asked."""
-        if not self.outstanding:
+        """Messages of servers are not read before something is waited for."""
+        if not self.outstanding or self._ahead:
             self._pause()
         if not self._begun:
             self._begun = True
@@ -182,7 +182,11 @@ class Member(Client, Node):
     def _send(self, asked: Asked) -> None:
         for conn, frame in zip(asked.links, asked.frames, strict=True):
             self.driver.send(Send(conn, frame.message, frame.buffers, asked.number, frame.descriptors))
-        for conn in asked.links:
+        if not self._ahead:
+            self._resume()
+
+    def _resume(self) -> None:
+        for conn in list(self.machine.connections.links):
             self.driver.resume(conn)
 
     def _settled(self, settled: Settled) -> None:
@@ -191,10 +195,9 @@ class Member(Client, Node):
         assert call is not None
         self.outstanding = False
         self._pause()
-        if isinstance(answer, list):
+        if call.expects is m.Publication:
             self.world.published(self)
-        elif answer is not None:
-            assert isinstance(answer, m.Answer)
+        elif isinstance(answer, m.Answer):
             if call.brought is not None:
                 call.brought(answer)
             for model in answer.values:
@@ -206,6 +209,8 @@ class Member(Client, Node):
     def _failed(self, error: HeadwaterError) -> None:
         if not self.id and isinstance(error, ConnectionLostError):
             self.after(START_S, self._start_again)
+        elif self._ahead:
+            pass  # `AwaitAnswer` raises it
         elif self.outstanding:
             self.outstanding, self._outcome = False, error
             self.after(0.0, self._wake)
@@ -244,12 +249,30 @@ class Member(Client, Node):
             return  # it killed itself
         if isinstance(call, Question):
             self._ask(call)
-            return
-        self.call, self.outstanding = call, True
-        self.world.sends(self, call)
-        self.driver.do(lambda now: self.machine.call(self._exchange(call), now))
+        elif isinstance(call, AwaitAnswer):
+            self._finish()
+        elif isinstance(call, SendAhead):
+            self._ahead = True
+            exchange = self._exchange(call.call)
+            self.driver.do(lambda now: self.machine.begin(exchange, now))
+            self._go_on_with(None)
+        else:
+            exchange = self._exchange(call)
+            self.driver.do(lambda now: self.machine.call(exchange, now))
+
+    def _finish(self) -> None:
+        """Wait for what was begun; it may have failed meanwhile."""
+        self._ahead = False
+        if self.machine.failure is not None:
+            self._failed(self.machine.failure)
+        else:
+            self.driver.do(self.machine.wait)
+            self._resume()
 
     def _exchange(self, call: Call) -> Exchange:
+        """The exchange that begins now."""
+        self.call, self.outstanding = call, True
+        self.world.sends(self, call)
         request = call.request
         assert request.number == self.machine.number + 1, call
         return Exchange(

@@ -98,13 +98,18 @@ class WatchedShard(Shard):
         return answers
 
     def _windows(self) -> list[NDArray[np.float32]]:
-        """The members' parameters as this server has them mapped."""
-        return [
-            staging.parameters
+        """The members' memory as this server has it mapped: parameters, and rows that they wait for."""
+        mapped = [
+            (member, staging.parameters)
             for member in self.standings.members
             for staging in self.stagings(member).values()
             if staging.parameters is not staging.gradients
         ]
+        sharing = {member for member, _ in mapped}
+        held = [one for one in self._members.all_held() if one.member in sharing]
+        exchanges = [self._members.of(m.ExchangeId(one.member, one.number)) for one in held]
+        rows = [staged.rows for exchange in exchanges for staged in exchange.pulled()]
+        return [parameters for _, parameters in mapped] + rows
 
     @classmethod
     def restore(cls, snapshot: ShardSnapshot, reduce: Reduce) -> WatchedShard:
