@@ -11,8 +11,10 @@ import headwater as hw
 from headwater import messages as m
 from headwater.errors import ConfigurationError, ProtocolError, RegistrationError
 from headwater.kernels.codecs import decode_rows, encode_rows
+from headwater.machines.model_buffer import ModelBuffer
 from headwater.spec.codecs import parse_codec
 from headwater.spec.layout import PAGE
+from headwater.testing import Violation, explore
 
 ALL = ["bf16", "fp16", "int8", "q4", "topk:0.1", "2bit:0.01", "1bit:0.0"]
 SHAPES = {"w": (83, 71), "b": (513,), "s": (), "none": (0, 3)}
@@ -209,6 +211,42 @@ def test_a_dropped_step_brings_back_nothing_and_a_skipped_one_loses_nothing():
         return model.residual["a"].tolist(), model.pull()["a"].tolist()
 
     assert run(work, workers=1).values == [([0.5, 2.0], [0.0, 1.0])]
+
+
+# ── simulated ───────────────────────────────────────────────────────────────────────────────────
+
+CODED = {"rule": hw.Adam(0.1), "checkpoints": 0, "meets": 0, "readers": 0}
+
+
+@pytest.mark.parametrize("mode", ["sync", "sync:quorum=1,late=carry"])
+def test_no_random_schedule_makes_of_a_codecs_bytes_what_they_are_not(mode, long, seed_base):
+    explore(mode, 300 if long else 12, seed=seed_base, codec="2bit:0.5", shares=False, **CODED)
+    explore(mode, 300 if long else 12, seed=seed_base, codec="q4", **CODED)
+
+
+def test_a_residual_that_is_lost_at_a_repeat_is_found(monkeypatch):
+    """Bytes that are made anew when a step is repeated have the residual in them a second time."""
+    take, coded = ModelBuffer.take, ModelBuffer.coded
+
+    def taken(self, mask):
+        self.kept_for_fault = mask, self.memory.gradients.copy(), -1
+        take(self, mask)
+
+    def made_anew(self, server):
+        fault = getattr(self, "kept_for_fault", None)
+        epoch = self._machine.connections.epoch
+        if fault is not None and self._coded is not None:
+            mask, gradients, first = fault
+            if first not in (-1, epoch):
+                self._coded.encode(mask, gradients.copy())
+            self.kept_for_fault = mask, gradients, epoch
+        return coded(self, server)
+
+    monkeypatch.setattr(ModelBuffer, "take", taken)
+    monkeypatch.setattr(ModelBuffer, "coded", made_anew)
+    with pytest.raises(Violation) as caught:
+        explore("sync", 200, codec="2bit:0.5", shares=False, **CODED)
+    assert caught.value.invariant in ("ValuesOfTheirVersion", "EqualReplicas", "ConsistentCut")
 
 
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────

@@ -316,7 +316,13 @@ def test_in_every_mode_what_counted_is_all_that_was_changed(mode, options):
         net = Points(0.0)
         inner, outer = outer_of(worker, net, hw.SGD(1.0), every=4, merge="sum", **options)
         books = [Book(fragment.model, carries) for fragment in outer._steps.fragments]
-        took = outer._steps._took
+        took, change = outer._steps._took, outer._steps._change
+
+        def changed(fragment):
+            books[outer._steps.fragments.index(fragment)].changed(found := change(fragment))
+            return found
+
+        outer._steps._change = changed
 
         def note(fragment, work, result, reads):
             books[outer._steps.fragments.index(fragment)].answered(result)
@@ -345,11 +351,9 @@ class Book:
     def __init__(self, model, carries):
         self.model, self._carries = model, carries
         self.sent = self.counted = 0.0
-        self._push, model.push = model.push, self._pushed
 
-    def _pushed(self, change):
+    def changed(self, change):
         self.sent += sum(float(value[0]) for value in change.values())
-        self._push(change)
 
     def answered(self, result):
         if result.applied:

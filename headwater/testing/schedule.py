@@ -34,6 +34,7 @@ class Schedule:
         clip_norm: the largest norm of a gradient of that model.
         merge: how gradients of that model become one; None: as the mode says.
         outer: they are changes after local steps.
+        codec: how they are represented.
         weighted: steps have weights in the mean.
         rows: a table is trained besides; keeps: ranks keep something; ahead: steps are begun and waited for
             later; verifies: readers have standbys compared with their servers.
@@ -58,6 +59,7 @@ class Schedule:
     clip_norm: float | None = None
     merge: str | None = None
     outer: bool = False
+    codec: str | None = None
     weighted: bool = False
     rows: bool = False
     keeps: bool = False
@@ -120,6 +122,7 @@ def random_schedule(sync: str | Mode, seed: int, faults: Faults, **fixed: Any) -
         "merge": random.Random(f"{seed} merge").choice((None, None, *_MERGES)),
         "weighted": random.Random(f"{seed} weights").random() < 0.5,
         "outer": random.Random(f"{seed} outer").random() < 0.3,
+        "codec": random.Random(f"{seed} codec").choice((None, None, None, "2bit:0.5", "q4")),
         "followers": random.Random(f"{seed} followers").choice((*[0] * 9, 1, 1, 2)),
         "rows": chance.random() < 0.2,
         "keeps": chance.random() < 0.3,

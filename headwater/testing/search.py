@@ -116,6 +116,7 @@ _LEAST: dict[str, Any] = {
     "keeps": False,
     "ahead": False,
     "verifies": False,
+    "codec": None,
     "splits": False,
     "meets": 0,
     "checkpoints": 0,

@@ -50,6 +50,7 @@ class Workload:
         carries: what came too late for its round goes out with the next step.
         weighted: steps have weights, which follow from (rank, step) and differ within a round.
         outer: gradients of that model are changes after local steps.
+        codec: how these are represented, as that model's spec says.
         followed: a table that steps push to, for followers.
         rows: steps also count themselves in rows of a table, which are read, asked for ahead and deleted.
         keeps: each step has its rank keep something, which the log gives to the next incarnation.
@@ -70,6 +71,7 @@ class Workload:
     merge: str | None = None
     carries: bool = False
     outer: bool = False
+    codec: str | None = None
     followed: FollowedRows | None = None
     rows: bool = False
     keeps: bool = False
@@ -93,7 +95,9 @@ class Workload:
         shapes = {"a": (70,), "b": (self.servers * PAGE - 100,)}
         tensors = tuple(m.TensorSpec(name, shape, "float32") for name, shape in shapes.items())
         rules = (rule.to_spec(),)
-        return m.ModelSpec("trained", tensors, rules, self.clip_norm, self.merge, outer=self.outer)
+        return m.ModelSpec(
+            "trained", tensors, rules, self.clip_norm, self.merge, self.codec, outer=self.outer
+        )
 
     def gradient(self, rank: int, step: int, name: str, size: int) -> NDArray[np.float32]:
         """Of a tensor of the trained model: float32[size]."""
@@ -213,6 +217,17 @@ class Workload:
                 reply = yield Question()
         yield me.end(m.Position(me.rank, 1))
 
+    def _fill(self, me: Client, grads: NDArray[np.float32], contained: tuple[int, ...], name: str) -> bool:
+        """Stage what these steps have; with a codec the earlier ones are there as its bytes say."""
+        if self.codec is None or len(contained) == 1:
+            return self.fill(grads, me.rank, contained, name)
+        earlier = any(name in self.carried(me.rank, step) for step in contained[:-1])
+        kept = grads.copy()
+        new = self.fill(grads, me.rank, contained[-1:], name)
+        if earlier:
+            grads[...] = kept + grads if new else kept
+        return earlier or new
+
     def _step(self, me: Client, position: m.Position) -> Steps:
         step = me.steps + 1
         contained = (*me.late_steps, step)
@@ -222,7 +237,7 @@ class Workload:
         me.carry("count", LEDGER)
         if self.rule is not None:
             for name, grads in me.windows[TRAINED].grads.items():
-                if self.fill(grads, me.rank, contained, name):
+                if self._fill(me, grads, contained, name):
                     me.carry(name, TRAINED)
         if self.followed is not None:
             me.push_rows(self.followed.pushed(me.rank, step), step, ROWS)

@@ -9,8 +9,9 @@ Tensors are spread over *fragments*, each a model of its own. In each `every` lo
 once, at equal distances. With `overlap` a fragment is sent so many steps before it is due, and received when
 it is due; what was learned meanwhile is not in it, and is given up, but for `blend`.
 
-A change that missed its round (`late=carry`) stays in the window. It is sent again at once, while local steps
-go on, and counts in the round that is open then; or, where that is over too, with the fragment's next change.
+A change that missed its round (`late=carry`) is kept, and goes out with the fragment's next change, in one
+round, lest the outer rule make two steps where it is to make one. Where that misses its round too it is sent
+again at once, while local steps go on: a slower worker would otherwise be late for ever.
 
 Invariants:
 - A change is relative to the base that its local steps began from, and is sent once, or until it counts.
@@ -55,6 +56,10 @@ class Local(Protocol):
         """A step is about to be sent: what else is to go with it is carried now."""
 
 
+PATIENCE = 2
+"""Rounds in a row that a change may miss before it is sent again by itself."""
+
+
 @dataclass(slots=True)
 class Work:
     """Local steps, and the samples or tokens that they were computed from."""
@@ -85,6 +90,7 @@ class Fragment:
     Attributes:
         due: the local step of each `every` at which it is received. sent_at: that at which it is sent.
         work: since it was received last; owed: of changes that have missed their rounds.
+        kept: these changes; missed: how many rounds in a row.
     """
 
     model: Model
@@ -93,6 +99,8 @@ class Fragment:
     sent_at: int
     work: Work = field(default_factory=Work)
     owed: Work = field(default_factory=Work)
+    kept: dict[str, Array] = field(default_factory=dict)
+    missed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +286,8 @@ class LocalSteps:
                 self._send(fragment)
             if fragment.due == now:
                 self.finish()
-                self._send_late_again(fragment)
+                if fragment.missed >= PATIENCE:
+                    self._send_again(fragment)
 
     def finish(self) -> None:
         """Block for what is under way and take it over."""
@@ -300,12 +309,18 @@ class LocalSteps:
 
     def _send(self, fragment: Fragment) -> None:
         """Send what has changed in a fragment since it was received."""
-        for other in self.fragments:
-            if other is not fragment:
-                self._settle(other)  # it would go with this step, and count what this one does
-        if fragment.work.steps:
-            fragment.model.push(self._change(fragment))
+        if fragment.work.steps or fragment.owed.steps:
+            change = self._change(fragment) if fragment.work.steps else {}
+            self._push(fragment, change)
         self._begin(fragment, reads=True)
+
+    def _push(self, fragment: Fragment, change: Mapping[str, Array]) -> None:
+        """Have the next step carry this change and those that are kept."""
+        kept = fragment.kept
+        fragment.model.push(
+            {name: kept.get(name, 0) + change.get(name, 0) for name in {**kept, **change}} if kept else change
+        )
+        fragment.kept = {}
 
     def _change(self, fragment: Fragment) -> dict[str, Array]:
         base = fragment.model.parameters
@@ -314,15 +329,16 @@ class LocalSteps:
             for name, value in self._local.read(fragment.names).items()
         }
 
-    def _send_late_again(self, fragment: Fragment) -> None:
-        """What missed its round is in the window still: have it count in the round that is open now."""
+    def _send_again(self, fragment: Fragment) -> None:
+        """Have what missed its rounds count in the one that is open now."""
         if fragment.owed.steps:
+            self._push(fragment, {})
             self._begin(fragment, reads=False)
 
     def _settle(self, fragment: Fragment) -> None:
         """Block until no change of a fragment is owed."""
         while fragment.owed.steps:
-            self._send_late_again(fragment)
+            self._send_again(fragment)
             self.finish()
 
     def _begin(self, fragment: Fragment, *, reads: bool) -> None:
@@ -339,8 +355,12 @@ class LocalSteps:
 
     def _took(self, fragment: Fragment, work: Work, result: m.StepResult, reads: bool) -> None:
         self.result = result
-        if not result.applied and fragment.model.is_carried(fragment.names[0]):
+        model = fragment.model
+        if late := not result.applied and any(model.is_carried(name) for name in fragment.names):
             fragment.owed.add(work)
+            fragment.kept = {name: model.gradients[name].copy() for name in fragment.names}
+            model.discard()  # else it would go with the next fragment's step, in a round of its own
+        fragment.missed = fragment.missed + 1 if late else 0
         if reads:
             self._receive(fragment)
 

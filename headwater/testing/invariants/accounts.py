@@ -243,6 +243,8 @@ class Accounts:
         ]
         if not names:
             return None
+        if vector.spec.codec is not None:  # what it said when it made the step's bytes, once
+            gradients = self.world.member(member).said[step].copy()
         return Update(Staging(gradients, gradients), vector.layout.unmask(vector.layout.mask(names)), place)
 
     # ── what values must be ─────────────────────────────────────────────────────────────────────

@@ -128,6 +128,7 @@ class Client:
         recorded: where the log had its rank, when it joined.
         late_steps: those whose gradients the next step carries again.
         memory: where rows lie on their way; `scratch`: what servers are told of it.
+        said: by step, the gradients of a model with a codec as its bytes stand for them.
     """
 
     def __init__(self, machine: ClientMachine, *, shares: bool) -> None:
@@ -142,6 +143,7 @@ class Client:
         self._staged: dict[int, set[str]] = {}
         self._staged_rows: dict[int, RowSlice] = {}
         self.late_steps: tuple[int, ...] = ()
+        self.said: dict[int, Floats] = {}
         self.use(machine)
 
     def use(self, machine: ClientMachine) -> None:
@@ -207,6 +209,8 @@ class Client:
         self._staged = {}
         for id, mask in carried.items():
             self.windows[id].buffer.take(mask)
+            if self.windows[id].spec.codec is not None:
+                self.said[step or self.steps] = self.windows[id].gradients.copy()
         request = m.Step(
             self._next(),
             step or self.steps,
