@@ -108,7 +108,14 @@ def browser():
         "websockets.sync.client", reason="needs websockets, which comes with NiceGUI"
     )
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        command = [CHROMIUM, "--headless", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0"]
+        command = [
+            CHROMIUM,
+            "--headless",
+            "--disable-gpu",
+            "--no-first-run",
+            "--hide-scrollbars",
+            "--remote-debugging-port=0",
+        ]
         command += [
             f"--user-data-dir={profile}",
             "--disable-dev-shm-usage",
