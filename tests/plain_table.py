@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+import plain_kernels as reference
 
-from headwater.kernels import reference
 from headwater.spec import initializers, lifetime, rules
 from headwater.spec.lifetime import AfterSteps, LeastRecentlyUsed
 from headwater.spec.placement import mix, slots_of

@@ -3,13 +3,14 @@
 import math
 
 import numpy as np
+import plain_kernels as reference
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_kernels import addresses, numbers
 
 from examples import examples
-from headwater.kernels import reference, square_up
+from headwater.kernels import square_up
 from headwater.log.norms import norm, scale, subtrees
 from headwater.spec.layout import LINE, PAGE, ranges
 

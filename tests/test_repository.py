@@ -139,6 +139,19 @@ def test_the_simulator_runs_what_runs_and_none_of_its_threads_and_sockets():
     assert not wrong
 
 
+def test_the_page_on_the_protocol_names_every_message_and_no_other():
+    page = (ROOT / "docs" / "protocol.md").read_text()
+    named = set(re.findall(r"`([A-Z][A-Za-z]+)`", page))
+    found = {
+        node.name
+        for path in (PACKAGE / "messages").glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "Message" for base in node.bases)
+    }
+    assert not found - named, f"docs/protocol.md names none of {sorted(found - named)}"
+    assert not named & {"Advance", "Agreed", "Followed"}, "these have other names now"
+
+
 def _evaluations(path):
     """Calls that make code of data: those whose argument is not written there as it stands."""
     for node in ast.walk(ast.parse(path.read_text())):

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import plain_kernels as reference
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from examples import examples
 from headwater.errors import EnvironmentFailure
-from headwater.kernels import reference
 from headwater.kernels.rows import ages, combine, fill, gather, oldest, row_rule, stamp
 from headwater.kernels.slabs import Slabs
 from headwater.spec.rules import SGD, Accumulate, Adagrad, Adam, Ftrl, Lion, RowwiseAdagrad, Yogi

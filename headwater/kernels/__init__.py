@@ -1,4 +1,4 @@
-"""Compiled loops: each is generated, compiled once a machine, and has a plain NumPy reference.
+"""Compiled loops: each is generated, compiled once a machine, and has a plain NumPy reference in the tests.
 
 The only place that knows numba; it is imported with the first kernel that is used, not before.
 """

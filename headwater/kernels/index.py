@@ -26,11 +26,10 @@ Rows = NDArray[np.int32]
 Counts = NDArray[np.int32]
 
 PAGE = 1024
-PENDING = 128
-"""Ids of one virtual slot whose updates are counted before admission: 16 buckets of 8."""
-
 _NEXT_ROW, _FREE, _NEXT_PAGE, _ROWS, _REFUSED, _FRESH, _WANTED = range(7)
 _BUCKETS, _WAYS = 16, 8
+"""Of one virtual slot: that many ids at most have their updates counted before admission."""
+
 _MOST_ROWS = 2**31 - 2
 _PREPARED_PAGES = 2048
 _ENTRIES_A_PAGE = 40
@@ -67,7 +66,7 @@ class Entries(NamedTuple):
 class Index:
     """The index of the virtual slots `slots`; an id becomes an entry at its `needed`-th claim.
 
-    Pending counts are bounded: each slot remembers `PENDING` ids that it has not admitted, in buckets of
+    Pending counts are bounded: each slot remembers 128 ids that it has not admitted, in 16 buckets of
     8 by hash, and a new one displaces the one of its bucket that was not claimed for longest. A displaced id
     starts from nothing, so admission may come later than at the `needed`-th claim, never earlier.
     """

@@ -387,10 +387,6 @@ class Table:
         (given, _), self._wanted = self._wanted, None
         self.ahead.put(Ahead(place.plan, given, self._memory.rows(place).copy(), self._session.version))
 
-    def is_staged(self) -> bool:
-        """Whether the next step pushes rows of this table."""
-        return bool(self._pushed or self._sums)
-
     def discard(self) -> None:
         """Forget what is staged."""
         self._pushed = self._sums = None
