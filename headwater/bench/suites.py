@@ -9,6 +9,7 @@ from headwater.bench.figures import Effort, Figure
 from headwater.bench.kernels import measure_kernels
 from headwater.bench.latency import measure_latency
 from headwater.bench.memory import measure_memory
+from headwater.bench.observe import measure_observe
 from headwater.bench.peers import measure_peers
 from headwater.bench.safety import measure_safety
 from headwater.bench.soak import measure_soak
@@ -20,6 +21,7 @@ from headwater.bench.wire import measure_tcp, measure_tls
 SUITES: dict[str, Callable[[Effort], list[Figure]]] = {
     "dense": measure_dense,
     "latency": measure_latency,
+    "observe": measure_observe,
     "peers": measure_peers,
     "tcp": measure_tcp,
     "tls": measure_tls,

@@ -35,7 +35,8 @@ def bench(
     latency: pulls of 1 KB. kernels: update loops. tcp, tls: the wire alone, against plain sockets.
     memory: what nodes keep resident. splits: who gets which data. safety: replicas, failover,
     checkpoints. soak: 100,000 small steps, at whose end nothing may cost more than before.
-    lookup, table: the loops of embedding tables. rows: tables in a cluster.
+    observe: what metrics and traces cost. lookup, table: the loops of embedding tables. rows: tables
+    in a cluster.
 
     [bold]Examples[/bold]
 

@@ -35,7 +35,8 @@ class TraceEvent(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_
 
 class CollectTrace(Message, frozen=True):
     """Ask the coordinator for what all nodes do for so many seconds from now on; said again, with 0, it ends
-    now. Any number of `TraceChunk` follow, then `Acknowledged`."""
+    now. Any number of `TraceChunk` follow, each answered with `Acknowledged`; then `Acknowledged`, and
+    whoever asked closes."""
 
     seconds: float
 

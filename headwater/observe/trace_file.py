@@ -14,6 +14,8 @@ from typing import IO, Any
 from headwater.messages import TraceChunk, TraceEvent
 
 _CATEGORY = "headwater"
+_BEFORE_NS = 60_000_000_000
+"""How long before the first event that was told time begins: small numbers are exact to the nanosecond."""
 
 
 class TraceFile:
@@ -29,6 +31,7 @@ class TraceFile:
         self.events = self.dropped = self.largest_error = 0
         self._file = file
         self._first = True
+        self._origin: int | None = None
         self._ahead: dict[int, tuple[int, int]] = {}
         self._threads: dict[tuple[int, str], int] = {}
         self._flows: dict[tuple[int, int], list[dict[str, Any]]] = {}
@@ -58,7 +61,9 @@ class TraceFile:
         self._file.flush()
 
     def _add(self, pid: int, event: TraceEvent, ahead: int) -> None:
-        tid, ts = self._thread(pid, event.thread), (event.began + ahead) / 1000
+        if self._origin is None:
+            self._origin = event.began + ahead - _BEFORE_NS
+        tid, ts = self._thread(pid, event.thread), (event.began + ahead - self._origin) / 1000
         where = {"pid": pid, "tid": tid, "ts": ts, "cat": _CATEGORY}
         self.events += 1
         if event.lasted < 0:

@@ -20,7 +20,7 @@ _log = logging.getLogger("headwater.trace")
 
 _DIAL_S = 10.0
 _LAST_S = 10.0
-"""How long the coordinator may take for what is left once the time is over, in seconds."""
+"""How long nothing may come once the time is over, in seconds."""
 _EVER_S = 1e8
 _STRANGER = "no trace comes from this address"
 
@@ -81,7 +81,11 @@ class Tracer:
             HeadwaterError: the coordinator is gone, or is none.
             ConfigurationError: the file could not be written to its end, as on a full disk.
         """
-        self._thread.join(self._seconds + _LAST_S)
+        self._thread.join(self._seconds)
+        written = -1
+        while self._thread.is_alive() and self._trace.events > written:  # as long as there is more
+            written = self._trace.events
+            self._thread.join(_LAST_S)
         self._channel.close()
         self._thread.join()
         if self._error is not None:
@@ -125,6 +129,7 @@ class Tracer:
             message = received.message
             if isinstance(message, TraceChunk):
                 self._trace.add(message)
+                self._channel.send(Acknowledged(), timeout=_DIAL_S)
             elif isinstance(message, Acknowledged | Finished | Refused):
                 ended = True
             else:

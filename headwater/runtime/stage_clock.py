@@ -185,12 +185,16 @@ class StageClock:
             buckets = np.searchsorted(_BOUNDS, times[:, i])
             self._counts[i] += np.bincount(buckets, minlength=len(SECONDS) + 1)
             self._sums[i] += int(times[:, i].sum())
-        self._blocks = _coarser(self._blocks + self._in_blocks(rows), self._size)
+        new = self._in_blocks(rows)
+        self._blocks = _coarser(self._blocks + new, self._size)
         while len(self._blocks) > _BLOCKS:
             self._size += 1
             self._blocks = _coarser(self._blocks, self._size)
 
     def _in_blocks(self, rows: NDArray[np.int64]) -> list[TurnBlock]:
+        first, last = int(rows[0, 0]), int(rows[-1, 0])
+        while (last >> self._size) - (first >> self._size) >= _BLOCKS:
+            self._size += 1
         keys = rows[:, 0] >> self._size
         starts = np.flatnonzero(np.diff(keys, prepend=keys[0] - 1))
         ends = [*starts[1:].tolist(), len(keys)]

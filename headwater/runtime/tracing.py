@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import TypeAlias
 
 from headwater.messages import RecordTrace, TraceEvent, TraceEvents
 
@@ -16,6 +17,21 @@ _FLUSH_S = 0.5
 _WAITING = 50_000
 _A_MESSAGE = 5_000
 """Events that one message has at most."""
+
+
+_Raw: TypeAlias = tuple[str, str, int, int, tuple[tuple[int, int], ...], str, dict[str, int]]
+
+_local = threading.local()
+
+
+def _this_thread() -> str:
+    """Its name and number: several connections have threads of one name."""
+    try:
+        label: str = _local.label
+    except AttributeError:
+        own = threading.current_thread()
+        label = _local.label = f"{own.name} {own.native_id}"
+    return label
 
 
 class TraceRecorder:
@@ -35,7 +51,7 @@ class TraceRecorder:
         self.on = False
         self.now = now
         self._tell = tell
-        self._events: list[TraceEvent] = []
+        self._events: list[_Raw] = []
         self._dropped = 0
         self._until = 0
         self._changed = threading.Condition()
@@ -59,7 +75,7 @@ class TraceRecorder:
         name: str,
         began: int,
         ended: int,
-        flows: Sequence[tuple[int, int]] = (),
+        flows: tuple[tuple[int, int], ...] = (),
         place: str = "",
         **about: int,
     ) -> None:
@@ -69,9 +85,7 @@ class TraceRecorder:
         if len(self._events) >= _WAITING:
             self._dropped += 1
             return
-        own = threading.current_thread()
-        thread = f"{own.name} {own.native_id}"  # several connections have threads of one name
-        self._events.append(TraceEvent(thread, name, began, ended - began, tuple(flows), place, about))
+        self._events.append((_this_thread(), name, began, ended - began, flows, place, about))
 
     def close(self) -> None:
         """Send what is left, as the last, and record nothing more; idempotent."""
@@ -95,7 +109,8 @@ class TraceRecorder:
                     self.close()
 
     def _flush(self, *, last: bool = False) -> None:
-        events, self._events = self._events, []
+        raw, self._events = self._events, []
+        events = [TraceEvent(*one) for one in raw]
         dropped, self._dropped = self._dropped, 0
         while len(events) > _A_MESSAGE:
             self._tell(TraceEvents(self.now(), tuple(events[:_A_MESSAGE])))

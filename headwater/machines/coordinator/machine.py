@@ -140,7 +140,7 @@ class CoordinatorMachine:
                 m.TakeCheckpoint: self._checkpoint_asked,
                 m.CollectTrace: self.traces.on_collect,
             },
-            Collecting: {m.CollectTrace: self.traces.on_end},
+            Collecting: {m.CollectTrace: self.traces.on_end, m.Acknowledged: self.traces.on_taken},
             Invited: {m.Join: self.newcomers.on_join},
             Present: dict.fromkeys(FROM_MEMBERS, self.members.received),
         }

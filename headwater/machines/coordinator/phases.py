@@ -39,10 +39,18 @@ class Survey:
 
 @dataclass(slots=True)
 class Collecting:
-    """It collects a trace. `until`: of the recording, and once that is `ending` of members' last words."""
+    """It collects a trace.
+
+    `until`: of the recording, and once that is `ending` of members' last words; `over`: it has been told the
+    end, and closes. `unread`: chunks that it has not acknowledged; `dropped`: events that there was no room
+    for since the last chunk.
+    """
 
     until: float
     ending: bool = False
+    over: bool = False
+    unread: int = 0
+    dropped: int = 0
 
 
 @dataclass(slots=True)

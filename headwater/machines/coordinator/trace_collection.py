@@ -5,18 +5,26 @@ kept. Each answers at once when it is asked to record, and the time that this to
 error of the offset between the two clocks. Members of one machine have one clock, so the best answer of all
 of them counts for each; which it is stays so for the whole collection, since slices must not move.
 
-    Stranger ──CollectTrace──▶ Collecting ──its seconds are over, or CollectTrace(0)──▶ Ending
-             ──every member has told its last, or `LAST_S` have passed──▶ Acknowledged (closed)
+    Stranger ──CollectTrace──▶ Collecting ──its seconds are over, or CollectTrace(0)──▶ ending
+             ──every member has told its last, or `LAST_S` have passed──▶ over ──it closes
+
+Whoever collects acknowledges each chunk. With `UNREAD` chunks on their way to it, further events are dropped
+and counted: a slow disk costs this node no memory.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from headwater import messages as m
 from headwater.machines.actions import Action, Actions, Conn, Note, Send
 from headwater.machines.coordinator.phases import Collecting, Present, Stranger
 from headwater.machines.coordinator.state import State
+
+UNREAD = 200
+"""Chunks that may be on their way to whoever collects."""
 
 LAST_S = 2.0
 """How long a member may take to tell what it recorded last, in seconds."""
@@ -51,7 +59,11 @@ class TraceCollection:
 
     @property
     def _collecting(self) -> dict[Conn, Collecting]:
-        return {conn: phase for conn, phase in self._state.phases.items() if isinstance(phase, Collecting)}
+        return {
+            conn: phase
+            for conn, phase in self._state.phases.items()
+            if isinstance(phase, Collecting) and not phase.over
+        }
 
     # ── whoever collects ────────────────────────────────────────────────────────────────────────
 
@@ -66,6 +78,10 @@ class TraceCollection:
     def on_end(self, conn: Conn, phase: Collecting, asked: m.CollectTrace) -> None:
         """It has enough."""
         phase.until = min(phase.until, self._state.now)
+
+    def on_taken(self, conn: Conn, phase: Collecting, taken: m.Acknowledged) -> None:
+        """It has written a chunk."""
+        phase.unread = max(0, phase.unread - 1)
 
     # ── members ─────────────────────────────────────────────────────────────────────────────────
 
@@ -100,8 +116,13 @@ class TraceCollection:
         self.unheard.discard(id)
 
     def _pass_on(self, chunk: m.TraceChunk) -> None:
-        for conn in self._collecting:
-            self._state.send(conn, chunk)
+        for conn, phase in self._collecting.items():
+            if phase.unread >= UNREAD:
+                phase.dropped += len(chunk.events) + chunk.dropped
+                continue
+            phase.unread += 1
+            dropped, phase.dropped = chunk.dropped + phase.dropped, 0
+            self._state.send(conn, msgspec.structs.replace(chunk, dropped=dropped))
 
     # ── what follows from every event ───────────────────────────────────────────────────────────
 
@@ -116,7 +137,7 @@ class TraceCollection:
         for conn, phase in self._collecting.items():
             if phase.ending and (not self._recording or phase.until <= state.now):
                 state.send(conn, m.Acknowledged())
-                state.hang_up(conn)
+                phase.over = True  # it closes once it has read all that
 
     def _stop_recording(self) -> None:
         for id in list(self._recording):
@@ -133,6 +154,8 @@ class TraceCollection:
         events = tuple(m.TraceEvent("coordinator", text, self.clock, -1) for text in texts)
         pid = self._state.identity.pid
         chunk = m.TraceChunk(0, "coordinator", 0, pid, "", 0, 0, events)
+        for phase in self._collecting.values():
+            phase.unread += 1
         return [Send(conn, chunk) for conn in self._collecting]
 
     def due(self) -> list[float]:
