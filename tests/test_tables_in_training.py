@@ -239,6 +239,20 @@ def test_prefetched_rows_are_those_that_a_pull_after_the_step_gives(mode, transp
     train(work, workers=2, servers=2, sync=mode, transport=transport)
 
 
+def test_settings_are_those_of_the_table_that_they_are_for():
+    """Of the second of two, in a step that carries both."""
+
+    def work(worker):
+        first, second = (worker.table(name, 1, hw.SGD(lr=1.0)) for name in ("first", "second"))
+        second.set(lr=0.5)
+        for table in (first, second):
+            table.push([1], [[1.0]])
+        worker.step()
+        return first.pull([1]).item(), second.pull([1]).item(), first.rule.lr, second.rule.lr
+
+    assert train(work, workers=1, servers=2).values == [(-1.0, -0.5, 1.0, 0.5)]
+
+
 def test_what_others_assign_or_delete_after_a_step_is_not_in_what_came_with_it():
     asked, changed = threading.Event(), threading.Event()
 

@@ -1,9 +1,11 @@
 """What no call can use is refused by the call, by name, and the worker goes on as if it had not been made."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
+from waiting import wait_until
 
 import headwater as hw
 from headwater.errors import UsageError
@@ -49,3 +51,23 @@ def test_a_refused_call_changes_nothing(what, joined):
     worker.step()
     assert model.pull()["w"].item() == before - 1
     assert len(table) == 0
+
+
+def test_a_worker_that_another_thread_uses_is_refused_and_that_thread_goes_on():
+    refused = threading.Event()
+
+    def work(worker):
+        if worker.rank:
+            assert refused.wait(20)
+            return worker.sum(x=1.0)["x"]
+        found = []
+        other = threading.Thread(target=lambda: found.append(worker.sum(x=1.0)["x"]))
+        other.start()
+        wait_until(lambda: worker._session.machine._exchange is not None)
+        with pytest.raises(UsageError, match="a Worker is used by one thread at a time"):
+            worker.barrier()
+        refused.set()
+        other.join(20)
+        return found[0]
+
+    assert hw.run(work, workers=2, engine="inline", patience=5, deadline=30).values == [2.0, 2.0]

@@ -38,6 +38,7 @@ from headwater.errors import (
     ProtocolError,
     RefusedError,
     StalledError,
+    UsageError,
 )
 from headwater.machines.actions import Actions, Conn, Note, Tell
 from headwater.machines.connections import Buffer, Outgoing, ServerConnections, offered
@@ -162,8 +163,16 @@ class ClientMachine:
         return actions
 
     def begin(self, call: Call, now: float) -> Actions:
-        """Send a request, and do not count the time until `wait`. No other exchange is outstanding."""
-        assert self._exchange is None, "one exchange at a time"
+        """Send a request, and do not count the time until `wait`.
+
+        Raises:
+            UsageError: another exchange is outstanding, as another thread waits for it; nothing changes.
+        """
+        if self._exchange is not None:
+            raise UsageError(
+                f"{call.what}: another thread of this process is in an exchange of the same worker: a Worker "
+                "is used by one thread at a time"
+            )
         assert self.failure is None, self.failure
         if self.membership.error is not None:
             return self._fail(self.membership.error)
