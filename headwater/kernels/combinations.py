@@ -83,7 +83,7 @@ def combine(n: int, combinations: Sequence[Combination], sums: Sequence[BlockSum
         first_move,
         second,
         second_move,
-        np.empty((scratch, PAGE), dtype=np.float32),
+        np.empty((scratch, PIECE), dtype=np.float32),
         blocks,
     )
     return blocks
@@ -106,6 +106,9 @@ def _compiled() -> ModuleType:
     return load(TEXT)
 
 
+PIECE = 8 * PAGE
+"""Elements that are read of one vector after another: the first ones are in cache again for the next sum."""
+
 _INTS, _FLOATS = "int64[::1]", "float64[::1]"
 _SIGNATURE = ", ".join(["int64", *[_INTS] * 5, _FLOATS, *[_INTS] * 5, "float32[:, ::1]", "float64[:, ::1]"])
 
@@ -116,11 +119,13 @@ import numpy as np
 from headwater.kernels.primitives import *
 
 PAGE = {PAGE}
+TOGETHER = 4  # sources that are read side by side: as many streams as the processor foresees
+PIECE = {PIECE}
 
 
 @inner
-def place(given, moves, k, start, scratch):
-    return given[k] + 4 * start if moves[k] else scratch + 4 * PAGE * given[k]
+def place(given, moves, k, start, within, scratch):
+    return given[k] + 4 * start if moves[k] else scratch + 4 * (PIECE * given[k] + within)
 
 
 @inner
@@ -147,20 +152,30 @@ def fold(kind, one, other, lanes, lanes_at):
 @outer("void({_SIGNATURE})")
 def combine(n, outs, outs_move, firsts, sources, sources_move, coefficients,
             kinds, ones, ones_move, others, others_move, scratch_, blocks):
-    lanes = np.zeros(LINE, dtype=np.float64)
+    lanes = np.zeros({LINE}, dtype=np.float64)
+    wide = np.zeros(PAGE, dtype=np.float64)
     here = np.zeros(max(1, len(sources)), dtype=np.int64)
     lanes_at, here_at, coefficients_at = lanes.ctypes.data, here.ctypes.data, coefficients.ctypes.data
-    scratch = scratch_.ctypes.data
-    for start in range(0, n, PAGE):
+    scratch, wide_at = scratch_.ctypes.data, wide.ctypes.data
+    for begin in range(0, n, PIECE):
+        size = min(PIECE, n - begin)
         for k in range(len(outs)):
-            first, count = firsts[k], firsts[k + 1] - firsts[k]
-            for j in range(first, first + count):
-                here[j] = place(sources, sources_move, j, start, scratch)
-            out = place(outs, outs_move, k, start, scratch)
-            for i in range(0, PAGE, LINE):
-                combine_line(out, i, here_at + 8 * first, coefficients_at + 8 * first, count)
+            for within in range(0, size, PAGE):
+                start = begin + within
+                for j in range(firsts[k], firsts[k + 1]):
+                    here[j] = place(sources, sources_move, j, start, within, scratch)
+                wide[:] = 0.0
+                for first in range(firsts[k], firsts[k + 1], TOGETHER):
+                    count = min(TOGETHER, firsts[k + 1] - first)
+                    for i in range(0, PAGE, LINE):
+                        combine_line(wide_at, i, here_at + 8 * first, coefficients_at + 8 * first, count)
+                out = place(outs, outs_move, k, start, within, scratch)
+                for i in range(0, PAGE, LINE):
+                    round_line(out, i, wide_at)
         for k in range(len(kinds)):
-            one = place(ones, ones_move, k, start, scratch)
-            other = place(others, others_move, k, start, scratch)
-            blocks[k, start // PAGE] = fold(kinds[k], one, other, lanes, lanes_at)
+            for within in range(0, size, PAGE):
+                start = begin + within
+                one = place(ones, ones_move, k, start, within, scratch)
+                other = place(others, others_move, k, start, within, scratch)
+                blocks[k, start // PAGE] = fold(kinds[k], one, other, lanes, lanes_at)
 '''

@@ -174,18 +174,20 @@ def _every(builder: Any, value: Any) -> Any:
 
 @intrinsic
 def combine_line(
-    typing_context: Any, out: Any, index: Any, places: Any, coefficients: Any, count: Any
+    typing_context: Any, sums: Any, index: Any, places: Any, coefficients: Any, count: Any
 ) -> Any:
-    """out = 0 + coefficients[0] · source 0 + …, for `LINE` float32 from number `index` on.
+    """sums += coefficients[0] · source 0 + …, in this order, for `LINE` elements from number `index` on.
 
-    `places`, `coefficients`: addresses of int64[count], those of the sources, and of float64[count]. Products
-    and sums are rounded to float64 each, and the result to float32.
+    `sums`: the address of float64. `places`, `coefficients`: addresses of int64[count], those of the sources,
+    and of float64[count]. Products and sums are rounded to float64 each.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        out, index, places, coefficients, count = arguments
+        sums, index, places, coefficients, count = arguments
         total = cgutils.alloca_once(builder, _DOUBLES)
-        builder.store(_DOUBLES([0.0] * LINE), total)
+        there = builder.gep(builder.inttoptr(sums, ir.DoubleType().as_pointer()), [index])
+        there = builder.bitcast(there, _DOUBLES.as_pointer())
+        builder.store(builder.load(there, align=8), total)
         places = builder.inttoptr(places, _INT64.as_pointer())
         coefficients = builder.inttoptr(coefficients, ir.DoubleType().as_pointer())
         with cgutils.for_range(builder, count) as loop:
@@ -193,11 +195,24 @@ def combine_line(
             every = _every(builder, builder.load(builder.gep(coefficients, [loop.index])))
             product = builder.fmul(_wide(builder, source, index), every)
             builder.store(builder.fadd(builder.load(total), product), total)
-        line = builder.fptrunc(builder.load(total), _FLOATS)
-        builder.store(line, _at(builder, out, index, _FLOATS), align=4)
+        builder.store(builder.load(total), there, align=8)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def round_line(typing_context: Any, out: Any, index: Any, sums: Any) -> Any:
+    """out = sums, rounded to float32, for `LINE` elements from number `index` on; `sums`: of float64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out, index, sums = arguments
+        here = builder.gep(builder.inttoptr(sums, ir.DoubleType().as_pointer()), [index])
+        wide = builder.load(builder.bitcast(here, _DOUBLES.as_pointer()), align=8)
+        builder.store(builder.fptrunc(wide, _FLOATS), _at(builder, out, index, _FLOATS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
 
 
 def _fold(step: Callable[[Any, Any, Any, Any], Any]) -> Callable[..., Any]:
