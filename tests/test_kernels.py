@@ -11,13 +11,14 @@ import threading
 from dataclasses import dataclass
 
 import numpy as np
+import plain_kernels as reference
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from examples import examples
 from headwater.errors import ConfigurationError, EnvironmentFailure
-from headwater.kernels import add_up, cache, copy_out, dense, finite, finite_sum, reference, stage
+from headwater.kernels import add_up, cache, copy_out, dense, finite, finite_sum, stage
 from headwater.kernels.source import float32_source
 from headwater.spec.rules import (
     SGD,
