@@ -64,6 +64,7 @@ def test_the_first_program_of_the_site_finds_the_weights():
     assert run(defined(block)["train"]).values == [pytest.approx(3, abs=0.1)] * 2
 
 
+@pytest.mark.long
 def test_the_recommender_has_rows_for_ids_that_came_twice():
     (block,) = blocks(DOCS / "guides" / "recommender.md", "python")
     (rows, same) = run(defined(block)["train"], servers=2).values
@@ -77,6 +78,7 @@ def test_the_values_of_a_checkpoint_are_read_without_a_cluster(tmp_path):
     assert np.allclose(hw.load_checkpoint(tmp_path / "runs")["net"]["w"], 1 - 0.5**10)
 
 
+@pytest.mark.long
 def test_a_model_whose_gradients_are_few_bytes_is_trained():
     (block,) = blocks(DOCS / "guides" / "far-apart.md", "python")
     assert run(defined(block)["train"]).values == [pytest.approx(1 - 0.9**30, rel=0.02)] * 2
@@ -107,6 +109,7 @@ def test_a_reader_reads_as_the_page_says():
     assert waits == "version = await asyncio.to_thread(follower.wait, deadline=5)\n"
 
 
+@pytest.mark.long
 def test_the_programs_about_lbfgs_run():
     import torch
 
