@@ -211,3 +211,12 @@ def test_a_step_in_the_background_counts_what_is_waited_for_alone():
         "wait": 40,
         "pull": 0,
     }
+
+
+def test_of_two_that_are_last_at_once_it_is_the_one_that_led():
+    frontier = started(2)
+    frontier.take(0, [TurnBlock(0, 0, 1, 10, (0, 10, 0, 0, 0)), TurnBlock(1, 0, 1, 40, (0, 0, 0, 30, 0))])
+    frontier.take(1, [TurnBlock(0, 0, 1, 20, (0, 20, 0, 0, 0)), TurnBlock(1, 0, 1, 40, (0, 0, 0, 20, 0))])
+    frontier.gone(0)
+    frontier.gone(1)
+    assert frontier.exposed == {(1, STAGES.index("compute")): 20, (1, STAGES.index("wait")): 20}

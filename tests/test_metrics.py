@@ -117,6 +117,43 @@ def test_the_staleness_histogram_adds_up_to_the_staleness_of_all_steps(mode):
     assert value(samples, "headwater_steps_total", result="applied") == 90
 
 
+def declared(*workers):
+    """Each worker's model, which takes all of them at once."""
+    models = {}
+
+    def declare(worker):
+        params = {"x": np.zeros(2, np.float32)}
+        models[worker.rank] = worker.model("m", params, hw.SGD(lr=0.1), nonfinite="skip")
+
+    threads = [threading.Thread(target=declare, args=(worker,)) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [models[worker.rank] for worker in workers]
+
+
+@pytest.mark.parametrize(("mode", "late"), [("grace=0", "late"), ("grace=0,late=carry", "carried")])
+def test_steps_are_counted_by_what_became_of_them(mode, late):
+    with (
+        hw.Cluster(workers=2, sync=f"sync:quorum=1,{mode}") as cluster,
+        cluster.worker() as first,
+        cluster.worker() as second,
+    ):
+        one, other = declared(first, second)
+        one.push({"x": np.ones(2, np.float32)})
+        first.step()  # a round by itself
+        other.push({"x": np.ones(2, np.float32)})
+        second.step()  # too late for it
+        one.push({"x": np.full(2, np.nan, np.float32)})
+        first.step()  # an empty turn
+        first.leave()
+        second.barrier()
+        rows = as_data(cluster.statistics())["headwater_steps_total"]
+    found = {row["labels"]["result"]: row["value"] for row in rows}
+    assert found == {"applied": 1, "late": 0, "carried": 0, "skipped": 1} | {late: 1}
+
+
 def test_one_kill_is_one_failover():
     desk = Desk(replicas=1)
     server, standby = desk.running("standby")

@@ -17,6 +17,7 @@ from headwater.machines.coordinator.trace_collection import UNREAD
 from headwater.messages import (
     Acknowledged,
     CollectTrace,
+    Join,
     RecordTrace,
     TraceChunk,
     TraceEvent,
@@ -260,6 +261,17 @@ def test_a_collection_ends_early_when_asked_to_and_does_not_wait_for_the_dead():
     assert not other.closed
 
 
+def test_nobody_waits_for_the_last_words_of_a_member_that_is_dead():
+    desk = Desk()
+    server, worker = desk.running("worker")
+    collector = desk.connect().say(CollectTrace(9.0))
+    collector.say(CollectTrace(0.0))
+    server.say(TraceEvents(clock=1, last=True))
+    assert collector.last(Acknowledged) is None
+    worker.hangs_up()
+    assert collector.last(Acknowledged) is not None, "no time has passed"
+
+
 def test_two_may_collect_at_a_time():
     desk = Desk()
     server, worker = desk.running("worker")
@@ -300,6 +312,24 @@ def test_clocks_of_one_machine_share_the_best_answer():
     other.say(TraceEvents(clock=10_000_500, echo=asked(other)[0].clock))
     other.say(TraceEvents(clock=10_000_900, events=(event(10_000_600),)))
     assert chunks(collector)[-1].error == 500_000
+    ahead = chunks(collector)[-1].ahead
+    late = desk.connect().say(CollectTrace(9.0))
+    worker.say(TraceEvents(clock=20_000_000, echo=asked(worker)[-1].clock))
+    worker.say(TraceEvents(clock=20_000_100, events=(event(20_000_050),)))
+    told = chunks(late)[-1]
+    assert (told.ahead, told.error) == (ahead, 500_000), "a better answer moves no slice"
+
+
+def test_on_the_coordinators_own_machine_clocks_are_one():
+    desk = Desk()
+    desk.running()
+    worker = desk.connect().say(Join("worker", 0, 7, "there", (), machine="here"))
+    desk.machine.traces.machine = "here"
+    collector = desk.connect().say(CollectTrace(9.0))
+    desk.now += 0.5
+    worker.say(TraceEvents(clock=1, echo=asked(worker)[0].clock))
+    worker.say(TraceEvents(clock=2, events=(event(1),)))
+    assert (chunks(collector)[-1].ahead, chunks(collector)[-1].error) == (0, 0)
 
 
 # ── recording, and files ────────────────────────────────────────────────────────────────────────
@@ -322,6 +352,20 @@ def test_a_recorder_that_is_off_keeps_nothing_and_one_that_is_full_counts(monkey
     assert [one.began for one in last.events] == [0, 1, 2]
     assert (last.dropped, last.last) == (2, True)
     assert not recorder.on
+
+
+def test_a_flow_without_both_ends_is_left_out():
+    def part(began, place, *flows):
+        return TraceEvent("main", "x", began, 5, flows, place)
+
+    file = Full(1 << 20)
+    trace = TraceFile(file)
+    cut = (part(10, "begin", (1, 1)), part(20, "end", (1, 2)), part(30, "pass", (1, 1), (1, 2)))
+    whole = (part(40, "begin", (1, 3)), part(50, "pass", (1, 3)), part(60, "end", (1, 3)))
+    trace.add(TraceChunk(1, "worker", 0, 7, "here", 0, 0, (*whole, *cut)))
+    trace.close()
+    ((*kinds,),) = [[one["ph"] for one in parts] for parts in flows(json.loads(file.text)).values()]
+    assert kinds == ["s", "t", "f"]
 
 
 class Full:

@@ -34,7 +34,7 @@ from headwater.machines.coordinator import (
     WriteCheckpoint,
 )
 from headwater.machines.roster import Departure
-from headwater.runtime.dialling import check_reachable, dial_member
+from headwater.runtime.dialling import check_reachable, dial_member, machine
 from headwater.runtime.journal import Journal
 from headwater.runtime.pump import Pump
 from headwater.runtime.threads import ConnectionThreads
@@ -134,6 +134,7 @@ class CoordinatorNode:
             raise
         self.address = self._machine.surveys.address = self.addresses[-1]
         self._machine.surveys.traffic = self._threads.traffic
+        self._machine.traces.machine = machine()
         self._pump.begin()
         self._pump.do(self._machine.begin)
 

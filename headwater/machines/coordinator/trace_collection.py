@@ -3,7 +3,8 @@
 Members record while anybody collects, and tell what they recorded twice a second; it is passed on and not
 kept. Each answers at once when it is asked to record, and the time that this took there and back bounds the
 error of the offset between the two clocks. Members of one machine have one clock, so the best answer of all
-of them counts for each; which it is stays so for the whole collection, since slices must not move.
+of them counts for each; what was used first stays, since slices must not move. On the coordinator's own
+machine there is no offset.
 
     Stranger ──CollectTrace──▶ Collecting ──its seconds are over, or CollectTrace(0)──▶ ending
              ──every member has told its last, or `LAST_S` have passed──▶ over ──it closes
@@ -32,14 +33,18 @@ LAST_S = 2.0
 
 @dataclass(slots=True)
 class _Clocks:
-    """Offset and error by machine, and which machines' were used."""
+    """Offset and error by machine: the best answer so far, and what was used first and stays."""
 
     best: dict[str, tuple[int, int]] = field(default_factory=dict)
+    used: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def heard(self, machine: str, clock: int, echo: int, now: int) -> None:
         error = (now - echo + 1) // 2
         if machine not in self.best or error < self.best[machine][1]:
             self.best[machine] = (echo + now) // 2 - clock, error
+
+    def of(self, machine: str) -> tuple[int, int]:
+        return self.used.setdefault(machine, self.best.get(machine, (0, 0)))
 
 
 class TraceCollection:
@@ -48,11 +53,13 @@ class TraceCollection:
     Attributes:
         clock: the driver's, in nanoseconds, as of this event.
         unheard: members that were asked to record, and have not answered yet.
+        machine: that this coordinator runs on, whose clock is its own; "" where that is not known.
     """
 
     def __init__(self, state: State) -> None:
         self.clock = 0
         self.unheard: set[int] = set()
+        self.machine = ""
         self._state = state
         self._clocks = _Clocks()
         self._recording: set[int] = set()
@@ -106,7 +113,8 @@ class TraceCollection:
         if told.last:
             self._recording.discard(member.id)
         if told.events or told.dropped:
-            ahead, error = self._clocks.best.get(member.machine, (0, 0))
+            here = self.machine != "" and member.machine == self.machine
+            ahead, error = (0, 0) if here else self._clocks.of(member.machine)
             place = (member.id, member.role, member.index, member.pid, member.host)
             self._pass_on(m.TraceChunk(*place, ahead, error, told.events, told.dropped))
 
