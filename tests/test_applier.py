@@ -241,7 +241,7 @@ def test_it_begins_when_every_server_has_said_where_it_is_and_counts_what_was_he
     machine = sequencer(1)
     machine.received(BESIDE, roster(3, SERVERS[0], member(5), since=3), None, 0.0)
     assert machine.received(BESIDE, m.Reports(0, (HELD,), 3), None, 0.0) == []
-    assert machine.reasons().otherwise == "the log begins anew when servers 0 have said where they are"
+    assert machine.reasons().otherwise == "the log begins anew when server 0 has said how far it is"
     actions = machine.received(BESIDE, recovery(0), None, 0.0)
     written = [entry for action in sent(actions, m.Entries) for entry in action.message.entries]
     assert [type(one) for one in written] == [m.Enrolled, m.Activated, m.Served]

@@ -423,11 +423,11 @@ def test_what_is_begun_takes_no_time_until_it_is_waited_for():
 
 def test_what_servers_say_of_a_wait_is_noted_once_by_the_one_that_knows_best():
     alone = Alone().joined(2).call("step 1")
-    alone.server_says(1, m.Waiting(1, "server 1 holds the exchange and waits for the log"))
-    assert alone.notes() == ["worker 0: server 1 holds the exchange and waits for the log"]
+    alone.server_says(1, m.Waiting(1, "server 1 has the request and waits for server 0"))
+    assert alone.notes() == ["worker 0: server 1 has the request and waits for server 0"]
     alone.server_says(0, m.Waiting(1, "step 1 waits for worker 1"))
     assert alone.notes() == ["worker 0: step 1 waits for worker 1"]
-    alone.server_says(1, m.Waiting(1, "server 1 holds the exchange and waits for the log"))
+    alone.server_says(1, m.Waiting(1, "server 1 has the request and waits for server 0"))
     assert alone.notes() == []
 
 
@@ -445,7 +445,7 @@ def stalled(alone, until=None):
 
 def test_a_wait_that_passed_the_deadline_names_whom_the_sequencer_named():
     alone = Alone().joined(2).call("step 3").at(DEADLINE - 1)
-    alone.server_says(1, m.Waiting(1, "server 1 holds the exchange and waits for the log"))
+    alone.server_says(1, m.Waiting(1, "server 1 has the request and waits for server 0"))
     alone.server_says(0, m.Waiting(1, "step 3 waits for worker 1"))
     assert stalled(alone) == f"step 3 had no answer for {DEADLINE:g} s: step 3 waits for worker 1"
 

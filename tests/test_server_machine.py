@@ -307,11 +307,11 @@ def test_a_member_of_a_server_without_the_log_is_told_so():
     desk.passes(10)
     assert isinstance(desk.last(conn), m.Explain)
     desk.passes(10)
-    assert desk.last(one).reason == "server 1 holds the exchange and waits for the log"
+    assert desk.last(one).reason == "server 1 has the request and waits for server 0"
     desk.says(conn, m.Reasons({}, "server 0 is processing it"))
     desk.ends(conn)
     desk.passes(10)
-    assert desk.last(one).reason.endswith("waits for the log: it lost the connection to server 0")
+    assert desk.last(one).reason.endswith("waits for server 0: it lost the connection to server 0")
 
 
 def test_whether_a_server_is_of_use():

@@ -142,8 +142,10 @@ class _Term:
         if self.sequencer is not None:
             return m.Reasons(self.sequencer.waits(), "server 0 is processing it")
         missing = [str(index) for index in range(self._servers) if index not in self._recoveries]
-        begins = f"the log begins anew when servers {', '.join(missing)} have said where they are"
-        return m.Reasons({}, begins if missing else "the log begins anew with the next roster")
+        if not missing:
+            return m.Reasons({}, "the log begins anew with the next roster")
+        who = f"servers {', '.join(missing)} have" if len(missing) > 1 else f"server {missing[0]} has"
+        return m.Reasons({}, f"the log begins anew when {who} said how far it is")
 
     # ── what leaves ─────────────────────────────────────────────────────────────────────────────
 

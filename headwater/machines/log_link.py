@@ -135,7 +135,8 @@ class ReportLink:
     @property
     def why(self) -> str:
         """Why a member has no answer yet, as far as this server knows."""
-        holds = f"server {self._index} holds the exchange and waits for the log"
+        whom = "server 0" if self._index else "the log"
+        holds = f"server {self._index} has the request and waits for {whom}"
         return f"{holds}: {self._lacks}" if self._lacks else holds
 
     # ── reports and entries ─────────────────────────────────────────────────────────────────────
