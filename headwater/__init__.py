@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from headwater import errors
 
 if TYPE_CHECKING:  # the same as `_HOMES`, for type checkers and editors
+    from headwater import data as data
     from headwater import jax as jax
     from headwater import kvstore as kvstore
     from headwater import torch as torch
@@ -133,7 +134,7 @@ __all__ = [
     "sinks",
 ]
 
-_SUBMODULES = ("jax", "kvstore", "torch")
+_SUBMODULES = ("data", "jax", "kvstore", "torch")
 _HOMES = {
     "checkpoint": ("load_checkpoint",),
     "cluster": ("Cluster", "connect"),

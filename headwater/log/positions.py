@@ -6,6 +6,7 @@ them, and a checkpoint at one position of the log, say the same.
 
 from __future__ import annotations
 
+import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 
@@ -18,6 +19,7 @@ from headwater.messages import (
     Recut,
     Span,
     StaticProgress,
+    StreamProgress,
     Visited,
 )
 
@@ -126,7 +128,10 @@ class Positions:
             StaticProgress(cut.call, epochs.get(cut.call, 0), -1, min(epoch for epoch, _ in cut.done), 0)
             for cut in self._recuts[len(self._recuts) - (begun - first) :]
         )
-        self._last = {rank: Position(rank, first, places, (), least.loops) for rank in range(workers)}
+        streams = _streams_of(last)
+        self._last = {
+            rank: Position(rank, first, places, (), least.loops, streams) for rank in range(workers)
+        }
         self._forget_old_calls()
 
     def _visit(self, visit: DynamicProgress) -> None:
@@ -155,7 +160,24 @@ _ALL = 1 << 62
 
 def _begun(position: Position) -> int:
     """One more than the last call of which a rank has read something."""
-    return max([position.over, *(place.call + 1 for place in position.places)])
+    calls = [place.call for place in position.places] + [stream.call for stream in position.streams]
+    return max([position.over, *(call + 1 for call in calls)])
+
+
+def owner_of(partition: str, workers: int) -> int:
+    """The rank that reads a partition of a stream."""
+    return zlib.crc32(partition.encode()) % workers
+
+
+def _streams_of(last: list[Position]) -> tuple[StreamProgress, ...]:
+    """All offsets, of each partition as the rank has it that reads it; for everybody, as others will."""
+    offsets: dict[int, dict[str, str]] = {}
+    for position in last:
+        for stream in position.streams:
+            for partition, offset in stream.offsets:
+                if owner_of(partition, len(last)) == position.rank:
+                    offsets.setdefault(stream.call, {})[partition] = offset
+    return tuple(StreamProgress(call, tuple(sorted(of.items()))) for call, of in sorted(offsets.items()))
 
 
 def _done(position: Position, call: int) -> tuple[int, int]:

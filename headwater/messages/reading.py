@@ -54,12 +54,19 @@ class LoopProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     first: int
 
 
+class StreamProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far a worker is in the partitions of a stream that are its own: partition and offset."""
+
+    call: int
+    offsets: tuple[tuple[str, str], ...] = ()
+
+
 class Position(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a worker is in its data: what is done once the step that carries this is committed.
 
     `call` numbers the calls of `batches` and `splits` of one incarnation from 0, in the order in which
     they were begun. Calls before `over` are over; `places` and `visits` are of calls that are not. `loops`:
-    over epochs, in the order in which they were begun.
+    over epochs, in the order in which they were begun. `streams`: of calls that read streams.
     """
 
     rank: int
@@ -67,6 +74,7 @@ class Position(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     places: tuple[StaticProgress, ...] = ()
     visits: tuple[DynamicProgress, ...] = ()
     loops: tuple[LoopProgress, ...] = ()
+    streams: tuple[StreamProgress, ...] = ()
 
 
 class Visited(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -29,7 +29,7 @@ from headwater.wire.fork import close_in_child
 from headwater.wire.frames import Limits, encode
 from headwater.wire.incoming import Array, Incoming, PlaceOf, Received, Span, StaticProgress
 from headwater.wire.sockets import keep_alive, peer_name, tcp_info, timeval, tune_tcp
-from headwater.wire.stream import Stream
+from headwater.wire.stream import ByteStream
 
 __all__ = ["Array", "Channel", "Outgoing", "PlaceOf", "Received", "StaticProgress"]
 
@@ -60,7 +60,7 @@ class Channel:
         transport: "unix", "tcp" or "tls".
     """
 
-    def __init__(self, connection: Stream, limits: Limits | None = None) -> None:
+    def __init__(self, connection: ByteStream, limits: Limits | None = None) -> None:
         connection.settimeout(None)
         self._stream = connection
         self.peer = peer_name(connection)

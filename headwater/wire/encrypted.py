@@ -1,4 +1,4 @@
-"""A connection with TLS around it, in the place of the socket: see `Stream` for what it promises."""
+"""A connection with TLS around it, in the place of the socket: see `ByteStream` for what it promises."""
 
 from __future__ import annotations
 

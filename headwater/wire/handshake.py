@@ -26,7 +26,7 @@ from headwater.wire.greeting import (
     printable,
     refusal,
 )
-from headwater.wire.stream import Stream
+from headwater.wire.stream import ByteStream
 
 _MOST = 128 << 10  # bytes of a whole handshake
 _PIECE = 16 << 10
@@ -88,7 +88,7 @@ class Handshake:
                 self._tell(error)
             raise
 
-    def stream(self, connection: socket.socket) -> Stream:
+    def stream(self, connection: socket.socket) -> ByteStream:
         """Return what frames travel over from now on; owns `connection`."""
         assert self.done
         if self._encryption is None:

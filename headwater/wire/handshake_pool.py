@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from headwater.errors import ConnectionLostError, HeadwaterError
 from headwater.wire.handshake import Handshake
 from headwater.wire.sockets import peer_name
-from headwater.wire.stream import Stream
+from headwater.wire.stream import ByteStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class HandshakePool:
         self._guests[connection.fileno()] = guest
         self._poller.register(connection, select.POLLIN)
 
-    def ready(self, descriptor: int) -> tuple[socket.socket, Stream] | None:
+    def ready(self, descriptor: int) -> tuple[socket.socket, ByteStream] | None:
         """Go on with a handshake; return the socket and what it became once it is over."""
         guest = self._guests.get(descriptor)
         if guest is None:

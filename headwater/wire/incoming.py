@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from headwater.errors import ConnectionLostError, ProtocolError
 from headwater.messages import AnyMessage
 from headwater.wire.frames import PREFIX_SIZE, Limits, Prefix, decode_header, parse_prefix
-from headwater.wire.stream import Incomplete, Stream
+from headwater.wire.stream import ByteStream, Incomplete
 
 Array: TypeAlias = NDArray[Any] | memoryview
 StaticProgress: TypeAlias = Callable[[AnyMessage, int], Sequence[Array]]
@@ -105,7 +105,7 @@ class Incoming:
         count: bytes that have come.
     """
 
-    def __init__(self, connection: Stream, limits: Limits, peer: str) -> None:
+    def __init__(self, connection: ByteStream, limits: Limits, peer: str) -> None:
         self.count = 0
         self._stream = connection
         self._limits = limits

@@ -33,7 +33,7 @@ from headwater.wire.handshake_pool import Capacity, HandshakePool, hang_up
 from headwater.wire.refusals import RefusalLog
 from headwater.wire.security import Security
 from headwater.wire.sockets import peer_name
-from headwater.wire.stream import Stream
+from headwater.wire.stream import ByteStream
 
 _GONE = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ECONNABORTED, errno.EPROTO, errno.EINTR)
 _PAUSE_MS = 100  # where the system cannot give a connection
@@ -174,7 +174,7 @@ class Listener:
         else:
             self._take_in(connection, connection)
 
-    def _take_in(self, connection: socket.socket, stream: Stream) -> None:
+    def _take_in(self, connection: socket.socket, stream: ByteStream) -> None:
         if self._is_full():  # by others whose handshakes were under way at the same time
             self._turn_away(connection, f"{self._capacity.connections} connections are open already")
             return
@@ -266,7 +266,7 @@ def dial(
         raise ConnectionLostError(f"cannot connect to {address}: {error}") from error
 
 
-def _shake_hands(connection: socket.socket, handshake: Handshake, until: float) -> Stream:
+def _shake_hands(connection: socket.socket, handshake: Handshake, until: float) -> ByteStream:
     """Make the caller's side of a handshake."""
     while True:
         connection.settimeout(max(until - time.monotonic(), 0.001))

@@ -6,7 +6,7 @@ import socket
 import struct
 import sys
 
-from headwater.wire.stream import Stream
+from headwater.wire.stream import ByteStream
 
 _TIMEVAL = struct.Struct("ll")
 _SILENCE_S = 60
@@ -21,14 +21,14 @@ def timeval(timeout: float | None) -> bytes:
     return _TIMEVAL.pack(int(whole), int(part * 1e6))
 
 
-def tune_tcp(connection: Stream) -> None:
+def tune_tcp(connection: ByteStream) -> None:
     """Send small frames at once, and notice within about a minute that the peer's machine is gone."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     keep_alive(connection, _SILENCE_S)
 
 
-def keep_alive(connection: Stream, seconds: float) -> None:
+def keep_alive(connection: ByteStream, seconds: float) -> None:
     """Notice within about so many seconds, in which nothing is sent, that the peer's machine is gone."""
     times = {"TCP_KEEPIDLE": seconds / 2, "TCP_KEEPINTVL": seconds / 2 / _PROBES, "TCP_KEEPCNT": _PROBES}
     for name, value in times.items():
@@ -36,7 +36,7 @@ def keep_alive(connection: Stream, seconds: float) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), min(max(1, int(value)), 32767))
 
 
-def tcp_info(connection: Stream) -> bytes:
+def tcp_info(connection: ByteStream) -> bytes:
     """What Linux tells of a TCP connection; b"" where it tells nothing."""
     if not sys.platform.startswith("linux"):
         return b""
@@ -55,7 +55,7 @@ def peer_credentials(connection: socket.socket) -> tuple[int, int] | None:
     return pid, uid
 
 
-def peer_name(connection: Stream) -> str:
+def peer_name(connection: ByteStream) -> str:
     """Return who is at the other end, for people: "tcp:127.0.0.1:4000" or "unix pid 123"."""
     if isinstance(connection, socket.socket) and connection.family == socket.AF_UNIX:
         credentials = peer_credentials(connection)

@@ -16,7 +16,7 @@ class Incomplete(Exception):
     """No error: bytes came, but none that can be handed out yet; call again."""
 
 
-class Stream(Protocol):
+class ByteStream(Protocol):
     """A connected byte stream that blocks, unless a call's flags say MSG_DONTWAIT.
 
     Reads and writes may come from two threads at once. Counts are of plain bytes. A write that raised

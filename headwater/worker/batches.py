@@ -18,6 +18,8 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from numpy.typing import NDArray
+
 from headwater import messages as m
 from headwater.data import fetch
 from headwater.errors import DeadlockError
@@ -26,6 +28,7 @@ from headwater.runtime.client import Client
 from headwater.worker.parts import Call, LeasedSplits, StaticPart, batches_an_epoch
 from headwater.worker.plan import ReadPlan
 from headwater.worker.program import Program
+from headwater.worker.stream_part import StreamPart, StreamPlan
 
 _log = logging.getLogger("headwater.worker")
 
@@ -62,7 +65,8 @@ class DataReader:
         recorded = recorded or m.Position(self._rank, 0)
         self._over = recorded.over
         self._recorded = {place.call: place for place in recorded.places}  # of calls not begun again yet
-        self._applied = recorded.places
+        self._recorded_streams = {one.call: one for one in recorded.streams}
+        self._applied, self._applied_streams = recorded.places, recorded.streams
         self._open: dict[int, Call] = {}
         self._planned = 0.0
 
@@ -74,6 +78,10 @@ class DataReader:
     def batches(self, plan: ReadPlan, dataset: Any) -> Batches:
         """Batch by batch; a step that is taken before the next one is asked for makes it done."""
         return Batches(self, plan, dataset)
+
+    def events(self, plan: StreamPlan) -> StreamBatches:
+        """Events of a stream, batch by batch; a step that is taken before the next one makes it done."""
+        return StreamBatches(self, plan)
 
     def splits(self, plan: ReadPlan) -> Splits:
         """Split by split; one is done with the step after the next one was asked for."""
@@ -90,7 +98,7 @@ class DataReader:
         """The next piece is there, or there is none."""
         self._session.stages.read(began, self._session.waiting - waited)
 
-    def begin(self, plan: ReadPlan) -> Call | None:
+    def begin(self, plan: ReadPlan | StreamPlan) -> Call | None:
         """Begin the next call; None where the log has recorded that it is over."""
         self._check_dismissed()
         self.settle()
@@ -103,8 +111,11 @@ class DataReader:
         call = self._open[number] = self._make(number, plan)
         return call
 
-    def _make(self, number: int, plan: ReadPlan) -> Call:
+    def _make(self, number: int, plan: ReadPlan | StreamPlan) -> Call:
         place = self._recorded.pop(number, None)
+        if isinstance(plan, StreamPlan):
+            recorded = self._recorded_streams.pop(number, None)
+            return StreamPart(number, plan, self._rank, self.workers, recorded)
         if plan.splits == "static":
             recuts = [cut for cut in self._recuts if cut.call == number]
             return StaticPart(number, plan, self._rank, self.workers, place, recuts)
@@ -180,10 +191,14 @@ class DataReader:
         visits = [call.visit() for call in self._open.values()]
         return m.Position(
             self._rank,
-            self._first(self._going().keys() | self._recorded.keys()),
+            self._first(self._going().keys() | self._recorded.keys() | self._recorded_streams.keys()),
             tuple(place for place in places if place is not None),
             tuple(visit for visit in visits if visit is not None),
             loops,
+            (
+                *(call.stream() for call in self._going().values() if isinstance(call, StreamPart)),
+                *self._recorded_streams.values(),
+            ),
         )
 
     def resting(self, *, leaving: bool = False) -> m.Position | None:
@@ -195,13 +210,15 @@ class DataReader:
         if not self.begun and not loops:
             return None
         going = (self._open if leaving else self._going()).keys() | self._recorded.keys()
+        going |= self._recorded_streams.keys()
         places = tuple(place for place in self._applied if place.call in going)
-        return m.Position(self._rank, self._first(going), places, (), loops)
+        streams = tuple(stream for stream in self._applied_streams if stream.call in going)
+        return m.Position(self._rank, self._first(going), places, (), loops, streams)
 
     def applied(self, position: m.Position | None) -> None:
         """The step with this position was applied."""
         if position is not None:
-            self._applied = position.places
+            self._applied, self._applied_streams = position.places, position.streams
         visits = () if position is None else position.visits
         for call in self._open.values():
             call.applied(visits)
@@ -221,7 +238,7 @@ class _Reading(Iterator[Item]):
     Iterated over once more after its end, it is the next call, which reads everything again.
     """
 
-    def __init__(self, reader: DataReader, plan: ReadPlan) -> None:
+    def __init__(self, reader: DataReader, plan: ReadPlan | StreamPlan) -> None:
         self._call: Call | None = None
         self._over = False
         self._reader = reader
@@ -272,6 +289,7 @@ class _Reading(Iterator[Item]):
         epoch, self._rest = piece
         if self._order is None or epoch != self._epoch:
             plan = self._plan
+            assert isinstance(plan, ReadPlan)
             self._order = Order(plan.size, plan.groups, shuffle=plan.shuffle, seed=plan.seed, epoch=epoch)
             self._epoch = epoch
         return True
@@ -292,6 +310,8 @@ class Batches(_Reading[Any]):
     `len` is the number of batches that a static part has, in all its epochs, whatever was read of them before
     a restart; with dynamic splits nobody knows it, and `len` raises TypeError.
     """
+
+    _plan: ReadPlan
 
     def __init__(self, reader: DataReader, plan: ReadPlan, dataset: Any) -> None:
         super().__init__(reader, plan)
@@ -344,6 +364,40 @@ class Batches(_Reading[Any]):
             )
         reader = self._reader
         return self._plan.epochs * batches_an_epoch(self._plan, reader.rank, reader.workers)
+
+
+class StreamBatches(_Reading[dict[str, NDArray[Any]]]):
+    """This worker's batches of a stream's events: what `worker.batches` returns for one. An iterator.
+
+    Field → an array with one value an event. An endless stream ends with `stop` and `close` only.
+    """
+
+    _plan: StreamPlan
+
+    def __init__(self, reader: DataReader, plan: StreamPlan) -> None:
+        super().__init__(reader, plan)
+        self._handed_out = 0
+
+    def __next__(self) -> dict[str, NDArray[Any]]:
+        began, waited = self._reader.begin_reading()
+        try:
+            return self._next()
+        finally:
+            self._reader.end_reading(began, waited)
+
+    def _next(self) -> dict[str, NDArray[Any]]:
+        call = self._going()
+        if call is None:
+            raise StopIteration
+        assert isinstance(call, StreamPart)
+        self._reader.samples += self._handed_out
+        self._handed_out = 0
+        batch = None if self._reader.stopped else call.next_batch(self._reader.check)
+        if batch is None:
+            self._end(interrupted=False)
+            raise StopIteration
+        self._handed_out = len(next(iter(batch.values())))
+        return batch
 
 
 class Splits(_Reading[Indices]):

@@ -14,18 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.errors import HeadwaterError, UsageError
+from headwater.data.event_stream import Stream
+from headwater.errors import ConfigurationError, HeadwaterError, UsageError
 from headwater.machines.row_buffer import RowBuffer
 from headwater.runtime.client import Client
 from headwater.runtime.inquiry import take_checkpoint
 from headwater.spec.initializers import Initializer, Zeros
 from headwater.spec.lifetime import AfterCount, Expiry
 from headwater.spec.rules import Rule
+from headwater.spec.seconds import seconds
 from headwater.spec.sync import Mode
 from headwater.spec.user_settings import unpack
 from headwater.wire.scratch import Scratch
 from headwater.wire.security import PLAIN, Security
-from headwater.worker.batches import Batches, DataReader, Splits
+from headwater.worker.batches import Batches, DataReader, Splits, StreamBatches
 from headwater.worker.logged import LoggedMetrics
 from headwater.worker.meetings import Gathered, Meetings, Sums
 from headwater.worker.model import Model
@@ -42,6 +44,7 @@ from headwater.worker.plan import SplitKind, count_of, plan_of
 from headwater.worker.program import Epochs, Program
 from headwater.worker.pulls import pull_together
 from headwater.worker.step import StepExchange
+from headwater.worker.stream_part import StreamPlan
 from headwater.worker.table import Table
 from headwater.worker.trial import Trial
 
@@ -438,7 +441,8 @@ class Worker:
         seed: int = 0,
         splits: SplitKind | None = None,
         drop_last: bool = False,
-    ) -> Batches:
+        linger: float = 0.2,
+    ) -> Batches | StreamBatches:
         """This worker's batches; they end when there are none left for it, or after `stop`.
 
         `dataset`: an array, a tuple of arrays, anything with `__len__` and `__getitem__`, or `Files`.
@@ -451,6 +455,11 @@ class Worker:
         `drop_last`: all batches have `batch_size` samples. A static part then has as many of them as every
         other worker's; what does not fill one is read by nobody.
 
+        `dataset` may also be a stream (`hw.data.Tail`, `hw.data.RedisStream`, or an object like them), each
+        of whose partitions one worker reads; a batch is then a mapping from field to array, and has fewer
+        events where no more came for `linger` seconds. The log records offsets as it records positions. A
+        worker whose endless stream is idle hears of `stop` with its next step.
+
         A restarted worker goes on where the log recorded it: after the last batch that a step followed. From
         its last batch on, rounds do not wait for this worker until it steps again. Only the end of the data,
         `stop` and `close()` of what is returned end it. A loop that is left by `break` is over once the
@@ -462,6 +471,17 @@ class Worker:
             StalledError: no split within the deadline; names who holds the last ones.
         """
         self._session.check_open("batches")
+        if isinstance(dataset, Stream):
+            batch, limit = (
+                count_of("batches", "batch_size", batch_size, 1),
+                seconds("linger", linger, zero=True),
+            )
+            if epochs != 1 or shuffle or drop_last or splits is not None:
+                raise ConfigurationError(
+                    "batches: a stream is read once, in its order, each partition by one worker: leave out "
+                    "epochs, shuffle, splits and drop_last"
+                )
+            return self._feed.events(StreamPlan(dataset, batch, limit))
         rounds, splits = self.mode.rounds, self._splits(splits)
         plan = plan_of(dataset, batch_size, epochs, shuffle, seed, splits, rounds=rounds, drop_last=drop_last)
         return self._feed.batches(plan, dataset)
