@@ -15,6 +15,7 @@ from headwater.bench.programs import measure_programs
 from headwater.bench.safety import measure_safety
 from headwater.bench.soak import measure_soak
 from headwater.bench.splits import measure_splits
+from headwater.bench.steps import measure_steps
 from headwater.bench.table import measure_lookup, measure_table
 from headwater.bench.table_training import measure_table_training
 from headwater.bench.wire import measure_tcp, measure_tls
@@ -32,6 +33,7 @@ SUITES: dict[str, Callable[[Effort], list[Figure]]] = {
     "safety": measure_safety,
     "soak": measure_soak,
     "splits": measure_splits,
+    "steps": measure_steps,
     "lookup": measure_lookup,
     "table": measure_table,
     "rows": measure_table_training,
