@@ -524,7 +524,7 @@ def test_the_last_one_made_is_in_force():
 
 @pytest.mark.parametrize(("overlap", "blend"), [(0, 0.0), (1, 0.5)])
 def test_the_form_for_jax_is_the_same_over_a_tree(overlap, blend):
-    jax = pytest.importorskip("jax", reason="needs JAX: pip install 'headwater[jax]'")
+    jax = pytest.importorskip("jax", reason="needs JAX: the extra `jax`")
 
     def work(worker):
         params = {"a": jax.numpy.ones(()), "deep": [jax.numpy.ones((1, 1)), None]}

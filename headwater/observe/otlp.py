@@ -128,7 +128,7 @@ def _library() -> Any:
         from opentelemetry.sdk.util.instrumentation import InstrumentationScope
     except ImportError as error:
         raise ConfigurationError(
-            "OTLP needs the extra `otlp`: pip install 'headwater[otlp]' (opentelemetry-sdk and "
+            "OTLP needs the extra `otlp`: pip install '.[otlp]' in a clone (opentelemetry-sdk and "
             "opentelemetry-exporter-otlp-proto-http)"
         ) from error
 

@@ -92,7 +92,7 @@ def _library() -> Any:
         import prometheus_client.core
     except ImportError as error:
         raise ConfigurationError(
-            "metrics need the extra `metrics`: pip install 'headwater[metrics]' (prometheus-client)"
+            "metrics need the extra `metrics`: pip install '.[metrics]' in a clone (prometheus-client)"
         ) from error
     return prometheus_client
 
