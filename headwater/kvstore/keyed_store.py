@@ -11,35 +11,36 @@ Invariants:
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headwater.errors import ConfigurationError, GradientError, UsageError
 from headwater.kernels.codecs import decode, encode
+from headwater.kvstore.arguments import (
+    Key,
+    Value,
+    array_of,
+    in_place,
+    npz,
+    pairs_of,
+    rows_of,
+    targets_of,
+    written_to,
+)
+from headwater.kvstore.optimizers import rule_of
 from headwater.runtime.inquiry import ask
 from headwater.spec.codecs import Codec, OneBit, TwoBit
-from headwater.spec.rules import SGD, Adagrad, Adam, AdamW, Assign, Ftrl, Lion, RMSprop, Rule
+from headwater.spec.rules import Assign, Rule
 from headwater.worker.model import Model
 from headwater.worker.worker import Worker
-
-Key: TypeAlias = int | str
-Value: TypeAlias = Any
-"""An array: whatever `numpy.asarray` takes, of float32, float16 or float64."""
 
 _TYPES = {"dist_sync": True, "dist": True, "dist_device_sync": True, "dist_async": False}
 """Whether a type has rounds."""
 
-_BY_NAME: dict[str, type[Rule]] = {
-    rule.__name__.lower(): rule for rule in (SGD, Adam, AdamW, Adagrad, RMSprop, Ftrl, Lion)
-}
-_OF_TORCH = {"lr", "momentum", "dampening", "weight_decay", "nesterov", "betas", "eps", "amsgrad", "lr_decay"}
-_OF_TORCH |= {"initial_accumulator_value", "alpha", "centered"}
 _TENSOR = "value"
 
 
@@ -140,11 +141,11 @@ class KVStore:
             UsageError: a key that has been initialised, or is of another type than the others.
             GradientError: no array of floating point numbers.
         """
-        for one, array in _pairs(key, value):
+        for one, array in pairs_of(key, value):
             self._check_kind(one)
             if one in self._entries:
                 raise UsageError(f"key {one!r} has been initialised: push to it, or use another key")
-            self._entries[one] = _Entry(_array(one, array))
+            self._entries[one] = _Entry(array_of(one, array))
 
     def push(self, key: Key | Sequence[Key], value: Value | Sequence[Any], priority: int = 0) -> None:
         """Push one value, or the sum of several, to each key; `priority` is there for MXNet's sake.
@@ -161,7 +162,7 @@ class KVStore:
             GradientError: another shape than the key's, or no floating point numbers.
             NonFiniteError: NaN or infinity.
         """
-        for one, arrays in _pairs(key, value):
+        for one, arrays in pairs_of(key, value):
             entry = self._known(one)
             total = self._summed(one, entry, arrays)
             self._stage(one, entry, total)
@@ -192,11 +193,11 @@ class KVStore:
             if any(array is None for array in outs):
                 raise UsageError("pull inside of batch(): pass out=, which is written when the batch ends")
             self._batch += [
-                (k, target) for k, given in zip(keys, outs, strict=True) for target in _targets(given)
+                (k, target) for k, given in zip(keys, outs, strict=True) for target in targets_of(given)
             ]
             return out
         values = self._read(keys)
-        results = [_written(values[k], given) for k, given in zip(keys, outs, strict=True)]
+        results = [written_to(values[k], given) for k, given in zip(keys, outs, strict=True)]
         return results[0] if single else results
 
     def pushpull(self, key: Key | Sequence[Key], value: Any, out: Any = None, priority: int = 0) -> Any:
@@ -208,7 +209,7 @@ class KVStore:
         if self._codec is not None:
             raise UsageError("pushpull does not go with gradient compression: call push and pull")
         self.push(key, value, priority)
-        return self.pull(key, out if out is not None else _in_place(value), priority)
+        return self.pull(key, out if out is not None else in_place(value), priority)
 
     def broadcast(self, key: Key | Sequence[Key], value: Any, out: Any = None, priority: int = 0) -> Any:
         """`init`, then `pull`: everybody gets the lowest rank's value."""
@@ -251,7 +252,7 @@ class KVStore:
         entry = self._known(key)
         if self._codec is not None:
             raise UsageError("gradient compression does not go with row_sparse_push: push the whole value")
-        numbers = _rows(key, entry, ids)
+        numbers = rows_of(key, entry.shape, ids)
         array = np.asarray(rows)
         expected = np.shape(ids) + entry.shape[1:]
         if array.shape != expected:
@@ -273,10 +274,10 @@ class KVStore:
         entry = self._known(key)
         if self._batch is not None:
             raise UsageError("row_sparse_pull inside of batch(): pull after the batch has ended")
-        numbers = _rows(key, entry, ids)
+        numbers = rows_of(key, entry.shape, ids)
         value = self._read([key])[key]
         rows: NDArray[Any] = value[numbers].reshape(np.shape(ids) + entry.shape[1:])
-        written: NDArray[Any] = _written(rows, out)
+        written: NDArray[Any] = written_to(rows, out)
         return written
 
     # ── the optimizer ───────────────────────────────────────────────────────────────────────────
@@ -294,7 +295,7 @@ class KVStore:
             ConfigurationError: none of these, or settings that the rule does not have.
         """
         self._flush()
-        self._rule = _rule_of(optimizer, settings)
+        self._rule = rule_of(optimizer, settings)
         started = [key for key, entry in self._entries.items() if entry.model is not None]
         for key, value in self._read(started).items():
             entry = self._entries[key]
@@ -317,7 +318,7 @@ class KVStore:
                 arrays[f"{number}.{name}"] = np.asarray(state)
         if dump_optimizer:
             arrays["optimizer"] = np.array(repr(self._rule))
-        with open(_npz(fname), "wb") as file:
+        with open(npz(fname), "wb") as file:
             np.savez(file, **arrays)
 
     def load_optimizer_states(self, fname: str) -> None:
@@ -329,7 +330,7 @@ class KVStore:
         if isinstance(self._rule, Assign):
             raise UsageError("load_optimizer_states: no optimizer was set: call set_optimizer first")
         self._flush()
-        with np.load(_npz(fname), allow_pickle=False) as file:
+        with np.load(npz(fname), allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
         for number, (key, entry) in enumerate(self._entries.items()):
             if str(found.get(f"{number}.key")) != repr(key):
@@ -399,7 +400,7 @@ class KVStore:
         several = arrays if isinstance(arrays, list | tuple) and not np.isscalar(arrays[0]) else [arrays]
         total = np.zeros(entry.shape, dtype=np.float32)
         for array in several:
-            given = _array(key, array)
+            given = array_of(key, array)
             if given.shape != entry.shape:
                 raise GradientError(
                     f"key {key!r} has shape {entry.shape}, got {given.shape}: a key keeps the shape of init"
@@ -446,94 +447,3 @@ class KVStore:
             key: model.pull(copy=True)[_TENSOR].astype(self._entries[key].dtype, copy=False)
             for key, model in models.items()
         }
-
-
-# ── arguments ───────────────────────────────────────────────────────────────────────────────────
-
-
-def _pairs(key: Any, value: Any) -> list[tuple[Key, Any]]:
-    """Keys with what is given for each."""
-    if not isinstance(key, list | tuple):
-        return [(key, value)]
-    if not isinstance(value, list | tuple) or len(value) != len(key):
-        got = len(value) if isinstance(value, list | tuple) else "one value"
-        raise UsageError(
-            f"got {len(key)} keys and {got}: pass a list with one value, or list of values, a key"
-        )
-    return list(zip(key, value, strict=True))
-
-
-def _array(key: Key, value: Any) -> NDArray[Any]:
-    array = np.asarray(value)
-    if array.dtype.kind != "f":
-        raise GradientError(f"key {key!r}: got an array of {array.dtype}, expected floating point numbers")
-    return array
-
-
-def _rows(key: Key, entry: _Entry, ids: Any) -> NDArray[np.int64]:
-    if not entry.shape:
-        raise GradientError(f"key {key!r} is a scalar and has no rows")
-    numbers = np.asarray(ids)
-    if numbers.size == 0:
-        return np.empty(0, dtype=np.int64)
-    if numbers.dtype.kind not in "iu" and not (numbers.dtype.kind == "f" and (numbers % 1 == 0).all()):
-        raise GradientError(f"key {key!r}: row ids must be integers, got {numbers.dtype}")
-    whole = numbers.reshape(-1).astype(np.int64)
-    if whole.min() < 0 or whole.max() >= entry.shape[0]:
-        raise GradientError(
-            f"key {key!r} has rows 0 to {entry.shape[0] - 1}, got ids from {whole.min()} to {whole.max()}"
-        )
-    return whole
-
-
-def _targets(out: Any) -> list[NDArray[Any]]:
-    return list(out) if isinstance(out, list | tuple) else [out]
-
-
-def _in_place(value: Any) -> Any:
-    """MXNet's pushpull without `out` writes to the pushed arrays; read-only ones get a new array."""
-    arrays = _targets(value)
-    writable = all(isinstance(one, np.ndarray) and one.flags.writeable for one in arrays)
-    return value if writable else None
-
-
-def _written(value: NDArray[Any], out: Any) -> Any:
-    if out is None:
-        return value
-    for target in _targets(out):
-        target[...] = value
-    return out
-
-
-def _npz(fname: str) -> Path:
-    path = Path(fname)
-    return path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
-
-
-def _rule_of(optimizer: Any, settings: Mapping[str, Any]) -> Rule:
-    if isinstance(optimizer, Rule):
-        if settings:
-            raise ConfigurationError(f"set_optimizer: {settings} beside a rule: give them to the rule")
-        return optimizer
-    if isinstance(optimizer, str):
-        name, given = optimizer.lower(), dict(settings)
-    else:
-        name = type(optimizer).__name__.lower()
-        defaults = getattr(optimizer, "defaults", None)
-        if not isinstance(defaults, Mapping):
-            raise ConfigurationError(
-                f"set_optimizer: got {optimizer!r}, expected a rule, a name, or an optimizer of torch"
-            )
-        given = {key: value for key, value in defaults.items() if key in _OF_TORCH}
-    if name not in _BY_NAME:
-        raise ConfigurationError(
-            f"optimizer {name!r} is unknown: expected one of {', '.join(sorted(_BY_NAME))}"
-        )
-    rule = _BY_NAME[name]
-    fields = {field.name for field in dataclasses.fields(rule)}  # type: ignore[arg-type]
-    unknown = sorted(set(given) - fields)
-    if isinstance(optimizer, str) and unknown:
-        raise ConfigurationError(
-            f"{rule.__name__} has no setting {unknown[0]!r}, only {', '.join(sorted(fields))}"
-        )
-    return rule(**{key: value for key, value in given.items() if key in fields})

@@ -1,0 +1,79 @@
+"""What calls of a store are given: keys and values, row ids, arrays to write to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headwater.errors import GradientError, UsageError
+
+Key: TypeAlias = int | str
+Value: TypeAlias = Any
+"""An array: whatever `numpy.asarray` takes, of float32, float16 or float64."""
+
+
+def pairs_of(key: Any, value: Any) -> list[tuple[Key, Any]]:
+    """Keys with what is given for each."""
+    if not isinstance(key, list | tuple):
+        return [(key, value)]
+    if not isinstance(value, list | tuple) or len(value) != len(key):
+        got = len(value) if isinstance(value, list | tuple) else "one value"
+        raise UsageError(
+            f"got {len(key)} keys and {got}: pass a list with one value, or list of values, a key"
+        )
+    return list(zip(key, value, strict=True))
+
+
+def array_of(key: Key, value: Any) -> NDArray[Any]:
+    """A key's value as an array of floating point numbers. Raises GradientError."""
+    array = np.asarray(value)
+    if array.dtype.kind != "f":
+        raise GradientError(f"key {key!r}: got an array of {array.dtype}, expected floating point numbers")
+    return array
+
+
+def rows_of(key: Key, shape: tuple[int, ...], ids: Any) -> NDArray[np.int64]:
+    """Row ids as int64[n]. Raises GradientError: out of range, or of another kind."""
+    if not shape:
+        raise GradientError(f"key {key!r} is a scalar and has no rows")
+    numbers = np.asarray(ids)
+    if numbers.size == 0:
+        return np.empty(0, dtype=np.int64)
+    if numbers.dtype.kind not in "iu" and not (numbers.dtype.kind == "f" and (numbers % 1 == 0).all()):
+        raise GradientError(f"key {key!r}: row ids must be integers, got {numbers.dtype}")
+    whole = numbers.reshape(-1).astype(np.int64)
+    if whole.min() < 0 or whole.max() >= shape[0]:
+        raise GradientError(
+            f"key {key!r} has rows 0 to {shape[0] - 1}, got ids from {whole.min()} to {whole.max()}"
+        )
+    return whole
+
+
+def targets_of(out: Any) -> list[NDArray[Any]]:
+    """The arrays that `out` names."""
+    return list(out) if isinstance(out, list | tuple) else [out]
+
+
+def in_place(value: Any) -> Any:
+    """MXNet's pushpull without `out` writes to the pushed arrays; read-only ones get a new array."""
+    arrays = targets_of(value)
+    writable = all(isinstance(one, np.ndarray) and one.flags.writeable for one in arrays)
+    return value if writable else None
+
+
+def written_to(value: NDArray[Any], out: Any) -> Any:
+    """The value, in `out` where there is one."""
+    if out is None:
+        return value
+    for target in targets_of(out):
+        target[...] = value
+    return out
+
+
+def npz(fname: str) -> Path:
+    """The name that NumPy gives the file."""
+    path = Path(fname)
+    return path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
