@@ -18,13 +18,13 @@ from headwater.cli.app import app
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def program(name, *arguments):
+def program(name, *arguments, seconds=100):
     """What an example prints."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=seconds,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -226,3 +226,54 @@ def test_wrong_arguments_give_a_message_and_exit_code_2(name, arguments, message
         module(name).main()
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# ── trained far apart ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("method", "most"),
+    [
+        pytest.param("ddp", 1300.0, marks=pytest.mark.long),
+        ("diloco", 120.0),
+        ("decoupled", 25.0),
+        pytest.param("async", 120.0, marks=pytest.mark.long),
+    ],
+)
+def test_a_language_model_learns_by_each_method_and_says_what_it_sent(method, most, tmp_path):
+    """Of words that follow a rule: each method comes below what guessing letters by frequency would give."""
+    text = tmp_path / "text.txt"
+    numbers = np.random.default_rng(0)
+    text.write_text(" ".join(np.array(["alpha", "beta", "gamma", "delta"])[numbers.integers(0, 4, 4000)]))
+    diloco = module("diloco")
+    sizes = {"dim": 32, "layers": 1, "context": 16, "steps": 60, "every": 10, "lr": 1e-2}
+    settings = {"text": str(text), "method": method, "overlap": 1, **sizes}
+    result = hw.run(diloco.train, workers=2, engine="inline", sync=diloco.SYNC[method], settings=settings)
+    found = result.values[0]
+    assert found["loss"] < 2.2
+    assert 0 < found["bytes/token"] < most
+
+
+@pytest.mark.parametrize("rule", ["fedavg", pytest.param("fedadam", marks=pytest.mark.long)])
+def test_clients_with_different_digits_that_come_and_go_learn_all_of_them(rule):
+    federated = module("federated")
+    settings = {"rule": rule, "rounds": 60, "away": 0.3}
+    result = hw.run(federated.train, workers=3, engine="inline", settings=settings)
+    assert min(result.values) > 0.7
+    assert len(set(result.values)) == 1
+
+
+@pytest.mark.long
+def test_local_steps_on_text8_come_close_to_synchronous_training_with_far_fewer_bytes():
+    text = data_folder() / "text8.head.gz"
+    if not text.exists():
+        pytest.skip(f"no text8.head.gz in {data_folder()}: set HEADWATER_DATA to a folder that has it")
+    sizes = ("--dim", 64, "--layers", 2, "--steps", 480)
+
+    def trained(method):
+        output = program("diloco.py", text, "--method", method, *sizes, seconds=900)
+        return [float(re.search(rf"{name} ([0-9.e+]+)", output)[1]) for name in ("loss", "bytes/token")]
+
+    (loss, together), (apart, few) = trained("ddp"), trained("diloco")
+    assert apart < 1.08 * loss
+    assert together / few >= 20

@@ -137,14 +137,19 @@ def test_one_local_step_and_an_outer_rate_of_1_are_synchronous_sgd_to_the_bit(se
     assert len(set(map(tuple, values))) == 1
 
 
-def diloco_in_one_process(workers, every, rounds, make_inner, weights=None):
-    """Mean of what the workers changed, then torch's own Nesterov."""
+def count_of(rank, round_):
+    """Samples of each local step: others in every second round, so that what is counted twice shows."""
+    return rank + 1 if round_ % 2 else 4 - rank
+
+
+def diloco_in_one_process(workers, every, rounds, make_inner, power):
+    """Mean of what the workers changed, weighted by a power of their counts, then torch's own Nesterov."""
     whole = linear()
     locals_ = [copy.deepcopy(whole) for _ in range(workers)]
     inners = [make_inner(net.parameters()) for net in locals_]
     step = torch.optim.SGD(whole.parameters(), 0.7, momentum=0.9, nesterov=True)
-    weights = weights or [1.0] * workers
     for round_ in range(rounds):
+        weights = [float(count_of(rank, round_) ** power) for rank in range(workers)]
         for rank, (net, inner) in enumerate(zip(locals_, inners, strict=True)):
             for i in range(every):
                 inner.zero_grad()
@@ -161,10 +166,8 @@ def diloco_in_one_process(workers, every, rounds, make_inner, weights=None):
     return whole
 
 
-@pytest.mark.parametrize(
-    ("weight", "weights"), [("one", None), ("samples", [1.0, 2.0, 3.0]), ("tokens", [1.0, 4.0, 9.0])]
-)
-def test_diloco_is_the_mean_of_what_workers_changed_and_then_nesterov(weight, weights):
+@pytest.mark.parametrize(("weight", "power"), [("one", 0), ("samples", 1), ("tokens", 2)])
+def test_diloco_is_the_mean_of_what_workers_changed_and_then_nesterov(weight, power):
     def make_inner(parameters):
         return torch.optim.AdamW(parameters, 0.05)
 
@@ -176,10 +179,10 @@ def test_diloco_is_the_mean_of_what_workers_changed_and_then_nesterov(weight, we
             inner.zero_grad()
             loss_of(net, worker.rank, step).backward()
             inner.step()
-            outer.step(worker.rank + 1)
+            outer.step(count_of(worker.rank, step // 4))
         return [parameter.detach().numpy() for parameter in net.parameters()]
 
-    expected = diloco_in_one_process(3, 4, 5, make_inner, weights)
+    expected = diloco_in_one_process(3, 4, 5, make_inner, power)
     for values in run(work, workers=3, servers=2).values:
         for value, reference in zip(values, expected.parameters(), strict=True):
             np.testing.assert_allclose(value, reference.detach().numpy(), atol=1e-6)
@@ -309,6 +312,8 @@ def test_a_scaler_that_finds_infinity_costs_a_local_step_and_nothing_else():
 def test_in_every_mode_what_counted_is_all_that_was_changed(mode, options):
     """Multiples of 1/8 and a rate of 1, so exactly; what is dropped as late is in no account."""
     carries = mode.endswith("carry")
+    if "quorum" in mode and options:
+        options = {**options, "fragments": 1}
     if mode == "sync:quorum=1":
         options = {**options, "codec": None}  # what a codec made of a dropped change is gone with it
 
@@ -419,6 +424,15 @@ def test_impossible_settings_are_refused_and_nothing_is_registered(options, text
         assert not worker.models
 
     run(work, workers=1)
+
+
+def test_fragments_under_a_quorum_are_refused_and_nothing_is_registered():
+    def work(worker):
+        with pytest.raises(ConfigurationError, match=r"fragments=2 with sync='sync:quorum=1'.*fragments=1"):
+            outer_of(worker, Points(), fragments=2)
+        assert not worker.models
+
+    run(work, workers=1, sync="sync:quorum=1")
 
 
 def test_other_parameters_and_float64_are_refused():

@@ -131,6 +131,11 @@ class Mode(Settings):
         return False
 
     @property
+    def leaves_out(self) -> bool:
+        """Whether a commit of a mode with rounds may be without the updates of some active workers."""
+        return False
+
+    @property
     def reduce(self) -> Reduce:
         """Whether the gradients of a commit are averaged over its contributors, or added up."""
         return "mean"
@@ -290,6 +295,10 @@ class Synchronous(Mode):
     @property
     def rounds(self) -> bool:
         return True
+
+    @property
+    def leaves_out(self) -> bool:
+        return self.quorum is not None
 
     def needed(self, active: int) -> int:
         """How many updates a round with `active` active workers needs at least."""

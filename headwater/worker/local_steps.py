@@ -17,6 +17,7 @@ Invariants:
 - A change is relative to the base that its local steps began from, and is sent once, or until it counts.
 - No fragment is sent before its worker has made `every` local steps since it was sent last; at first, and
   from `flush`, it may be.
+- All workers of a round send the same fragment: with a quorum, where they drift apart, there is one only.
 - One outer step is under way at a time. Until it is received nothing else touches the models.
 """
 
@@ -213,6 +214,12 @@ class LocalSteps:
         nonfinite: NonFinite,
         claim: Any,
     ) -> None:
+        if plan.fragments > 1 and worker.mode.leaves_out:
+            raise ConfigurationError(
+                f"fragments={plan.fragments} with sync={worker.sync!r}: workers would come to different "
+                f"fragments, and a round of a few for each would step the outer rule too often, which "
+                f"diverges: pass fragments=1, or a mode whose rounds have everybody"
+            )
         self._worker = worker
         self._local = local
         self._plan = plan
