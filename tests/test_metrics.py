@@ -379,7 +379,7 @@ def test_a_cluster_that_does_not_answer_is_503_and_the_next_scrape_is_served():
 
 def test_without_the_library_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with pytest.raises(ConfigurationError, match=r"pip install 'headwater\[metrics\]'"):
+    with pytest.raises(ConfigurationError, match=r"pip install '\.\[metrics\]'"):
         hw.Cluster(workers=1, metrics="127.0.0.1:0")
 
 
