@@ -90,6 +90,9 @@ def test_gradients_written_in_place_are_staged_as_they_are_and_tested(transport)
         model.gradients["w"][...] = 5
         model.push({"w": model.gradients["w"]})
         model.push(full(1.0))  # another array adds
+        model.gradients["w"][...] = BIG
+        model.push({"w": model.gradients["w"]})  # finite as it is, though not together with what it replaces
+        model.gradients["w"][...] = 6
         model.gradients["w"] += 10
         model.push({"w": model.gradients["w"]})  # what is there now, once
         worker.step()
