@@ -128,4 +128,6 @@ def _redis() -> Any:
     try:
         return importlib.import_module("redis")
     except ImportError as error:
-        raise ConfigurationError("RedisStream needs the package redis: pip install redis") from error
+        raise ConfigurationError(
+            "RedisStream needs the extra `streams`: pip install '.[streams]' in a clone (redis)"
+        ) from error
