@@ -84,7 +84,14 @@ def is_ready(statistics):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("mode", ["sync", "async", "ssp:2", "sync:quorum=2,grace=0.01"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "sync",
+        "async",
+        *(pytest.param(mode, marks=pytest.mark.long) for mode in ("ssp:2", "sync:quorum=2,grace=0.01")),
+    ],
+)
 def test_whoever_is_killed_no_step_is_lost_or_counted_twice(mode, tmp_path, long):
     work, seed = noting(tmp_path, WORKERS), random.randrange(2**32)
     print(f"seed {seed}")

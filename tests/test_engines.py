@@ -351,7 +351,7 @@ def test_a_script_needs_no_guard(script):
     assert done.stdout == "[0, 2]\n", done.stderr
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_children_end_with_their_parent_however_it_ends(script, how):
     """One of them is stopped, and others that the parent has forked hold all its pipes open."""
     with subprocess.Popen(

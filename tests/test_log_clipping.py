@@ -140,7 +140,7 @@ def unequal(steps):
     return program
 
 
-@pytest.mark.parametrize("mode", ["async", "ssp:1"])
+@pytest.mark.parametrize("mode", ["async", pytest.param("ssp:1", marks=pytest.mark.long)])
 def test_what_was_measured_for_a_lost_sequencer_counts_for_no_other_update(mode):
     """The next one may ask for another worker's norm at the same place of the log."""
     measured = 0

@@ -350,7 +350,7 @@ print(json.dumps({"given up": True}), flush=True)
 """
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+@pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.long), True], ids=["idle", "busy"])
 def test_a_host_that_is_gone_is_told_from_one_that_is_busy(busy):
     with Network(2) as network, contextlib.ExitStack() as stack:
 

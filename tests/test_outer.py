@@ -97,11 +97,11 @@ def regression(rank, step, exact=False):
 
 
 def linear():
-    torch.manual_seed(5)
-    net = nn.Linear(3, 2)
+    """The same in every thread, whose random numbers are those of all."""
+    net, random = nn.Linear(3, 2), torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.copy_((parameter * 64).round() / 64)
+            parameter.copy_(torch.randint(-64, 65, parameter.shape, generator=random) / 64)
     return net
 
 

@@ -344,6 +344,7 @@ def wait_until_replicated(cluster):
     raise AssertionError(f"after a minute {cluster.statistics().unreplicated} have no standby")
 
 
+@pytest.mark.long
 def test_updates_are_exact_and_replicated_again_though_a_node_with_servers_is_killed(ray_nodes):
     first, second = (ray_nodes.add({"serve": 1}) for _ in range(2))
     engine = share(server_resources={"serve": 0.01})

@@ -53,7 +53,7 @@ def bits(result):
     return {name: array.tobytes() for name, array in tensors.items()}, result.values
 
 
-@pytest.mark.parametrize("servers", [2, 3])
+@pytest.mark.parametrize("servers", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(servers, tmp_path):
     whole = hw.run(functools.partial(fit, -1, ""), workers=2, servers=2, engine="inline")
     code = (

@@ -20,7 +20,7 @@ def ended_well(cluster, coordinator, *nodes):
     assert cluster.summed() == [float(cluster.counted())]
 
 
-@pytest.mark.parametrize("mode", ["sync", "ssp:2"])
+@pytest.mark.parametrize("mode", ["sync", pytest.param("ssp:2", marks=pytest.mark.long)])
 def test_nodes_find_together_in_any_order_and_end_when_every_worker_has_finished(mode, tmp_path):
     with site(tmp_path) as cluster:
         workers = [cluster.worker("--rank", rank) for rank in (1, 0)]
@@ -55,7 +55,7 @@ def test_a_worker_leaves_early_another_takes_its_rank_and_a_third_comes_later(tm
         ended_well(cluster, coordinator, server, first, heir, third)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signalled_worker_finishes_its_step_and_leaves_and_the_cluster_waits_for_its_rank(number, tmp_path):
     with site(tmp_path) as cluster:
         coordinator = cluster.coordinator("--workers", 2, *CHECKPOINTS)

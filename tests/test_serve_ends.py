@@ -240,6 +240,8 @@ answers = [RewoundError("everything begins anew"), ConnectionLostError("not ther
 
 class Joined:
     rank = 0
+    workers = 1
+    sync = "sync"
     cluster = "c1"
     def __init__(self, *arguments, **options):
         answer = answers.pop(0)

@@ -53,7 +53,7 @@ def test_no_random_schedule_of_local_steps_breaks_an_invariant(long, seed_base):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_schedule_run_again_is_the_same_run_message_by_message(mode):
-    for seed in range(8):
+    for seed in range(4):
         schedule = random_schedule(mode, seed, Faults())
         first = run(schedule, trace=True)
         assert run(schedule, trace=True) == first
@@ -204,6 +204,7 @@ def test_importing_headwater_does_not_import_the_simulator():
     assert done.stdout == "False\n", done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_the_page_on_simulated_clusters_tells_the_truth(capsys, monkeypatch):
     monkeypatch.setattr(Mode.registry, "_classes", dict(Mode.registry._classes))
     page = (Path(__file__).parent.parent / "docs" / "testing.md").read_text()

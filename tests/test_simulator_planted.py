@@ -32,9 +32,8 @@ from headwater.testing.processes.memory import ScratchArray, WindowArrays
 from headwater.testing.schedule import random_schedule
 
 MODES = [
-    "sync",
     "async",
-    *(pytest.param(mode, marks=pytest.mark.long) for mode in ("ssp:1", "sync:quorum=2")),
+    *(pytest.param(mode, marks=pytest.mark.long) for mode in ("sync", "ssp:1", "sync:quorum=2")),
 ]
 modes = pytest.mark.parametrize("mode", MODES)
 

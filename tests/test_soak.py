@@ -1,5 +1,7 @@
 """Nothing grows with the steps: the short form of `headwater bench soak`."""
 
+import pytest
+
 from headwater.bench.soak import Usage, judged, soak
 from headwater.machines.row_buffer import RowBuffer
 
@@ -32,6 +34,7 @@ def test_what_grows_is_said():
         assert len(grown(looks, 20)) == 1, name
 
 
+@pytest.mark.long  # it is seen in the memory of the process, beside that of other tests
 def test_scratch_memory_that_is_never_given_back_is_found(monkeypatch):
     monkeypatch.setattr(RowBuffer, "reset", lambda self: None)
     assert any("memory" in line for line in grown(soak(STEPS, engine="inline"), STEPS))

@@ -48,7 +48,7 @@ def command(*arguments):
     return CliRunner().invoke(app, ["verify", *arguments], env={"COLUMNS": "200"})
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("mode", [pytest.param("sync", marks=pytest.mark.long), "async"])
 def test_standbys_are_equal_at_one_entry_while_training_goes_on(mode, tmp_path):
     options = {"engine": "local", "replicas": 1, "patience": 5, "deadline": 60, "output": print}
     with hw.Cluster(workers=2, servers=2, sync=mode, **options) as cluster:

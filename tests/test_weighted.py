@@ -137,7 +137,7 @@ def test_a_weight_that_no_worker_sends_breaks_the_protocol(weight):
         Cluster("sync", workers=1, servers=1).run(stepper([weight], [1], model_spec()))
 
 
-@pytest.mark.parametrize("mode", ["sync", "sync:quorum=2"])
+@pytest.mark.parametrize("mode", ["sync", pytest.param("sync:quorum=2", marks=pytest.mark.long)])
 def test_weights_of_another_round_are_found(mode, monkeypatch):
     """By the default search: the bits are not those that one process gets."""
     last = {}
