@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 from desks import Desk
+from waiting import wait_until
 
 import headwater as hw
 from headwater.errors import ConfigurationError
@@ -149,9 +150,13 @@ def test_steps_are_counted_by_what_became_of_them(mode, late):
         first.step()  # an empty turn
         first.leave()
         second.barrier()
-        rows = as_data(cluster.statistics())["headwater_steps_total"]
-    found = {row["labels"]["result"]: row["value"] for row in rows}
-    assert found == {"applied": 1, "late": 0, "carried": 0, "skipped": 1} | {late: 1}
+        expected = {"applied": 1, "late": 0, "carried": 0, "skipped": 1} | {late: 1}
+
+        def found():
+            rows = as_data(cluster.statistics())["headwater_steps_total"]
+            return {row["labels"]["result"]: row["value"] for row in rows}
+
+        wait_until(lambda: found() == expected, why=found)
 
 
 def test_one_kill_is_one_failover():
@@ -390,6 +395,7 @@ def test_ten_thousand_names_of_metrics_are_bounded_and_counted():
         worker.step()
         own = worker.statistics()
         assert (len(own.metrics), own.dropped) == (100, 9_901)
+        wait_until(lambda: as_data(cluster.statistics())["headwater_logged"])  # the coordinator has been told
         data = as_data(cluster.statistics())
     assert len(data["headwater_logged"]) == 100
     assert data["headwater_logged_dropped"] == [{"labels": {}, "value": 9_901}]
