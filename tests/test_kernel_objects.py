@@ -103,6 +103,7 @@ def test_where_stored_code_cannot_be_used_numba_loads_the_module(twice, tmp_path
     twice()
     (path,) = tmp_path.rglob("objects")
     damage(path, monkeypatch)
+    objects._helpers.cache_clear()
     module = twice()
     assert is_numbas(module)
     assert called(module)[0] == 7

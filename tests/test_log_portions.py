@@ -4,7 +4,7 @@ from clusters import Cluster, FlakyCluster, ReplicatedCluster
 from counting import modes, seeds, servers
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from test_log_replicas import assert_settled
+from test_log_replicas import assert_settled, drive
 
 from examples import examples
 from headwater import messages as m
@@ -74,14 +74,7 @@ def test_standbys_take_over_in_the_middle_of_an_evaluation(mode, count, seed, ev
     for _ in range(3):
         cluster.join(program)
     cluster.begin()
-    for gap, event in events:
-        cluster.go(gap)
-        index = cluster.random.randrange(count)
-        if event == "standby":
-            cluster.kill_standby(index)
-        else:
-            cluster.kill_server(index, zombie=event == "zombie")
-    cluster.run()
+    drive(cluster, events)
     assert_each_once(cluster)
     assert_settled(cluster)
 

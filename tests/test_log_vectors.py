@@ -5,7 +5,7 @@ from clusters import Cluster, FlakyCluster, ReplicatedCluster
 from counting import modes, seeds, servers
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from test_log_replicas import assert_settled
+from test_log_replicas import assert_settled, drive
 
 from examples import examples
 from headwater.testing.vector_program import VectorProgram
@@ -66,14 +66,7 @@ def test_standbys_have_the_vectors_and_take_over_in_the_middle_of_work(mode, cou
     for _ in range(2):
         cluster.join(program)
     cluster.begin()
-    for gap, event in events:
-        cluster.go(gap)
-        index = cluster.random.randrange(count)
-        if event == "standby":
-            cluster.kill_standby(index)
-        else:
-            cluster.kill_server(index, zombie=event == "zombie")
-    cluster.run()
+    drive(cluster, events)
     assert_equal(cluster, 2)
     assert_settled(cluster)
 

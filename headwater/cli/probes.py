@@ -8,22 +8,17 @@ for: a scheduler's probes have none.
 from __future__ import annotations
 
 import logging
-import socket
-import socketserver
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from headwater.errors import ConfigurationError, HeadwaterError
+from headwater.observe.http_server import REQUEST_S, BoundedHTTPServer
 from headwater.spec.words import option
 from headwater.wire.addresses import split_place
 
 _log = logging.getLogger("headwater.health")
-
-_REQUEST_S = 5.0
-_CLIENTS = 8
-"""Probes that are answered at a time; further ones are closed."""
 
 Readiness = Callable[[], tuple[bool, str]]
 """Whether a node can do its part, and why (not). Blocks for the node's parts."""
@@ -82,46 +77,19 @@ def _split(place: object) -> tuple[str, int]:
     raise ConfigurationError(f"{option('health')}: got {place!r}, expected HOST:PORT, such as 127.0.0.1:8080")
 
 
-class _Server(socketserver.ThreadingMixIn, HTTPServer):
-    """A thread for each probe, of which there are few."""
-
-    daemon_threads = True
-    block_on_close = False
-    allow_reuse_address = True
+class _Server(BoundedHTTPServer):
+    """Knows whom to ask."""
 
     def __init__(self, host: str, port: int, readiness: Readiness) -> None:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        self.address_family = found[0]
         self.readiness = readiness
-        self._slots = threading.Semaphore(_CLIENTS)
-        super().__init__(found[4][:2], _Probe)  # type: ignore[arg-type]
-
-    def server_bind(self) -> None:
-        """As TCPServer does: HTTPServer also asks for this machine's name, which may take seconds."""
-        socketserver.TCPServer.server_bind(self)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self._slots.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._slots.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A probe that went away is nobody's concern."""
-        _log.debug("a probe of %s ended early", client_address)
+        super().__init__(host, port, _Probe)
 
 
 class _Probe(BaseHTTPRequestHandler):
     """One request."""
 
     server: _Server
-    timeout = _REQUEST_S
+    timeout = REQUEST_S
     server_version, sys_version = "headwater", ""
 
     def do_GET(self) -> None:

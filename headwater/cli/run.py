@@ -137,10 +137,10 @@ def train_script(
     Raises:
         HeadwaterError: as `headwater.run`, or the script cannot be loaded.
     """
-    servers = config.servers * (1 + config.replicas)
+    path, servers = script_path(script), config.servers * (1 + config.replicas)
     with contextlib.ExitStack() as stack:
-        if engine == "local":
-            stack.enter_context(begun(script_path(script), workers=config.workers, servers=servers))
+        if engine == "local" and path.is_file():
+            stack.enter_context(begun(path, workers=config.workers, servers=servers))
         return _train(load_function(script), script, config, engine, reach, log, page, options)
 
 

@@ -1,9 +1,9 @@
 """Machine code of compiled kernels on disk, and how it is called without numba.
 
-Importing numba and having it load what it stored takes 0.6 s of CPU in every process; linking the code alone
-takes 0.03 s. So numba compiles, its code is stored beside the module's text, and llvmlite links it. The code
-calls functions of numba's extension modules, which are loaded without numba. Where anything is missing, numba
-loads the module.
+Importing numba and having it load what it stored takes half a second of CPU in every process, and linking the
+code alone next to nothing. So numba compiles, its code is stored beside the module's text, and llvmlite links
+it. The code calls functions of numba's extension modules, which are loaded without numba. Where anything is
+missing, numba loads the module.
 
 Invariants:
 - Code is linked only when its checksum is right. What it depends on, the processor too, is in the name of its
@@ -14,6 +14,7 @@ Invariants:
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -38,9 +39,6 @@ _HELPERS = {
     "numba.core.runtime._nrt_python": ("core/runtime/_nrt_python", "NRT_"),
 }
 """Extension modules of numba: where each lies, and what its functions are called with in compiled code."""
-
-_linked: list[Any] = []
-"""Engines, whose code is used until the process ends."""
 
 
 class Argument(msgspec.Struct, frozen=True):
@@ -67,6 +65,7 @@ class Kernel(msgspec.Struct, frozen=True):
     arguments: tuple[Argument, ...]
 
 
+@functools.cache
 def processor() -> str:
     """What the code is made for: the processor of this machine, and what it can."""
     return f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
@@ -184,12 +183,12 @@ def _link(name: str, kernels: Sequence[Kernel]) -> ModuleType:
         if not (place and entry):
             raise RuntimeError(f"{kernel.name} is not in its object file")
         ctypes.c_void_p.from_address(place).value = id(its_own)
-        code = make(module, kernel.name, "", entry, its_own, (engine, its_own))
+        code = make(module, kernel.name, "", entry, its_own, (engine, its_own))  # which keeps both
         setattr(module, kernel.name, _checked(kernel, code))
-        _linked.append((engine, its_own))
     return module
 
 
+@functools.cache
 def _helpers() -> dict[str, ModuleType]:
     """numba's extension modules, loaded without numba, whose functions the linker then knows."""
     found = {}

@@ -10,15 +10,15 @@ from __future__ import annotations
 import hmac
 import logging
 import socket
-import socketserver
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from headwater.errors import ConfigurationError, HeadwaterError
 from headwater.messages import ClusterStatistics, Histogram
+from headwater.observe.http_server import REQUEST_S, BoundedHTTPServer
 from headwater.observe.metrics import METRICS, Metric, Node
 from headwater.spec.words import option
 from headwater.wire.addresses import split_place
@@ -26,11 +26,6 @@ from headwater.wire.encryption import load
 from headwater.wire.security import PLAIN, Security
 
 _log = logging.getLogger("headwater.metrics")
-
-_REQUEST_S = 10.0
-"""How long a client may take for its request, in seconds."""
-_CLIENTS = 16
-"""Connections that are served at a time; further ones are closed."""
 
 
 class MetricsServer:
@@ -151,12 +146,8 @@ class _Collector:
         return buckets
 
 
-class _Server(socketserver.ThreadingMixIn, HTTPServer):
-    """A thread for each connection, of which there are few."""
-
-    daemon_threads = True
-    block_on_close = False
-    allow_reuse_address = True
+class _Server(BoundedHTTPServer):
+    """Knows whom it admits, and what it tells."""
 
     def __init__(
         self,
@@ -167,47 +158,20 @@ class _Server(socketserver.ThreadingMixIn, HTTPServer):
         registry: Any,
         library: Any,
     ) -> None:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        self.address_family = found[0]
         self.token, self.registry, self.library = token, registry, library
         self._context = context
-        self._slots = threading.Semaphore(_CLIENTS)
-        super().__init__(found[4][:2], _Handler)  # type: ignore[arg-type]
+        super().__init__(host, port, _Handler)
 
-    def server_bind(self) -> None:
-        """As TCPServer does: HTTPServer also asks for this machine's name, which may take seconds."""
-        socketserver.TCPServer.server_bind(self)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """In a thread of its own, where there are not too many already."""
-        if self._slots.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """With TLS the handshake is made here, where it holds up nobody else."""
-        try:
-            request.settimeout(_REQUEST_S)
-            if self._context is not None:
-                request = self._context.wrap_socket(request, server_side=True)
-            super().process_request_thread(request, client_address)
-        except OSError as error:  # ssl.SSLError and timeouts are some
-            _log.info("metrics: %s", error)
-            self.shutdown_request(request)
-        finally:
-            self._slots.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away in the middle is nothing to worry about."""
-        _log.info("metrics: a connection ended early", exc_info=True)
+    def secured(self, request: socket.socket) -> socket.socket:
+        """With TLS after its handshake."""
+        return request if self._context is None else self._context.wrap_socket(request, server_side=True)
 
 
 class _Handler(BaseHTTPRequestHandler):
     """Answers GET /metrics."""
 
     server: _Server
-    timeout = _REQUEST_S
+    timeout = REQUEST_S
     server_version, sys_version = "headwater", ""
 
     def do_GET(self) -> None:
