@@ -1,5 +1,6 @@
 """`headwater serve … --health`: live, and ready with the reason."""
 
+import socket
 import urllib.error
 import urllib.request
 
@@ -9,6 +10,7 @@ from waiting import wait_until
 
 from headwater.cli.probes import ProbeServer
 from headwater.errors import ConfigurationError, ConnectionLostError
+from headwater.observe.http_server import CLIENTS
 
 
 def asked(url, method="GET"):
@@ -39,6 +41,22 @@ def test_a_node_whose_parts_do_not_answer_is_not_live():
 
     with ProbeServer("127.0.0.1:0", fails) as probes:
         assert asked(f"{probes.url}/live") == (503, "the coordinator is closed")
+
+
+def test_a_probe_that_was_answered_or_went_away_leaves_its_place_to_the_next():
+    with ProbeServer("127.0.0.1:0", lambda: (True, "here")) as probes:
+        host, port = probes.url.removeprefix("http://").split(":")
+        for _ in range(CLIENTS + 1):
+            socket.create_connection((host, int(port))).close()
+            assert wait_until(lambda: answered(f"{probes.url}/ready")) == (200, "here")
+
+
+def answered(url):
+    """What it answers; None where it has no place for another now."""
+    try:
+        return asked(url)
+    except OSError:
+        return None
 
 
 @pytest.mark.parametrize("place", ["8080", "localhost", "", ":8080", "localhost:http", None])
