@@ -12,6 +12,7 @@ from headwater.bench.memory import measure_memory
 from headwater.bench.observe import measure_observe
 from headwater.bench.peers import measure_peers
 from headwater.bench.programs import measure_programs
+from headwater.bench.real_models import measure_models
 from headwater.bench.safety import measure_safety
 from headwater.bench.soak import measure_soak
 from headwater.bench.splits import measure_splits
@@ -29,6 +30,7 @@ SUITES: dict[str, Callable[[Effort], list[Figure]]] = {
     "tls": measure_tls,
     "kernels": measure_kernels,
     "memory": measure_memory,
+    "models": measure_models,
     "programs": measure_programs,
     "safety": measure_safety,
     "soak": measure_soak,

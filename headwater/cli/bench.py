@@ -32,9 +32,9 @@ def bench(
     """Measure this machine: each figure beside the limit it is held against, taken in the same run.
 
     dense: rounds of a model of ResNet-50's size. peers: the same beside gloo, torch RPC and Ray.
-    latency: pulls of 1 KB. steps: pulls and steps with one server and with two. kernels: update loops.
-    programs: vectors of L-BFGS, and an evaluation in which a worker stands still. tcp, tls: the wire
-    alone, against plain sockets.
+    models: steps of three real models beside torch alone. latency: pulls of 1 KB. steps: pulls and
+    steps with one server and with two. kernels: update loops. programs: vectors of L-BFGS, and an
+    evaluation in which a worker stands still. tcp, tls: the wire alone, against plain sockets.
     memory: what nodes keep resident. splits: who gets which data. safety: replicas, failover,
     checkpoints. soak: 100,000 small steps, at whose end nothing may cost more than before.
     observe: what metrics and traces cost. lookup, table: the loops of embedding tables. rows: tables
