@@ -571,6 +571,7 @@ def test_the_program_of_the_page_trains():
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names = {}
     exec(program, names)
+    # 0.092 ± 0.008 over 100 runs, in which batches went to whoever asked; about 3 before training.
     assert max(run(names["train"], workers=2, servers=2).values) < 0.5
 
 
