@@ -31,14 +31,9 @@ from headwater.messages import (
     WorkerTotals,
 )
 from headwater.observe import metrics_page
-from headwater.observe.metrics import (
-    METRICS,
-    Metric,
-    as_data,
-    faults_of,
-    statistics_of_server,
-    statistics_of_worker,
-)
+from headwater.observe.metric import Metric
+from headwater.observe.metric_names import faults_of
+from headwater.observe.metrics import METRICS, as_data, statistics_of_server, statistics_of_worker
 from headwater.observe.prometheus import MetricsServer
 from headwater.wire.security import Security
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from headwater.observe.metrics import METRICS, Metric
+from headwater.observe.metric import Metric
+from headwater.observe.metrics import METRICS
 
 _HEAD = """# Metrics
 

@@ -15,7 +15,8 @@ from typing import Any
 import headwater
 from headwater.errors import ConfigurationError, HeadwaterError
 from headwater.messages import ClusterStatistics, Histogram
-from headwater.observe.metrics import METRICS, Metric, Sample
+from headwater.observe.metric import Metric, Sample
+from headwater.observe.metrics import METRICS
 from headwater.spec.words import option
 
 _log = logging.getLogger("headwater.metrics")

@@ -19,7 +19,8 @@ from typing import Any
 from headwater.errors import ConfigurationError, HeadwaterError
 from headwater.messages import ClusterStatistics, Histogram
 from headwater.observe.http_server import REQUEST_S, BoundedHTTPServer
-from headwater.observe.metrics import METRICS, Metric, Node
+from headwater.observe.metric import Metric, Node
+from headwater.observe.metrics import METRICS
 from headwater.spec.words import option
 from headwater.wire.addresses import split_place
 from headwater.wire.encryption import load
