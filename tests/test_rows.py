@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from examples import examples
 from headwater.errors import EnvironmentFailure
-from headwater.kernels.rows import ages, combine, fill, gather, oldest, row_rule, stamp
+from headwater.kernels.rows import ages, combine, fill, gather, oldest, row_rule, spread, stamp
 from headwater.kernels.slabs import Slabs
 from headwater.spec.rules import SGD, Accumulate, Adagrad, Adam, Ftrl, Lion, RowwiseAdagrad, Yogi
 
@@ -114,20 +114,30 @@ def test_rowwise_adagrad_of_equal_elements_is_adagrad():
 
 
 @examples(50)
-@given(st.lists(st.integers(0, 9), max_size=60), st.sampled_from([1, 5, 16]))
-def test_gradients_are_combined_in_order(inverse, dim):
+@given(
+    st.lists(st.integers(0, 9), max_size=60),
+    st.integers(0, 60),
+    st.sampled_from([1, 5, 16, 20, 32, 37]),
+)
+def test_gradients_are_combined_in_order(inverse, cut, dim):
     gradients = np.random.default_rng(7).normal(size=(len(inverse), dim)).astype(np.float32)
     gradients[:3] = -0.0
-    sums, seen = np.full((10, dim), np.nan, dtype=np.float32), np.zeros(10, dtype=np.uint8)
-    combine(np.array(inverse, dtype=np.int64), gradients, sums, seen)
-    for place in range(10):
-        mine = [gradient for i, gradient in zip(inverse, gradients, strict=True) if i == place]
-        assert bool(seen[place]) == bool(mine)
-        if mine:
-            total = mine[0].copy()
-            for gradient in mine[1:]:
-                total = total + gradient
-            assert (total.view(np.int32) == sums[place].view(np.int32)).all()
+    gradients[3:4], gradients[4:5] = 0.0, np.nan
+    sums = np.full((10, dim), 7, dtype=np.float32)
+    places = np.array(inverse, dtype=np.int64)
+    combine([(places[:cut], gradients[:cut]), (places[cut:], gradients[cut:])], sums)
+    for place in set(inverse):
+        first, *others = (gradient for i, gradient in zip(inverse, gradients, strict=True) if i == place)
+        assert sum(others, first).tobytes() == sums[place].tobytes()
+
+
+@examples(50)
+@given(st.lists(st.integers(0, 9), max_size=60), st.sampled_from([1, 5, 16, 20, 48]))
+def test_rows_are_spread_to_each_id_that_was_given(inverse, dim):
+    rows = np.random.default_rng(7).normal(size=(10, dim)).astype(np.float32)
+    out = np.empty((len(inverse), dim), dtype=np.float32)
+    spread(np.array(inverse, dtype=np.int64), rows, out)
+    assert (out == rows[inverse]).all()
 
 
 def test_fill_sets_whole_rows_at_their_places():

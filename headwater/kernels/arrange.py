@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from headwater.errors import UsageError
 from headwater.kernels.cache import load
-from headwater.kernels.rows import combine
+from headwater.kernels.rows import combine, spread
 from headwater.spec.placement import SLOTS, slot_bounds
 
 Ids = NDArray[np.int64]
@@ -49,8 +49,7 @@ class Plan:
     def scatter(self, rows: Array) -> Array:
         """float32[*shape, dim], new: the row of each given id; `rows`: float32[u, dim], of each of `ids`."""
         out = np.empty((len(self.inverse), rows.shape[1]), dtype=np.float32)
-        if len(self.inverse):
-            np.take(rows, self.inverse, axis=0, mode="clip", out=out)
+        spread(self.inverse, np.ascontiguousarray(rows, dtype=np.float32), out)
         return out.reshape(*self.shape, rows.shape[1])
 
     def combine(self, gradients: Array, sums: Array) -> None:
@@ -58,7 +57,7 @@ class Plan:
 
         `gradients`: float32[n, dim], contiguous, in the order of the ids that were given.
         """
-        combine(self.inverse, gradients, sums, np.zeros(len(sums), dtype=np.uint8))
+        combine([(self.inverse, gradients)], sums)
 
 
 def arrange(ids: Any, servers: int) -> Plan:

@@ -23,16 +23,16 @@ from headwater.kernels.memory import (
     read_int,
     write_int,
 )
-from headwater.kernels.primitives import VALUES, WINDOWS, inner, load, outer, store
+from headwater.kernels.primitives import LINE, VALUES, WINDOWS, add_line, copy_line, inner, load, outer, store
 
 AHEAD = 16
-LINE = 64
+LINE_BYTES = 4 * LINE
 LARGEST = np.uint64(2**63 - 1)
 
 
 @inner
 def ask_for(address, size):
-    for line in range(0, size, LINE):
+    for line in range(0, size, LINE_BYTES):
         prefetch(address + line)
 
 
@@ -59,20 +59,40 @@ def scatter(rows, addresses, shift, dim, source):
             store(row, j, load(source, i * dim + j, WINDOWS), VALUES)
 
 
+@outer("void(int64[::1], int64, int64, int64)")
+def spread(inverse, source, dim, target):
+    """Copy row inverse[i] of `source` to row i of `target`."""
+    size = 4 * dim
+    for i in range(len(inverse)):
+        if i + AHEAD < len(inverse):
+            ask_for(source + inverse[i + AHEAD] * size, size)
+        row, place = source + inverse[i] * size, target + i * size
+        whole = dim - dim % LINE
+        for j in range(0, whole, LINE):
+            copy_line(place, row, j)
+        for j in range(whole, dim):
+            store(place, j, load(row, j, VALUES), WINDOWS)
+
+
 @outer("void(int64[::1], int64, int64, int64, uint8[::1])")
 def combine(inverse, source, dim, target, seen):
     """Add row i of `source` to row inverse[i] of `target`, in order of i; one not yet `seen` is copied."""
     size = 4 * dim
+    whole = dim - dim % LINE
     for i in range(len(inverse)):
         if i + AHEAD < len(inverse):
             ask_for(target + inverse[i + AHEAD] * size, size)
         row, place = source + i * size, target + inverse[i] * size
         if seen[inverse[i]]:
-            for j in range(dim):
+            for j in range(0, whole, LINE):
+                add_line(place, row, j)
+            for j in range(whole, dim):
                 store(place, j, load(place, j, VALUES) + load(row, j, WINDOWS), VALUES)
         else:
             seen[inverse[i]] = 1
-            for j in range(dim):
+            for j in range(0, whole, LINE):
+                copy_line(place, row, j)
+            for j in range(whole, dim):
                 store(place, j, load(row, j, WINDOWS), VALUES)
 
 

@@ -9,7 +9,7 @@ Invariants:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +26,9 @@ from headwater.spec.rules import Rule
 Array = NDArray[np.float32]
 Ids = NDArray[np.int64]
 Rows = NDArray[np.int32]
+
+_NARROW = 32
+"""Elements of a row from which on a misprediction costs less than another pass over sums."""
 
 TEMPLATE = '''"""Row loop of a rule."""
 import math
@@ -198,12 +201,26 @@ def scatter(rows: Rows, slabs: Slabs, width: int, source: NDArray[Any], slab: in
     compiled().scatter(rows, slabs.addresses[slab], slabs.shift, width, source.ctypes.data)
 
 
-def combine(inverse: Ids, gradients: Array, sums: Array, seen: NDArray[np.uint8]) -> None:
-    """Add gradients[i] to sums[inverse[i]] in order of i; the first for a sum that is not `seen` sets it.
+def spread(inverse: Ids, rows: Array, out: Array) -> None:
+    """Copy rows[inverse[i]] to out[i]; float32[u, dim] and float32[n, dim], both contiguous."""
+    compiled().spread(inverse, rows.ctypes.data, rows.shape[1], out.ctypes.data)
 
-    `gradients`: float32[n, dim]; `sums`: float32[u, dim]; `seen`: uint8[u], updated.
+
+def combine(parts: Iterable[tuple[Ids, Array]], sums: Array) -> None:
+    """Set row k of `sums` to the sum of all gradients[i] with inverse[i] = k, in order of parts and of i.
+
+    `parts`: inverse, int64[n], and gradients, float32[n, dim], contiguous. `sums`: float32[u, dim],
+    contiguous; each row is that of some inverse[i].
+
+    A wide row is copied the first time. Narrow ones begin as −0.0, to which x is added without changing a bit
+    of it: the branch costs more, since it is often mispredicted.
     """
-    compiled().combine(inverse, gradients.ctypes.data, sums.shape[1], sums.ctypes.data, seen)
+    narrow = sums.shape[1] < _NARROW
+    if narrow:
+        sums.fill(-0.0)
+    seen = np.full(len(sums), narrow, dtype=np.uint8)
+    for inverse, gradients in parts:
+        compiled().combine(inverse, gradients.ctypes.data, sums.shape[1], sums.ctypes.data, seen)
 
 
 def begin(ids: Ids, places: Ids, dim: int, initializer: Initializer, seed: int) -> None:

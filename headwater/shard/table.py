@@ -197,9 +197,7 @@ class Table:
             return updates[0]
         ids, inverses = unite([part for part, _ in updates])
         sums = np.empty((len(ids), self.spec.dim), dtype=np.float32)
-        seen = np.zeros(len(ids), dtype=np.uint8)
-        for inverse, (_, gradients) in zip(inverses, updates, strict=True):
-            combine(inverse, gradients, sums, seen)
+        combine(zip(inverses, (gradients for _, gradients in updates), strict=True), sums)
         return ids, sums
 
     def prepare(self) -> None:
