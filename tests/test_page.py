@@ -253,7 +253,7 @@ def stepped(steps):
             model.push({"w": np.ones(8, np.float32)})
             worker.step()
             worker.log(loss=1.5)
-        worker._tell(now=True)
+        worker._progress.tell(now=True)
     return cluster, workers
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from headwater import messages as m
+from headwater.errors import UsageError
 
 NAMES = 100
 """Names of metrics that one worker may use."""
@@ -19,6 +21,17 @@ POINTS = 256
 """Points that one report has at most."""
 
 _log = logging.getLogger("headwater.worker")
+
+
+def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What a user logs, as numbers. Raises UsageError."""
+    numbers: dict[str, float] = {}
+    for name, value in metrics.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UsageError(f"log: {name} is {value!r}, expected a number; nothing was logged") from error
+    return numbers
 
 
 class LoggedMetrics:

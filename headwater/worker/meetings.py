@@ -53,29 +53,47 @@ class Gathered(dict[str, list[NDArray[Any]]]):
 
 
 class Meetings:
-    """Of one worker."""
+    """Of one worker.
 
-    def __init__(self, session: Client, program: Program, reader: DataReader) -> None:
+    Args:
+        before: what to do before this worker waits for others. after: what to do once it has.
+    """
+
+    def __init__(
+        self,
+        session: Client,
+        program: Program,
+        reader: DataReader,
+        before: Callable[[], None],
+        after: Callable[[], None],
+    ) -> None:
         self._session = session
         self._program = program
         self._reader = reader
+        self._before, self._after = before, after
 
     def barrier(self) -> None:
         """Wait for everybody."""
+        self._before()
         self._meet("barrier")
+        self._after()
 
     def sum(self, scalars: Mapping[str, Any], of: m.Attendance) -> Sums:
         """Add up, in rank order."""
         _check_attendance("sum", of)
+        self._before()
         values = {name: _scalar(name, value) for name, value in scalars.items()}
         answer = self._meet("sum", tuple(values), of, values=values)
+        self._after()
         return Sums(answer.sums or {}, answer.ranks)
 
     def gather(self, arrays: Mapping[str, Any], of: m.Attendance) -> Gathered:
         """Everybody's arrays, in rank order."""
         _check_attendance("gather", of)
+        self._before()
         own = {name: _array(name, array) for name, array in arrays.items()}
         found = self._exchange("gather", tuple(own), of, -1, plain.encode(own, "gather"))
+        self._after()
         return Gathered(
             {name: [plain.decode(data)[name] for data in found.values()] for name in own}, tuple(found)
         )
@@ -85,9 +103,11 @@ class Meetings:
         last = self._session.welcome.workers - 1
         if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root <= last:
             raise ConfigurationError(f"broadcast: got root={root!r}, expected a rank from 0 to {last}")
+        self._before()
         own = self._session.welcome.member.index == root
         data = plain.encode(value, "broadcast") if own else b""
         (found,) = self._exchange("broadcast", (), "present", root, data).values()
+        self._after()
         return plain.decode(found)
 
     def operate(

@@ -8,7 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
+from headwater.errors import UsageError
 from headwater.kernels.arrange import Ids, Plan, arrange
 from headwater.machines.row_buffer import RowBuffer, RowSlice
 from headwater.runtime.client import Client
@@ -151,6 +152,16 @@ def _request(
     rows = tuple([memory.part(place, pull.table.id, server) for pull, place in parts])
     arrays = [array for _, place in parts for array in memory.outgoing(place, server, rows=False)]
     return Outgoing(m.PullRows(number, rows), arrays)
+
+
+def check_tables(ids: Any, tables: Mapping[str, Table]) -> None:
+    """Raises UsageError where `ids` is no mapping from these tables."""
+    if not isinstance(ids, Mapping) or any(one not in tables.values() for one in ids):
+        known = ", ".join(map(repr, tables)) or "none"
+        raise UsageError(
+            f"pull: got {ids!r}, expected a mapping from this worker's tables, the objects that "
+            f"worker.table gave, to ids; its tables are {known}"
+        )
 
 
 def pull_together(session: Client, memory: RowBuffer, wanted: Sequence[tuple[Table, Ids]]) -> list[Ahead]:

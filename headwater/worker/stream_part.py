@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.data.event_stream import BEGINNING, Stream
-from headwater.errors import DataError
+from headwater.errors import ConfigurationError, DataError
 from headwater.log.positions import owner_of
+from headwater.spec.seconds import seconds
+from headwater.worker.plan import count_of
 
 _POLL_S = 0.02
 _LIST_S = 0.5
@@ -29,6 +31,21 @@ class StreamPlan:
     stream: Stream
     batch: int
     linger: float
+
+
+def stream_plan_of(stream: Stream, batch: int, linger: float, *, ordered: bool) -> StreamPlan:
+    """A call of `batches` with a stream. `ordered`: the call asks for an order or a number of passes.
+
+    Raises:
+        ConfigurationError: impossible arguments.
+    """
+    batch, linger = count_of("batches", "batch_size", batch, 1), seconds("linger", linger, zero=True)
+    if ordered:
+        raise ConfigurationError(
+            "batches: a stream is read once, in its order, each partition by one worker: leave out epochs, "
+            "shuffle, splits and drop_last"
+        )
+    return StreamPlan(stream, batch, linger)
 
 
 class StreamPart:

@@ -173,13 +173,13 @@ def in_trial(worker: Worker, plan: TrialPlan) -> Iterator[None]:
     """The block is the worker's training: it is delayed and noted; at most `plan.limit` steps long."""
     _seed(plan.seed, worker.rank)
     trial = Trial(worker, plan)
-    worker._trial = trial
+    worker.trial = trial
     try:
         yield
     except TrialOver:
         pass
     finally:
-        worker._trial = None
+        worker.trial = None
         trial.save()
 
 

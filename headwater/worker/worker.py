@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -15,84 +12,39 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.data.event_stream import Stream
-from headwater.errors import ConfigurationError, HeadwaterError, UsageError
+from headwater.errors import HeadwaterError
 from headwater.machines.row_buffer import RowBuffer
 from headwater.runtime.client import Client
 from headwater.runtime.inquiry import take_checkpoint
 from headwater.spec.initializers import Initializer, Zeros
 from headwater.spec.lifetime import AfterCount, Expiry
 from headwater.spec.rules import Rule
-from headwater.spec.seconds import seconds
 from headwater.spec.sync import Mode
 from headwater.spec.user_settings import unpack
 from headwater.wire.scratch import Scratch
 from headwater.wire.security import PLAIN, Security
 from headwater.worker.batches import Batches, DataReader, Splits, StreamBatches
-from headwater.worker.logged import LoggedMetrics
+from headwater.worker.logged import numbers_of
 from headwater.worker.meetings import Gathered, Meetings, Sums
 from headwater.worker.model import Model
 from headwater.worker.model_spec import (
     Group,
     NonFinite,
     check_merge,
-    check_weight,
     specify,
     specify_table,
 )
 from headwater.worker.pending_step import PendingStep
 from headwater.worker.plan import SplitKind, count_of, plan_of
 from headwater.worker.program import Epochs, Program
-from headwater.worker.pulls import pull_together
-from headwater.worker.step import StepExchange
-from headwater.worker.stream_part import StreamPlan
+from headwater.worker.progress import WorkerProgress, WorkerStatistics
+from headwater.worker.pulls import check_tables, pull_together
+from headwater.worker.stream_part import stream_plan_of
 from headwater.worker.table import Table
 from headwater.worker.trial import Trial
-
-_log = logging.getLogger("headwater.worker")
+from headwater.worker.worker_steps import WorkerSteps
 
 _ZEROS = Zeros()
-_PROGRESS_S = 0.25
-"""How often at most the coordinator is told of progress, in seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatistics:
-    """What a worker counted since it joined.
-
-    Attributes:
-        rank: which worker it is.
-        steps: that it has finished.
-        skipped: steps that were empty turns because a gradient was not finite.
-        version: of the last answer, in commits.
-        samples: that its `batches` have handed out.
-        waiting: seconds spent in exchanges with the servers.
-        elapsed: seconds since it joined.
-        sent, received: bytes over its connections to the servers; memory that is shared is none.
-        gradient_bytes: that the gradients of its steps take as they are represented, shared or sent.
-        staleness: commits between the version that a gradient was computed on and its own → number of steps.
-        metrics: what `log` was last told, by name.
-        results: finished steps by what became of them: "applied", "late", "carried", "skipped".
-        stages: seconds that a turn took, by stage: data, compute, push, wait, pull.
-        norms: gradient norm of the last commit by model, where the servers measure it.
-        dropped: names of metrics that `log` was told and that are not kept.
-    """
-
-    rank: int
-    steps: int
-    skipped: int
-    version: int
-    samples: int
-    waiting: float
-    elapsed: float
-    sent: int
-    received: int
-    gradient_bytes: int
-    staleness: dict[int, int]
-    metrics: dict[str, float]
-    results: dict[str, int]
-    stages: dict[str, m.Histogram]
-    norms: dict[str, float]
-    dropped: int
 
 
 class Worker:
@@ -104,45 +56,35 @@ class Worker:
         rank: which worker this is, from 0.
         workers: how many were declared.
         settings: what `run(settings=…)` was given.
-        pace: of local steps, which the next step reports; None where there are none.
         address, security: of the coordinator, and how this worker speaks to it.
         stages: the clock of this worker's turns, for adapters that stage gradients themselves.
-        told: what the coordinator was told last; None before the first time. From any thread.
     """
 
     def __init__(
         self, address: str, rank: int | None = None, *, security: Security = PLAIN, cluster: str = ""
     ) -> None:
-        self._session = Client(address, "worker", rank, security=security, cluster=cluster)
+        session = self._session = Client(address, "worker", rank, security=security, cluster=cluster)
         self.address, self.security = address, security
-        welcome = self._session.welcome
+        welcome = session.welcome
         self.rank = welcome.member.index
         self.workers = welcome.workers
-        self.stages = self._session.stages
-        session = self._session
+        self.stages = session.stages
         self.stages.exchange = lambda: (welcome.member.id, session.machine.number)
         self.settings = unpack(welcome.settings)
-        self.pace: m.Pace | None = None
         self._models: dict[str, Model] = {}
         self._tables: dict[str, Table] = {}
-        self._rows = RowBuffer(self._session.machine, Scratch(shared=any(self._session.shares)))
-        self._step = 0
-        self._skipped = 0
-        self._carried_since: int | None = None
-        recalled = self._session.ask(m.Recall, "recall").recalled
+        self._rows = RowBuffer(session.machine, Scratch(shared=any(session.shares)))
+        recalled = session.ask(m.Recall, "recall").recalled
         assert recalled is not None
         self._program = Program(recalled)
-        self._feed = DataReader(self._session, self._program, recalled.position, recalled.recuts)
-        self._meetings = Meetings(self._session, self._program, self._feed)
-        self._staleness: Counter[int] = Counter()
-        self._results: Counter[str] = Counter()
-        self._norms: dict[str, float] = {}
-        self._logged = LoggedMetrics()
-        self._began = time.monotonic()
-        self._told = 0.0
-        self._trial: Trial | None = None
-        self.told: m.Progress | None = None
-        self._told_step = 0
+        self._feed = DataReader(session, self._program, recalled.position, recalled.recuts)
+        self._progress = WorkerProgress(session, self._feed, self._models, self._tables)
+        self._meetings = Meetings(
+            session, self._program, self._feed, self._progress.tell_before_wait, self._outdate
+        )
+        self._steps = WorkerSteps(
+            session, self._rows, self._models, self._tables, self._feed, self._program, self._progress
+        )
 
     @property
     def version(self) -> int:
@@ -168,6 +110,29 @@ class Worker:
     def mode(self) -> Mode:
         """The cluster's mode as an object; what it means for a worker is in its properties."""
         return self._session.mode
+
+    @property
+    def pace(self) -> m.Pace | None:
+        """Of local steps, which the next step reports; None where there are none."""
+        return self._steps.pace
+
+    @pace.setter
+    def pace(self, pace: m.Pace) -> None:
+        self._steps.pace = pace
+
+    @property
+    def trial(self) -> Trial | None:
+        """What delays and notes this worker's steps; None outside of a comparison of modes."""
+        return self._steps.trial
+
+    @trial.setter
+    def trial(self, trial: Trial | None) -> None:
+        self._steps.trial = trial
+
+    @property
+    def told(self) -> m.Progress | None:
+        """What the coordinator was told last; None before the first time. From any thread."""
+        return self._progress.told
 
     # ── models and tables ───────────────────────────────────────────────────────────────────────
 
@@ -300,12 +265,7 @@ class Worker:
             StalledError: no answer within the deadline.
         """
         self._session.check_open("pull")
-        if not isinstance(ids, Mapping) or any(one not in self._tables.values() for one in ids):
-            known = ", ".join(map(repr, self._tables)) or "none"
-            raise UsageError(
-                f"pull: got {ids!r}, expected a mapping from this worker's tables, the objects that "
-                f"worker.table gave, to ids; its tables are {known}"
-            )
+        check_tables(ids, self._tables)
         wanted = [(table, table.asks(given)) for table, given in ids.items()]
         brought = pull_together(self._session, self._rows, wanted)
         return {table: one.plan.scatter(one.rows) for (table, _), one in zip(wanted, brought, strict=True)}
@@ -334,12 +294,7 @@ class Worker:
             StalledError: no answer within the deadline; names whom it waited for; final for this worker.
             ClosedError: the worker has left.
         """
-        turn = self._turn(read, weight)
-        position, kept = self._feed.position(), self._program.unsent()
-        before = self._session.waiting
-        result, stopped = turn.take(self._step + 1, read, position, kept)
-        self.stages.end(self._row_of(result), before, self._session.waiting)
-        return self._took(turn, position, kept, result, stopped)
+        return self._steps.take(read, weight)
 
     def begin_step(self, *, read: bool | Sequence[Model] = True, weight: float = 1.0) -> PendingStep:
         """As `step`, but return once it is sent: its result, and the values that it reads, come later.
@@ -352,84 +307,9 @@ class Worker:
             UsageError: the step before it is still under way.
             ClosedError: the worker has left.
         """
-        turn = self._turn(read, weight)
-        position, kept = self._feed.position(), self._program.unsent()
-        pending = PendingStep(self._session, f"step {self._step + 1}")
+        return self._steps.begin(read, weight)
 
-        def arrived(result: m.StepResult, stopped: bool) -> None:
-            self.stages.arrived(self._row_of(result), self._session.waiting)
-            pending.arrived(self._took(turn, position, kept, result, stopped))
-
-        try:
-            turn.begin(self._step + 1, read, position, kept, arrived)
-        except BaseException:
-            self._session.under_way = ""
-            raise
-        self.stages.sent_off()
-        return pending
-
-    def _turn(self, read: bool | Sequence[Model], weight: float) -> StepExchange:
-        """What is staged, taken for a step."""
-        if self._trial is not None:
-            self._trial.before_step()
-        weight = check_weight(weight)
-        self._check_read(read)
-        self._session.check_open("step")
-        self._session.finish()
-        self.stages.step()
-        for model in self._models.values() if read is True else read or ():
-            model.before_read()
-        models, tables, since = self._models.values(), self._tables.values(), self._carried_since
-        return StepExchange(self._session, self._rows, models, tables, weight, since, self.pace)
-
-    def _took(
-        self,
-        turn: StepExchange,
-        position: m.Position | None,
-        kept: bytes | None,
-        result: m.StepResult,
-        stopped: bool,
-    ) -> m.StepResult:
-        """Note what became of a step."""
-        self._step += 1
-        self._carried_since = turn.carried_since
-        self._skipped += turn.skip
-        self._results[self._became(turn, result)] += 1
-        if result.norms:
-            self._norms = result.norms
-        self._staleness[result.staleness] += 1
-        self._feed.stopped |= stopped
-        if result.applied:
-            self._feed.applied(position)
-            self._program.recorded(kept)
-        self._feed.settle()
-        self._tell()
-        if self._trial is not None:
-            self._trial.after_step(result, self._feed.samples)
-        return result
-
-    def _row_of(self, result: m.StepResult) -> int:
-        """What turns of several workers have in common: their round, or which step of each it is."""
-        return result.version if self.mode.rounds else self._step + 1
-
-    def _became(self, turn: StepExchange, result: m.StepResult) -> str:
-        """One of `STEP_RESULTS`."""
-        if turn.skip:
-            return "skipped"
-        if result.applied:
-            return "applied"
-        return "carried" if turn.carried_since is not None else "late"
-
-    def _check_read(self, read: Any) -> None:
-        if isinstance(read, bool):
-            return
-        listed = isinstance(read, Sequence | set | frozenset) and not isinstance(read, str | bytes)
-        if not listed or any(one not in self._models.values() for one in read):
-            known = ", ".join(map(repr, self._models)) or "none"
-            raise UsageError(
-                f"step: got read={read!r}, expected True, False or a list of this worker's models, which are "
-                f"{known}; nothing was sent"
-            )
+    # ── data ────────────────────────────────────────────────────────────────────────────────────
 
     def batches(
         self,
@@ -472,16 +352,8 @@ class Worker:
         """
         self._session.check_open("batches")
         if isinstance(dataset, Stream):
-            batch, limit = (
-                count_of("batches", "batch_size", batch_size, 1),
-                seconds("linger", linger, zero=True),
-            )
-            if epochs != 1 or shuffle or drop_last or splits is not None:
-                raise ConfigurationError(
-                    "batches: a stream is read once, in its order, each partition by one worker: leave out "
-                    "epochs, shuffle, splits and drop_last"
-                )
-            return self._feed.events(StreamPlan(dataset, batch, limit))
+            ordered = epochs != 1 or shuffle or drop_last or splits is not None
+            return self._feed.events(stream_plan_of(dataset, batch_size, linger, ordered=ordered))
         rounds, splits = self.mode.rounds, self._splits(splits)
         plan = plan_of(dataset, batch_size, epochs, shuffle, seed, splits, rounds=rounds, drop_last=drop_last)
         return self._feed.batches(plan, dataset)
@@ -509,7 +381,7 @@ class Worker:
 
     def _splits(self, asked: SplitKind | None) -> SplitKind | None:
         """In a comparison of modes the data come in the same order in all of them."""
-        return asked if self._trial is None else "static"
+        return asked if self.trial is None else "static"
 
     # ── its place in the program ────────────────────────────────────────────────────────────────
 
@@ -550,7 +422,7 @@ class Worker:
     @property
     def steps(self) -> int:
         """Steps of this rank, over all its incarnations."""
-        return self._program.steps_before + self._step
+        return self._program.steps_before + self._progress.steps
 
     # ── together with the others ────────────────────────────────────────────────────────────────
 
@@ -565,9 +437,7 @@ class Worker:
                 place of its program; names both. Or the deadline passed.
             MeetingError: this program runs again, and came to another meeting the first time.
         """
-        self._tell_before_wait()
         self._meetings.barrier()
-        self._outdate()
 
     def sum(self, *, of: m.Attendance = "present", **scalars: float) -> Sums:
         """Add scalars over all workers, in rank order; blocks like `barrier` until all have called it.
@@ -578,10 +448,7 @@ class Worker:
         Raises:
             UsageError: not a number; nothing was sent. MeetingError, StalledError: as `barrier`.
         """
-        self._tell_before_wait()
-        sums = self._meetings.sum(scalars, of)
-        self._outdate()
-        return sums
+        return self._meetings.sum(scalars, of)
 
     def gather(self, *, of: m.Attendance = "present", **arrays: Any) -> Gathered:
         """Everybody's arrays by name, as lists in rank order; blocks like `barrier` until all have called it.
@@ -592,10 +459,7 @@ class Worker:
         Raises:
             UsageError: not arrays of numbers; nothing was sent. MeetingError, StalledError: as `barrier`.
         """
-        self._tell_before_wait()
-        gathered = self._meetings.gather(arrays, of)
-        self._outdate()
-        return gathered
+        return self._meetings.gather(arrays, of)
 
     def broadcast(self, value: Any, *, root: int = 0) -> Any:
         """What worker `root` passed, in every worker; blocks like `barrier` until all have called it.
@@ -606,13 +470,10 @@ class Worker:
         Raises:
             UsageError: something else; nothing was sent. MeetingError, StalledError: as `barrier`.
         """
-        self._tell_before_wait()
-        found = self._meetings.broadcast(value, root)
-        self._outdate()
-        return found
+        return self._meetings.broadcast(value, root)
 
     def _outdate(self) -> None:
-        """Others may have gone on meanwhile."""
+        """Note that others may have gone on meanwhile."""
         for model in self._models.values():
             model.outdated()
 
@@ -647,73 +508,14 @@ class Worker:
         Raises:
             UsageError: not a number; nothing was logged.
         """
-        numbers: dict[str, float] = {}
-        for name, value in metrics.items():
-            try:
-                numbers[name] = float(value)
-            except (TypeError, ValueError, OverflowError) as error:
-                raise UsageError(
-                    f"log: {name} is {value!r}, expected a number; nothing was logged"
-                ) from error
-        self._logged.add(numbers, self.steps, self.version, time.monotonic())
-        if self._trial is not None:
-            self._trial.logged(numbers, self._feed.samples)
+        numbers = numbers_of(metrics)
+        self._progress.logged.add(numbers, self.steps, self.version, time.monotonic())
+        if self.trial is not None:
+            self.trial.logged(numbers, self._feed.samples)
 
     def statistics(self) -> WorkerStatistics:
         """A snapshot of this worker's counters."""
-        sent, received = self._session.traffic()
-        parts = [model.gradient_bytes for model in self._models.values()]
-        parts += [table.gradient_bytes for table in self._tables.values()]
-        return WorkerStatistics(
-            rank=self.rank,
-            steps=self._step,
-            skipped=self._skipped,
-            version=self.version,
-            samples=self._feed.samples,
-            waiting=self._session.waiting,
-            elapsed=time.monotonic() - self._began,
-            sent=sent,
-            received=received,
-            gradient_bytes=sum(parts),
-            staleness=dict(self._staleness),
-            metrics=dict(self._logged.newest),
-            results=dict(self._results),
-            stages=self.stages.stages(),
-            norms=dict(self._norms),
-            dropped=self._logged.dropped,
-        )
-
-    def _tell_before_wait(self) -> None:
-        """What others see while this worker waits is all that it has done."""
-        if self._told_step != self._step and self._session.usable():
-            self._tell(now=True)
-
-    def _tell(self, now: bool = False) -> None:
-        """Tell the coordinator of progress, not more often than every `_PROGRESS_S`."""
-        if not now and time.monotonic() - self._told < _PROGRESS_S:
-            return
-        self._told, self._told_step = time.monotonic(), self._step
-        own = self.statistics()
-        self.told = m.Progress(
-            member=self._session.welcome.member.id,
-            rank=self.rank,
-            steps=own.steps,
-            version=own.version,
-            samples=own.samples,
-            planned=self._feed.planned,
-            waiting=own.waiting,
-            elapsed=own.elapsed,
-            staleness=own.staleness,
-            metrics=own.metrics,
-            results=own.results,
-            stages=own.stages,
-            norms=own.norms,
-            dropped=own.dropped,
-            turns=self.stages.news(),
-            clock=self.stages.now(),
-            points=self._logged.news(time.monotonic()),
-        )
-        self._session.tell(self.told)
+        return self._progress.statistics()
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────
 
@@ -746,7 +548,7 @@ class Worker:
         try:
             if self._session.usable():
                 self._leave_log(finished=True)
-                self._tell(now=True)
+                self._progress.tell(now=True)
                 self._session.wait_for_others()
         finally:
             self._close()
@@ -756,7 +558,7 @@ class Worker:
         try:
             if self._session.usable():
                 self._leave_log(finished)
-                self._tell(now=True)
+                self._progress.tell(now=True)
                 self._session.depart(finished)
         finally:
             self._close()
