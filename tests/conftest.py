@@ -1,8 +1,11 @@
 """What every test shares: which tests run and on how many processes, and nothing they start may be left."""
 
+import contextlib
 import gc
+import importlib
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -21,6 +24,10 @@ __all__ = ["ray_engine", "ray_nodes"]
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # Whoever started this in the background has it ignored, and every child of ours would ignore it too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Each of the many interpreters that tests start would compile every module again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 settings.register_profile("default", print_blob=True, deadline=None)
 settings.register_profile("nightly", print_blob=True, deadline=None, max_examples=1000)
@@ -65,6 +72,15 @@ def pytest_configure(config):
         config.pluginmanager.register(PromisedTests(whole=_is_whole(config)))
 
 
+def pytest_sessionstart(session):
+    """Each process first imports its share of the files, so that in a fresh checkout one compiles each."""
+    if (worker := getattr(session.config, "workerinput", None)) and _is_whole(session.config):
+        first = int(worker["workerid"].removeprefix("gw"))
+        for path in sorted(Path(__file__).parent.glob("test_*.py"))[first :: worker["workercount"]]:
+            with contextlib.suppress(Exception, pytest.skip.Exception):  # told when it is collected
+                importlib.import_module(path.stem)
+
+
 def pytest_xdist_auto_num_workers(config):
     """One process more than cores, as tests often wait; none for single files, which start sooner alone."""
     return len(os.sched_getaffinity(0)) + 1 if _is_whole(config) else 0
@@ -94,10 +110,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             item.add_marker(pytest.mark.timeout(_LONG_TIMEOUT_S), append=False)
         return
-    chosen = [item for item in items if item.get_closest_marker("long") is None]
-    if len(chosen) < len(items):
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
-        items[:] = chosen
+    for_long = [item for item in items if item.get_closest_marker("long") is not None]
+    if for_long:
+        config.hook.pytest_deselected(items=for_long)
+        items[:] = [item for item in items if item.get_closest_marker("long") is None]
     if _is_whole(config):
         items.sort(key=lambda item: item.path.name not in LONGEST)
 

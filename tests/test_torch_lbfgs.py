@@ -7,7 +7,6 @@ import signal
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from test_lbfgs import Driven, rosenbrock
 
 import headwater as hw
@@ -21,6 +20,8 @@ CLASSES = 10
 
 
 def digits(count=400):
+    from sklearn.datasets import load_digits  # takes a second, in each process that collects tests
+
     data = load_digits()
     x, y = data.data[:count].astype(np.float32) / 16, data.target[:count]
     return np.hstack([x, np.ones((count, 1), np.float32)]), y
@@ -239,6 +240,8 @@ def test_what_the_program_writes_before_a_step_is_where_it_begins():
             module.w.fill_(3.0)
         x, y = part_of(worker.rank, worker.workers)
         return float(opt.step(closure_of(opt, module, x, y, 1 / worker.workers)))
+
+    from sklearn.datasets import load_digits  # takes a second, in each process that collects tests
 
     data = load_digits()
     assert len(data.target) > 400
