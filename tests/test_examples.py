@@ -179,7 +179,8 @@ def test_a_rating_of_the_last_tenth_changes_nothing_that_was_known_before():
 def test_ctr_learns_the_planted_model(sync):
     ctr = module("ctr")
     result = hw.run(ctr.train, workers=2, engine="inline", sync=sync, settings={"most": 20_000})
-    assert result.values[0] == result.values[1] > 0.74
+    # 0.764 ± 0.005 and 0.779 ± 0.002 over 30 runs each, depending on who came first; 0.5 is guessing.
+    assert result.values[0] == result.values[1] > 0.7
 
 
 def test_ctr_reads_files_in_criteos_format(tmp_path):
@@ -259,7 +260,8 @@ def test_clients_with_different_digits_that_come_and_go_learn_all_of_them(rule):
     federated = module("federated")
     settings = {"rule": rule, "rounds": 60, "away": 0.3}
     result = hw.run(federated.train, workers=3, engine="inline", settings=settings)
-    assert min(result.values) > 0.7
+    # 0.776 ± 0.015 over 30 runs, in which threads drew from one generator; a client alone knows half.
+    assert min(result.values) > 0.6
     assert len(set(result.values)) == 1
 
 

@@ -47,7 +47,8 @@ def test_the_converted_script_computes_what_the_script_did():
     before, after = programs("Convert a script")
     expected = before["main"]()
     assert run(after["train"], workers=1).values == [pytest.approx(expected, rel=1e-4)]
-    assert max(run(after["train"], workers=2).values) < 0.7
+    # 0.068 ± 0.003 over 60 runs, in which two threads drew their weights from one generator; 0.7 is guessing.
+    assert max(run(after["train"], workers=2).values) < 0.4
 
 
 def test_accumulated_gradients_leave_with_every_third_batch():
