@@ -147,7 +147,7 @@ def _of_arrays(model: Model, loss: Loss, samples: Any) -> float:
     found = loss(values, samples)
     if not isinstance(found, Sequence) or len(found) != 2 or not isinstance(found[1], Mapping):
         raise GradientError(f"loss gave {type(found).__name__}, expected (loss, dict of gradients)")
-    gradients = model.checked(found[1])
+    gradients = model.local.checked(found[1])
     for name, view in model.gradients.items():
         view[...] = gradients.get(name, 0)
     return finite_loss(found[0], all(bool(np.isfinite(view).all()) for view in model.gradients.values()))

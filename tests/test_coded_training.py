@@ -188,7 +188,7 @@ def test_a_carried_late_step_keeps_every_gradient():
             pushed += gradient
             model.push({"a": gradient})
             late += not worker.step().applied
-        while model.is_carried("a"):
+        while "a" in model.local.staged:
             worker.step()
         worker.barrier()
         return pushed - model.residual["a"], model.pull(copy=True)["a"], late

@@ -234,9 +234,8 @@ def test_a_member_that_connects_anew_goes_on_in_other_memory_with_the_same_conte
             table.push([1, 2], np.ones((2, 2), np.float32))
             worker._session.channels[0]._stream.shutdown(socket.SHUT_RDWR)
             worker.step()
-            memories |= {
-                os.fstat(one.descriptors[0]).st_ino for one in (model._memory, worker._rows._scratch)
-            }
+            own = model.local.buffer.memory, worker._rows._scratch
+            memories |= {os.fstat(one.descriptors[0]).st_ino for one in own}
             assert len(memories) == 2 * step
             assert (values == step).all(), "the user's arrays are where they were"
             assert (table.pull([1, 2]) == step).all()

@@ -584,7 +584,7 @@ def test_ids_of_another_server_end_the_connection_only(transport):
         with cluster.worker() as wrong:
             table = wrong.table("rows", DIM, hw.Accumulate())
             table._session.finish()
-            _, plan = table._plan(np.arange(100))
+            _, plan = table.local.plan(np.arange(100))
             plan.ids[:] = plan.ids[::-1].copy()
             with pytest.raises(ProtocolError):
                 table.pull(np.arange(100))

@@ -271,7 +271,7 @@ def test_impossible_arguments_are_refused_before_anything_changes(options, error
         with pytest.raises(error, match=text):
             optimizer(worker, net, **options)
         assert net.weight.data_ptr() == before
-        assert worker._models == {}
+        assert worker.models == {}
 
     alone(work)
 
@@ -288,7 +288,7 @@ def test_parameters_where_the_module_is_expected_are_an_error_that_says_what_to_
             hw.torch.DistributedOptimizer(worker, wrong(net), hw.SGD(lr=0.1))
         with pytest.raises(ConfigurationError, match="takes the worker first, got Linear"):
             hw.torch.DistributedOptimizer(net, hw.SGD(lr=0.1))
-        assert worker._models == {}
+        assert worker.models == {}
 
     alone(work)
 

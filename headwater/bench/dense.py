@@ -114,7 +114,7 @@ def _train(plan: _Plan, worker: Worker) -> Times:
 
     def placed() -> None:
         for name in model.gradients:
-            model.carry(name)
+            model.local.carry(name)
         worker.step()
 
     def pushed() -> None:

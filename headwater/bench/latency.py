@@ -68,7 +68,7 @@ def _train(
         _pin(pid, cores[1])
 
     def pull() -> None:
-        model.changed_here()  # or the server would find nothing new to write
+        model.local.changed_here()  # or the server would find nothing new to write
         model.pull()
 
     def raw() -> None:

@@ -158,7 +158,7 @@ def _train(effort: Effort, folder: Path, rule: Rule, larger: int, count: int, wo
     times = [time.monotonic()]
     while len(times) <= count or (not count and not (folder / "stop").exists()):
         for name in model.gradients:
-            model.carry(name)
+            model.local.carry(name)
         worker.step()
         times.append(time.monotonic())
     return times

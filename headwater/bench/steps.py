@@ -71,7 +71,7 @@ def _train(effort: Effort, worker: Worker) -> dict[str, list[float]]:
     gradient = {"w": np.ones(_ELEMENTS, np.float32)}
 
     def pull() -> None:
-        small.changed_here()  # or the server would find nothing new to write
+        small.local.changed_here()  # or the server would find nothing new to write
         small.pull()
 
     def step() -> None:

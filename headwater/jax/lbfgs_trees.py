@@ -89,7 +89,7 @@ class LBFGS(Generic[Tree]):
         model = self._tree.model
         loss, grads = loss_and_grad(self._tree._read())
         with jax.transfer_guard("allow"):
-            found = model.checked(self._tree._by_name(grads))
+            found = model.local.checked(self._tree._by_name(grads))
         for name, view in model.gradients.items():
             view[...] = found.get(name, 0)
         return finite_loss(loss, all(bool(np.isfinite(view).all()) for view in model.gradients.values()))

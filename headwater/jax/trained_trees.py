@@ -107,7 +107,7 @@ class DistributedOptimizer(Generic[Tree]):
             values_codec=values_codec,
             nonfinite=nonfinite,
         )
-        self._claim = self.model.adapter = _Claim()
+        self._claim = self.model.local.adapter = _Claim()
         self.params: Tree = self._read()
 
     def step(self, grads: Any, *, weight: float = 1.0) -> Tree:
@@ -164,7 +164,7 @@ class DistributedOptimizer(Generic[Tree]):
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
     def _check_owner(self) -> None:
-        if self.model.adapter is not self._claim:
+        if self.model.local.adapter is not self._claim:
             raise UsageError(
                 f"another DistributedOptimizer was made for model {self.model.name!r} after this one and "
                 f"has taken the model over: use that one"
@@ -236,7 +236,7 @@ def _check_known(worker: Worker, name: str, values: dict[str, Any]) -> None:
         np.array_equal(model.parameters[one].astype(leaf.dtype), np.asarray(leaf), equal_nan=True)
         for one, leaf in values.items()
     )
-    if not (same and isinstance(model.adapter, _Claim)):
+    if not (same and isinstance(model.local.adapter, _Claim)):
         raise RegistrationError(
             f"model {name!r} of this worker has other parameters: pass name=… for another model, or the "
             f"`params` of its DistributedOptimizer to go on with it"

@@ -226,7 +226,7 @@ class _Reduce(torch.autograd.Function):
             )
             return out, largest, rows.copy() if keeps_rows else None
 
-        ctx.plan, (out, ctx.largest, ctx.rows) = module.table.read(bags.ids, reduce)
+        ctx.plan, (out, ctx.largest, ctx.rows) = module.table.local.read(bags.ids, reduce)
         return out.to(device)
 
     @staticmethod

@@ -47,8 +47,8 @@ class Binding:
         self._written = 0
         self._owner: weakref.ref[torch.optim.Optimizer] | None = None
         self._hooks: list[RemovableHandle] = []
-        model.adapter = self
-        self._watch = WriteWatch(model, list(self.bounds.values()), exact=worker.mode.rounds)
+        model.local.adapter = self
+        self._watch = WriteWatch(model.local, list(self.bounds.values()), exact=worker.mode.rounds)
         self.after_read()
 
     # ── whose it is ─────────────────────────────────────────────────────────────────────────────
@@ -63,7 +63,7 @@ class Binding:
         model = worker.models.get(name)
         if model is None:
             return None
-        binding = model.adapter
+        binding = model.local.adapter
         if isinstance(binding, Binding) and binding._has(trained):
             return binding
         raise RegistrationError(
@@ -133,7 +133,7 @@ class Binding:
         for name in names:
             self.bounds[name].store()
         try:
-            self.model.assign_local(names, self._worker.steps)
+            self.model.local.assign(names, self._worker.steps)
         except UsageError as error:
             raise UsageError(f"the program wrote to {named(names)}: {error}") from error
         self._watch.note()
@@ -152,15 +152,15 @@ class Binding:
 
         A program that is started again loads what it loaded in the beginning, which is not to undo training.
         """
-        first = self.model.settings.first
+        first = self.model.local.settings.first
         if first is None:
             return False
         _log.warning(
             "model %r has had %d updates before this program joined it and goes on with its values: what the "
             "program wrote to %s before its first step is not taken; push_parameters() makes it the servers'",
-            *(self.model.name, self.model.settings.updates, named(names)),
+            *(self.model.name, self.model.local.settings.updates, named(names)),
         )
-        self.model.changed_here()
+        self.model.local.changed_here()
         self.model.pull()
         return True
 
@@ -168,7 +168,7 @@ class Binding:
         """Set the servers' values of all tensors to the parameters'; blocks for an exchange."""
         for bound in self.bounds.values():
             bound.store()
-        self.model.assign_local(list(self.bounds))
+        self.model.local.assign(list(self.bounds))
         self._watch.note()
 
     def wrote(self) -> None:
@@ -178,7 +178,7 @@ class Binding:
 
 def is_bound(worker: Worker, parameter: torch.nn.Parameter) -> bool:
     """Whether a DistributedOptimizer of this worker trains the parameter."""
-    bindings = (model.adapter for model in worker.models.values())
+    bindings = (model.local.adapter for model in worker.models.values())
     return any(
         bound.parameter is parameter
         for binding in bindings

@@ -51,7 +51,7 @@ class SharedBuffers:
             merge = None if mode == "rank0" else "mean"
             values = {name: self._buffer(name) for name in self._names}
             self.model = worker.model(name, values, rule, merge=merge, nonfinite="off")
-            self.model.adapter = self
+            self.model.local.adapter = self
             self.discard_changes()
 
     @staticmethod
@@ -64,7 +64,7 @@ class SharedBuffers:
         model = worker.models.get(name)
         if model is None or mode == "local":
             return None
-        known = model.adapter
+        known = model.local.adapter
         if not isinstance(known, SharedBuffers) or known._module is not module:
             raise RegistrationError(
                 f"model {name!r} of this worker has the buffers of another module: pass name=… to the "
@@ -89,7 +89,7 @@ class SharedBuffers:
             change.copy_(self._change(name))
             if change.any() and change.isfinite().all():
                 change.mul_(self._sign)
-                self.model.carry(name)
+                self.model.local.carry(name)
                 self._carried.add(name)
 
     def before_read(self) -> None:
@@ -101,7 +101,7 @@ class SharedBuffers:
         So a batch whose step was skipped, or came too late, leaves its mark on averages, as in torch.
         """
         assert self.model is not None
-        brought = self._carried if self.model.took else set()
+        brought = self._carried if self.model.local.took else set()
         self._carried = set()
         for name in self._names:
             change = self._change(name)
@@ -136,7 +136,7 @@ class SharedBuffers:
         if self.model is not None:
             for name in self._names:
                 torch.from_numpy(self.model.parameters[name]).copy_(self._buffer(name))
-            self.model.assign_local(self._names)
+            self.model.local.assign(self._names)
             self.discard_changes()
 
     def _buffer(self, name: str) -> torch.Tensor:

@@ -114,7 +114,7 @@ class EmbeddingBagCollection(torch.nn.Module):
 
     def _look_up(self, features: Any) -> dict[str, torch.Tensor]:
         parts = [(bags, mine, bags.in_bags(mine.ids, mine.offsets)) for bags, mine in self._parts(features)]
-        parts[0][0].table.bring([(bags.table, one.ids) for bags, _, one in parts])
+        parts[0][0].table.local.bring([(bags.table.local, one.ids) for bags, _, one in parts])
         out: dict[str, torch.Tensor] = {}
         for bags, mine, one in parts:
             rows = bags.reduce(one, bags.checked(mine.ids.shape, mine.weights), mine.device)
@@ -268,6 +268,6 @@ def pull_rows(wanted: Mapping[TableModule, Any] | Iterable[tuple[TableModule, An
                 f"pull_rows: got {type(module).__name__}, expected an Embedding or EmbeddingBag of "
                 f"headwater.torch for each of the ids"
             )
-        asked.append((module.table, module.asked(ids)))
+        asked.append((module.table.local, module.asked(ids)))
     if asked:
         asked[0][0].bring(asked)

@@ -200,7 +200,7 @@ class _LookUp(torch.autograd.Function):
         ctx.kept = module.kept(flat)
         ctx.module = module
         ids = flat if ctx.kept is None else flat[ctx.kept]
-        ctx.plan, rows = module.table.read(ids, lambda plan, rows: plan.scatter(rows))
+        ctx.plan, rows = module.table.local.read(ids, lambda plan, rows: plan.scatter(rows))
         if ctx.kept is not None:
             some, rows = rows, np.zeros((len(flat), module.dim), dtype=np.float32)
             rows[ctx.kept] = some

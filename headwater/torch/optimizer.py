@@ -182,11 +182,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
             nonfinite=self._nonfinite,
             **how,
         )
-        model.settings.governs = True
-        if model.settings.first is not None:
+        model.local.settings.governs = True
+        if model.local.settings.first is not None:
             for group in self._groups:
                 if group.index is not None:
-                    group.joined(model.settings)
+                    group.joined(model.local.settings)
         return model
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -210,7 +210,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """
         model = self._model
         state = {} if model is None else to_tensors(model.state())
-        own = {} if model is None else {UPDATES: model.settings.updates, RULE: model.rules[0].name}
+        own = {} if model is None else {UPDATES: model.local.settings.updates, RULE: model.rules[0].name}
         with self._tables.hidden():
             return {**super().state_dict(), "state": state, **own}
 
@@ -235,13 +235,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
             _log.warning(
                 "model %r has had %d updates before this program joined it and goes on with its state: the "
                 "state dict that the program loads before its first step is not taken",
-                *(self._model.name, self._model.settings.updates),
+                *(self._model.name, self._model.local.settings.updates),
             )
             return
         if self._model is not None and self._accrued:
             raise UsageError("load_state_dict: gradients are held back for the next push: call flush() first")
         if self._model is not None:
-            self._model.load_written_state(saved.tensors, saved.updates, self._worker.steps)
+            self._model.local.load_state(saved.tensors, saved.updates, self._worker.steps)
         with self._tables.hidden():
             groups = super().state_dict()["param_groups"]
             loaded = [{**group, **settings} for group, settings in zip(groups, saved.settings, strict=True)]
@@ -317,12 +317,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def _report_nonfinite(self, names: Sequence[str], tables: Sequence[Table]) -> None:
         if names:
             assert self._model is not None
-            self._model.report_nonfinite(names)
+            self._model.local.report_nonfinite(names)
         report_nonfinite(tables, self._nonfinite)
 
     def _skip(self) -> None:
         if self._model is not None:
-            self._model.skip()
+            self._model.local.skip()
         self._tables.skip()
 
     def _carry(self, names: Collection[str], accrued: bool = False, buffers: bool = True) -> None:
@@ -330,7 +330,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         rows = self._tables.carry(accrued)
         for name in names:
             assert self._model is not None
-            self._model.carry(name)
+            self._model.local.carry(name)
         if buffers and (rows or names):
             self._buffers.carry()
 
@@ -351,7 +351,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         for known, group in zip(self._groups, self.param_groups, strict=False):
             if known.index is not None:
                 assert self._model is not None
-                changes = known.take_changes(group, self._model.settings, self._what(known.index))
+                changes = known.take_changes(group, self._model.local.settings, self._what(known.index))
                 if changes:
                     self._model.set(group=known.index, **changes)
         self._tables.send_settings(self.param_groups[len(self._groups) :])
@@ -361,14 +361,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
         for known, group in zip(self._groups, self.param_groups, strict=False):
             if known.index is not None:
                 assert self._model is not None
-                self._model.settings.first = None
-                known.arrived(group, self._model.settings, self._what(known.index))
+                self._model.local.settings.first = None
+                known.arrived(group, self._model.local.settings, self._what(known.index))
         self._tables.show_settings(self.param_groups[len(self._groups) :])
 
     def _what(self, group: int) -> str:
         """A group, for messages."""
         assert self._model is not None
-        of = f"group {group} of " if len(self._model.settings.rules) > 1 else ""
+        of = f"group {group} of " if len(self._model.local.settings.rules) > 1 else ""
         return f"{of}model {self._model.name!r}"
 
     # ── steps on the local copy (DistBelief) ────────────────────────────────────────────────────
@@ -437,7 +437,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def _joined_late(self) -> bool:
         """Whether the model was trained before this program joined it, and has not stepped since."""
-        return self._model is not None and self._model.settings.first is not None
+        return self._model is not None and self._model.local.settings.first is not None
 
     def _restore(self) -> None:
         """Replace what a program has loaded that joined a trained model, before it computes with that."""
@@ -468,7 +468,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._binding.before_pull()
         self._buffers.discard_changes()
         for model in self._models:
-            model.changed_here()
+            model.local.changed_here()
             model.pull()
 
     @torch.no_grad()

@@ -189,7 +189,7 @@ class OuterOptimizer:
         self._steps.pull()
         self._buffers.discard_changes()
         if self._buffers.model is not None:
-            self._buffers.model.changed_here()
+            self._buffers.model.local.changed_here()
             self._buffers.model.pull()
         self._parameters.note()
 

@@ -34,10 +34,10 @@ class _TrainedTable:
         self.table = table
         self.collected = Collected()
         self.accrued = RowSums(table.dim)
-        table.settings.governs = True
-        self.group = ParameterGroup([], from_spec(table.spec.rule), None)
-        if table.settings.first is not None:
-            self.group.joined(table.settings)
+        table.local.settings.governs = True
+        self.group = ParameterGroup([], from_spec(table.local.spec.rule), None)
+        if table.local.settings.first is not None:
+            self.group.joined(table.local.settings)
         self._modules = modules
         for module in modules:
             self.collected.merge(module.collected)
@@ -56,7 +56,7 @@ class _TrainedTable:
 
     def held_back(self) -> list[tuple[Plan, Array]]:
         """What is accrued."""
-        return [self.table.ordered(self.accrued)] if self.accrued else []
+        return [self.table.local.ordered(self.accrued)] if self.accrued else []
 
     def sums(self) -> RowSums:
         """What is collected, summed by id."""
@@ -102,15 +102,15 @@ class TrainedTables:
     def send_settings(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Have the next step carry what somebody changed in the groups."""
         for one, group in zip(self._tables, groups, strict=True):
-            changes = one.group.take_changes(group, one.table.settings, f"table {one.table.name!r}")
+            changes = one.group.take_changes(group, one.table.local.settings, f"table {one.table.name!r}")
             if changes:
                 one.table.set(**changes)
 
     def show_settings(self, groups: Sequence[dict[str, Any]]) -> None:
         """Show what is in force in the groups."""
         for one, group in zip(self._tables, groups, strict=True):
-            one.table.settings.first = None
-            one.group.arrived(group, one.table.settings, f"table {one.table.name!r}")
+            one.table.local.settings.first = None
+            one.group.arrived(group, one.table.local.settings, f"table {one.table.name!r}")
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
@@ -172,7 +172,7 @@ class TrainedTables:
         for one in self._tables:
             parts = one.held_back() if accrued else one.parts()
             if parts:
-                place, is_finite = one.table.write(parts)
+                place, is_finite = one.table.local.write(parts)
                 self._written.append((one.table, place))
                 if not is_finite:
                     bad.append(one.table)
@@ -181,7 +181,7 @@ class TrainedTables:
     def carry(self, accrued: bool = False) -> bool:
         """The next step carries what was written, which is then forgotten; whether it is anything."""
         for table, place in self._written:
-            table.carry(place)
+            table.local.carry(place)
         carried, self._written = bool(self._written), []
         for one in self._tables:
             if accrued:
@@ -194,10 +194,10 @@ class TrainedTables:
         """Make the next step an empty turn, and forget what is collected."""
         self.discard()
         for one in self._tables[:1]:
-            one.table.skip()
+            one.table.local.skip()
 
 
 def report_nonfinite(tables: Sequence[Table], nonfinite: NonFinite) -> None:
-    """As `Table.report_nonfinite`, of the first of these tables, if there is one."""
+    """As `LocalTable.report_nonfinite`, of the first of these tables, if there is one."""
     for table in tables[:1]:
-        table.report_nonfinite(nonfinite)
+        table.local.report_nonfinite(nonfinite)

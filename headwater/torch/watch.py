@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from headwater.torch.parameters import BoundParameter
-from headwater.worker.model import Model
+from headwater.worker.local_model import LocalModel
 
 _EACH, _ONE_IN = 256, 1024
 
@@ -27,7 +27,7 @@ class WriteWatch:
     in) count as untouched.
     """
 
-    def __init__(self, model: Model, bounds: Sequence[BoundParameter], *, exact: bool) -> None:
+    def __init__(self, model: LocalModel, bounds: Sequence[BoundParameter], *, exact: bool) -> None:
         self._exact = exact
         self._bounds = list(bounds)
         self._vector = model.vector

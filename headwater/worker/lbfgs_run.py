@@ -127,7 +127,7 @@ class ModelCarrier:
 
     def begin(self) -> bytes:
         """As `Carrier.begin`; what a program wrote to the parameters counts."""
-        self._model.before_read()
+        self._model.local.before_read()
         return self._model.vectors.run((), read=True, recall=True, of="all").data[0]
 
     def evaluate(self, operations: Sequence[m.VectorOperation], moved: bool, out: str) -> float:

@@ -241,7 +241,7 @@ class LocalSteps:
                 nonfinite=nonfinite,
                 outer=True,
             )
-            model.adapter = claim
+            model.local.adapter = claim
             due = plan.due(i)
             self.fragments.append(Fragment(model, names, due, due - plan.overlap))
         self.taken = self._place() if worker.mode.rounds else 0
@@ -250,7 +250,7 @@ class LocalSteps:
 
     def _place(self) -> int:
         """Where in `every` local steps the others are, who have sent some fragments once more than others."""
-        updates = [fragment.model.settings.updates for fragment in self.fragments]
+        updates = [fragment.model.local.settings.updates for fragment in self.fragments]
         behind = next((i for i, count in enumerate(updates) if count < updates[0]), 0)
         return self._plan.due(behind - 1) if behind else 0
 
@@ -258,7 +258,7 @@ class LocalSteps:
         """Seconds that a fragment takes up and down, nobody being waited for: twice those of a read."""
         largest = max(self.fragments, key=lambda fragment: fragment.model.layout.elements).model
         began = time.monotonic()
-        largest.changed_here()
+        largest.local.changed_here()
         largest.pull()
         return 2 * (time.monotonic() - began)
 
@@ -363,7 +363,7 @@ class LocalSteps:
     def _took(self, fragment: Fragment, work: Work, result: m.StepResult, reads: bool) -> None:
         self.result = result
         model = fragment.model
-        if late := not result.applied and any(model.is_carried(name) for name in fragment.names):
+        if late := not result.applied and any(name in model.local.staged for name in fragment.names):
             fragment.owed.add(work)
             fragment.kept = {name: model.gradients[name].copy() for name in fragment.names}
             model.discard()  # else it would go with the next fragment's step, in a round of its own
@@ -390,7 +390,7 @@ class LocalSteps:
         """Have the local parameters be the servers' present ones; what was not sent is given up."""
         self.finish()
         for fragment in self.fragments:
-            fragment.model.changed_here()
+            fragment.model.local.changed_here()
             fragment.model.pull()
             fragment.work = Work()
         self.take_over()
@@ -425,4 +425,4 @@ class FragmentClaim:
     @property
     def lost(self) -> str:
         """The model that another has taken over; "" while there is none."""
-        return next((model.name for model in self.models if model.adapter is not self), "")
+        return next((model.name for model in self.models if model.local.adapter is not self), "")

@@ -56,10 +56,10 @@ class PortionCarrier:
         plan: m.PortionPlan | None = None,
         read: bool = False,
     ) -> m.Answer:
-        work = m.VectorWork(self._model.id, tuple(operations), tuple(reductions), read)
-        answer = self._model.exchange(lambda server, number: m.Operate(number, work, plan), what)
+        work = m.VectorWork(self._model.local.id, tuple(operations), tuple(reductions), read)
+        answer = self._model.local.exchange(lambda server, number: m.Operate(number, work, plan), what)
         if read:
-            self._model.written()
+            self._model.local.written()
         return answer
 
     def create(self, names: Sequence[str]) -> None:
@@ -76,18 +76,19 @@ def minimise(model: Model, method: LBFGS, count: int, backup: bool) -> Report:
 
 def compute(model: Model, loss: PortionLoss) -> int:
     """Compute portions as they are handed out, until there are none to come; how many it computed."""
+    local = model.local
     done: m.PortionResult | None = None
     computed = 0
     while True:
-        have = model.read_version
-        answer = model.exchange(
-            lambda server, number, done=done, have=have: m.NextPortion(number, model.id, have, done),  # type: ignore[misc]
+        have = local.read_version
+        answer = local.exchange(
+            lambda server, number, done=done, have=have: m.NextPortion(number, local.id, have, done),  # type: ignore[misc]
             "portion",
         )
         if answer.portion is None:
             return computed
         if answer.values:
-            model.written()
+            local.written()
         portion = answer.portion
         done = m.PortionResult(portion, loss(portion.index, portion.count))
         computed += 1

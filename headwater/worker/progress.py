@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from headwater import messages as m
 from headwater.runtime.client import Client
 from headwater.worker.batches import DataReader
 from headwater.worker.logged import LoggedMetrics
-from headwater.worker.model import Model
-from headwater.worker.table import Table
+from headwater.worker.registrations import Registrations
 
 _PROGRESS_S = 0.25
 """Shortest interval between two reports to the coordinator, in seconds."""
@@ -67,15 +65,13 @@ class WorkerProgress:
         told: what the coordinator was told last; None before the first time. From any thread.
     """
 
-    def __init__(
-        self, client: Client, reader: DataReader, models: Mapping[str, Model], tables: Mapping[str, Table]
-    ) -> None:
+    def __init__(self, client: Client, reader: DataReader, registered: Registrations) -> None:
         self.steps = 0
         self.logged = LoggedMetrics()
         self.told: m.Progress | None = None
         self._client = client
         self._reader = reader
-        self._models, self._tables = models, tables
+        self._models, self._tables = registered.local_models, registered.local_tables
         self._member = client.welcome.member
         self._skipped = 0
         self._staleness: Counter[int] = Counter()
@@ -103,8 +99,8 @@ class WorkerProgress:
     def statistics(self) -> WorkerStatistics:
         """A snapshot of the counters."""
         sent, received = self._client.traffic()
-        parts = [model.gradient_bytes for model in self._models.values()]
-        parts += [table.gradient_bytes for table in self._tables.values()]
+        parts = [model.buffer.taken for model in self._models]
+        parts += [table.gradient_bytes for table in self._tables]
         return WorkerStatistics(
             rank=self._member.index,
             steps=self.steps,

@@ -8,7 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.errors import UsageError
 from headwater.kernels.arrange import Ids, Plan, arrange
 from headwater.machines.row_buffer import RowBuffer, RowSlice
 from headwater.runtime.client import Client
 from headwater.wire.channel import Outgoing
 
 if TYPE_CHECKING:
-    from headwater.worker.table import Table
+    from headwater.worker.local_table import LocalTable
 
 Array = NDArray[np.float32]
 
-Asked = Sequence[tuple["Table", Plan]]
+Asked = Sequence[tuple["LocalTable", Plan]]
 """Tables, each of which may be there several times, and the plans of the ids that are wanted of them."""
 
 _GLANCE = 64
@@ -117,7 +116,7 @@ def pull_rows(
 class _TablePull:
     """What is pulled of one table. `numbers`: of those of `asked` that are of it."""
 
-    table: Table
+    table: LocalTable
     plan: Plan
     numbers: list[int]
     sizes: list[int]
@@ -135,7 +134,7 @@ class _TablePull:
 
 def _by_table(asked: Asked, servers: int) -> list[_TablePull]:
     """A request names a table once, so what is asked of it is united."""
-    numbers: dict[Table, list[int]] = {}
+    numbers: dict[LocalTable, list[int]] = {}
     for number, (table, _) in enumerate(asked):
         numbers.setdefault(table, []).append(number)
     pulls = []
@@ -154,17 +153,9 @@ def _request(
     return Outgoing(m.PullRows(number, rows), arrays)
 
 
-def check_tables(ids: Any, tables: Mapping[str, Table]) -> None:
-    """Raises UsageError where `ids` is no mapping from these tables."""
-    if not isinstance(ids, Mapping) or any(one not in tables.values() for one in ids):
-        known = ", ".join(map(repr, tables)) or "none"
-        raise UsageError(
-            f"pull: got {ids!r}, expected a mapping from this worker's tables, the objects that "
-            f"worker.table gave, to ids; its tables are {known}"
-        )
-
-
-def pull_together(session: Client, memory: RowBuffer, wanted: Sequence[tuple[Table, Ids]]) -> list[Ahead]:
+def pull_together(
+    session: Client, memory: RowBuffer, wanted: Sequence[tuple[LocalTable, Ids]]
+) -> list[Ahead]:
     """The rows of each of `wanted`, all of one version, which is each table's `read_version` from then on.
 
     What all came ahead is there; otherwise they are pulled in one exchange. Raises as `Client.call`.
@@ -192,7 +183,7 @@ def pull_together(session: Client, memory: RowBuffer, wanted: Sequence[tuple[Tab
     return there
 
 
-def _all_ahead(wanted: Sequence[tuple[Table, Ids]]) -> list[Ahead] | None:
+def _all_ahead(wanted: Sequence[tuple[LocalTable, Ids]]) -> list[Ahead] | None:
     """What came ahead for each of these, once; None where some did not, and all is left there."""
     there = []
     for table, given in wanted:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.runtime.client import Client
 from headwater.wire.security import PLAIN, Security
-from headwater.worker.model import Model
+from headwater.worker.local_model import LocalModel
 
 
 def read_parameters(
@@ -26,7 +26,7 @@ def read_parameters(
     try:
         models = []
         for info in session.describe().models:
-            model = Model(session, msgspec.structs.replace(info.spec, values_codec=None))
+            model = LocalModel(session, msgspec.structs.replace(info.spec, values_codec=None))
             models.append(model)
             model.attach(info.model)
         ids = tuple(model.id for model in models)

@@ -9,8 +9,8 @@ from headwater import messages as m
 from headwater.machines.row_buffer import RowBuffer, RowSlice
 from headwater.runtime.client import Client
 from headwater.wire.channel import Outgoing
-from headwater.worker.model import Model
-from headwater.worker.table import Table
+from headwater.worker.local_model import LocalModel
+from headwater.worker.local_table import LocalTable
 
 
 class StepExchange:
@@ -29,8 +29,8 @@ class StepExchange:
         self,
         session: Client,
         memory: RowBuffer,
-        models: Iterable[Model],
-        tables: Iterable[Table],
+        models: Iterable[LocalModel],
+        tables: Iterable[LocalTable],
         weight: float = 1.0,
         since: int | None = None,
         pace: m.Pace | None = None,
@@ -43,8 +43,8 @@ class StepExchange:
         self._tables = list(tables)
         rows = {table: table.take_staged() for table in self._tables}
         self.skip = any(skip for _, _, skip in staged.values()) or any(skip for *_, skip in rows.values())
-        self._carried: dict[Model, m.Carried] = {}
-        self._pushed: dict[Table, RowSlice] = {}
+        self._carried: dict[LocalModel, m.Carried] = {}
+        self._pushed: dict[LocalTable, RowSlice] = {}
         self._weight = weight or 1.0
         self._since = since
         self.carried_since: int | None = None
@@ -55,7 +55,7 @@ class StepExchange:
             }
             self._pushed = {table: place for table, (place, *_) in rows.items() if place is not None}
         for model, carried in self._carried.items():
-            model.encode(carried.tensors)
+            model.buffer.take(carried.tensors)
         self._coded_rows = {table: table.encode(place) for table, place in self._pushed.items()}
         self._pulled = {table: place for table, (_, place, *_) in rows.items() if place is not None}
         self._settings = tuple(setting for _, settings, _ in staged.values() for setting in settings)
@@ -64,7 +64,7 @@ class StepExchange:
         self._table_settings = tuple(setting for *_, setting, _ in rows.values() if setting is not None)
 
     def take(
-        self, step: int, read: bool | Sequence[Model], position: m.Position | None, kept: bytes | None
+        self, step: int, read: bool | Sequence[LocalModel], position: m.Position | None, kept: bytes | None
     ) -> tuple[m.StepResult, bool]:
         """Make it step number `step`; blocks as the mode says. What became of it, and whether batches end.
 
@@ -84,7 +84,7 @@ class StepExchange:
     def begin(
         self,
         step: int,
-        read: bool | Sequence[Model],
+        read: bool | Sequence[LocalModel],
         position: m.Position | None,
         kept: bytes | None,
         arrived: Callable[[m.StepResult, bool], None],
@@ -104,7 +104,7 @@ class StepExchange:
         self._position, self._kept = position, kept
         self._sent_of = self._seen()
 
-    def _answered(self, answer: m.Answer, read: bool | Sequence[Model]) -> tuple[m.StepResult, bool]:
+    def _answered(self, answer: m.Answer, read: bool | Sequence[LocalModel]) -> tuple[m.StepResult, bool]:
         """What became of it, and whether batches end."""
         assert answer.result is not None
         self._told(answer.rules)
@@ -139,8 +139,8 @@ class StepExchange:
                 settings.arrived(one)
 
     def _outgoing(self, server: int, number: int, step: int, read: bool | tuple[int, ...]) -> Outgoing:
-        payload = [model.gradient_payload(server, c.tensors) for model, c in self._carried.items()]
-        coded = [model.coded_payload(server) for model in self._carried]
+        payload = [model.buffer.staged(c.tensors, server) for model, c in self._carried.items()]
+        coded = [model.buffer.coded(server) for model in self._carried]
         message = m.Step(
             number,
             step,
@@ -175,7 +175,7 @@ class StepExchange:
             versions.append(self._since)
         return min((version for version in versions if version >= 0), default=self._session.version)
 
-    def _parts(self, places: dict[Table, RowSlice], server: int) -> tuple[m.Rows, ...]:
+    def _parts(self, places: dict[LocalTable, RowSlice], server: int) -> tuple[m.Rows, ...]:
         return tuple(self._memory.part(place, table.id, server) for table, place in places.items())
 
     def _places(self, server: int, answer: m.Answer) -> Sequence[Any]:

@@ -9,17 +9,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 
 from headwater import messages as m
 from headwater.errors import UsageError
 from headwater.machines.connections import Frame
+from headwater.worker.local_model import LocalModel
 from headwater.worker.meetings import Meetings
-
-if TYPE_CHECKING:
-    from headwater.worker.model import Model
 
 Terms: TypeAlias = Mapping[str, float]
 
@@ -35,7 +33,7 @@ class Vectors:
     or on none, as one entry of the log; it is in checkpoints, and standbys have it.
     """
 
-    def __init__(self, model: Model, meetings: Meetings) -> None:
+    def __init__(self, model: LocalModel, meetings: Meetings) -> None:
         self._model = model
         self._meetings = meetings
 
@@ -143,7 +141,7 @@ class Vectors:
         names = (f"model {model.name!r}", _told(work), digest)
 
         def frame(meet: m.Meet, server: int) -> Frame:
-            return model.meet(msgspec.structs.replace(meet, work=work, weight=weight), server)
+            return model.buffer.meet(msgspec.structs.replace(meet, work=work, weight=weight), server)
 
         answer = self._meetings.operate(kind, names, of, dict(values or {}), frame)
         if read:

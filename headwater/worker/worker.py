@@ -24,6 +24,8 @@ from headwater.spec.user_settings import unpack
 from headwater.wire.scratch import Scratch
 from headwater.wire.security import PLAIN, Security
 from headwater.worker.batches import Batches, DataReader, Splits, StreamBatches
+from headwater.worker.local_model import LocalModel
+from headwater.worker.local_table import LocalTable
 from headwater.worker.logged import numbers_of
 from headwater.worker.meetings import Gathered, Meetings, Sums
 from headwater.worker.model import Model
@@ -38,10 +40,12 @@ from headwater.worker.pending_step import PendingStep
 from headwater.worker.plan import SplitKind, count_of, plan_of
 from headwater.worker.program import Epochs, Program
 from headwater.worker.progress import WorkerProgress, WorkerStatistics
-from headwater.worker.pulls import check_tables, pull_together
+from headwater.worker.pulls import pull_together
+from headwater.worker.registrations import Registrations
 from headwater.worker.stream_part import stream_plan_of
 from headwater.worker.table import Table
 from headwater.worker.trial import Trial
+from headwater.worker.vectors import Vectors
 from headwater.worker.worker_steps import WorkerSteps
 
 _ZEROS = Zeros()
@@ -71,19 +75,17 @@ class Worker:
         self.stages = session.stages
         self.stages.exchange = lambda: (welcome.member.id, session.machine.number)
         self.settings = unpack(welcome.settings)
-        self._models: dict[str, Model] = {}
-        self._tables: dict[str, Table] = {}
+        self._registered = Registrations()
         self._rows = RowBuffer(session.machine, Scratch(shared=any(session.shares)))
         recalled = session.ask(m.Recall, "recall").recalled
         assert recalled is not None
         self._program = Program(recalled)
         self._feed = DataReader(session, self._program, recalled.position, recalled.recuts)
-        self._progress = WorkerProgress(session, self._feed, self._models, self._tables)
-        self._meetings = Meetings(
-            session, self._program, self._feed, self._progress.tell_before_wait, self._outdate
-        )
+        self._progress = WorkerProgress(session, self._feed, self._registered)
+        before, after = self._progress.tell_before_wait, self._registered.outdate
+        self._meetings = Meetings(session, self._program, self._feed, before, after)
         self._steps = WorkerSteps(
-            session, self._rows, self._models, self._tables, self._feed, self._program, self._progress
+            session, self._rows, self._registered, self._feed, self._program, self._progress
         )
 
     @property
@@ -193,15 +195,15 @@ class Worker:
         check_merge(merge, self.workers)
         how = clip_norm, merge, aliases, codec, values_codec, outer
         spec, initial = specify(name, params, rule, groups, *how)
-        known = self._models.get(name)
+        known = self._registered.models.get(name)
         if known is not None:
-            known.redeclare(spec, nonfinite)
-            known.warn_of_unused(initial)
+            known.local.redeclare(spec, nonfinite)
+            known.local.warn_of_unused(initial)
             return known
-        model = Model(self._session, spec, params, nonfinite)
-        model.meets(self._meetings)
-        model.register(initial)
-        self._models[name] = model
+        local = LocalModel(self._session, spec, params, nonfinite)
+        local.register(initial)
+        model = Model(local, Vectors(local, self._meetings))
+        self._registered.add_model(model)
         self.stages.begin(self._session.waiting)
         return model
 
@@ -234,20 +236,20 @@ class Worker:
         """
         self._session.check_open("table")
         spec = specify_table(name, dim, rule, initializer, seed, admission, expiry, codec)
-        known = self._tables.get(name)
+        known = self._registered.tables.get(name)
         if known is not None:
-            known.redeclare(spec, nonfinite)
+            known.local.redeclare(spec, nonfinite)
             return known
-        table = Table(self._session, self._rows, spec, nonfinite)
-        table.register()
-        self._tables[name] = table
+        table = Table(LocalTable(self._session, self._rows, spec, nonfinite))
+        table.local.register()
+        self._registered.add_table(table)
         self.stages.begin(self._session.waiting)
         return table
 
     @property
     def models(self) -> Mapping[str, Model]:
         """The models that this worker has registered, by name."""
-        return MappingProxyType(self._models)
+        return MappingProxyType(self._registered.models)
 
     def pull(self, ids: Mapping[Table, Any]) -> dict[Table, NDArray[np.float32]]:
         """Rows of several tables in one exchange: for each table float32[*ids.shape, dim], a new array.
@@ -265,10 +267,10 @@ class Worker:
             StalledError: no answer within the deadline.
         """
         self._session.check_open("pull")
-        check_tables(ids, self._tables)
-        wanted = [(table, table.asks(given)) for table, given in ids.items()]
+        self._registered.check_tables(ids)
+        wanted = [(table.local, table.local.asks(given)) for table, given in ids.items()]
         brought = pull_together(self._session, self._rows, wanted)
-        return {table: one.plan.scatter(one.rows) for (table, _), one in zip(wanted, brought, strict=True)}
+        return {table: one.plan.scatter(one.rows) for table, one in zip(ids, brought, strict=True)}
 
     # ── the turn ────────────────────────────────────────────────────────────────────────────────
 
@@ -294,7 +296,8 @@ class Worker:
             StalledError: no answer within the deadline; names whom it waited for; final for this worker.
             ClosedError: the worker has left.
         """
-        return self._steps.take(read, weight)
+        models = read if isinstance(read, bool) else self._registered.read_by_step(read)
+        return self._steps.take(models, weight)
 
     def begin_step(self, *, read: bool | Sequence[Model] = True, weight: float = 1.0) -> PendingStep:
         """As `step`, but return once it is sent: its result, and the values that it reads, come later.
@@ -307,7 +310,8 @@ class Worker:
             UsageError: the step before it is still under way.
             ClosedError: the worker has left.
         """
-        return self._steps.begin(read, weight)
+        models = read if isinstance(read, bool) else self._registered.read_by_step(read)
+        return self._steps.begin(models, weight)
 
     # ── data ────────────────────────────────────────────────────────────────────────────────────
 
@@ -472,11 +476,6 @@ class Worker:
         """
         return self._meetings.broadcast(value, root)
 
-    def _outdate(self) -> None:
-        """Note that others may have gone on meanwhile."""
-        for model in self._models.values():
-            model.outdated()
-
     def checkpoint(self) -> str:
         """Have the cluster write a checkpoint of now, and return its path; blocks until it is on disk.
 
@@ -576,8 +575,7 @@ class Worker:
     def _close(self) -> None:
         self._session.close()
         self._rows.release()
-        for model in self._models.values():
-            model.release()
+        self._registered.release()
 
     def __enter__(self) -> Worker:
         return self

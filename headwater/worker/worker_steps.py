@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from headwater import messages as m
-from headwater.errors import UsageError
 from headwater.machines.row_buffer import RowBuffer
 from headwater.runtime.client import Client
 from headwater.worker.batches import DataReader
-from headwater.worker.model import Model
+from headwater.worker.local_model import LocalModel
 from headwater.worker.model_spec import check_weight
 from headwater.worker.pending_step import PendingStep
 from headwater.worker.program import Program
 from headwater.worker.progress import WorkerProgress
+from headwater.worker.registrations import Registrations
 from headwater.worker.step_exchange import StepExchange
-from headwater.worker.table import Table
 from headwater.worker.trial import Trial
 
 
@@ -32,8 +30,7 @@ class WorkerSteps:
         self,
         client: Client,
         rows: RowBuffer,
-        models: Mapping[str, Model],
-        tables: Mapping[str, Table],
+        registered: Registrations,
         reader: DataReader,
         program: Program,
         progress: WorkerProgress,
@@ -42,13 +39,13 @@ class WorkerSteps:
         self.trial: Trial | None = None
         self._client = client
         self._rows = rows
-        self._models, self._tables = models, tables
+        self._models, self._tables = registered.local_models, registered.local_tables
         self._reader = reader
         self._program = program
         self._progress = progress
         self._carried_since: int | None = None
 
-    def take(self, read: bool | Sequence[Model], weight: float) -> m.StepResult:
+    def take(self, read: bool | Sequence[LocalModel], weight: float) -> m.StepResult:
         """As `Worker.step`."""
         client = self._client
         exchange = self._exchange(read, weight)
@@ -58,7 +55,7 @@ class WorkerSteps:
         client.stages.end(self._row_of(result), before, client.waiting)
         return self._took(exchange, position, kept, result, stopped)
 
-    def begin(self, read: bool | Sequence[Model], weight: float) -> PendingStep:
+    def begin(self, read: bool | Sequence[LocalModel], weight: float) -> PendingStep:
         """As `Worker.begin_step`."""
         client = self._client
         exchange = self._exchange(read, weight)
@@ -78,21 +75,19 @@ class WorkerSteps:
         client.stages.sent_off()
         return pending
 
-    def _exchange(self, read: bool | Sequence[Model], weight: float) -> StepExchange:
+    def _exchange(self, read: bool | Sequence[LocalModel], weight: float) -> StepExchange:
         """What is staged, taken for a step."""
         if self.trial is not None:
             self.trial.before_step()
         weight = check_weight(weight)
-        if not isinstance(read, bool):
-            self._check_read(read)
-        client, models = self._client, self._models.values()
+        client, models = self._client, self._models
         client.check_open("step")
         client.finish()
         client.stages.step()
         for model in models if read is True else read or ():
             model.before_read()
         since = self._carried_since
-        return StepExchange(client, self._rows, models, self._tables.values(), weight, since, self.pace)
+        return StepExchange(client, self._rows, models, self._tables, weight, since, self.pace)
 
     def _took(
         self,
@@ -118,12 +113,3 @@ class WorkerSteps:
     def _row_of(self, result: m.StepResult) -> int:
         """What turns of several workers have in common: their round, or which step of each it is."""
         return result.version if self._client.mode.rounds else self._progress.steps + 1
-
-    def _check_read(self, read: Any) -> None:
-        listed = isinstance(read, Sequence | set | frozenset) and not isinstance(read, str | bytes)
-        if not listed or any(one not in self._models.values() for one in read):
-            known = ", ".join(map(repr, self._models)) or "none"
-            raise UsageError(
-                f"step: got read={read!r}, expected True, False or a list of this worker's models, which are "
-                f"{known}; nothing was sent"
-            )
