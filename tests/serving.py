@@ -81,6 +81,11 @@ class Node:
             )
         ) and any(all(word in line for word in words) for line in list(self.lines))
 
+    def metrics_url(self):
+        """Where it says that it is scraped."""
+        lines = wait_until(lambda: [line for line in list(self.lines) if "metrics: http" in line])
+        return lines[0].split("metrics: ")[1].strip()
+
     def signal(self, number):
         self.process.send_signal(number)
 

@@ -6,6 +6,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,7 @@ def test_nodes_with_a_token_find_together_over_tcp_and_without_it_are_refused(tm
     with site(tmp_path) as cluster:
         token = {"HEADWATER_TOKEN": "a secret of thirty-two characters"}
         options = ("--workers", 1, "--bind", "127.0.0.1", "--checkpoint", "runs")
+        options += ("--metrics", "127.0.0.1:0")
         coordinator = cluster.start("coordinator", *options, **token)
         address = wait_until(lambda: [line for line in list(coordinator.lines) if line.startswith("tcp:")])
         cluster.address = address[0].strip()
@@ -76,5 +79,12 @@ def test_nodes_with_a_token_find_together_over_tcp_and_without_it_are_refused(tm
         assert "token" in stranger.text
         server = cluster.start("server", "--bind", "127.0.0.1", **token)
         worker = cluster.start("worker", "count.py", **token)
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(coordinator.metrics_url(), timeout=30)
+        known = urllib.request.Request(
+            coordinator.metrics_url(), headers={"Authorization": f"Bearer {token['HEADWATER_TOKEN']}"}
+        )
+        with urllib.request.urlopen(known, timeout=30) as answer:
+            assert "headwater_version " in answer.read().decode()
         cluster.stop()
         assert codes(coordinator, server, worker) == [0, 0, 0]

@@ -1,8 +1,10 @@
 """The table of metrics: closed forms, names, and everything that is made from it."""
 
+import http.client
 import json
 import re
 import socket
+import ssl
 import sys
 import threading
 import urllib.error
@@ -15,6 +17,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from connections import tls
 from desks import Desk
 from waiting import wait_until
 
@@ -352,6 +355,24 @@ def test_beyond_loopback_a_token_is_demanded_and_asked_for():
         assert "headwater_version 0.0" in get(url, Authorization=f"Bearer {TOKEN}")
         with pytest.raises(urllib.error.HTTPError, match="404"):
             get(url.replace("/metrics", "/secrets"), Authorization=f"Bearer {TOKEN}")
+    finally:
+        server.close()
+
+
+def test_with_tls_a_scraper_shows_a_certificate_of_the_clusters_authority():
+    server = MetricsServer("127.0.0.1:0", nothing, security=Security(tls=tls()))
+    known = ssl.create_default_context(cafile=tls().ca)
+    known.load_cert_chain(tls().certificate, tls().key)
+    stranger = ssl.create_default_context(cafile=tls().ca)
+    stranger.maximum_version = ssl.TLSVersion.TLSv1_2  # which refuses while shaking hands, not afterwards
+    try:
+        assert server.url.startswith("https://")
+        with urllib.request.urlopen(server.url, timeout=30, context=known) as answer:
+            assert "headwater_version 0.0" in answer.read().decode()
+        with pytest.raises(urllib.error.URLError, match="SSL"):
+            urllib.request.urlopen(server.url, timeout=30, context=stranger)
+        with pytest.raises((urllib.error.URLError, ConnectionError, http.client.HTTPException)):
+            get(server.url.replace("https", "http"))
     finally:
         server.close()
 

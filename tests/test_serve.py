@@ -1,6 +1,7 @@
 """Clusters whose nodes are started one by one: they find together, in any order, and come and go."""
 
 import signal
+import urllib.request
 
 import pytest
 from serving import codes, site, values
@@ -11,6 +12,12 @@ CHECKPOINTS = ("--checkpoint", "runs", "--every", "20steps")
 
 def all_joined(cluster, workers=2):
     return wait_until(lambda: len(cluster.pids("worker")) == workers)
+
+
+def metric(node, name):
+    """What a scrape of a node finds."""
+    text = urllib.request.urlopen(node.metrics_url(), timeout=30).read().decode()
+    return [float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"{name} ")]
 
 
 def ended_well(cluster, coordinator, *nodes):
@@ -95,7 +102,8 @@ def test_a_killed_coordinator_goes_on_from_its_journal_and_so_do_its_checkpoints
 
 def test_a_standby_takes_over_and_a_spare_becomes_its_standby(tmp_path):
     with site(tmp_path) as cluster:
-        coordinator = cluster.coordinator("--workers", 2, "--replicas", 1, *CHECKPOINTS)
+        scraped = ("--metrics", "127.0.0.1:0")
+        coordinator = cluster.coordinator("--workers", 2, "--replicas", 1, *CHECKPOINTS, *scraped)
         server = cluster.server("--role", "server")
         standby, workers = cluster.server("--role", "standby"), [cluster.worker(), cluster.worker()]
         all_joined(cluster)
@@ -103,11 +111,13 @@ def test_a_standby_takes_over_and_a_spare_becomes_its_standby(tmp_path):
         spare = cluster.server()
         assert spare.says("it waits as a spare")
         assert cluster.statistics().spares == 1
+        assert metric(coordinator, "headwater_failovers_total") == [0]
         server.kill()
         wait_until(lambda: cluster.pids("server") == (standby.pid,))
         wait_until(lambda: cluster.pids("standby") == (spare.pid,))
         wait_until(lambda: cluster.statistics().unreplicated == ())
         cluster.goes_on()
+        wait_until(lambda: metric(coordinator, "headwater_failovers_total") == [1])
         standby.signal(signal.SIGTERM)
         assert standby.code() == 143
         wait_until(lambda: cluster.pids("server") == (spare.pid,))

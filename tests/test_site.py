@@ -17,6 +17,7 @@ import headwater as hw
 from headwater.cli.app import app
 from headwater.cli.faults import FAILED, INTERRUPTED, USAGE
 from headwater.cli.serving import AGAIN
+from headwater.cluster import NodeConfig
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -177,7 +178,7 @@ def test_fragments_about_steps_are_taken_as_they_stand():
 def test_fragments_about_security_say_what_run_takes():
     """With the arguments that they pass, as far as these can be checked without two machines."""
     for block in blocks(DOCS / "security.md", "python"):
-        keywords = {"TLS": hw.TLS, "run": lambda train, **options: hw.cluster.NodeConfig(**options)}
+        keywords = {"TLS": hw.TLS, "run": lambda train, **options: NodeConfig(**options)}
         names = {"hw": type("hw", (), keywords), "train": line, "secret": "x" * 20}
         exec(block.replace("hw.run", "config = hw.run"), names)
         assert names["config"].bind is not None

@@ -44,6 +44,7 @@ class Figure:
         limit_name: what the limit is.
         ratio: of the two times where the most is a target, of the two rates where the least is.
         target: what the ratio must not exceed (`at_most`) or must reach; None where none was set.
+        interval: where the true ratio lies with a probability of 95 %; None where it was not found.
     """
 
     case: str
@@ -54,6 +55,7 @@ class Figure:
     ratio: float
     target: float | None = None
     at_most: bool = True
+    interval: tuple[float, float] | None = None
 
     @property
     def met(self) -> bool | None:

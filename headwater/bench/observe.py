@@ -1,38 +1,38 @@
-"""What it costs to be seen: CPU time that the frontier, scrapes and a trace add to a step.
+"""What it costs to be seen: training steps with and without metrics, the frontier and a trace.
 
-One worker and one server in this process, so that all that any thread does counts: the worker, the server,
-the coordinator, the one that answers scrapes and the one that writes the trace. Steps that compute nothing
-are made in short turns, bare (with a clock of stages that reads nothing) and observed; what is added is the
-median of the differences between neighbours. It is the same for a step that trains, where it would drown in
-the noise of the computing, and is held against a share of such a step.
+A small convolutional network is trained by one worker and one server in this process, so that the CPU time of
+the process is that of all who take part: the worker, the server, the coordinator, the thread that answers
+scrapes and the one that writes the trace. Turns without and with what is measured come in the order
+A B B A, which cancels a machine's drift within each four of them. A sample is the ratio of both after some
+fours; the figure is the median of the samples, with its interval.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from statistics import median
 
-import numpy as np
-
 from headwater.bench.figures import Effort, Figure
+from headwater.bench.turns import median_interval
 from headwater.cluster import Cluster
-from headwater.errors import StalledError
+from headwater.errors import EnvironmentFailure, StalledError
 from headwater.observe.tracer import Tracer
 from headwater.runtime.stage_clock import StageClock
 from headwater.spec.rules import SGD
 from headwater.worker import Worker
 
-_TURN_S = 0.1
-_TURNS = 10
-"""Turns of each case for each repeat of the effort."""
-_STEP_US = 5000.0
-_SHARES = {"frontier": 0.01, "frontier, scraped each second": 0.01, "traced": 0.02}
-"""What may be added to a step of `_STEP_US` microseconds."""
+_SAMPLES = 2
+"""Samples for each repeat of the effort."""
+_METRICS, _TRACE = "frontier, scraped each second", "trace"
+_TARGETS = {_METRICS: 1.01, _TRACE: 1.02}
+_BATCH = 64
 _PATIENCE_S = 10.0
 
 
@@ -60,77 +60,194 @@ class _Silent(StageClock):
         pass
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Seconds of CPU of all threads, seconds that passed, and the steps made in them."""
+
+    cpu: float
+    wall: float
+    steps: int
+
+    def __add__(self, other: _Turn) -> _Turn:
+        return _Turn(self.cpu + other.cpu, self.wall + other.wall, self.steps + other.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """What is compared: turns of so many seconds, A B B A so many times over in a sample.
+
+    `seen`: called for each turn that is seen, with its number in the sample.
+    """
+
+    seconds: float
+    fours: int
+    bare: Callable[[], AbstractContextManager[_Apart]]
+    seen: Callable[[int], AbstractContextManager[_Apart]]
+
+
 def measure_observe(effort: Effort) -> list[Figure]:
-    """Microseconds of CPU added to a step, beside the share of a step of 5 ms that they may be."""
-    times = _measure(_TURNS * effort.repeats, _TURN_S if effort.repeats > 1 else _TURN_S / 5)
-    bare = times.pop("bare")
+    """Time of a training step when it is seen, beside that of one that is not.
+
+    Raises:
+        EnvironmentFailure: torch is not installed.
+    """
+    whole = effort.repeats > 1
+    with Cluster(workers=1, metrics="127.0.0.1:0") as cluster, cluster.worker() as worker:
+        step, url = _training(worker), cluster.metrics_url or ""
+        cases = {
+            # a second of turns that are seen has one scrape
+            _METRICS: _Case(
+                0.05,
+                10 if whole else 1,
+                lambda: _unobserved(worker),
+                lambda turn: _unseen() if turn else _scraped(url),
+            ),
+            _TRACE: _Case(2.0 if whole else 0.1, 1, _unseen, lambda turn: _traced(cluster.address, worker)),
+        }
+        samples = {
+            name: [_sample(case, step) for _ in range(_SAMPLES * effort.repeats)]
+            for name, case in cases.items()
+        }
+    return [figure for name, found in samples.items() for figure in _figures(name, found)]
+
+
+def _sample(case: _Case, step: Callable[[], None]) -> tuple[_Turn, _Turn]:
+    """All turns that are not seen together, and all that are."""
+    bare = seen = _Turn(0.0, 0.0, 0)
+    for four in range(case.fours):
+        bare += _take(step, case.seconds, case.bare())
+        seen += _take(step, case.seconds, case.seen(2 * four))
+        seen += _take(step, case.seconds, case.seen(2 * four + 1))
+        bare += _take(step, case.seconds, case.bare())
+    return bare, seen
+
+
+def _figures(case: str, samples: list[tuple[_Turn, _Turn]]) -> list[Figure]:
+    """Of CPU time, which the target is for, and of wall time, which depends on what else the machine does."""
     figures = []
-    for case, found in times.items():
-        added = max(0.0, median(one - beside for one, beside in zip(found, bare, strict=True)))
-        limit, name = _SHARES[case] * _STEP_US, f"{_SHARES[case]:.0%} of a step of {_STEP_US / 1000:g} ms"
-        figures.append(Figure(f"{case}: added to a step", added, "µs", name, limit, added / limit, 1.0))
+    for kind, name, target in (("cpu", "CPU time", _TARGETS[case]), ("wall", "wall time", None)):
+        bare, seen = (
+            [1e3 * getattr(one, kind) / one.steps for one in side] for side in zip(*samples, strict=True)
+        )
+        ratios = [b / a for a, b in zip(bare, seen, strict=True)]
+        figures.append(
+            Figure(
+                f"{case}: {name}",
+                median(seen),
+                "ms/step",
+                "the same without",
+                median(bare),
+                median(ratios),
+                target,
+                interval=median_interval(ratios),
+            )
+        )
     return figures
 
 
-def _measure(turns: int, seconds: float) -> dict[str, list[float]]:
-    """CPU time of a step by case, in microseconds."""
-    with Cluster(workers=1, metrics="127.0.0.1:0") as cluster, cluster.worker() as worker:
-        model = worker.model("m", {"x": np.zeros(256, np.float32)}, SGD(lr=0.1))
-        gradient = {"x": np.ones(256, np.float32)}
+def _training(worker: Worker) -> Callable[[], None]:
+    """A step of the network of examples/digits.py on `_BATCH` made-up images."""
+    try:
+        import torch
+        from torch import nn
+        from torch.nn import functional
 
-        def steps() -> float:
-            """CPU microseconds of one, over a turn."""
-            count, until, began = 0, time.monotonic() + seconds, time.process_time()
-            while time.monotonic() < until:
-                model.push(gradient)
-                worker.step()
-                count += 1
-            return 1e6 * (time.process_time() - began) / count
+        from headwater.torch import DistributedOptimizer
+    except ImportError as error:
+        raise EnvironmentFailure(f"bench observe trains a network of torch: {error}") from error
+    torch.set_num_threads(1)  # threads that wait for each other in a spin would be most of the CPU time
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 10),
+    )
+    images, labels = torch.rand(_BATCH, 1, 8, 8), torch.randint(10, (_BATCH,))
+    opt = DistributedOptimizer(worker, net, SGD(lr=1e-3))
 
-        steps()
-        times: dict[str, list[float]] = {case: [] for case in ("bare", *_SHARES)}
-        for _ in range(turns):
-            times["bare"].append(_unobserved(worker, steps))
-            times["frontier"].append(steps())
-            scraped = times["frontier"][-1] + _STEP_US * _scrape(cluster.metrics_url or "")
-            times["frontier, scraped each second"].append(scraped)
-        times["traced"] = _traced(cluster.address, worker, lambda: [steps() for _ in range(turns)])
-        return times
+    def step() -> None:
+        opt.zero_grad()
+        loss = functional.cross_entropy(net(images), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        opt.step()
+        worker.log(loss=loss.item())
+
+    for _ in range(20):  # what is made at the first use is made
+        step()
+    return step
 
 
-def _unobserved(worker: Worker, steps: Callable[[], float]) -> float:
+@dataclass(slots=True)
+class _Apart:
+    """Seconds of CPU in this process that are another's in a cluster: the scraper's."""
+
+    cpu: float = 0.0
+
+
+def _take(step: Callable[[], None], seconds: float, seen: AbstractContextManager[_Apart]) -> _Turn:
+    """Steps for so many seconds. What `seen` does at its beginning and end counts as CPU time, not as wall
+    time: a trace is written to its end after the steps."""
+    steps, before = 0, time.process_time()
+    with seen as apart:
+        began = now = time.perf_counter()
+        while now < began + seconds:
+            step()
+            steps += 1
+            now = time.perf_counter()
+    return _Turn(time.process_time() - before - apart.cpu, now - began, steps)
+
+
+def _unseen() -> AbstractContextManager[_Apart]:
+    return nullcontext(_Apart())
+
+
+@contextmanager
+def _unobserved(worker: Worker) -> Iterator[_Apart]:
     session, clock = worker._session, worker.stages
     session.stages = worker.stages = _Silent()
     try:
-        return steps()
+        yield _Apart()
     finally:
         session.stages = worker.stages = clock
 
 
-def _scrape(url: str) -> float:
-    """Seconds of CPU that a scrape takes, which with one each second is its share of any time. The scraper's
-    own part is counted too, though it is another process as a rule."""
-    began = time.process_time()
-    with urllib.request.urlopen(url, timeout=_PATIENCE_S) as answer:
-        answer.read()
-    return time.process_time() - began
+@contextmanager
+def _scraped(url: str) -> Iterator[_Apart]:
+    """One scrape beside the steps, by a thread whose own CPU time is the scraper's."""
+    apart = _Apart()
 
+    def scrape() -> None:
+        with urllib.request.urlopen(url, timeout=_PATIENCE_S) as answer:
+            answer.read()
+        apart.cpu = time.thread_time()
 
-def _traced(address: str, worker: Worker, steps: Callable[[], list[float]]) -> list[float]:
-    with _trace_file() as path:
-        tracer = Tracer(address, path)
-        until = time.monotonic() + _PATIENCE_S
-        while not worker.stages.trace.on:
-            if time.monotonic() > until:
-                raise StalledError("the worker was not asked to record a trace")
-            time.sleep(0.001)
-        try:
-            return steps()
-        finally:
-            tracer.close()
+    thread = threading.Thread(target=scrape, name="scraper", daemon=True)
+    thread.start()
+    try:
+        yield apart
+    finally:
+        thread.join()
 
 
 @contextmanager
-def _trace_file() -> Iterator[str]:
+def _traced(address: str, worker: Worker) -> Iterator[_Apart]:
     with tempfile.TemporaryDirectory() as directory:
-        yield os.path.join(directory, "trace.json")
+        tracer = Tracer(address, os.path.join(directory, "trace.json"))
+        try:
+            _wait_for_recording(worker, True)
+            yield _Apart()
+        finally:
+            tracer.close()
+        _wait_for_recording(worker, False)
+
+
+def _wait_for_recording(worker: Worker, on: bool) -> None:
+    until = time.monotonic() + _PATIENCE_S
+    while worker.stages.trace.on is not on:
+        if time.monotonic() > until:
+            raise StalledError(f"the worker was not told to {'begin' if on else 'end'} recording a trace")
+        time.sleep(0.001)

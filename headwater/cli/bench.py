@@ -100,8 +100,15 @@ def _table(figures: list[Figure]) -> Table:
             f"{figure.figure:.1f} {figure.unit}",
             f"{figure.limit:.1f} {figure.unit}",
             figure.limit_name,
-            f"{figure.ratio:.2f}",
+            _ratio(figure),
             "" if figure.target is None else f"{'≤' if figure.at_most else '≥'} {figure.target:g}",
             {None: "", True: "met", False: "[red]missed[/red]"}[figure.met],
         )
     return shown
+
+
+def _ratio(figure: Figure) -> str:
+    if figure.interval is None:
+        return f"{figure.ratio:.2f}"
+    low, high = figure.interval
+    return f"{figure.ratio:.3f} ({low:.3f} to {high:.3f})"

@@ -74,6 +74,7 @@ class MetricsServer:
             target=self._server.serve_forever, args=(0.1,), name="headwater-metrics", daemon=True
         )
         self._thread.start()
+        _log.info("metrics: %s", self.url)
 
     def close(self) -> None:
         """Stop listening; idempotent."""

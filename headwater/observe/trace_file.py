@@ -7,9 +7,10 @@ array of events that is closed at the end: what was written before a disk was fu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
+
+import msgspec
 
 from headwater.messages import TraceChunk, TraceEvent
 
@@ -30,6 +31,7 @@ class TraceFile:
     def __init__(self, file: IO[str]) -> None:
         self.events = self.dropped = self.largest_error = 0
         self._file = file
+        self._encode = msgspec.json.Encoder().encode
         self._first = True
         self._origin: int | None = None
         self._ahead: dict[int, tuple[int, int]] = {}
@@ -83,9 +85,8 @@ class TraceFile:
         return known
 
     def _write(self, event: dict[str, Any]) -> None:
-        self._file.write("\n" if self._first else ",\n")
+        self._file.write(("\n" if self._first else ",\n") + self._encode(event).decode())
         self._first = False
-        self._file.write(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
 
 
 def _process(chunk: TraceChunk) -> dict[str, Any]:
