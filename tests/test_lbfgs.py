@@ -1,6 +1,7 @@
 """L-BFGS as decisions: driven here by NumPy vectors; compared with torch's and with a plain two-loop form."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -122,16 +123,44 @@ def test_rosenbrock_is_solved():
     assert "tolerance_" in report.reason
 
 
-def test_a_quadratic_is_solved_in_as_many_iterations_as_it_has_dimensions():
+class Rounded(Driven):
+    """As on the servers: every vector is stored as float32."""
+
+    def do(self, command):
+        result = super().do(command)
+        if isinstance(command, Combine | Evaluate):
+            self.vectors[command.out] = self.vectors[command.out].astype(np.float32).astype(np.float64)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("kind", "curvature", "iterations", "left"),
+    [
+        (Driven, 1e-3, 20, 1e-14),  # n: the line search is exact
+        (Rounded, 1e-3, 22, 1e-6),  # as far as float32 parameters go
+        (Driven, 0.9, 40, 1e-10),  # torch's line search is not, so there is no such number
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_with_exact_line_searches_a_quadratic_takes_as_many_iterations_as_it_has_dimensions(
+    kind, curvature, iterations, left, seed
+):
     n = 20
-    driven = Driven(
-        quadratic(n),
-        [0.0] * n,
-        LBFGS(max_iter=n + 20, max_eval=1000, tolerance_change=1e-16, history_size=n + 2),
+    settings = LBFGS(
+        max_iter=iterations,
+        max_eval=1000,
+        tolerance_grad=0.0,
+        tolerance_change=1e-30,
+        history_size=n,
+        curvature=curvature,
     )
+    driven = kind(quadratic(n, seed), [0.0] * n, settings)
+    first = np.linalg.norm(driven.function(np.zeros(n))[1])
     report = driven.step()
-    assert report.gradient_norm < 1e-4
-    assert report.iterations <= 2 * n
+    assert report.iterations <= iterations
+    assert report.gradient_norm <= left * first
+    loose = curvature == 0.9 and Driven(quadratic(n, seed), [0.0] * n, replace(settings, max_iter=n + 2))
+    assert not loose or loose.step().gradient_norm > 1e-8 * first
 
 
 def test_the_two_loops_are_those_of_the_textbook():
@@ -196,6 +225,7 @@ def test_where_nothing_is_to_gain_it_says_so():
         ({"lr": -1}, "lr must be a number ≥ 0"),
         ({"tolerance_grad": math.nan}, "tolerance_grad must be a number ≥ 0"),
         ({"line_search_fn": "armijo"}, "'strong_wolfe' or None"),
+        ({"curvature": 1.0}, "between 0.0001 and 1"),
     ],
 )
 def test_impossible_settings_are_refused(settings, what):

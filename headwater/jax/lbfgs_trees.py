@@ -49,11 +49,19 @@ class LBFGS(Generic[Tree]):
         tolerance_change: float = 1e-9,
         history_size: int = 10,
         line_search_fn: Literal["strong_wolfe"] | None = "strong_wolfe",
+        curvature: float = 0.9,
         *,
         name: str = "model",
     ) -> None:
         self._settings = Settings(
-            lr, max_iter, max_eval, tolerance_grad, tolerance_change, history_size, line_search_fn
+            lr,
+            max_iter,
+            max_eval,
+            tolerance_grad,
+            tolerance_change,
+            history_size,
+            line_search_fn,
+            curvature,
         )
         self._tree = DistributedOptimizer(worker, params, SGD(lr=1.0), name=name, nonfinite="off")
         self.report: Report | None = None

@@ -55,11 +55,19 @@ class LBFGS(torch.optim.Optimizer):
         tolerance_change: float = 1e-9,
         history_size: int = 10,
         line_search_fn: Literal["strong_wolfe"] | None = "strong_wolfe",
+        curvature: float = 0.9,
         *,
         name: str = "model",
     ) -> None:
         settings = Settings(
-            lr, max_iter, max_eval, tolerance_grad, tolerance_change, history_size, line_search_fn
+            lr,
+            max_iter,
+            max_eval,
+            tolerance_grad,
+            tolerance_change,
+            history_size,
+            line_search_fn,
+            curvature,
         )
         if not isinstance(worker, Worker):
             raise ConfigurationError(f"LBFGS(worker, module): got {worker!r} as worker")
