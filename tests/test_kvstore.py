@@ -1,56 +1,17 @@
 """KVStore: what MXNet's own tests assert, as closed forms, for any number of workers and servers."""
 
-import functools
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from stores import B, S, equal, in_all, scripted
 from waiting import wait_until
 
 import headwater as hw
 from headwater.errors import ConfigurationError, GradientError, UsageError
 from headwater.runtime.inquiry import ask
-
-S, B = (2, 3), (1200, 1200)
-"""Shapes of MXNet's tests; the larger one is cut between servers unevenly."""
-
-COUNTS = [
-    (1, 1),
-    (3, 2),
-    *[
-        pytest.param(workers, servers, marks=pytest.mark.long)
-        for workers in (1, 2, 3, 4, 7)
-        for servers in (1, 2, 7)
-        if (workers, servers) not in ((1, 1), (3, 2))
-    ],
-]
-
-
-def in_all(body, workers=1, servers=1, sync="sync"):
-    """Run `body(store)` in every worker; what each returned, by rank."""
-    type = "dist_sync" if sync == "sync" else "dist_async"
-    train = lambda worker: body(hw.kvstore.create(worker, type))  # noqa: E731
-    return hw.run(train, workers=workers, servers=servers, sync=sync, engine="inline").values
-
-
-def scripted(body):
-    """A test of both counts, whose body holds on every worker right after its own pull."""
-
-    @pytest.mark.parametrize(("workers", "servers"), COUNTS)
-    @functools.wraps(body)
-    def test(workers, servers):
-        in_all(body, workers, servers)
-
-    del test.__wrapped__
-    return test
-
-
-def equal(array, value):
-    """Exactly, everywhere."""
-    return bool((np.asarray(array) == value).all())
-
 
 # ── A: dist_sync_kvstore.py ─────────────────────────────────────────────────────────────────────
 
