@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -316,6 +317,7 @@ def test_a_report_needs_no_other_file_and_survives_what_is_not_finite():
         ({"simulate": [0]}, "from 1 to 10000"),
         ({"step_s": -1.0}, "> 0"),
         ({"engine": "ray"}, "'local'"),
+        ({"splits": "leased"}, "'static' or 'dynamic'"),
         ({"sync": "async"}, "no place in a comparison"),
         ({"checkpoint": "runs"}, "no place in a comparison"),
         ({"workers": 0}, "workers"),
@@ -393,6 +395,36 @@ def test_every_mode_reads_the_same_data_and_the_delays_are_planted():
         assert planted[1] >= (steps - 1) * 2 * 0.004
         assert planted[0] < planted[1] / 2
         assert one.steps == 24
+
+
+ahead = threading.Event()
+
+
+def uneven(worker):
+    """Rank 1 reads its second batch once rank 0 has read more than half of all; returns how many it read."""
+    x = np.arange(240, dtype=np.float32)
+    model = worker.model("m", {"w": np.zeros(1, np.float32)}, hw.SGD(lr=0.1))
+    read = 0
+    for _ in worker.batches(x, batch_size=10):
+        read += 1
+        if read > 12:
+            ahead.set()
+        if worker.rank == 1:
+            assert ahead.wait(60), "rank 0 got no more than its half"
+        model.push({"w": np.ones(1, np.float32)})
+        worker.step()
+        worker.log(loss=1.0)
+    return read
+
+
+def test_with_dynamic_splits_a_fast_worker_reads_what_a_slow_one_does_not():
+    ahead.clear()
+    found = hw.compare(
+        uneven, until="loss=1", modes=["async"], seeds=1, engine="inline", step_s=0.001, splits="dynamic"
+    )
+    read = found.values["async", "none", 0]
+    assert sum(read.values()) == 24
+    assert read[0] > 12
 
 
 def silent(worker):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperCommand
@@ -15,6 +15,7 @@ from headwater.cli.script import load_function
 from headwater.comparison import compare as compare_modes
 from headwater.comparison.measure import NO_OPTION
 from headwater.spec.cluster import ClusterConfig
+from headwater.worker.plan import SplitKind
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -85,6 +86,13 @@ def compare(
         typer.Option(metavar="SECONDS", help="How long an undisturbed step takes; without: measured before."),
     ] = None,
     engine: Annotated[str, typer.Option(help="local (processes) or inline (threads).")] = "local",
+    splits: Annotated[
+        str,
+        typer.Option(
+            help="static: each worker reads a part of its own in every mode. dynamic: modes without rounds "
+            "lease splits, as they do by default, and a slow worker reads less."
+        ),
+    ] = "static",
 ) -> None:
     """Compare modes on a script of yours: the same data order, seeds and delays in every mode.
 
@@ -112,6 +120,7 @@ def compare(
         smooth=smooth,
         step_s=step_s,
         engine=engine,
+        splits=cast(SplitKind, splits),
         progress=_say,
         output=_say,
         **{name: value for name, value in options.items() if name not in NO_OPTION},

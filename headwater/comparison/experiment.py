@@ -13,6 +13,7 @@ from headwater.spec.cluster import ClusterConfig
 from headwater.spec.stragglers import Straggler, parse_straggler
 from headwater.spec.sync import Mode, parse_sync
 from headwater.spec.words import option
+from headwater.worker.plan import SplitKind
 
 Value = TypeVar("Value")
 
@@ -32,6 +33,7 @@ class Experiment:
         simulate: numbers of workers to predict.
         step_s: how long an undisturbed step takes, in seconds; None: measured before.
         engine: "local" or "inline".
+        splits: "static", or "dynamic" where modes without rounds lease splits.
     """
 
     modes: tuple[str, ...]
@@ -42,6 +44,7 @@ class Experiment:
     simulate: tuple[int, ...] = ()
     step_s: float | None = None
     engine: str = "local"
+    splits: SplitKind = "static"
 
     @staticmethod
     def of(
@@ -55,6 +58,7 @@ class Experiment:
         simulate: Sequence[int],
         step_s: float | None,
         engine: str,
+        splits: SplitKind = "static",
     ) -> Experiment:
         """What a user says, checked.
 
@@ -75,9 +79,13 @@ class Experiment:
             raise ConfigurationError(
                 f"{option('engine')}: got {engine!r}, expected 'local' (processes) or 'inline'"
             )
+        if splits not in ("static", "dynamic"):
+            raise ConfigurationError(f"{option('splits')}: got {splits!r}, expected 'static' or 'dynamic'")
         for one in slow:
             _check_straggler(one, config, engine)
-        return Experiment(of_modes, slow, seeds, parse_target(until), smooth, tuple(simulate), step_s, engine)
+        return Experiment(
+            of_modes, slow, seeds, parse_target(until), smooth, tuple(simulate), step_s, engine, splits
+        )
 
     def runs(self) -> Iterator[tuple[Straggler, int, str]]:
         """Straggler, seed and mode of each run, in an order that spreads what changes on the machine.

@@ -20,6 +20,7 @@ from headwater.spec.stragglers import Straggler
 from headwater.spec.sync import Mode
 from headwater.spec.words import option
 from headwater.worker import Worker
+from headwater.worker.plan import SplitKind
 
 NO_OPTION = ("sync", "checkpoint", "resume", "every", "keep", "on_server_loss")
 """Fields of `ClusterConfig` that have no place in a comparison."""
@@ -38,15 +39,16 @@ def compare(
     smooth: int = 10,
     step_s: float | None = None,
     engine: str = "local",
+    splits: SplitKind = "static",
     progress: Callable[[str], None] | None = None,
     **options: Unpack[ClusterKeywords],
 ) -> Comparison:
     """Train in every mode, under every straggler, with every seed; blocks until all runs are over.
 
-    Every mode gets the same data in the same order, the same seeds and the same delays. Each worker reads a
-    static part of the data, in every mode. The seed is `worker.settings["seed"]`; the global generators of
-    Python, NumPy and torch are seeded with it. Delays are planted by the worker, between the computing of a
-    step and its sending; a training function needs no change. It must log the metric: `worker.log(loss=…)`.
+    Every mode gets the same data in the same order, the same seeds and the same delays. The seed is
+    `worker.settings["seed"]`; the global generators of Python, NumPy and torch are seeded with it. Delays are
+    planted by the worker, between the computing of a step and its sending; a training function needs no
+    change. It must log the metric: `worker.log(loss=…)`.
 
     Args:
         train: as for `run`.
@@ -61,6 +63,9 @@ def compare(
         smooth: how many logged values are averaged before they are compared with the target.
         step_s: how long an undisturbed step takes, in seconds: a delay of one step. None: measured before.
         engine: "local" (processes of this machine) or "inline" (threads).
+        splits: "static": each worker reads a part of its own, in every mode, so the data come in the same
+            order in all. "dynamic": as without a comparison, so modes without rounds lease splits, and a slow
+            worker reads less.
         progress: gets a line before each run.
 
     Raises:
@@ -88,6 +93,7 @@ def compare(
         simulate=simulate,
         step_s=step_s,
         engine=engine,
+        splits=splits,
     )
     if out is not None:
         check_plots()

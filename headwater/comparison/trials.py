@@ -117,7 +117,8 @@ class Trials:
             options["workers"] = workers
             options["min_workers"] = min(options.get("min_workers", 1), workers)
         with tempfile.TemporaryDirectory(prefix="headwater-trial-") as folder:
-            plan = TrialPlan(straggler, seed, step_s, self._experiment.target.metric, folder, limit)
+            metric, splits = self._experiment.target.metric, self._experiment.splits
+            plan = TrialPlan(straggler, seed, step_s, metric, folder, limit, splits)
             with Cluster(engine=self._experiment.engine, **options) as cluster:
                 values = _train(cluster, TrialFunction(self._train, plan), straggler)
                 version = cluster.statistics().version

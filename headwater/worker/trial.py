@@ -5,7 +5,8 @@ training ends or is about to be ended, so that a death which was planned loses n
 
 Invariants:
 - A step is delayed after its gradients were computed and before anything of it is sent.
-- Every worker reads a static part of its own, whatever the mode: the data come in the same order in all.
+- Every worker reads a static part of its own, whatever the mode, unless the plan says otherwise: the data
+  come in the same order in all.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 
 from headwater.messages import StepResult
 from headwater.spec.stragglers import Straggler
+from headwater.worker.plan import SplitKind
 
 if TYPE_CHECKING:
     from headwater.worker.worker import Worker
@@ -78,6 +80,8 @@ class TrialPlan:
         metric: whose values are noted.
         folder: where notes go.
         limit: steps after which a worker's training ends; None: where its function does.
+        splits: "static": a part of its own for each worker in every mode; "dynamic": what the training
+            function asks for, or its mode does by default.
     """
 
     straggler: Straggler
@@ -86,6 +90,7 @@ class TrialPlan:
     metric: str
     folder: str
     limit: int | None = None
+    splits: SplitKind = "static"
 
 
 class TrialOver(BaseException):
@@ -104,6 +109,10 @@ class Trial:
         self._began = self._last = time.monotonic()
         self._waited = self._worker.statistics().waiting
         self._computing = self._planted = 0.0
+
+    def splits(self, asked: SplitKind | None) -> SplitKind | None:
+        """How data are cut where the training function asks for `asked`."""
+        return "static" if self._plan.splits == "static" else asked
 
     def before_step(self) -> None:
         """Gradients are computed: delay the step, or end the process, as planned."""

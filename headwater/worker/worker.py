@@ -384,8 +384,8 @@ class Worker:
         return self._feed.splits(plan)
 
     def _splits(self, asked: SplitKind | None) -> SplitKind | None:
-        """In a comparison of modes the data come in the same order in all of them."""
-        return asked if self.trial is None else "static"
+        """In a comparison of modes the data may have to come in the same order in all of them."""
+        return asked if self.trial is None else self.trial.splits(asked)
 
     # ── its place in the program ────────────────────────────────────────────────────────────────
 
