@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import reprlib
 import signal
 import threading
@@ -24,15 +23,17 @@ from headwater.errors import (
     ConfigurationError,
     HeadwaterError,
 )
+from headwater.loggers import logger
 from headwater.messages import ClusterStatistics
 from headwater.observe.display import both, display_for, is_watched
 from headwater.observe.history import History
+from headwater.spec.amounts import whole
 from headwater.spec.cluster import ClusterConfig, ClusterOptions
 from headwater.spec.keywords import chosen, takes
 from headwater.spec.words import option
 from headwater.worker import Worker
 
-_log = logging.getLogger("headwater")
+_log = logger("headwater")
 
 _WATCH_S = 0.5
 _LAST_S = 60
@@ -115,8 +116,7 @@ def run(
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM; where there is a directory, a last checkpoint
             was written, for at most a minute. A second signal ends the run at once.
     """
-    if isinstance(restarts, bool) or not isinstance(restarts, int) or restarts < 0:
-        raise ConfigurationError(f"{option('restarts')} must be an integer ≥ 0, got {restarts!r}")
+    restarts = whole(option("restarts"), restarts, 0)
     for name, callback in {"train": train, "started": started, "watch": watch}.items():
         if not callable(callback) and (name == "train" or callback is not None):
             raise ConfigurationError(f"{name}: got {callback!r}, expected a function")

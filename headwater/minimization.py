@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,14 +12,16 @@ from numpy.typing import NDArray
 from headwater.data.fetch import fetch, length_of
 from headwater.driver import run
 from headwater.errors import ConfigurationError, GradientError, UsageError
+from headwater.loggers import logger
 from headwater.machines.lbfgs import LBFGS, Report
+from headwater.spec.amounts import whole
 from headwater.spec.rules import SGD
 from headwater.worker import Worker
 from headwater.worker.lbfgs_run import finite_loss
 from headwater.worker.model import Model
 from headwater.worker.portion_loop import PortionLoss, compute, minimise
 
-_log = logging.getLogger("headwater")
+_log = logger("headwater")
 
 _MODEL = "parameters"
 Loss: TypeAlias = Callable[[Any, Any], Any]
@@ -107,9 +108,7 @@ def minimize(
 def _check(loss: Any, data: Any, portions: Any, workers: Any, backup: Any, method: Any) -> None:
     if not callable(loss):
         raise ConfigurationError(f"minimize: loss is {loss!r}, expected a function of (params, samples)")
-    for name, value in {"portions": portions, "workers": workers}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigurationError(f"minimize: {name} must be an integer ≥ 1, got {value!r}")
+    whole("minimize: portions", portions), whole("minimize: workers", workers)
     if portions < workers:
         raise ConfigurationError(
             f"minimize: {portions} portions for {workers} workers leave some with nothing to do: take "

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 
 from headwater import checkpoint as files
 from headwater.errors import ConfigurationError
+from headwater.loggers import logger
 from headwater.messages import CheckpointCounts
 from headwater.runtime.checkpointer import Checkpointer
 from headwater.spec.cluster import ClusterConfig
 from headwater.spec.words import option
 from headwater.wire.security import PLAIN, Security
 
-_log = logging.getLogger("headwater.checkpoint")
+_log = logger("headwater.checkpoint")
 
 
 class Storage:

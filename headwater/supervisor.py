@@ -14,7 +14,6 @@ Invariants:
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
@@ -31,10 +30,11 @@ from headwater.errors import (
     RefusedError,
     UnreachableError,
 )
+from headwater.loggers import logger
 from headwater.machines.roster import Departure
 from headwater.messages import ServerRole
 
-_log = logging.getLogger("headwater.coordinator")
+_log = logger("headwater.coordinator")
 
 _LOOK_S = 0.1
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 60.0

@@ -115,6 +115,19 @@ def test_until_a_new_sequencer_has_said_what_stands_only_what_is_applied_counts(
     assert made.progress() == Progress(5, 2)
 
 
+def test_what_a_new_sequencer_discards_is_not_reported_as_prepared_any_more():
+    made = applier()
+    made.put(entries(1, 2, 3))
+    advance(made)
+    assert made.progress() == Progress(3, 3)
+    made.recovery(5)
+    made.agree(m.StartTerm(5, 1))
+    assert made.progress() == Progress(5, 1)
+    made.put(entries(2, term=5))
+    advance(made)
+    assert made.progress() == Progress(5, 2)
+
+
 def test_what_a_needed_standby_does_not_have_is_not_prepared():
     made = applier()
     standby = followed(made)

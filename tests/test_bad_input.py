@@ -406,7 +406,7 @@ def test_arrays_need_not_be_contiguous(worker, model):
 def test_settings_the_rule_does_not_have_are_refused(worker, model):
     with pytest.raises(ConfigurationError, match="lr"):
         model.set(rate=1.0)
-    with pytest.raises(ConfigurationError, match="has groups 0 to 0, got 1"):
+    with pytest.raises(ConfigurationError, match="group must be at most 0, got 1"):
         model.set(group=1, lr=1.0)
 
 
@@ -426,8 +426,8 @@ def test_calls_after_leave_are_refused(worker, model):
 @pytest.mark.parametrize(
     ("dataset", "options", "text"),
     [
-        (np.ones(4), {"batch_size": 0}, "batch_size=0"),
-        (np.ones(4), {"batch_size": 1, "epochs": -1}, "epochs=-1"),
+        (np.ones(4), {"batch_size": 0}, "batch_size must be an integer ≥ 1, got 0"),
+        (np.ones(4), {"batch_size": 1, "epochs": -1}, "epochs must be an integer ≥ 0, got -1"),
         ((np.ones(4), np.ones(5)), {"batch_size": 1}, r"one length, got \[4, 5\]"),
         (iter([1]), {"batch_size": 1}, "needs __len__ and __getitem__"),
     ],

@@ -411,7 +411,7 @@ class LengthUnknown(WithoutLength):
 @pytest.mark.parametrize(
     ("dataset", "options", "text"),
     [
-        (np.ones(4), {"batch_size": 2.5}, "batch_size=2.5, expected a whole number ≥ 1"),
+        (np.ones(4), {"batch_size": 2.5}, "batch_size must be an integer ≥ 1, got 2.5"),
         (np.ones(4), {"seed": -1}, "seed=-1"),
         (np.ones(4), {"splits": "half"}, "splits='half', expected 'static' or 'dynamic'"),
         (np.ones(4), {"splits": "dynamic"}, "in synchronous mode"),

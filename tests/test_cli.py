@@ -305,6 +305,16 @@ def test_the_list_of_commands_says_what_each_does(command):
         assert re.search(rf"│ {name} ", result.stdout)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("columns", [80, 120])
+def test_every_page_of_help_fits_the_terminal(command, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    pages = [[name] for name in COMMANDS] + [["serve", node] for node in ("coordinator", "server", "worker")]
+    for words in pages:
+        shown = command(*words, "--help").stdout.splitlines()
+        assert [line for line in shown if len(line) > columns] == []
+
+
 def test_showing_the_commands_loads_neither_the_compiler_nor_arrays():
     code = (
         "import sys; sys.argv = ['headwater', '--help']\n"

@@ -5,6 +5,7 @@ from desks import Desk
 
 from headwater.errors import CheckpointError, ProtocolError
 from headwater.machines.coordinator import ChooseCheckpoint, Ended
+from headwater.machines.slots import SlotAllocator
 from headwater.messages import (
     Ask,
     Assignment,
@@ -186,3 +187,9 @@ def test_nobody_is_invited_while_the_cluster_ends():
     spare = asks(after)
     after.rejoins(server.welcome)
     assert spare.last() == Finished()
+
+
+def test_a_servers_slot_is_free_only_while_the_generation_forms():
+    wanted = RequestSlot(None, None)
+    assert SlotAllocator(1, 0).reserve(wanted, (), forming=False) is None
+    assert str(SlotAllocator(1, 0).reserve(wanted, (), forming=True)) == "server 0"

@@ -202,6 +202,13 @@ def leave_much_behind(worker):
     forked = os.fork()
     if not forked:
         signal.pause()
+    for comes_back_with in (99, ValueError("of a child")):
+        returned = os.fork()
+        if not returned:
+            if isinstance(comes_back_with, ValueError):
+                raise comes_back_with
+            return comes_back_with  # a child that comes back from `train` is not this worker
+        os.waitpid(returned, 0)
     return child.pid, forked, multiprocessing.parent_process() is None
 
 
@@ -213,7 +220,8 @@ def test_processes_that_train_leaves_behind_keep_nobody_waiting(monkeypatch):
     ((*left, _),) = hw.run(leave_much_behind, workers=1, output=lines.append).values
     try:
         assert all(psutil.pid_exists(pid) for pid in left)
-        assert lines == ["[worker 0] ███"]
+        assert lines[0] == "[worker 0] ███"
+        assert lines[-1] == "[worker 0] ValueError: of a child"
     finally:
         for pid in left:
             os.kill(pid, signal.SIGKILL)
@@ -262,6 +270,20 @@ def test_a_value_that_the_parent_cannot_read_is_an_error_that_names_it(monkeypat
     assert value is None
     assert "a only_in_the_worker.OnlyThere, cannot be read" in failure.summary
     assert "ModuleNotFoundError" in failure.summary
+
+
+class Silent(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+def test_an_exception_that_cannot_say_its_text_arrives_with_its_type():
+    try:
+        raise Silent
+    except Silent as error:
+        _, failure = unpack_outcome(pack_outcome(None, Failure.of(error)))
+    assert failure.summary == "Silent: its text cannot be told (RuntimeError)"
+    assert "raise Silent" in failure.trace
 
 
 def test_an_exception_that_the_parent_cannot_read_arrives_as_its_text(monkeypatch):

@@ -233,7 +233,7 @@ def test_unknown_names_in_a_view_are_listed(training):
             view.parameters("nett")
         with pytest.raises(ConfigurationError, match="no table 'user' is followed, only 'users'"):
             view.rows("user", [1])
-        with pytest.raises(UsageError, match="float64, expected whole numbers"):
+        with pytest.raises(UsageError, match="ids must be integers, got float64"):
             view.rows("users", [1.5])
         with pytest.raises(ConfigurationError, match="batch must be an integer ≥ 1"):
             view.scan("users", batch=0)

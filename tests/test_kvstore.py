@@ -301,11 +301,24 @@ def test_bad_calls_are_refused_by_name_and_change_nothing():
             (lambda: kv.push(3, ones[:1]), GradientError, r"has shape \(2, 3\), got \(1, 3\)"),
             (lambda: kv.push(3, ones.astype(int)), GradientError, "expected floating point"),
             (lambda: kv.push([3, 3], [ones]), UsageError, "2 keys and 1"),
-            (lambda: kv.push(3, ones * np.nan), hw.errors.NonFiniteError, "value"),
+            (lambda: kv.push(3, ones * np.nan), hw.errors.NonFiniteError, "comes to NaN or infinity"),
             (lambda: kv.row_sparse_push(3, [2], ones[:1]), GradientError, "rows 0 to 1, got ids from 2 to 2"),
             (lambda: kv.row_sparse_push(3, [-1], ones[:1]), GradientError, "from -1 to -1"),
             (lambda: kv.row_sparse_push(3, [0.5], ones[:1]), GradientError, "must be integers"),
             (lambda: kv.row_sparse_push(3, [0, 1], ones[:1]), GradientError, r"expected \(2, 3\)"),
+            (lambda: kv.push([3, 4], [ones, ones]), UsageError, "key 4 was not initialised"),
+            (lambda: kv.init([5, 3], [ones, ones]), UsageError, "key 3 has been initialised"),
+            (lambda: kv.init([5, 5], [ones, ones]), UsageError, "key 5 has been initialised"),
+            (lambda: kv.push(3, []), GradientError, r"got \(0,\)"),
+            (lambda: kv.push(3, [[1.0], [2.0, 3.0]]), GradientError, "key 3"),
+            (lambda: kv.push(3, None), GradientError, "key 3"),
+            (lambda: kv.pull(None), UsageError, "integers or texts, got None"),
+            (lambda: kv.pull({3: 1}), UsageError, "integers or texts"),
+            (lambda: kv.pull(3, out=np.zeros((4, 2, 3))), GradientError, r"got out= of shape \(4, 2, 3\)"),
+            (lambda: kv.pull(3, out=7), GradientError, "got out= a int"),
+            (lambda: kv.row_sparse_pull(3, [0], out=ones), GradientError, r"got out= of shape \(2, 3\)"),
+            (lambda: kv.row_sparse_pull(3, [[0], [1, 2]]), GradientError, "row ids of key 3"),
+            (lambda: kv.row_sparse_push(3, [0], [[np.inf] * 3]), hw.errors.NonFiniteError, "key 3"),
             (lambda: kv.set_gradient_compression({"type": "4bit"}), ConfigurationError, "'2bit' or '1bit'"),
             (
                 lambda: kv.set_gradient_compression({"type": "2bit", "threshold": 0}),
@@ -316,13 +329,15 @@ def test_bad_calls_are_refused_by_name_and_change_nothing():
             with pytest.raises(error, match=what):
                 call()
         kv.set_gradient_compression({"type": "2bit"})
+        with pytest.raises(hw.errors.NonFiniteError, match="comes to NaN"):
+            kv.push(3, ones * np.nan)  # and what compression keeps stays a number
         with pytest.raises(ConfigurationError, match="cannot be changed"):
             kv.set_gradient_compression({"type": "1bit"})
         with pytest.raises(UsageError, match="does not go with gradient compression"):
             kv.pushpull(3, ones)
         with pytest.raises(UsageError, match="does not go with row_sparse_push"):
             kv.row_sparse_push(3, [0], ones[:1])
-        kv.push(3, ones)
+        kv.push(np.int64(3), ones)
         return kv.pull(3)
 
     (value,) = hw.run(body, workers=1, engine="inline").values

@@ -404,12 +404,12 @@ def test_rounds_under_slack_are_held_open_by_what_workers_say_of_their_steps_and
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"every": 0}, "every=0, expected a whole number ≥ 1"),
-        ({"every": 2.5}, "every=2.5"),
+        ({"every": 0}, "every must be an integer ≥ 1, got 0"),
+        ({"every": 2.5}, "every must be an integer ≥ 1, got 2.5"),
         ({"fragments": 3}, "there are 2 tensors.*pass fragments=2 or fewer"),
         ({"every": 1, "fragments": 2}, "one is sent at a time"),
         ({"every": 4, "fragments": 2, "overlap": 2}, "the next is due after 2 local steps"),
-        ({"overlap": -1}, "overlap=-1"),
+        ({"overlap": -1}, "overlap must be an integer ≥ 0, got -1"),
         ({"blend": 1.5}, "blend must be from 0"),
         ({"weight": "size"}, "weight must be 'one', 'samples' or 'tokens'"),
         ({"codec": "q3"}, "codec: got 'q3'"),

@@ -397,7 +397,7 @@ def test_a_program_that_comes_to_its_loop_another_way_is_told_so():
             worker.barrier()
         with pytest.raises(UsageError, match="recorded after 0 meetings, now it begins after 1"):
             next(worker.epochs(3))
-        with pytest.raises(ConfigurationError, match="expected a whole number"):
+        with pytest.raises(ConfigurationError, match="must be an integer ≥ 0"):
             worker.epochs(1.5)
         worker.leave()
 

@@ -77,7 +77,7 @@ def test_a_node_waits_until_a_place_of_its_own_is_free_or_it_is_cancelled():
         ({"strategy": "TIGHT"}, "strategy: got 'TIGHT', expected 'PACK' or 'SPREAD'"),
         ({"worker_resources": {"num_cpus": 0}}, "worker_resources: got .* reserves nothing"),
         ({"server_resources": {}}, "server_resources: got .* reserves nothing"),
-        ({"server_resources": {"num_cpus": "2"}}, "num_cpus must be a number ≥ 0, got '2'"),
+        ({"server_resources": {"num_cpus": "2"}}, "num_cpus must be a finite number ≥ 0, got '2'"),
         ({"server_resources": {"CPU": 2}}, "server_resources: got 'CPU', expected 'num_cpus'"),
         ({"timeout": 0}, "timeout must be > 0 seconds, got 0"),
     ],

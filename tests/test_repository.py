@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "headwater"
 
 LAYERS = [
-    ["errors"],
+    ["errors", "loggers"],
     ["messages"],
     ["spec"],
     ["kernels"],
@@ -34,7 +34,7 @@ LAYERS = [
 """A module imports from its own group and the groups above it (docs/architecture.md)."""
 
 
-FROM_THE_NETWORK = [group for layer in LAYERS[:9] for group in layer if group != "errors"]
+FROM_THE_NETWORK = [group for layer in LAYERS[:9] for group in layer if group not in ("errors", "loggers")]
 """Folders on the way of what comes from the network: all but those that a user starts things with."""
 
 PURE = ["log", "machines", "shard", "spec"]

@@ -118,7 +118,7 @@ def test_the_last_of_orders_for_all_groups_and_for_one_wins():
         model.push({"a": -np.ones(1), "b": -np.ones(1)})
         worker.step()
         assert [value.item() for value in model.pull().values()] == [5.0, 5.0]
-        with pytest.raises(ConfigurationError, match="has groups 0 to 1, got True"):
+        with pytest.raises(ConfigurationError, match="group must be an integer ≥ 0, got True"):
             model.set(group=True, lr=1.0)
 
     train(work)

@@ -282,6 +282,16 @@ def test_an_entry_that_names_what_is_not_held_breaks_the_protocol():
         shard.process(m.Committed(3, 1, (m.ExchangeId(1, 9),), ()))
 
 
+def test_a_standby_that_knows_a_newer_term_takes_nothing_of_a_former_primary():
+    shard, _ = training()
+    standby = with_standby(shard)
+    late = shard.prepare(entry(3))
+    standby.admit(shard.term + 1)
+    with pytest.raises(RefusedError, match="this is of term 0"):
+        standby.follow(late)
+    assert standby.prepared == 2
+
+
 def test_who_is_gone_for_good_is_refused():
     shard = Shard(0, 1, "mean")
     shard.process(m.Enrolled(1, 1, (m.Newcomer(4, 0),)))

@@ -1,5 +1,6 @@
 """Tables of whole clusters: what every mode promises of rows, in closed forms, and what is refused."""
 
+import gc
 import random
 import re
 import threading
@@ -19,6 +20,7 @@ from headwater.errors import (
     UsageError,
 )
 from headwater.wire.channel import Outgoing
+from headwater.worker.pulls import Ahead
 
 DIM = 3
 EXTREMES = [-(2**63), 2**63 - 1, 0, -1, 1]
@@ -361,6 +363,17 @@ def test_the_programs_of_the_page_on_tables_run():
         results.append(train(names["train"], workers=2, servers=2).values)
     assert results[0] == [3, 3]
     assert max(results[1]) < 0.5
+
+
+def test_rows_that_came_ahead_and_nobody_pulled_are_not_kept():
+    def work(worker):
+        table = worker.table("t", 2, hw.SGD(lr=1.0))
+        for step in range(5):
+            table.prefetch([step])
+            worker.step()
+        return sum(isinstance(one, Ahead) for one in gc.get_objects())
+
+    assert train(work, workers=1, servers=1, sync="sync").values[0] <= 1
 
 
 def test_rows_of_all_tables_that_were_prefetched_need_no_exchange():

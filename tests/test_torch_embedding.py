@@ -151,7 +151,7 @@ def test_impossible_arguments_are_refused():
         for wrong in (1.5, "0", True, 2**63):
             with pytest.raises(ConfigurationError, match="padding_idx must be None or an integer that fits"):
                 embedding(worker, padding_idx=wrong)
-        with pytest.raises(RegistrationError, match="dim 0"):
+        with pytest.raises(RegistrationError, match="dim must be an integer ≥ 1, got 0"):
             embedding(worker, dim=0)
         with pytest.raises(RegistrationError, match="rule must be a Rule"):
             hw.torch.Embedding(worker, "rows", 4, torch.optim.SGD)

@@ -104,7 +104,7 @@ def test_what_is_not_a_number_stays_visible():
         (lambda v: v.fill("there", np.inf), "expected a finite number"),
         (lambda v: v.combine("there", {"there": "much"}), "coefficient of 'there' is 'much'"),
         (lambda v: v.combine("there", [1]), r"expected \{name: coefficient\}"),
-        (lambda v: v.create(3), "the name of a vector is a text"),
+        (lambda v: v.create(3), "the name of a vector must be a text"),
     ],
 )
 def test_what_cannot_be_done_is_refused_whole(call, what):

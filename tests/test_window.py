@@ -7,11 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from headwater.errors import EnvironmentFailure, ProtocolError
+from headwater.machines.row_buffer import RowBuffer
+from headwater.wire.scratch import Scratch
 from headwater.wire.shared_memory import windows_possible
 from headwater.wire.window import Window, WindowView
 
@@ -339,3 +342,16 @@ def test_a_renewal_that_fails_changes_nothing(window, monkeypatch):
     assert (window.descriptor, descriptors()) == before
     assert window.generation == 0
     assert view_of(window).parameters.sum() == 3 * ELEMENTS
+
+
+def test_a_server_is_given_memory_for_rows_once_a_connection_and_again_when_it_is_another():
+    buffer = RowBuffer(SimpleNamespace(connections=SimpleNamespace(buffers=[])), Scratch(shared=True))
+    assert buffer.offer(0, True, anew=True) is None, "there is none yet"
+    buffer._scratch.take(8)
+    first = buffer.offer(0, True, anew=False)
+    assert buffer.offer(0, True, anew=False) is None
+    assert buffer.offer(0, True, anew=True) == first, "whoever is there now knows nothing"
+    assert buffer.offer(1, False, anew=True) is None, "memory does not travel there"
+    buffer.renew()
+    assert buffer.offer(0, True, anew=False).message.window.generation == first.message.window.generation + 1
+    buffer.release()

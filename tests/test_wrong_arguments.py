@@ -8,9 +8,12 @@ import pytest
 from waiting import wait_until
 
 import headwater as hw
+from headwater import messages as m
 from headwater.errors import UsageError
+from headwater.spec.amounts import real, text, whole
 
 HUGE, RAGGED, NO_TEXT = 10**400, [[1], [2, 3]], "\udc80"
+W, SGD = {"w": np.zeros(1, np.float32)}, hw.SGD(lr=1.0)
 
 CALLS = {
     "ragged ids": lambda worker, model, table: table.pull(RAGGED),
@@ -30,7 +33,40 @@ CALLS = {
     "a model's name": lambda worker, model, table: worker.model(5, {"w": np.zeros(1)}, hw.SGD(lr=1.0)),
     "a rule's class": lambda worker, model, table: worker.model("n", {"w": np.zeros(1)}, hw.SGD),
     "a setting": lambda worker, model, table: model.set(lr=HUGE),
+    "a group that is none": lambda worker, model, table: model.set(group=-0.5, lr=1.0),
+    "no groups": lambda worker, model, table: worker.model("n", W, SGD, groups=None),
+    "no aliases": lambda worker, model, table: worker.model("n", W, SGD, aliases=["w"]),
+    "an outer that is no yes or no": lambda worker, model, table: worker.model("n", W, SGD, outer=None),
+    "an array as a merge": lambda worker, model, table: worker.model("n", W, SGD, merge=np.ones(2)),
+    "an array as a choice": lambda worker, model, table: worker.sum(x=1.0, of=np.ones(2)),
+    "a norm beyond float64": lambda worker, model, table: worker.model("n", W, SGD, clip_norm=HUGE),
+    "a text as data": lambda worker, model, table: next(worker.batches(np.str_("abc"), 1)),
+    "a scalar as data": lambda worker, model, table: next(worker.batches(np.float32(1), 1)),
+    "a copy that is no yes or no": lambda worker, model, table: model.pull(copy=np.ones(2)),
+    "a state that is no dict": lambda worker, model, table: model.load_state(3),
+    "states that are no dicts": lambda worker, model, table: model.load_state({"w": 3}),
+    "an array as a state": lambda worker, model, table: table.assign([1], [[1.0]], state=np.ones(2)),
+    "a vector's name": lambda worker, model, table: model.vectors.create(NO_TEXT),
+    "an array as a vector's name": lambda worker, model, table: model.vectors.copy(np.ones(2), "v"),
+    "a vector's value": lambda worker, model, table: model.vectors.create("v", value=HUGE),
+    "no pairs": lambda worker, model, table: model.vectors.dots([1]),
+    "no combinations": lambda worker, model, table: model.vectors.combine_all(None),
+    "operations that are none": lambda worker, model, table: model.vectors.run(["fill"]),
+    "what no message has": lambda worker, model, table: worker._session.ask(
+        lambda number: m.CountRows(number, "t"), "count"
+    ),
 }
+
+WELCOME = {
+    "dim and seed": lambda worker: worker.table("numpy", np.int64(2), SGD, seed=np.int32(1)).dim == 2,
+    "a name": lambda worker: worker.model(np.str_("numpy"), {np.str_("w"): W["w"]}, SGD).name == "numpy",
+    "a norm": lambda worker: worker.model("clipped", W, SGD, clip_norm=np.float32(2)).spec.clip_norm == 2.0,
+    "a group": lambda worker: worker.models["m"].set(group=np.int64(0), lr=np.float32(1.0)) is None,
+    "epochs": lambda worker: list(worker.epochs(np.int64(2))) == [0, 1],
+    "a root": lambda worker: worker.broadcast(7, root=np.int64(0)) == 7,
+    "a batch": lambda worker: list(worker.table("scanned", 1, SGD).scan(np.int64(5))) == [],
+}
+"""What NumPy makes of numbers and texts is as good as Python's."""
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +87,27 @@ def test_a_refused_call_changes_nothing(what, joined):
     worker.step()
     assert model.pull()["w"].item() == before - 1
     assert len(table) == 0
+
+
+def test_what_numpy_makes_of_a_number_is_one():
+    def train(worker):
+        worker.model("m", W, SGD)
+        return {what: call(worker) for what, call in WELCOME.items()}
+
+    (found,) = hw.run(train, workers=1, engine="inline", patience=5, deadline=30).values
+    assert found == dict.fromkeys(WELCOME, True)
+
+
+def test_whatever_a_refused_value_is_the_error_is_short():
+    class Loud:
+        def __repr__(self):
+            raise RuntimeError("no text")
+
+    for value in (10**5000, Loud(), "x" * 10**6, np.ones((100, 100)), [Loud()]):
+        for call in (lambda v: whole("n", v), lambda v: real("n", v), lambda v: text("n", [v])):
+            with pytest.raises(UsageError) as raised:
+                call(value)
+            assert len(str(raised.value)) < 300
 
 
 def test_a_worker_that_another_thread_uses_is_refused_and_that_thread_goes_on():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,8 +11,9 @@ from headwater.checkpoint.store import DRAFT, Folder, Location, open_folder, spl
 from headwater.checkpoint.verify import Verification, verify_files
 from headwater.checkpoint.verify import verify as verify_one
 from headwater.errors import CheckpointError, ConfigurationError, HeadwaterError
+from headwater.loggers import logger
 
-_log = logging.getLogger("headwater.checkpoint")
+_log = logger("headwater.checkpoint")
 
 
 @dataclass(frozen=True, slots=True)

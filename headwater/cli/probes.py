@@ -7,18 +7,18 @@ for: a scheduler's probes have none.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from headwater.errors import ConfigurationError, HeadwaterError
+from headwater.loggers import logger
 from headwater.observe.http_server import REQUEST_S, BoundedHTTPServer
 from headwater.spec.words import option
 from headwater.wire.addresses import split_place
 
-_log = logging.getLogger("headwater.health")
+_log = logger("headwater.health")
 
 Readiness = Callable[[], tuple[bool, str]]
 """Whether a node can do its part, and why (not). Blocks for the node's parts."""

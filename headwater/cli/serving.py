@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from headwater.errors import (
     RefusedError,
     UnreachableError,
 )
+from headwater.loggers import logger
 from headwater.messages import ServerRole
 from headwater.observe.sinks import sink_of
 from headwater.spec.cluster import ClusterConfig
@@ -34,7 +34,7 @@ from headwater.wire.security import Security
 AGAIN = 75
 """EX_TEMPFAIL: nothing is wrong with this process, and it may be started again."""
 
-_log = logging.getLogger("headwater")
+_log = logger("headwater")
 
 Named: TypeAlias = Callable[[str, int], None]
 """Is told who a node is, once that is known."""

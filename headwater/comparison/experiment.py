@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from headwater.comparison.target import Target, parse_target
 from headwater.errors import ConfigurationError
+from headwater.spec.amounts import whole
 from headwater.spec.cluster import ClusterConfig
 from headwater.spec.stragglers import Straggler, parse_straggler
 from headwater.spec.sync import Mode, parse_sync
@@ -133,9 +134,7 @@ def _refuse_twice(name: str, texts: Sequence[str]) -> None:
 
 
 def _check_count(name: str, value: object, least: int, most: int = 2**31) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        limit = f"an integer ≥ {least}" if most == 2**31 else f"integers from {least} to {most}"
-        raise ConfigurationError(f"{option(name)}: got {value!r}, expected {limit}")
+    whole(option(name), value, least, most)
 
 
 def _check_straggler(straggler: Straggler, config: ClusterConfig, engine: str) -> None:

@@ -30,7 +30,8 @@ def length_of(dataset: Any) -> int:
         if len(set(lengths)) != 1:
             raise ConfigurationError(f"the arrays of a data set must have one length, got {lengths}")
         return lengths[0]
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    scalar = isinstance(dataset, str | bytes | np.generic)
+    if scalar or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ConfigurationError(
             f"a data set needs __len__ and __getitem__, got {type(dataset).__name__}: "
             f"pass an array, a tuple of arrays, a map-style Dataset or hw.Files"

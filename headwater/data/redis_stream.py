@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,8 +10,9 @@ import msgspec
 
 from headwater.data.event_stream import BEGINNING, StreamEvent
 from headwater.errors import ConfigurationError, DataError
+from headwater.loggers import logger
 
-_log = logging.getLogger("headwater.data")
+_log = logger("headwater.data")
 
 
 class RedisStream:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
@@ -14,8 +13,9 @@ import msgspec
 
 from headwater.data.event_stream import BEGINNING, StreamEvent
 from headwater.errors import ConfigurationError, DataError
+from headwater.loggers import logger
 
-_log = logging.getLogger("headwater.data")
+_log = logger("headwater.data")
 
 _MOST_BYTES = 8 << 20
 """Bytes read at once; an event is no longer than this."""

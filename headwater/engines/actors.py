@@ -7,7 +7,6 @@ another one in its stead gets a place where Ray has one left.
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import select
@@ -29,11 +28,12 @@ from headwater.engines.packing import pack_train, unpack_outcome
 from headwater.engines.places import Places, RayConnection
 from headwater.engines.ray import RayEngine
 from headwater.engines.seating import BundleSlots, seats_of_shards
+from headwater.loggers import logger
 from headwater.messages import Assignment
 from headwater.wire.endpoint import Endpoint
 from headwater.worker import Worker
 
-_log = logging.getLogger("headwater.engine")
+_log = logger("headwater.engine")
 
 _STOP_S = 1.5
 """How long killed actors may take to be gone, in seconds."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import os
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 from headwater.errors import DeclaredDeadError, RewoundError, WorkerError
+from headwater.loggers import logger
 from headwater.messages import Assignment
 from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import PLAIN, Security
@@ -20,7 +23,7 @@ Process: TypeAlias = tuple[int, str]
 
 _OWN = ("headwater.engines.", "headwater.standalone.")
 
-_log = logging.getLogger("headwater.worker")
+_log = logger("headwater.worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,16 @@ class Failure:
             frames = frames.tb_next
         trace = "".join(traceback.format_exception(type(error), error, frames or error.__traceback__))
         died = isinstance(error, DeclaredDeadError)
-        return Failure(f"{type(error).__name__}: {error}", trace, error, died)
+        return Failure(words_of(error), trace, error, died)
+
+
+def words_of(error: BaseException) -> str:
+    """An exception's type and text; a user's own may not be able to say its text."""
+    try:
+        text = str(error)
+    except Exception as raised:  # noqa: BLE001 - whatever a user's exception raises
+        text = f"its text cannot be told ({type(raised).__name__})"
+    return f"{type(error).__name__}: {text}"
 
 
 def _module(frames: TracebackType) -> str:
@@ -151,6 +163,30 @@ def run_worker(address: str, rank: int, train: Callable[[Worker], Any], security
         try:
             with Worker(address, rank, security=security, cluster=cluster) as worker:
                 cluster = worker.cluster
-                return Trained(train(worker), worker.generation)
+                return Trained(called(train, worker), worker.generation)
         except RewoundError as error:
             _log.warning("worker %d: %s", rank, error)
+
+
+def called(train: Callable[[Worker], Any], worker: Worker) -> Any:
+    """What `train` returns or raises in this process. One that it forked, and that comes back from it too, is
+    not this worker: it ends here, as a child of `multiprocessing` does, and nothing is told of it."""
+    process = os.getpid()
+    try:
+        return train(worker)
+    finally:
+        if os.getpid() != process:
+            _end_forked(sys.exc_info()[1])
+
+
+def _end_forked(error: BaseException | None) -> NoReturn:
+    code = 0
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif error is not None:
+        code = 1
+        traceback.print_exception(error)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # the user may have closed or replaced it
+            stream.flush()
+    os._exit(code)

@@ -3,11 +3,12 @@ calls it."""
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 
-_log = logging.getLogger("headwater.engine")
+from headwater.loggers import logger
+
+_log = logger("headwater.engine")
 
 
 class Output:
@@ -27,7 +28,7 @@ class Output:
         try:
             with self._lock:
                 self._encoded(line)
-        except Exception:  # noqa: BLE001 - whatever a user's callback raises
+        except BaseException:  # noqa: BLE001 - whatever a user's callback raises, SystemExit too
             if not self._failed:
                 self._failed = True
                 _log.warning("output raised; training goes on, the line is lost: %r", line, exc_info=True)

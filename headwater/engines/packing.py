@@ -16,7 +16,7 @@ from typing import Any
 
 import cloudpickle
 
-from headwater.engines.engine import Failure, Trained
+from headwater.engines.engine import Failure, Trained, words_of
 from headwater.errors import EngineError
 
 
@@ -48,7 +48,8 @@ def pack_outcome(trained: Trained | None, failure: Failure | None) -> bytes:
             value = cloudpickle.dumps(trained.value)
         except Exception as raised:  # noqa: BLE001 - whatever a user's object raises while it is pickled
             failure = Failure(
-                f"the value that train returned cannot be pickled ({_kind(trained.value)}: {_words(raised)})",
+                f"the value that train returned cannot be pickled "
+                f"({_kind(trained.value)}: {words_of(raised)})",
                 "",
                 None,
             )
@@ -73,7 +74,7 @@ def unpack_outcome(packed: bytes) -> tuple[Trained | None, Failure | None]:
     except Exception as raised:  # noqa: BLE001 - whatever a user's object raises while it is unpickled
         return None, Failure(
             f"the value that train returned, a {kind}, cannot be read in the process that called run "
-            f"({_words(raised)}): "
+            f"({words_of(raised)}): "
             "return plain data or arrays, or objects of modules that both can import",
             "",
             None,
@@ -91,10 +92,6 @@ def _exception(packed: bytes) -> BaseException | None:
 
 def _kind(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _importable(name: str) -> bool:

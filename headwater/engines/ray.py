@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from headwater.engines.engine import Engine, Launch
 from headwater.errors import ConfigurationError
+from headwater.spec.amounts import real
 
 Strategy: TypeAlias = Literal["PACK", "SPREAD"]
 
@@ -92,8 +92,7 @@ def _check_resources(name: str, resources: Mapping[str, float]) -> None:
     for resource, amount in amounts.items():
         if resource in _RAYS_NAMES:
             raise ConfigurationError(f"{name}: got {resource!r}, expected {_RAYS_NAMES[resource]!r}")
-        if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount < math.inf:
-            raise ConfigurationError(f"{name}: {resource} must be a number ≥ 0, got {amount!r}")
+        amounts[resource] = real(f"{name}: {resource}", amount, zero=True)
     if not any(amounts.values()):
         raise ConfigurationError(
             f"{name}: got {amounts}, which reserves nothing, so nodes would have no places: "

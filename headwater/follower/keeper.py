@@ -26,13 +26,14 @@ from headwater.errors import (
     RewoundError,
 )
 from headwater.follower.subject import Subject, choose
+from headwater.loggers import logger
 from headwater.machines.connections import Frame
 from headwater.machines.follower import Fill, FollowerMachine, Slot
 from headwater.runtime.client import Client
 from headwater.spec.every import Every
 from headwater.wire.security import Security
 
-_log = logging.getLogger("headwater.follower")
+_log = logger("headwater.follower")
 
 _AGAIN_S = 0.5
 _POLL_S = 0.02

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import msgspec
 import numpy as np
@@ -18,6 +18,7 @@ from headwater.follower.keeper import Keeper, Wish
 from headwater.follower.subject import names, read_type
 from headwater.follower.view import View
 from headwater.machines.follower import FollowerMachine, Slot
+from headwater.spec.amounts import whole
 from headwater.spec.every import Every
 from headwater.spec.seconds import seconds
 from headwater.spec.version import Version
@@ -131,7 +132,7 @@ class Follower:
         deadline: float = _FIRST_S,
     ) -> None:
         self.max_age = None if max_age is None else seconds("max_age", max_age)
-        self.max_behind = None if max_behind is None else _whole("max_behind", max_behind, 0)
+        self.max_behind = None if max_behind is None else whole("max_behind", max_behind, 0)
         wish = Wish(
             address,
             names("models", models),
@@ -141,7 +142,7 @@ class Follower:
             read_type(dtype),
             bounded=max_age is not None or max_behind is not None,
         )
-        self._machine = FollowerMachine(_whole("pins", pins, 1))
+        self._machine = FollowerMachine(whole("pins", pins, 1))
         self._keeper = Keeper(wish, self._machine)
         self._process = os.getpid()
         self._closed = False
@@ -191,10 +192,11 @@ class Follower:
             UsageError: this process was forked from the one that follows.
         """
         self._check("pin")
+        limit = seconds("deadline", deadline)
         keeper = self._keeper
         with keeper.changed:
             if keeper.wish.bounded:
-                self._wait_for_bounds(seconds("deadline", deadline))
+                self._wait_for_bounds(limit)
             slot = self._machine.pin()
             subject = keeper.subject
         assert subject is not None
@@ -245,7 +247,7 @@ class Follower:
             wanted: int | Version = Version(self.version.generation, self.version.number + 1)
         else:
             wanted = version
-        number = wanted.number if isinstance(wanted, Version) else _whole("version", wanted, 0)
+        number = wanted.number if isinstance(wanted, Version) else whole("version", wanted, 0)
         keeper = self._keeper
         with keeper.changed:
             keeper.waiting.append(number)
@@ -404,9 +406,3 @@ def _same_training(one: Slot, other: Slot) -> bool:
     assert one.version is not None
     assert other.version is not None
     return one.version.generation == other.version.generation
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigurationError(f"{name} must be an integer ≥ {least}, got {value!r}")
-    return value

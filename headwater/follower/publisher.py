@@ -8,7 +8,6 @@ Invariants:
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,13 +20,14 @@ from headwater.errors import ClusterEndedError, ConfigurationError, WeightsError
 from headwater.follower.changes import Change
 from headwater.follower.public import Follower
 from headwater.follower.view import View
+from headwater.loggers import logger
 from headwater.spec.every import Every
 from headwater.spec.words import option
 from headwater.weights.notify import Notification
 from headwater.weights.writer import PublishedVersion, TableDelta, WeightsWriter
 from headwater.wire.security import TLS, Security
 
-_log = logging.getLogger("headwater.publish")
+_log = logger("headwater.publish")
 
 
 def publish(

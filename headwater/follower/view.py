@@ -10,10 +10,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.errors import ClosedError, ConfigurationError, UsageError
+from headwater.errors import ClosedError, ConfigurationError
 from headwater.follower.subject import Subject
+from headwater.kernels.arrange import as_ids
 from headwater.machines.follower import Slot
 from headwater.messages import DataProgress
+from headwater.spec.amounts import whole
 from headwater.spec.version import Version
 
 
@@ -81,7 +83,7 @@ class View:
             ClosedError: the view is closed.
         """
         self._open()
-        found = self._models.get(model)
+        found = self._models.get(model) if isinstance(model, str) else None
         if found is None:
             raise ConfigurationError(_unknown("model", model, self._models))
         return MappingProxyType(found)
@@ -93,18 +95,15 @@ class View:
 
         Raises:
             ConfigurationError: no such table is followed; lists those that are.
-            UsageError: the ids are no whole numbers.
+            UsageError: the ids are no integers, or do not fit int64.
             ClosedError: the view is closed.
         """
         self._open()
-        found = self._tables.get(table)
+        found = self._tables.get(table) if isinstance(table, str) else None
         if found is None:
             raise ConfigurationError(_unknown("table", table, self._tables))
-        wanted = np.asarray(ids)
-        if wanted.dtype.kind not in "iu" and wanted.size:
-            raise UsageError(f"ids of table {table!r} are {wanted.dtype}, expected whole numbers")
-        flat = np.ascontiguousarray(wanted, dtype=np.int64).reshape(-1)
-        return found.read(flat).reshape(*wanted.shape, found.spec.dim)
+        wanted = as_ids(ids)
+        return found.read(wanted.reshape(-1)).reshape(*wanted.shape, found.spec.dim)
 
     def scan(
         self, table: str, batch: int = 65_536
@@ -114,11 +113,9 @@ class View:
         Raises: as `rows`; ConfigurationError for a batch below 1.
         """
         self._open()
-        if table not in self._tables:
+        if not isinstance(table, str) or table not in self._tables:
             raise ConfigurationError(_unknown("table", table, self._tables))
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise ConfigurationError(f"batch must be an integer ≥ 1, got {batch!r}")
-        return self._scanned(table, batch)
+        return self._scanned(table, whole("batch", batch))
 
     def _scanned(self, table: str, batch: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         for part in self._tables[table].scan(batch):

@@ -19,7 +19,6 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import stat
 import sys
@@ -33,8 +32,9 @@ from types import ModuleType
 
 from headwater.errors import ConfigurationError, EnvironmentFailure
 from headwater.kernels import objects
+from headwater.loggers import logger
 
-_log = logging.getLogger("headwater.kernels")
+_log = logger("headwater.kernels")
 
 _PATIENCE_S, _LIMIT_S = 5.0, 60.0
 """After how many seconds a wait for another process that compiles is told, and given up."""

@@ -18,11 +18,12 @@ def cast_bfloat16(values: NDArray[np.float32], out: NDArray[np.uint16]) -> None:
         TypeError: arrays of another kind.
         ValueError: lengths differ; nothing was changed.
     """
-    _compiled().cast(values.view(np.uint32), out)
+    compiled().cast(values.view(np.uint32), out)
 
 
 @functools.cache
-def _compiled() -> ModuleType:
+def compiled() -> ModuleType:
+    """The loops; blocks while they are compiled."""
     return load(TEXT)
 
 

@@ -87,9 +87,9 @@ def decode(codec: Codec, data: NDArray[np.uint8], first: int, out: NDArray[np.fl
         np.left_shift(data.view(np.uint16).astype(np.uint32), 16, out=out.view(np.uint32))
     elif codec.kind in ("int8", "q4"):
         scales, codes = _split(data, first, len(out))
-        getattr(_compiled(), f"decode_{codec.kind}")(scales, codes, first % BLOCK, out)
+        getattr(compiled(), f"decode_{codec.kind}")(scales, codes, first % BLOCK, out)
     else:
-        getattr(_compiled(), f"decode_{_NAMES[codec.kind]}")(data, _threshold(codec), out)
+        getattr(compiled(), f"decode_{_NAMES[codec.kind]}")(data, _threshold(codec), out)
 
 
 def represent(codec: Codec, values: NDArray[np.float32], first: int) -> None:
@@ -104,7 +104,7 @@ def encode_rows(codec: RowCodec, rows: NDArray[np.float32]) -> NDArray[np.uint8]
     out = np.zeros(count * codec.row_size(dim), dtype=np.uint8)
     if codec.kind == "int8":
         scales, codes = out[: 4 * count].view(np.float32), out[4 * count :].reshape(count, dim)
-        _compiled().encode_rows_int8(rows, scales, codes)
+        compiled().encode_rows_int8(rows, scales, codes)
     else:
         _encode_dense(codec, rows.reshape(-1).copy(), 0, out)
     return out
@@ -121,7 +121,7 @@ def decode_rows(codec: RowCodec, data: NDArray[np.uint8], out: NDArray[np.float3
         raise ProtocolError(f"{count} rows of {dim} as {codec}, got {len(data)} bytes")
     if codec.kind == "int8":
         scales, codes = _aligned(data[: 4 * count]), data[4 * count :].reshape(count, dim)
-        _compiled().decode_rows_int8(scales, codes, out)
+        compiled().decode_rows_int8(scales, codes, out)
     else:
         decode(codec, data, 0, out.reshape(-1))
 
@@ -133,7 +133,7 @@ def _encode_dense(codec: Codec, part: NDArray[np.float32], first: int, out: NDAr
         if codec.kind == "fp16":
             out.view(np.float16)[:] = np.clip(part, -_HALF_MOST, _HALF_MOST)
         else:
-            _compiled().encode_bf16(part.view(np.uint32), out.view(np.uint16))
+            compiled().encode_bf16(part.view(np.uint32), out.view(np.uint16))
         sent = np.empty_like(part)
         decode(codec, out, first, sent)
         with np.errstate(invalid="ignore"):
@@ -141,9 +141,9 @@ def _encode_dense(codec: Codec, part: NDArray[np.float32], first: int, out: NDAr
         part[np.isnan(part)] = 0
     elif codec.kind in ("int8", "q4"):
         scales, codes = _split(out, first, len(part))
-        getattr(_compiled(), f"encode_{codec.kind}")(part, first % BLOCK, scales, codes)
+        getattr(compiled(), f"encode_{codec.kind}")(part, first % BLOCK, scales, codes)
     else:
-        getattr(_compiled(), f"encode_{_NAMES[codec.kind]}")(part, _threshold(codec), out)
+        getattr(compiled(), f"encode_{_NAMES[codec.kind]}")(part, _threshold(codec), out)
 
 
 _NAMES = {"2bit": "two_bit", "1bit": "one_bit"}
@@ -197,7 +197,8 @@ def _decode_sparse(data: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
 
 
 @functools.cache
-def _compiled() -> ModuleType:
+def compiled() -> ModuleType:
+    """The loops; blocks while they are compiled."""
     return load(TEXT)
 
 

@@ -70,7 +70,7 @@ def combine(n: int, combinations: Sequence[Combination], sums: Sequence[BlockSum
     kinds = np.array([one.kind for one in sums], dtype=np.int64)
     scratch = 1 + max((one.out for one in combinations if isinstance(one.out, int)), default=-1)
     blocks = np.zeros((len(sums), n // PAGE), dtype=np.float64)
-    _compiled().combine(
+    compiled().combine(
         n,
         outs,
         outs_move,
@@ -102,7 +102,8 @@ def _places(n: int, given: Sequence[Array | int]) -> tuple[NDArray[np.int64], ND
 
 
 @functools.cache
-def _compiled() -> ModuleType:
+def compiled() -> ModuleType:
+    """The loops; blocks while they are compiled."""
     return load(TEXT)
 
 

@@ -18,7 +18,6 @@ import functools
 import hashlib
 import importlib.machinery
 import importlib.util
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +29,9 @@ import llvmlite.binding as llvm
 import msgspec
 import numpy as np
 
-_log = logging.getLogger("headwater.kernels")
+from headwater.loggers import logger
+
+_log = logger("headwater.kernels")
 
 _NAME = "objects"
 _HELPERS = {

@@ -18,12 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.errors import ConfigurationError, GradientError, UsageError
+from headwater.errors import ConfigurationError, GradientError, NonFiniteError, UsageError
+from headwater.kernels import finite
 from headwater.kernels.codecs import decode, encode
 from headwater.kvstore.arguments import (
     Key,
     Value,
     array_of,
+    check_key,
+    check_out,
     in_place,
     npz,
     pairs_of,
@@ -36,6 +39,7 @@ from headwater.runtime.inquiry import ask
 from headwater.spec.codecs import Codec, OneBit, TwoBit
 from headwater.spec.rules import Assign, Rule
 from headwater.worker.model import Model
+from headwater.worker.model_spec import as_array
 from headwater.worker.worker import Worker
 
 _TYPES = {"dist_sync": True, "dist": True, "dist_device_sync": True, "dist_async": False}
@@ -137,20 +141,25 @@ class KVStore:
     def init(self, key: Key | Sequence[Key], value: Value | Sequence[Value]) -> None:
         """Give one or several keys their first values; the lowest rank's count. Never compressed.
 
+        All or nothing.
+
         Raises:
             UsageError: a key that has been initialised, or is of another type than the others.
             GradientError: no array of floating point numbers.
         """
-        for one, array in pairs_of(key, value):
-            self._check_kind(one)
-            if one in self._entries:
+        new: dict[Key, _Entry] = {}
+        for given, array in pairs_of(key, value):
+            one = check_key(given, self._entries or new)
+            if one in self._entries or one in new:
                 raise UsageError(f"key {one!r} has been initialised: push to it, or use another key")
-            self._entries[one] = _Entry(array_of(one, array))
+            new[one] = _Entry(array_of(one, array))
+        self._entries.update(new)
 
     def push(self, key: Key | Sequence[Key], value: Value | Sequence[Any], priority: int = 0) -> None:
         """Push one value, or the sum of several, to each key; `priority` is there for MXNet's sake.
 
-        Does not block, unless something was pushed to the key already and not pulled: that leaves first.
+        Does not block, unless something was pushed to the key already and not pulled: that leaves first. All
+        or nothing: on an error nothing is pushed.
 
         Args:
             key: a key, or a list of them.
@@ -162,9 +171,11 @@ class KVStore:
             GradientError: another shape than the key's, or no floating point numbers.
             NonFiniteError: NaN or infinity.
         """
-        for one, arrays in pairs_of(key, value):
-            entry = self._known(one)
-            total = self._summed(one, entry, arrays)
+        totals: list[tuple[Key, _Entry, NDArray[np.float32]]] = []
+        for given, arrays in pairs_of(key, value):
+            one, entry = self._known(given)
+            totals.append((one, entry, self._summed(one, entry, arrays)))
+        for one, entry, total in totals:
             self._stage(one, entry, total)
 
     def pull(
@@ -181,14 +192,17 @@ class KVStore:
 
         Raises:
             UsageError: a key that was not initialised, or no `out` inside of `batch`.
+            GradientError: `out` is no array of the key's shape.
         """
-        single = isinstance(key, int | str)
-        keys: list[Key] = [key] if isinstance(key, int | str) else list(key)
-        outs = [out] if single else (list(out) if out is not None else [None] * len(keys))
-        if len(outs) != len(keys):
-            raise UsageError(f"pull: got {len(keys)} keys and {len(outs)} arrays: pass one for each key")
-        for one in keys:
-            self._known(one)
+        keys_given: Sequence[Any] = key if isinstance(key, list | tuple) else [key]
+        single = keys_given is not key
+        known = [self._known(one) for one in keys_given]
+        outs = [out] if single else (targets_of(out) if out is not None else [None] * len(known))
+        if len(outs) != len(known):
+            raise UsageError(f"pull: got {len(known)} keys and {len(outs)} arrays: pass one for each key")
+        for (one, entry), given in zip(known, outs, strict=True):
+            check_out(one, entry.shape, given)
+        keys = [one for one, _ in known]
         if self._batch is not None:
             if any(array is None for array in outs):
                 raise UsageError("pull inside of batch(): pass out=, which is written when the batch ends")
@@ -249,17 +263,17 @@ class KVStore:
             UsageError: a key that was not initialised, or with gradient compression.
             GradientError: ids out of range or of another kind, or another shape.
         """
-        entry = self._known(key)
+        key, entry = self._known(key)
         if self._codec is not None:
             raise UsageError("gradient compression does not go with row_sparse_push: push the whole value")
         numbers = rows_of(key, entry.shape, ids)
-        array = np.asarray(rows)
+        array = as_array(f"rows of key {key!r}", rows)
         expected = np.shape(ids) + entry.shape[1:]
         if array.shape != expected:
             raise GradientError(f"key {key!r}: rows have shape {array.shape}, expected {expected}")
         total = np.zeros(entry.shape, dtype=np.float32)
         np.add.at(total, numbers, array.reshape(len(numbers), *entry.shape[1:]).astype(np.float32))
-        self._stage(key, entry, total)
+        self._stage(key, entry, _finite(key, total))
 
     def row_sparse_pull(self, key: Key, ids: Any, out: Any = None, priority: int = 0) -> NDArray[Any]:
         """Some rows of a key's value, as `pull` has it.
@@ -269,12 +283,13 @@ class KVStore:
 
         Raises:
             UsageError: a key that was not initialised, or inside of `batch`.
-            GradientError: ids out of range or of another kind.
+            GradientError: ids out of range or of another kind, or `out` is no array of that shape.
         """
-        entry = self._known(key)
+        key, entry = self._known(key)
         if self._batch is not None:
             raise UsageError("row_sparse_pull inside of batch(): pull after the batch has ended")
         numbers = rows_of(key, entry.shape, ids)
+        check_out(key, np.shape(ids) + entry.shape[1:], out)
         value = self._read([key])[key]
         rows: NDArray[Any] = value[numbers].reshape(np.shape(ids) + entry.shape[1:])
         written: NDArray[Any] = written_to(rows, out)
@@ -370,21 +385,12 @@ class KVStore:
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
-    def _check_kind(self, key: Key) -> None:
-        if isinstance(key, bool) or not isinstance(key, int | str):
-            raise UsageError(f"keys are integers or texts, got {key!r}")
-        other = next(iter(self._entries), key)
-        if isinstance(key, int) != isinstance(other, int):
-            raise UsageError(
-                f"key {key!r} is of another type than {other!r}: use integers only, or texts only"
-            )
-
-    def _known(self, key: Key) -> _Entry:
-        self._check_kind(key)
-        if key not in self._entries:
+    def _known(self, key: Any) -> tuple[Key, _Entry]:
+        found = check_key(key, self._entries)
+        if found not in self._entries:
             there = ", ".join(map(repr, self._entries)) or "none"
             raise UsageError(f"key {key!r} was not initialised: call init first; initialised are {there}")
-        return self._entries[key]
+        return found, self._entries[found]
 
     def _model(self, key: Key, entry: _Entry) -> Model:
         """The key's model; the first use declares it, which blocks until the lowest rank has."""
@@ -397,7 +403,8 @@ class KVStore:
         return entry.model
 
     def _summed(self, key: Key, entry: _Entry, arrays: Any) -> NDArray[np.float32]:
-        several = arrays if isinstance(arrays, list | tuple) and not np.isscalar(arrays[0]) else [arrays]
+        listed = isinstance(arrays, list | tuple) and len(arrays) > 0 and not np.isscalar(arrays[0])
+        several = arrays if listed else [arrays]
         total = np.zeros(entry.shape, dtype=np.float32)
         for array in several:
             given = array_of(key, array)
@@ -405,8 +412,9 @@ class KVStore:
                 raise GradientError(
                     f"key {key!r} has shape {entry.shape}, got {given.shape}: a key keeps the shape of init"
                 )
-            total += given
-        return total
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
+                total += given
+        return _finite(key, total)
 
     def _stage(self, key: Key, entry: _Entry, total: NDArray[np.float32]) -> None:
         model = self._model(key, entry)
@@ -447,3 +455,10 @@ class KVStore:
             key: model.pull(copy=True)[_TENSOR].astype(self._entries[key].dtype, copy=False)
             for key, model in models.items()
         }
+
+
+def _finite(key: Key, total: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What is pushed to a key, before anything is made of it. Raises NonFiniteError."""
+    if not finite(total.reshape(-1)):
+        raise NonFiniteError(f"key {key!r}: what is pushed comes to NaN or infinity; nothing was pushed")
+    return total

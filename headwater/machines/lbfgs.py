@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
 from headwater.errors import ConfigurationError
+from headwater.spec.amounts import real, whole
 
 PARAMETERS, START, DIRECTION, GRADIENT, BEFORE = "parameters", "start", "direction", "gradient", "before"
 _POINTS = 4
@@ -109,12 +110,9 @@ class LBFGS:
             value = getattr(self, name)
             if name == "max_eval" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigurationError(f"LBFGS: {name} must be an integer ≥ 1, got {value!r}")
+            object.__setattr__(self, name, whole(f"LBFGS: {name}", value))
         for name in ("lr", "tolerance_grad", "tolerance_change"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ConfigurationError(f"LBFGS: {name} must be a number ≥ 0, got {value!r}")
+            object.__setattr__(self, name, real(f"LBFGS: {name}", getattr(self, name), zero=True))
         if self.line_search_fn not in (None, "strong_wolfe"):
             raise ConfigurationError(
                 f"LBFGS: line_search_fn must be 'strong_wolfe' or None, got {self.line_search_fn!r}"

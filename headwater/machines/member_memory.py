@@ -8,7 +8,7 @@ are here; values of a model with a codec for them leave so.
 Everything here runs in the connection's own thread and without the server's lock, so that a member whose
 payload comes in never waits for a pass that answers another one. What it reads of the shard (which models
 and tables there are, where they are cut, where this member stages) changes only by this member's own
-exchanges, or grows. For the same reason the loops of a declared rule are compiled here, which may take
+exchanges, or grows. For the same reason the loops that a request will need are compiled here, which may take
 seconds: nobody else waits for that.
 
 Invariants:
@@ -32,7 +32,7 @@ from headwater.errors import ProtocolError, UsageError
 from headwater.kernels.codecs import decode, decode_rows, encode
 from headwater.machines.memory import Given, ScratchPart, ServerMemory
 from headwater.shard import Shard, StagedRows, Staging
-from headwater.shard.checks import check_declared
+from headwater.shard.loops_ahead import compile_for
 from headwater.spec.codecs import parse_codec, parse_row_codec, parse_values_codec
 from headwater.spec.layout import Layout
 
@@ -188,16 +188,16 @@ class MemberMemory:
             EnvironmentFailure: the system would not map it.
         """
         if type(message) is m.Step and not given:  # the way of every step
+            compile_for(message)
             self._decode(message)
             if not message.pushed and not message.pulled:
                 self._pulled = ()
                 return _NOTHING
             return Brought(rows=self._rows(message))
-        if isinstance(message, m.Register | m.RegisterTable):
-            try:
-                check_declared(message.spec)
-            except UsageError as error:
-                return Brought(failure=error)
+        try:
+            compile_for(message)
+        except UsageError as error:
+            return Brought(failure=error)
         if isinstance(message, m.Register | m.Attach | m.Renew):
             try:
                 return Brought(self._staging(message, given))

@@ -23,6 +23,7 @@ from headwater.machines.chunks import TakenChunks
 from headwater.machines.memory import Bytes, Given, ServerMemory, take
 from headwater.shard import Shard
 from headwater.shard.digest import digests
+from headwater.shard.loops_ahead import compile_for, compile_for_snapshot
 from headwater.shard.replica import MaterializedEntry, arriving, own_memory
 from headwater.shard.snapshot import ShardSnapshot, to_receive
 
@@ -75,9 +76,12 @@ class StandbyReceiver:
         if isinstance(message, m.Chunk):
             self._chunks.add(message.chunk, self._memory.given_chunk(given, message.size))
         elif isinstance(message, m.Snapshot):
+            compile_for_snapshot(message)
             self._snapshot, arrays = to_receive(message)
             self._missing = deque(array.reshape(-1).view(np.uint8) for array in arrays if array.size)
         elif isinstance(message, m.AppendEntry):
+            for _, request in message.inputs.requests:
+                compile_for(request)
             resolved, self._arriving = self._arriving, None
             return resolved if resolved is not None else self._materialize(message)[0]
         return None

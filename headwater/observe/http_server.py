@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import socketserver
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
-_log = logging.getLogger("headwater.http")
+from headwater.loggers import logger
+
+_log = logger("headwater.http")
 
 REQUEST_S = 10.0
 """How long a client may take over its request, in seconds."""

@@ -6,7 +6,6 @@ carries, so nothing is counted again here. A collector that cannot be reached is
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,12 +13,13 @@ from typing import Any
 
 import headwater
 from headwater.errors import ConfigurationError, HeadwaterError
+from headwater.loggers import logger
 from headwater.messages import ClusterStatistics, Histogram
 from headwater.observe.metric import Metric, Sample
 from headwater.observe.metrics import METRICS
 from headwater.spec.words import option
 
-_log = logging.getLogger("headwater.metrics")
+_log = logger("headwater.metrics")
 
 _EVERY_S = 10.0
 _ANSWER_S = 5.0

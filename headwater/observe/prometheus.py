@@ -8,7 +8,6 @@ where the cluster has a token, also on loopback. Needs the extra `metrics`.
 from __future__ import annotations
 
 import hmac
-import logging
 import socket
 import ssl
 import threading
@@ -17,6 +16,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from headwater.errors import ConfigurationError, HeadwaterError
+from headwater.loggers import logger
 from headwater.messages import ClusterStatistics, Histogram
 from headwater.observe.http_server import REQUEST_S, BoundedHTTPServer
 from headwater.observe.metric import Metric, Node
@@ -26,7 +26,7 @@ from headwater.wire.addresses import split_place
 from headwater.wire.encryption import load
 from headwater.wire.security import PLAIN, Security
 
-_log = logging.getLogger("headwater.metrics")
+_log = logger("headwater.metrics")
 
 
 class MetricsServer:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 from headwater.errors import ConfigurationError
+from headwater.loggers import logger
 from headwater.machines.coordinator import Logged
 from headwater.observe.history import History, Point
 from headwater.observe.sinks import LogSink
 from headwater.spec.words import option
 
-_log = logging.getLogger("headwater.sinks")
+_log = logger("headwater.sinks")
 
 _WAITING = 100_000
 """Points that may wait for a slow sink; further ones are left out there, and counted."""
@@ -98,7 +98,7 @@ class Recorder:
         for number, sink in enumerate(self._sinks):
             try:
                 call(sink)
-            except Exception:  # noqa: BLE001 - whatever a sink raises
+            except BaseException:  # noqa: BLE001 - whatever a sink raises, SystemExit too
                 if number not in self._failed:
                     self._failed.add(number)
                     name = type(sink).__name__

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import threading
 from pathlib import Path
 
 from headwater.errors import ConfigurationError, ConnectionLostError, HeadwaterError, ProtocolError
+from headwater.loggers import logger
 from headwater.messages import Acknowledged, CollectTrace, Finished, Refused, TraceChunk
 from headwater.observe.trace_file import TraceFile
 from headwater.spec.words import option
@@ -16,7 +16,7 @@ from headwater.wire.channel import Channel
 from headwater.wire.listener import dial
 from headwater.wire.security import PLAIN, Security
 
-_log = logging.getLogger("headwater.trace")
+_log = logger("headwater.trace")
 
 _DIAL_S = 10.0
 _LAST_S = 10.0

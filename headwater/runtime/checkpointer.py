@@ -16,11 +16,12 @@ import msgspec
 from headwater import checkpoint as files
 from headwater import messages as m
 from headwater.errors import ConfigurationError, HeadwaterError, RewoundError, named
+from headwater.loggers import logger
 from headwater.runtime.client import Client
 from headwater.spec.every import Every
 from headwater.wire.security import PLAIN, Security
 
-_log = logging.getLogger("headwater.checkpoint")
+_log = logger("headwater.checkpoint")
 
 _AGAIN_S = 1.0
 

@@ -26,6 +26,7 @@ from headwater.errors import (
     StalledError,
     UsageError,
 )
+from headwater.loggers import logger
 from headwater.machines.actions import Action, Actions, Close, Conn, Dial, Note, Send, Tell
 from headwater.machines.client import Asked, Call, ClientMachine, Failed, Settled
 from headwater.machines.connections import Buffer, Connected, Frame, Outgoing, Renewal
@@ -39,11 +40,15 @@ from headwater.spec.sync import Mode, parse_sync
 from headwater.wire.channel import Channel, Received
 from headwater.wire.exchange import exchange
 from headwater.wire.fork import close_in_child
+from headwater.wire.frames import check
 from headwater.wire.security import PLAIN, Security
 from headwater.wire.shared_memory import windows_possible
 
-_log = logging.getLogger("headwater.worker")
+_log = logger("headwater.worker")
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
+
+_OFTEN = (m.Step, m.Pull, m.PullRows)
+"""Requests that are made of what was checked already, and of which there are many."""
 
 _DIAL_S = 10.0
 _LOOK_S = 0.5
@@ -447,6 +452,9 @@ class Client:
         frames, self._frames = self._frames, ()
         try:
             left = None if until is None else max(0.0, until - now)
+            for frame in frames:
+                if type(frame.message) not in _OFTEN:
+                    check(frame.message)
             number, unanswered = self.machine.number, self.machine.unanswered()
             exchange(self.channels, frames, self._received, self._place, left, number, unanswered, self._sent)
             return

@@ -5,7 +5,6 @@ With a journal a file the node may die: the next one on it goes on with what the
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -22,6 +21,7 @@ from headwater.errors import (
     RefusedError,
     named,
 )
+from headwater.loggers import logger
 from headwater.machines.coordinator import (
     AllFinished,
     CheckAddresses,
@@ -43,7 +43,7 @@ from headwater.wire.channel import Channel
 from headwater.wire.endpoint import LOCAL, Endpoint
 from headwater.wire.listener import dial
 
-_log = logging.getLogger("headwater.coordinator")
+_log = logger("headwater.coordinator")
 
 _DIAL_S = 2.0
 """How long a server may take to be connected to, in seconds."""

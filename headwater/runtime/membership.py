@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from headwater import messages as m
 from headwater.errors import ConnectionLostError, HeadwaterError
+from headwater.loggers import logger
 from headwater.machines.actions import Action, Actions, Close, Conn, Dial, Note, Send, Tell
 from headwater.machines.membership import COORDINATOR, Membership, TraceAsked
 from headwater.runtime.dialling import NOBODY
@@ -24,7 +25,7 @@ from headwater.wire.listener import dial
 from headwater.wire.liveness import PeerLiveness
 from headwater.wire.security import Security
 
-_log = logging.getLogger("headwater")
+_log = logger("headwater")
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 
 _DIAL_S, _CALL_S = 10.0, 2.0

@@ -13,18 +13,18 @@ What waits may be joined: `join` makes one message of two.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
 from headwater.errors import ConnectionLostError
+from headwater.loggers import logger
 from headwater.machines.actions import Close, Send
 from headwater.messages import AnyMessage
 from headwater.wire.channel import Channel
 
-_log = logging.getLogger("headwater")
+_log = logger("headwater")
 
 Join: TypeAlias = Callable[[AnyMessage, AnyMessage], AnyMessage | None]
 

@@ -30,6 +30,7 @@ from functools import partial
 from typing import Any, Protocol, TypeAlias, cast
 
 from headwater.errors import EngineError, HeadwaterError, RefusedError
+from headwater.loggers import logger
 from headwater.machines.actions import (
     BESIDE,
     Action,
@@ -58,7 +59,7 @@ from headwater.runtime.threads import ConnectionThreads
 from headwater.runtime.tracing import TraceRecorder
 from headwater.wire.channel import Array, Channel, Received
 
-_log = logging.getLogger("headwater")
+_log = logger("headwater")
 
 GOODBYE_S = 2.0
 """How long a peer may take to read the last that it is sent before its connection is cut, in seconds."""

@@ -5,13 +5,13 @@ Server 0, and whoever may become it, has a second machine beside, the sequencer,
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from headwater import messages as m
 from headwater.errors import ConnectionLostError, EngineError, EnvironmentFailure, HeadwaterError
+from headwater.loggers import logger
 from headwater.machines.log_host import SequencerMachine
 from headwater.machines.log_link import Policy, joined
 from headwater.machines.server import CannotGoOn, ServerMachine, ServerPlan
@@ -27,7 +27,7 @@ from headwater.wire.channel import Channel
 from headwater.wire.endpoint import LOCAL, Endpoint
 from headwater.wire.listener import dial
 
-_log = logging.getLogger("headwater.server")
+_log = logger("headwater.server")
 
 _DIAL_S = 10.0
 _LOOK_S = 60.0

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
 from headwater.errors import ConnectionLostError, HeadwaterError
+from headwater.loggers import logger
 from headwater.messages import Traffic
 from headwater.wire.channel import Channel
 from headwater.wire.endpoint import Endpoint
 from headwater.wire.listener import Listener
 
-_log = logging.getLogger("headwater")
+_log = logger("headwater")
 
 
 class ConnectionThreads:

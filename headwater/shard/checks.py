@@ -254,5 +254,9 @@ def _check_model(spec: m.ModelSpec) -> None:
                 f"each needs norms before the other"
             )
         check_runs(rule, dense)
-    merged = spec.merge not in (None, "mean", "sum")
-    compile_for_model(clipped=spec.clip_norm is not None, merged=merged)
+    layerwise = any(from_spec(rule).layerwise for rule in spec.rules)
+    compile_for_model(
+        measured=spec.clip_norm is not None or spec.outer or spec.merge == "rda" or layerwise,
+        merged=spec.merge not in (None, "mean", "sum"),
+        coded=spec.codec is not None or spec.values_codec is not None,
+    )

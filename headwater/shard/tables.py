@@ -182,4 +182,4 @@ def check_table(spec: TableSpec) -> None:
         raise RegistrationError(f"table {spec.name!r}: {spec.rule.name} is a rule for models only")
     check_runs(from_spec(spec.rule), row_rule)
     Table(spec, range(0))
-    compile_for_table()
+    compile_for_table(coded=spec.codec is not None)

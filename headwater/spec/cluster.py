@@ -8,13 +8,13 @@ machine to machine (addresses, certificates, engines) is no part of it.
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict, Unpack, runtime_checkable
 
 from headwater import messages as m
 from headwater.errors import ConfigurationError
+from headwater.spec.amounts import whole
 from headwater.spec.every import Every
 from headwater.spec.keywords import means
 from headwater.spec.placement import SLOTS
@@ -239,12 +239,7 @@ _WITHOUT_CHECKPOINTS = {
 
 
 def _count(name: str, value: Any, least: int, most: int) -> int:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise ConfigurationError(f"{option(name)} must be an integer ≥ {least}, got {value!r}")
-    if value > most:
-        raise ConfigurationError(f"{option(name)} must be at most {most:,}, got {value!r:.40}")
-    return int(value)
+    return whole(option(name), value, least, most)
 
 
 def _directory(value: object) -> str:

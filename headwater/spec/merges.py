@@ -51,8 +51,8 @@ def parse_merge(value: object) -> MergeKind:
     Raises:
         ConfigurationError: not a merge; the text lists the valid forms.
     """
-    if value in ("mean", "sum", "rda", "median"):
-        return MergeKind(value)
+    if isinstance(value, str) and value in ("mean", "sum", "rda", "median"):
+        return MergeKind(value)  # type: ignore[arg-type]
     kind, _, number = value.partition(":") if isinstance(value, str) else ("", "", "")
     if kind == "trimmed" and number.isdecimal() and int(number) >= 1:
         return MergeKind("trimmed", int(number))

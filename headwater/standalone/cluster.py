@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import signal
@@ -10,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from headwater.errors import CheckpointError, ConfigurationError, HeadwaterError, RewoundError
+from headwater.loggers import logger
 from headwater.machines.coordinator import EndAsked
 from headwater.messages import ClusterStatistics, Refused
 from headwater.observe.otlp import OtlpExporter
@@ -22,7 +22,7 @@ from headwater.spec.words import option
 from headwater.storage import Storage
 from headwater.wire.endpoint import LOCAL, Endpoint
 
-_log = logging.getLogger("headwater.coordinator")
+_log = logger("headwater.coordinator")
 
 _AGAIN_S = 2.0
 """Between two attempts to write a last checkpoint that the disk refused, in seconds."""

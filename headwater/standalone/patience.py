@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from headwater.errors import ClusterEndedError, ConnectionLostError
+from headwater.loggers import logger
 
 Came = TypeVar("Came")
 
-_log = logging.getLogger("headwater")
+_log = logger("headwater")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 
@@ -15,6 +14,7 @@ from headwater.errors import (
     RefusedError,
     RewoundError,
 )
+from headwater.loggers import logger
 from headwater.messages import Assignment, ClusterStatistics, RequestSlot, ServerRole
 from headwater.observe.metrics import statistics_of_server
 from headwater.observe.prometheus import MetricsServer
@@ -24,7 +24,7 @@ from headwater.spec.seconds import seconds
 from headwater.standalone.patience import patiently
 from headwater.wire.endpoint import LOCAL, Endpoint
 
-_log = logging.getLogger("headwater.server")
+_log = logger("headwater.server")
 
 
 class StandaloneServer:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import Any
 
-from headwater.engines.engine import Failure
+from headwater.engines.engine import Failure, called
 from headwater.errors import ConnectionLostError, FinishedError, RefusedError, RewoundError, WorkerError
+from headwater.loggers import logger
 from headwater.messages import ClusterStatistics
 from headwater.observe.metrics import statistics_of_worker
 from headwater.observe.prometheus import MetricsServer
@@ -17,7 +17,7 @@ from headwater.standalone.patience import patiently
 from headwater.wire.security import PLAIN, Security
 from headwater.worker import Worker
 
-_log = logging.getLogger("headwater.worker")
+_log = logger("headwater.worker")
 
 
 class StandaloneWorker:
@@ -131,7 +131,7 @@ class StandaloneWorker:
 
     def _train_as(self, worker: Worker) -> None:
         try:
-            self._train(worker)
+            called(self._train, worker)
         except (RewoundError, ConnectionLostError, RefusedError):
             raise  # of the cluster, not of `train`
         except Exception as error:

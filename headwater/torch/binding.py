@@ -19,13 +19,14 @@ from torch.autograd.graph import increment_version
 from torch.utils.hooks import RemovableHandle
 
 from headwater.errors import RegistrationError, UsageError
+from headwater.loggers import logger
 from headwater.torch.parameters import BoundParameter, wait_for_copies
 from headwater.torch.watch import WriteWatch
 from headwater.worker import Worker
 from headwater.worker.model import Model
 from headwater.worker.model_spec import named
 
-_log = logging.getLogger("headwater.torch")
+_log = logger("headwater.torch")
 
 Parameters = Mapping[str, torch.nn.Parameter]
 

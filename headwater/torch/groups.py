@@ -8,19 +8,19 @@ what the servers used.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 
 from headwater.errors import ConfigurationError
+from headwater.loggers import logger
 from headwater.spec.rules import Rule
 from headwater.spec.schedules import Schedule
 from headwater.spec.settings import field_types
 from headwater.worker.rule_settings import RuleSettings
 
-_log = logging.getLogger("headwater.torch")
+_log = logger("headwater.torch")
 
 
 class ParameterGroup:

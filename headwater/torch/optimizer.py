@@ -10,7 +10,6 @@ Invariants:
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,9 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from headwater.errors import ConfigurationError, UsageError
+from headwater.loggers import logger
 from headwater.messages import StepResult
+from headwater.spec.amounts import whole
 from headwater.spec.rules import Rule
 from headwater.torch.binding import Binding, is_bound
 from headwater.torch.buffers import BufferMode, SharedBuffers, check_mode
@@ -40,7 +41,7 @@ from headwater.worker.model_spec import (
 )
 from headwater.worker.table import Table
 
-_log = logging.getLogger("headwater.torch")
+_log = logger("headwater.torch")
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -114,7 +115,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         _check_arguments(worker, module)
         check_mode(buffers)
         check_nonfinite(nonfinite)
-        check_clip_norm(clip_norm)
+        clip_norm = check_clip_norm(clip_norm)
         check_merge(merge, worker.workers)
         if worker.mode.late == "carry":
             raise ConfigurationError(
@@ -525,9 +526,7 @@ def _check_periods(worker: Worker, rule: Rule | None, push_every: int, pull_ever
     Raises:
         ConfigurationError: the periods are impossible, here or at all.
     """
-    for name, value in (("push_every", push_every), ("pull_every", pull_every)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigurationError(f"{name} must be an integer ≥ 1, got {value!r}")
+    whole("push_every", push_every), whole("pull_every", pull_every)
     if push_every == pull_every == 1:
         return False
     if worker.mode.rounds:

@@ -10,7 +10,6 @@ Invariants:
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,6 +23,8 @@ from headwater.checkpoint.lock import DirectoryLock
 from headwater.checkpoint.store import Location, open_folder, write_all
 from headwater.checkpoint.tensors import Tensor, write_tensors
 from headwater.errors import CheckpointError, ConfigurationError, WeightsError
+from headwater.loggers import logger
+from headwater.spec.amounts import whole
 from headwater.weights.bfloat16 import to_bfloat16
 from headwater.weights.layout import (
     EXTRA,
@@ -39,7 +40,7 @@ from headwater.weights.layout import (
     zstd,
 )
 
-_log = logging.getLogger("headwater.weights")
+_log = logger("headwater.weights")
 
 _LEVEL = 1  # of compression: the fastest, since most of a delta is zeros
 _FILE_BYTES = 4 << 30
@@ -113,9 +114,7 @@ class WeightsWriter:
     ) -> None:
         if dtype not in _DTYPES:
             raise ConfigurationError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-        for name, value in (("full_every", full_every), ("keep", keep)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigurationError(f"{name} must be an integer ≥ 1, got {value!r}")
+        full_every, keep = whole("full_every", full_every), whole("keep", keep)
         self._dialect = dialect_of(dialect)
         self._checksum = checksum or self._dialect.checksum
         self._digest = digest_of(self._checksum)

@@ -85,6 +85,19 @@ def encode(message: msgspec.Struct, *, request: int = 0, payload_length: int = 0
     return _PREFIX.pack(_START, flags, length, payload_length, request) + header
 
 
+def check(message: msgspec.Struct) -> None:
+    """Whether a peer will take it: what a caller gave may have a type that travels but is not the message's.
+
+    Raises:
+        UsageError: it will not.
+    """
+    header = encode(message)[PREFIX_SIZE:]
+    try:
+        _decode_message.decode(header)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{type(message).__name__} cannot be sent: {error}; nothing was sent") from error
+
+
 def parse_prefix(data: Bytes, limits: Limits, at: int = 0) -> Prefix:
     """Read and check the PREFIX_SIZE bytes of `data` from `at` on, the start of a frame.
 

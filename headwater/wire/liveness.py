@@ -8,14 +8,14 @@ a peer that is gone has closed them.
 
 from __future__ import annotations
 
-import logging
 import struct
 from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
+from headwater.loggers import logger
 from headwater.wire.channel import Channel
 
-_log = logging.getLogger("headwater")
+_log = logger("headwater")
 
 SILENCE_S = 20.0
 """For how long a peer's machine may acknowledge nothing of what was sent to it."""

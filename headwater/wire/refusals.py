@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 
+from headwater.loggers import logger
+
 _SHOWN = 20
 _PERIOD_S = 60.0
-_log = logging.getLogger("headwater.wire")
+
+_log = logger("headwater.wire")
 
 
 class RefusalLog:

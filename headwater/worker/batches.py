@@ -14,7 +14,6 @@ Invariants:
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.data import fetch
 from headwater.errors import DeadlockError
+from headwater.loggers import logger
 from headwater.machines.splits import Indices, Order, Places
 from headwater.runtime.client import Client
 from headwater.worker.parts import Call, LeasedSplits, StaticPart, batches_an_epoch
@@ -30,7 +30,7 @@ from headwater.worker.plan import ReadPlan
 from headwater.worker.program import Program
 from headwater.worker.stream_part import StreamPart, StreamPlan
 
-_log = logging.getLogger("headwater.worker")
+_log = logger("headwater.worker")
 
 Item = TypeVar("Item")
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeAlias
@@ -15,6 +14,8 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.errors import GradientError, NonFiniteError, RegistrationError
+from headwater.kernels.ahead import compile_for_model
+from headwater.loggers import logger
 from headwater.machines.connections import Frame, Outgoing
 from headwater.machines.model_buffer import ModelBuffer, ModelMemory, PrivateMemory
 from headwater.runtime.client import Client
@@ -25,7 +26,7 @@ from headwater.worker.model_spec import NonFinite, as_array, check_nonfinite, na
 from headwater.worker.rule_settings import RuleSettings
 from headwater.worker.rule_state import digest_of, vectors_of
 
-_log = logging.getLogger("headwater.worker")
+_log = logger("headwater.worker")
 
 Array: TypeAlias = NDArray[np.float32]
 
@@ -181,6 +182,8 @@ class LocalModel:
         """Declare the model with these values, or join one that exists; blocks for an exchange."""
         for name, value in initial.items():
             self.parameters[name][...] = value
+        coded = self.spec.codec is not None or self.spec.values_codec is not None
+        compile_for_model(measured=False, merged=False, coded=coded)
         self._join(self.buffer.register, "register")
 
     def attach(self, model: int) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -16,7 +15,9 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.errors import NonFiniteError, RegistrationError
 from headwater.kernels import finite, stage
+from headwater.kernels.ahead import compile_for_table
 from headwater.kernels.arrange import Ids, Plan, arrange, as_ids
+from headwater.loggers import logger
 from headwater.machines.row_buffer import RowBuffer, RowSlice
 from headwater.runtime.client import Client
 from headwater.spec.codecs import parse_row_codec
@@ -26,7 +27,7 @@ from headwater.worker.pulls import Ahead, RowsAhead, pull_rows, pull_together, s
 from headwater.worker.row_sums import RowSums
 from headwater.worker.rule_settings import RuleSettings
 
-_log = logging.getLogger("headwater.worker")
+_log = logger("headwater.worker")
 
 Array = NDArray[np.float32]
 Used = TypeVar("Used")
@@ -235,6 +236,7 @@ class LocalTable:
 
     def register(self) -> None:
         """Declare the table, or join one that exists; blocks for an exchange."""
+        compile_for_table(coded=self.spec.codec is not None, kept=False)
         answer = self.session.ask(
             lambda number: m.RegisterTable(number, self.spec), f"register table {self.name!r}"
         )

@@ -6,12 +6,12 @@ report: where there are more, every second one is left out, so that what is kept
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from headwater import messages as m
 from headwater.errors import UsageError
+from headwater.loggers import logger
 
 NAMES = 100
 """Names of metrics that one worker may use."""
@@ -20,7 +20,7 @@ LONGEST = 100
 POINTS = 256
 """Points that one report has at most."""
 
-_log = logging.getLogger("headwater.worker")
+_log = logger("headwater.worker")
 
 
 def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:

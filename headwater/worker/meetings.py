@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.errors import ConfigurationError, MeetingError, UsageError
+from headwater.errors import MeetingError, UsageError
 from headwater.log.meetings import describe
 from headwater.machines.connections import Frame
 from headwater.runtime.client import Client
+from headwater.spec.amounts import one_of, whole
 from headwater.worker import plain
 from headwater.worker.batches import DataReader
 from headwater.worker.program import Program
@@ -100,9 +101,7 @@ class Meetings:
 
     def broadcast(self, value: Any, root: int) -> Any:
         """What the worker with rank `root` passed."""
-        last = self._session.welcome.workers - 1
-        if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root <= last:
-            raise ConfigurationError(f"broadcast: got root={root!r}, expected a rank from 0 to {last}")
+        root = whole("broadcast: root, a rank,", root, 0, self._session.welcome.workers - 1)
         self._before()
         own = self._session.welcome.member.index == root
         data = plain.encode(value, "broadcast") if own else b""
@@ -196,8 +195,7 @@ def _whole(kind: str, rank: int, parts: bytearray) -> bytes:
 
 
 def _check_attendance(what: str, of: object) -> None:
-    if of not in ("present", "all"):
-        raise ConfigurationError(f"{what}: got of={of!r}, expected 'present' or 'all'")
+    one_of(f"{what}: of", of, ("present", "all"))
 
 
 def _array(name: str, value: Any) -> NDArray[Any]:

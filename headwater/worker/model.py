@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.kernels import finite, finite_sum, stager
 from headwater.machines.connections import Frame
+from headwater.spec.amounts import flag
 from headwater.spec.rules import Rule
 from headwater.spec.schedules import Schedule
 from headwater.worker.local_model import Array, LocalModel
@@ -53,6 +54,7 @@ class Model:
             StalledError: no answer within the deadline.
         """
         self._session.check_open("pull")
+        copy = flag("pull: copy", copy)
         local = self.local
         if not (local.fresh and self._session.mode.rounds and self._session.usable()):
             have = local.read_version

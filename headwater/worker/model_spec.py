@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.errors import ConfigurationError, GradientError, RegistrationError, UsageError
 from headwater.shard.table import MOST_COLUMNS
+from headwater.spec.amounts import MOST, flag, one_of, real, shown, text, whole
 from headwater.spec.codecs import parse_codec, parse_row_codec, parse_values_codec, text_of
 from headwater.spec.initializers import Initializer
 from headwater.spec.layout import Layout
@@ -67,16 +66,20 @@ def specify(
         RegistrationError: what it names is not a model.
         ConfigurationError: an impossible `clip_norm`, `merge`, `codec` or `values_codec`.
     """
-    check_clip_norm(clip_norm)
+    largest = check_clip_norm(clip_norm)
     coded, values_coded = text_of(parse_codec(codec)), text_of(parse_values_codec(values_codec))
     combined = None if merge is None else str(parse_merge(merge))
-    _check_name("a model", name)
+    name = _name("a model", name)
     if not isinstance(params, Mapping):
         raise RegistrationError(
             f"model {name!r}: params must be a dict of names and arrays, got a {type(params).__name__}"
         )
-    for tensor in params:
-        _check_name(f"a tensor of model {name!r}", tensor)
+    params = {_name(f"a tensor of model {name!r}", tensor): value for tensor, value in params.items()}
+    if not isinstance(groups, list | tuple):
+        raise RegistrationError(f"model {name!r}: groups must be a list of hw.Group, got {shown(groups)}")
+    if not isinstance(aliases, Mapping):
+        raise RegistrationError(f"model {name!r}: aliases must be a dict of names, got {shown(aliases)}")
+    outer = flag(f"model {name!r}: outer", outer, RegistrationError)
     if not isinstance(rule, Rule):
         raise RegistrationError(f"model {name!r}: rule must be a Rule such as hw.SGD(lr=0.1), got {rule!r}")
     if not params:
@@ -120,7 +123,6 @@ def specify(
             f"before: leave out one of the two"
         )
     rules = tuple(one.to_spec() for one in (rule, *(group.rule for group in groups)))
-    largest = None if clip_norm is None else float(clip_norm)
     spec = m.ModelSpec(name, Layout(specs).tensors, rules, largest, combined, coded, values_coded, outer)
     _check_size(spec)
     return spec, arrays
@@ -143,12 +145,10 @@ def specify_table(
         ConfigurationError: an impossible `codec`.
     """
     coded = text_of(parse_row_codec(codec))
-    _check_name("a table", name)
+    name = _name("a table", name)
     what = f"table {name!r}"
-    if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= MOST_COLUMNS:
-        raise RegistrationError(f"{what} has dim {dim!r}: pass a dim from 1 to {MOST_COLUMNS}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise RegistrationError(f"{what} has seed {seed!r}: pass an integer that fits int64")
+    dim = whole(f"{what}: dim", dim, 1, MOST_COLUMNS, RegistrationError)
+    seed = whole(f"{what}: seed", seed, -(2**63), MOST, RegistrationError)
     if not isinstance(rule, Rule):
         raise RegistrationError(f"{what}: rule must be a Rule such as hw.Adagrad(lr=0.1), got {rule!r}")
     if rule.layerwise:
@@ -169,16 +169,9 @@ def specify_table(
     return m.TableSpec(name, dim, rule.to_spec(), initializer.to_spec(), seed, begin, end, coded)
 
 
-def _check_name(what: str, name: Any) -> None:
-    """Raise RegistrationError unless it is a text that can travel."""
-    if not isinstance(name, str):
-        raise RegistrationError(f"the name of {what} must be a text, got {name!r}")
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise RegistrationError(
-            f"the name of {what} is {name!r}, which is no Unicode text: {error}"
-        ) from error
+def _name(what: str, name: Any) -> str:
+    """A name as a text that can travel. Raises RegistrationError."""
+    return text(f"the name of {what}", name, RegistrationError)
 
 
 def _check_size(spec: m.ModelSpec) -> None:
@@ -193,15 +186,12 @@ def _check_size(spec: m.ModelSpec) -> None:
 
 def check_nonfinite(nonfinite: str) -> None:
     """Raise ConfigurationError unless it is a NonFinite."""
-    if nonfinite not in ("raise", "skip", "off"):
-        raise ConfigurationError(f"nonfinite must be 'raise', 'skip' or 'off', got {nonfinite!r}")
+    one_of("nonfinite", nonfinite, ("raise", "skip", "off"))
 
 
-def check_clip_norm(clip_norm: Any) -> None:
-    """Raise ConfigurationError unless it is None or a number a norm can be held against."""
-    number = isinstance(clip_norm, int | float) and not isinstance(clip_norm, bool)
-    if clip_norm is not None and not (number and 0 < clip_norm < math.inf):
-        raise ConfigurationError(f"clip_norm must be a finite number > 0 or None, got {clip_norm!r}")
+def check_clip_norm(clip_norm: Any) -> float | None:
+    """A number that a norm can be held against, or None. Raises ConfigurationError."""
+    return None if clip_norm is None else real("clip_norm", clip_norm)
 
 
 def check_merge(merge: Any, workers: int) -> None:
@@ -220,20 +210,7 @@ def check_weight(weight: Any) -> float:
     Raises:
         ConfigurationError: no number from 0 up that is finite.
     """
-    number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
-    found = _float(weight) if number else math.nan
-    if not 0 <= found < math.inf:
-        raise ConfigurationError(
-            f"weight must be a finite number ≥ 0, such as how many samples the gradient is of, got {weight!r}"
-        )
-    return found
-
-
-def _float(number: Any) -> float:
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf
+    return real("weight, such as how many samples the gradient is of,", weight, zero=True)
 
 
 def as_array(what: str, value: Any, error: type[UsageError] = GradientError) -> NDArray[Any]:

@@ -6,17 +6,17 @@ A call hands out positions of an epoch's order. What is handed out is done with 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from headwater import messages as m
 from headwater.errors import ConfigurationError
+from headwater.loggers import logger
 from headwater.machines.splits import Places, left_of, part_of, part_of_rest
 from headwater.runtime.client import Client
 from headwater.worker.plan import ReadPlan
 
-_log = logging.getLogger("headwater.worker")
+_log = logger("headwater.worker")
 
 
 class Call(Protocol):

@@ -6,10 +6,9 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
-
 from headwater.data import groups_of, length_of
 from headwater.errors import ConfigurationError
+from headwater.spec.amounts import flag, one_of, whole
 
 SplitKind: TypeAlias = Literal["static", "dynamic"]
 
@@ -54,8 +53,7 @@ def plan_of(
     epochs, seed = count_of("batches", "epochs", epochs, 0), count_of("batches", "seed", seed, 0)
     if splits is None:
         splits = "static" if rounds else "dynamic"
-    if splits not in ("static", "dynamic"):
-        raise ConfigurationError(f"batches: got splits={splits!r}, expected 'static' or 'dynamic'")
+    one_of("batches: splits", splits, ("static", "dynamic"))
     if splits == "dynamic" and rounds:
         raise ConfigurationError(
             "batches: splits='dynamic' in synchronous mode, where the slowest worker sets the pace of all "
@@ -76,9 +74,7 @@ def flag_of(call: str, name: str, value: Any) -> bool:
     Raises:
         ConfigurationError: it is none.
     """
-    if not isinstance(value, bool | np.bool_ | numbers.Integral) or value not in (0, 1):
-        raise ConfigurationError(f"{call}: got {name}={value!r}, expected True or False")
-    return bool(value)
+    return flag(f"{call}: {name}", value)
 
 
 def count_of(call: str, name: str, value: Any, least: int) -> int:
@@ -87,7 +83,4 @@ def count_of(call: str, name: str, value: Any, least: int) -> int:
     Raises:
         ConfigurationError: it is none, or below `least`.
     """
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or not least <= value < 2**63:
-        raise ConfigurationError(f"{call}: got {name}={value!r}, expected a whole number ≥ {least}")
-    return int(value)
+    return whole(f"{call}: {name}", value, least)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from headwater.errors import ConfigurationError
 from headwater.messages import RulesInForce, RuleSpec, SettingValue
+from headwater.spec.amounts import whole
 from headwater.spec.declaration import Declaration, Values, fingerprint
 from headwater.spec.rules import Rule, from_spec
 from headwater.spec.settings import Settings
@@ -65,8 +65,7 @@ class RuleSettings:
             ConfigurationError: no such group or setting, an impossible value, one that needs other states.
         """
         rules = self.rules
-        if group is not None and (isinstance(group, bool) or group not in range(len(rules))):
-            raise ConfigurationError(f"{self._what} has groups 0 to {len(rules) - 1}, got {group!r}")
+        group = None if group is None else whole(f"{self._what}: group", group, 0, len(rules) - 1)
         changes = {
             one: _settled(rules[one], values) for one in (range(len(rules)) if group is None else [group])
         }

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.errors import GradientError
+from headwater.spec.amounts import shown
 from headwater.spec.layout import Layout
 from headwater.spec.rules import Rule
 from headwater.worker.model_spec import as_array, named
@@ -28,6 +29,8 @@ def vectors_of(
         GradientError: an unknown tensor or state, one that is missing, a wrong shape or dtype, an impossible
             step; names it.
     """
+    if not isinstance(state, Mapping) or not all(isinstance(one, Mapping) for one in state.values()):
+        raise GradientError(f"{what}: the state must be a dict of dicts by tensor name, got {shown(state)}")
     if unknown := [name for name in state if name not in layout.index]:
         raise GradientError(f"{what} has no tensor {named(unknown)}, it has {named(layout.index)}")
     names = list(dict.fromkeys(name for rule in rules for name in rule.states()))
@@ -70,8 +73,8 @@ def rows_of(
     """
     values = _fitting(f"rows for {what}", rows, (*shape, dim)).reshape(-1, dim)
     if not isinstance(state, Mapping):
-        if state != "reset":
-            raise GradientError(f"{what}: state must be 'reset' or the states by name, got {state!r}")
+        if not isinstance(state, str) or state != "reset":
+            raise GradientError(f"{what}: state must be 'reset' or the states by name, got {shown(state)}")
         return values
     states = rule.states()
     if strange := [key for key in state if key != STEP and key not in states]:

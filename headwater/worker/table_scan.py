@@ -8,19 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.errors import ConfigurationError, RefusedError, named
+from headwater.errors import RefusedError, named
 from headwater.machines.connections import Frame
 from headwater.runtime.client import Client
 from headwater.shard.version_copy import VersionCopy
+from headwater.spec.amounts import whole
 
 Rows = Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]
 
 
 def scan_rows(session: Client, table: int, spec: m.TableSpec, batch: int) -> Rows:
     """The rows in pieces of `batch`; `Table.scan` says what it raises."""
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ConfigurationError(f"scan: batch must be an integer ≥ 1, got {batch!r}")
-    return _scanned(session, table, spec, batch)
+    return _scanned(session, table, spec, whole("scan: batch", batch))
 
 
 def _scanned(session: Client, table: int, spec: m.TableSpec, batch: int) -> Rows:

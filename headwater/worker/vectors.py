@@ -16,6 +16,7 @@ import msgspec
 from headwater import messages as m
 from headwater.errors import UsageError
 from headwater.machines.connections import Frame
+from headwater.spec.amounts import shown, text
 from headwater.worker.local_model import LocalModel
 from headwater.worker.meetings import Meetings
 
@@ -73,7 +74,7 @@ class Vectors:
         Raises:
             UsageError: there is no such vector.
         """
-        self.combine(out, {source: 1.0})
+        self.combine(out, {_name(source): 1.0})
 
     def combine(self, out: str, terms: Terms) -> None:
         """out = Σ coefficient · vector, for `terms` {name: coefficient}; `out` may be among them.
@@ -91,7 +92,8 @@ class Vectors:
         Raises:
             UsageError: as `combine`; none was done.
         """
-        self.run([combination(out, terms) for out, terms in combinations])
+        pairs = _pairs("combine_all", combinations, "pairs of a name and {name: coefficient}")
+        self.run([combination(out, terms) for out, terms in pairs])
 
     def dots(self, pairs: Iterable[tuple[str, str]]) -> list[float]:
         """Inner products of pairs of vectors, in one pass over memory.
@@ -102,7 +104,8 @@ class Vectors:
         Raises:
             UsageError: there is no such vector.
         """
-        return list(self.run((), [m.Reduction("dot", _name(a), _name(b)) for a, b in pairs]).totals)
+        named = [(_name(a), _name(b)) for a, b in _pairs("dots", pairs, "pairs of names")]
+        return list(self.run((), [m.Reduction("dot", a, b) for a, b in named]).totals)
 
     def sizes(self, name: str) -> tuple[float, float]:
         """(largest magnitude, sum of magnitudes) of a vector, as `dots` has sums.
@@ -154,7 +157,7 @@ class Vectors:
 def combination(out: str, terms: Terms) -> m.CombineVectors:
     """As an operation. Raises UsageError."""
     if not isinstance(terms, Mapping):
-        raise UsageError(f"combine: got terms {terms!r}, expected {{name: coefficient}}")
+        raise UsageError(f"combine: got terms {shown(terms)}, expected {{name: coefficient}}")
     pairs = tuple((_name(name), _finite(f"the coefficient of {name!r}", c)) for name, c in terms.items())
     return m.CombineVectors(_name(out), pairs)
 
@@ -166,19 +169,25 @@ def _writes(one: m.VectorOperation) -> bool:
 
 
 def _name(name: Any) -> str:
-    if not isinstance(name, str) or not name:
-        raise UsageError(f"the name of a vector is a text, got {name!r}")
-    return name
+    return text("the name of a vector", name, UsageError)
 
 
 def _finite(what: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{what} is {value!r}, expected a number; nothing was done") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UsageError(f"{what} is {shown(value)}, expected a number; nothing was done") from error
     if not math.isfinite(number):
         raise UsageError(f"{what} is {number}, expected a finite number; nothing was done")
     return number
+
+
+def _pairs(what: str, given: Any, expected: str) -> list[tuple[Any, Any]]:
+    """What a call takes as pairs. Raises UsageError."""
+    try:
+        return [(one, other) for one, other in given]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{what}: got {shown(given)}, expected {expected}; nothing was done") from error
 
 
 def _told(work: m.VectorWork) -> str:
