@@ -1,9 +1,12 @@
 """The sequencer and norms: what is asked, when that is void, and what is said of it."""
 
+from types import SimpleNamespace
+
 import pytest
 from test_sequencer import MODES, Desk, committed, kinds
 
 from headwater import messages as m
+from headwater.log.measures import Measures
 
 
 class ClippedDesk(Desk):
@@ -137,3 +140,22 @@ def test_a_measurement_of_one_that_died_hides_no_stall_of_the_others():
     assert kinds(desk.die(2)) == ["Retired"]
     desk.hold(0, "barrier")
     assert "Stalled" in kinds(desk.hold(1, "sum"))
+
+
+def test_what_was_measured_for_an_exchange_that_is_over_is_waited_for_no_more():
+    """Else everybody who waits for each other would be taken for somebody who waits for a server."""
+    measures = Measures(2)
+    exchanges = [SimpleNamespace(member=member, id=m.ExchangeId(member, 1)) for member in (1, 2)]
+    measures.begin(exchanges, 5, 0)
+    measures.add(0, [m.Sums(5, ())])
+    assert measures
+    assert measures.missing(exchanges[1]) == [1]
+    measures.forget(exchanges[0])
+    assert not measures
+    assert measures.missing(exchanges[1]) == []
+    measures.forget(exchanges[1])
+    measures.begin(exchanges[1:], 6, 0)
+    measures.begin(exchanges, 7, 0)
+    measures.add(0, [m.Sums(7, ())])
+    measures.add(1, [m.Sums(7, ())])
+    assert not measures, "what was asked of one of them before, with others, is void"

@@ -212,6 +212,7 @@ def test_a_server_whose_connection_to_the_log_is_lost_connects_again_and_says_wh
     assert [tag for _, tag in desk.dialled] == ["log 1"] * 2
     desk.do(desk.machine.unreachable("log 1", "nobody listens", desk.now))
     desk.passes(AGAIN_S)
+    assert [tag for _, tag in desk.dialled] == ["log 1"] * 3
     again = desk.connects("log 1")
     assert isinstance(desk.last(again), m.Recovery)
 

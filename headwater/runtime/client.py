@@ -36,6 +36,7 @@ from headwater.machines.split_request import SplitAnswer
 from headwater.runtime.dialling import dial_member, machine
 from headwater.runtime.membership import MembershipThread
 from headwater.runtime.stage_clock import StageClock
+from headwater.spec.amounts import whole
 from headwater.spec.sync import Mode, parse_sync
 from headwater.wire.channel import Channel, Received
 from headwater.wire.exchange import exchange
@@ -94,7 +95,8 @@ class Client:
         security: Security = PLAIN,
         cluster: str = "",
     ) -> None:
-        _check(coordinator, rank)
+        _check(coordinator)
+        rank = None if rank is None else whole("rank", rank, 0, 2**31 - 1)
         join = m.Join(role, rank, os.getpid(), socket.gethostname(), (), machine(), cluster)
         self.machine = ClientMachine(coordinator, join, deadline=deadline)
         self.channels: list[Channel] = []
@@ -602,15 +604,12 @@ class Client:
             self._member.step(lambda now: self.machine.fail(why))
 
 
-def _check(coordinator: Any, rank: Any) -> None:
-    """Raise ConfigurationError unless they can be an address and a rank."""
+def _check(coordinator: Any) -> None:
+    """Raise ConfigurationError unless it can be an address."""
     if not isinstance(coordinator, str):
         raise ConfigurationError(
             f"the address of a coordinator is a text such as 'tcp:node1:7000', got {coordinator!r}"
         )
-    whole = isinstance(rank, int) and not isinstance(rank, bool)
-    if rank is not None and not (whole and 0 <= rank < 2**31):
-        raise ConfigurationError(f"rank must be an integer ≥ 0, or None for the next free one, got {rank!r}")
 
 
 def _close(descriptors: Sequence[int]) -> None:

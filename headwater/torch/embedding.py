@@ -9,6 +9,7 @@ Invariants:
 from __future__ import annotations
 
 import copy
+import numbers
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -248,7 +249,7 @@ def host_ids(ids: Any) -> tuple[Ids, torch.device]:
 
 
 def _check_padding(padding_idx: Any) -> None:
-    is_id = isinstance(padding_idx, int) and not isinstance(padding_idx, bool)
+    is_id = isinstance(padding_idx, numbers.Integral) and not isinstance(padding_idx, bool)
     if padding_idx is not None and not (is_id and -(2**63) <= padding_idx < 2**63):
         raise ConfigurationError(
             f"padding_idx must be None or an integer that fits int64, got {padding_idx!r}"
