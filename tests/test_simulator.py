@@ -12,6 +12,7 @@ from modes import Deaf, Pairs
 from headwater import messages as m
 from headwater import testing
 from headwater.errors import ConfigurationError
+from headwater.machines import log_link
 from headwater.spec.rules import Adam
 from headwater.spec.sync import Mode
 from headwater.testing import (
@@ -30,6 +31,7 @@ from headwater.testing import (
     simulate,
 )
 from headwater.testing.invariants import ALWAYS, COUNTED, FOLLOWED
+from headwater.testing.processes import host
 from headwater.testing.schedule import random_schedule
 
 MODES = ["sync", "async", "ssp:1", "sync:quorum=2,grace=0.002"]
@@ -84,6 +86,19 @@ def test_schedules_have_something_of_everything():
     fields = ["shares", "splits", "readers", "meets", "checkpoints", "rule", "clip_norm", "replicas", "rows"]
     for field in (*fields, "keeps", "ahead", "verifies", "weighted", "merge"):
         assert len({bool(getattr(schedule, field)) for schedule in schedules}) == 2, field
+
+
+def test_what_waits_to_be_sent_is_joined_as_servers_join_it(monkeypatch):
+    made = []
+
+    def joined(first, second):
+        made.append(log_link.joined(first, second))
+        return made[-1]
+
+    monkeypatch.setattr(host, "joined", joined)
+    for seed in range(4):
+        run(random_schedule("async", seed, Faults(), replicas=1, servers=2))
+    assert {m.AppendAck, m.Entries, m.Reports} <= {type(message) for message in made}
 
 
 def test_a_deposed_server_that_goes_on_in_the_middle_of_a_pass_changes_nothing():

@@ -84,16 +84,17 @@ class Index:
         self._lay_out()
 
     def _lay_out(self) -> None:
-        """Give every slot empty pages with room for as many entries as `used` says."""
+        """Give every slot empty pages with room for as many entries as `used` says; page 0 where none."""
         self._memory = Slabs([PAGE], large=True)
         assert self._memory.shift == _PAGES_A_CHUNK_SHIFT
         self._pages = 1 + self._used // np.int32(_ENTRIES_A_PAGE)
-        ends = np.cumsum(self._pages, dtype=np.int64)
-        total = int(ends[-1]) if len(ends) else 0
-        self._memory.reserve(max(total, 1))
+        own = np.where(self._used > 0, self._pages, 0)
+        ends = 1 + np.cumsum(own, dtype=np.int64)
+        total = int(ends[-1]) if len(ends) else 1
+        self._memory.reserve(total)
         self._counters[_NEXT_PAGE] = total
         width = max(4, int(self._pages.max(initial=0)))
-        firsts = (ends - self._pages).astype(np.int32)
+        firsts = np.where(own > 0, ends - own, 0).astype(np.int32)
         self._directory = firsts[:, np.newaxis] + np.arange(width, dtype=np.int32)
         _loops().clear_pages(0, total, self._chunks)
 
@@ -213,7 +214,9 @@ class Index:
 
     def entries(self, slots: NDArray[np.int64]) -> Entries:
         """The entries of the slots at positions int64[k], one slot after the other."""
-        count = int(self._used[slots].sum(dtype=np.int64))
+        used = self._used[slots]
+        slots = slots[used > 0]  # a small table has entries in few of them
+        count = int(used.sum(dtype=np.int64))
         ids = np.empty(count, dtype=np.int64)
         rows, counts = np.empty(count, dtype=np.int32), np.empty(count, dtype=np.int32)
         _loops().entries(slots, self._pages, self._directory, self._chunks, ids, rows, counts)

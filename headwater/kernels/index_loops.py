@@ -194,8 +194,9 @@ def place_for(hashed, slot, pages, directory, chunks):
 
 @inner
 def grow(slot, first, pages, used, directory, chunks, counters):
-    """Give the slot about two fifths more pages; False, nothing changed, where pages or directory end."""
-    old = np.int64(pages[slot])
+    """Give the slot its first page, or about two fifths more; False, nothing changed, where pages or the
+    directory end."""
+    old = np.int64(pages[slot]) if directory[slot, 0] > 0 else 0
     new = old + max(1, old * (24 + (((slot + first) >> 3) & 15)) // 80)
     if counters[NEXT_PAGE] + new - old > len(chunks) << PAGE_SHIFT or new > directory.shape[1]:
         counters[WANTED] = new
@@ -293,6 +294,7 @@ def claim(
         hashed = mix(np.uint64(ids[i]))
         slot = slot_of(hashed, first)
         crowded = np.int64(used[slot]) * 64 >= lines_of(slot, pages) * WIDTH * (42 + ((slot + first) & 7))
+        crowded = crowded or directory[slot, 0] == 0
         if crowded and not grow(slot, first, pages, used, directory, chunks, counters):
             return k
         rows[i], counts[i] = -1, 0

@@ -7,6 +7,8 @@ Imported only by generated modules, as `headwater.kernels.memory` is.
 Invariants:
 - A virtual slot's table is a row of lines, `LINES` in each of its `pages[slot]` pages; page k of the slot is
   number `directory[slot, k]`.
+- Page 0 has no entries. It is the only page of every slot that never had one, so an index that few slots
+  are used of is small, and made at once.
 - A line has `WIDTH` entries: int64 ids, then int32 rows, then int32 counts; row −1 marks an entry empty.
 - All lines from an id's home to the one before its own are full, so a search ends at a line that is not.
 """

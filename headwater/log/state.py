@@ -11,7 +11,8 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 from headwater import messages as m
@@ -45,6 +46,11 @@ class RankState:
     incarnations: int = 0
     steps: int = 0
     over: bool = False
+
+
+_of_member = attrgetter(*(field.name for field in fields(MemberState)))
+_of_rank = attrgetter(*(field.name for field in fields(RankState)))
+"""The fields of one as a tuple, in their order."""
 
 
 class LogState:
@@ -310,10 +316,10 @@ class LogState:
             ranks=tuple(sorted(self.ranks)),
             finished=tuple(sorted(self.finished)),
             names=tuple(sorted(self.names)),
-            members=tuple(m.MemberRecord(id, *astuple(self.members[id])) for id in sorted(self.members)),
+            members=tuple(m.MemberRecord(id, *_of_member(self.members[id])) for id in sorted(self.members)),
             met=self.met,
             histories=tuple(
-                m.RankRecord(rank, *astuple(one)) for rank, one in sorted(self.histories.items())
+                m.RankRecord(rank, *_of_rank(one)) for rank, one in sorted(self.histories.items())
             ),
             stopping=tuple(sorted(self.stopping)),
             portions=self.portions.record(),

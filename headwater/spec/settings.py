@@ -15,7 +15,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from headwater.errors import ConfigurationError
@@ -107,6 +107,7 @@ def refuse_unknown(problem: str, got: typing.Iterable[str], valid: typing.Iterab
         raise ConfigurationError(f"{problem} {', '.join(map(repr, unknown))}: choose from {', '.join(known)}")
 
 
+@functools.cache
 def field_types(cls: type) -> Mapping[str, Any]:
     """Field name → type, in declaration order.
 
@@ -132,18 +133,21 @@ def _hints(cls: type) -> Mapping[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def required_fields(cls: type) -> list[str]:
+@functools.cache
+def required_fields(cls: type) -> Sequence[str]:
     """Names of the fields without a default."""
     none = dataclasses.MISSING
     fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls)
     return [field.name for field in fields if field.default is none and field.default_factory is none]
 
 
+@functools.cache
 def _tuple_length(hint: Any) -> int:
     return len(typing.get_args(hint)) if typing.get_origin(hint) is tuple else 0
 
 
-def _flat_names(field: str, hint: Any) -> list[str]:
+@functools.cache
+def _flat_names(field: str, hint: Any) -> Sequence[str]:
     return [f"{field.removesuffix('s')}{i + 1}" for i in range(_tuple_length(hint))] or [field]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,10 +55,15 @@ def run(schedule: Schedule, *, trace: bool = False) -> Result:
     )
     world = _world(schedule, workload, trace)
     inject(world, schedule.faults)
+    collects = gc.isenabled()
+    gc.disable()  # a world is one knot of references until it is dropped as a whole
     try:
         world.run(*[workload.program] * schedule.workers)
     except Exception as error:
         raise explained(error, schedule, tuple(world.trace or ())) from error
+    finally:
+        if collects:
+            gc.enable()
     return Result(
         schedule,
         tuple(world.log),

@@ -61,8 +61,10 @@ class _Host:
 
     def waits_for(self, term: int) -> bool:
         """Whether it may still acknowledge this term in time."""
-        known = [*self.asked, *([self.wanted] if self.wanted is not None else [])]
-        return self.acknowledged < term and any(one.term >= term for one in known)
+        if self.acknowledged >= term:
+            return False
+        wanted = self.wanted is not None and self.wanted.term >= term
+        return wanted or any(one.term >= term for one in self.asked)
 
     def pending(self) -> Iterable[_Asked]:
         """All that is not answered."""
@@ -125,7 +127,12 @@ class Hosts:
 
     def due(self) -> float | None:
         """When `tick` has something to give up."""
-        return min((one.until for host in self._hosts.values() for one in host.pending()), default=None)
+        first: float | None = None
+        for host in self._hosts.values():
+            if host.asked or host.unsent or host.wanted is not None:  # mostly nothing is
+                until = min(one.until for one in host.pending())
+                first = until if first is None else min(first, until)
+        return first
 
     def close(self) -> None:
         """End all connections."""

@@ -336,8 +336,8 @@ class CoordinatorMachine:
 
     def _done(self) -> Actions:
         """Move on whatever can; what is to be done, and when time must pass."""
-        self._settle()
-        moments = [self._look, *(self.newcomers.due() if self._somebody_comes() else ()), *self.traces.due()]
+        comes = self._settle()
+        moments = [self._look, *(self.newcomers.due() if comes else ()), *self.traces.due()]
         moments += [one for one in (self._hosts.due(), self.members.due()) if one is not None]
         if self.stage == "finishing":
             moments.append(self._back_by)
@@ -349,7 +349,8 @@ class CoordinatorMachine:
         """Whether there is a connection of anybody who is no member; most events are of members."""
         return any(type(phase) is not Present for phase in self.state.phases.values())
 
-    def _settle(self) -> None:
+    def _settle(self) -> bool:
+        """Whether there is anybody left who is no member."""
         state = self.state
         for tag, answer in self._hosts.answers():
             what, _, number = tag.partition(" ")
@@ -368,7 +369,9 @@ class CoordinatorMachine:
         self.traces.settle()
         if comes:
             self.surveys.answer()
+            comes = self._somebody_comes()
         if self.all_finished != self._told_finished:
             self._told_finished = self.all_finished
             if self._told_finished:
                 state.emit(Tell(AllFinished()))
+        return comes

@@ -226,8 +226,10 @@ class Members:
     def ask_recorded(self) -> None:
         """Ask server 0, where something waits for what it says."""
         state = self._state
+        if not self.reading.wanted or state.now < self._ask_again:
+            return
         servers = state.book.of("server")
-        if self.reading.wanted and state.now >= self._ask_again and servers and servers[0].index == 0:
+        if servers and servers[0].index == 0:
             self.reading.asked()
             self._hosts.ask(servers[0], f"recorded {state.book.generation}", state.now)
 

@@ -63,14 +63,16 @@ class TraceCollection:
         self._state = state
         self._clocks = _Clocks()
         self._recording: set[int] = set()
+        self._asked: set[Conn] = set()
 
     @property
     def _collecting(self) -> dict[Conn, Collecting]:
-        return {
-            conn: phase
-            for conn, phase in self._state.phases.items()
-            if isinstance(phase, Collecting) and not phase.over
-        }
+        if not self._asked:  # as after nearly every event
+            return {}
+        phases = self._state.phases
+        self._asked &= phases.keys()
+        found = ((conn, phases[conn]) for conn in sorted(self._asked))
+        return {conn: phase for conn, phase in found if isinstance(phase, Collecting) and not phase.over}
 
     # ── whoever collects ────────────────────────────────────────────────────────────────────────
 
@@ -78,6 +80,7 @@ class TraceCollection:
         """Somebody begins to collect."""
         state = self._state
         state.phases[conn] = Collecting(state.now + max(0.0, asked.seconds))
+        self._asked.add(conn)
         for one in list(state.phases.values()):
             if isinstance(one, Present):  # others are asked once they are welcomed
                 self._ask(one.member.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from headwater.shard import Shard
@@ -29,4 +30,5 @@ def snapshot_digest(snapshot: ShardSnapshot) -> int:
     notes = [model.program.note for model in snapshot.models]
     rows = [(table.rule, table.updates) for table in snapshot.tables]
     rest = (snapshot.position, snapshot.version, snapshot.changed, snapshot.ledger, snapshot.standings)
-    return hash((*(array.tobytes() for array in arrays), repr((rules, notes, rows, rest, snapshot.recorded))))
+    said = msgspec.msgpack.encode((rules, notes, rows, rest, snapshot.recorded))
+    return hash((*(array.tobytes() for array in arrays), said))

@@ -6,8 +6,8 @@ put down, so a run is a function of what is put down.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import Any, TypeAlias
 
 Action: TypeAlias = Callable[..., None]
@@ -33,13 +33,13 @@ class Agenda:
         """Have `action(*arguments)` happen at `time`, now at the earliest."""
         self._put += 1
         self.busy += not idle
-        heapq.heappush(self._heap, (max(time, self.now), self._put, idle, action, arguments))
+        heappush(self._heap, (time if time > self.now else self.now, self._put, idle, action, arguments))
 
     def step(self) -> bool:
         """Let the next thing happen; False, and nothing, where only idle actions are left."""
         if not self.busy:
             return False
-        self.now, _, idle, action, arguments = heapq.heappop(self._heap)
+        self.now, _, idle, action, arguments = heappop(self._heap)
         self.busy -= not idle
         self.happened += 1
         action(*arguments)

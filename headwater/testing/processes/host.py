@@ -8,7 +8,7 @@ from headwater import messages as m
 from headwater.errors import ConnectionLostError, HeadwaterError, ProtocolError
 from headwater.machines.actions import Conn
 from headwater.machines.log_host import SequencerMachine
-from headwater.machines.log_link import Policy
+from headwater.machines.log_link import Policy, joined
 from headwater.machines.membership import Ended, Heard, Joined, Membership, Returned
 from headwater.machines.server import CannotGoOn, ServerMachine, ServerPlan
 from headwater.shard.replica import MaterializedEntry
@@ -78,8 +78,8 @@ class Host(Node):
         beside = None
         if index == 0:
             self.sequencer = SequencerMachine(world.servers, world.policy, patience=PATIENCE_S)
-            beside = MachineDriver(self, self.sequencer)
-        self.driver = MachineDriver(self, self.machine, self.machine, beside)
+            beside = MachineDriver(self, self.sequencer, join=joined)
+        self.driver = MachineDriver(self, self.machine, self.machine, beside, join=joined)
 
     def _watched(self, shard: WatchedShard) -> WatchedShard:
         """A shard of this server, whose entries the world is told of."""

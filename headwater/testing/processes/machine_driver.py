@@ -38,7 +38,7 @@ from headwater.machines.actions import (
     Send,
     Tell,
 )
-from headwater.testing.processes.network import End, Frame, Process
+from headwater.testing.processes.network import End, Frame, Join, Process
 
 _MOMENT_S = 0.001
 """Mean seconds that a task, or the end of a connection takes."""
@@ -100,6 +100,7 @@ class MachineDriver:
         beside: drives the node's other machine.
         opened: what tells the machine of a connection, where that needs more than every machine is told.
         waits: whether the machine waits for time to pass, other than for what recurs whatever happens.
+        join: makes one message of two that wait to be sent.
 
     Attributes:
         ends: the connections.
@@ -114,6 +115,7 @@ class MachineDriver:
         beside: MachineDriver | None = None,
         opened: Callable[[Conn, str | None, float], Actions] | None = None,
         waits: Callable[[], bool] = _always,
+        join: Join | None = None,
     ) -> None:
         self.node = node
         self.ends: dict[Conn, End] = {}
@@ -128,6 +130,7 @@ class MachineDriver:
             beside._beside = self
         self._opened = opened or machine.opened
         self._waits = waits
+        self._join = join
         self._agenda = node.network.agenda
         self._chance = random.Random(f"{node.network.seed} {node.name} driver")
         self._last: Conn = 0
@@ -154,7 +157,10 @@ class MachineDriver:
 
     def do(self, decide: Callable[[float], Actions]) -> None:
         """Have the machine decide something, and carry out what follows."""
-        self._queue(decide(self._agenda.now))
+        self._carry_out(decide(self._agenda.now))
+
+    def _carry_out(self, actions: Actions) -> None:
+        self._queue(actions)
         if self._working:
             return  # whoever is at it carries this out, in its turn
         self._working = True
@@ -169,11 +175,11 @@ class MachineDriver:
         for action in actions:
             if type(action) in _STOPS and action.conn in self.ends:  # type: ignore[union-attr]
                 self.ends[action.conn].wait()  # type: ignore[union-attr]
-        due = self._machine.due
-        if due is None:
+        due, ticking = self._machine.due, self._ticking
+        if due is None or (ticking is not None and due >= ticking[0] and not ticking[1]):
             return
-        idle, ticking = not self._waits(), self._ticking
-        if ticking is None or due < ticking[0] or (ticking[1] and not idle):
+        idle = not self._waits()
+        if ticking is None or due < ticking[0] or not idle:
             self._ticking = due, idle
             self.node.after(due - self._agenda.now, self._tick, self._ticking, idle=idle)
 
@@ -192,7 +198,7 @@ class MachineDriver:
             self._queue(self._advancing.advance(self._agenda.now))
 
     def _take(self, conn: Conn, frame: Frame) -> None:
-        self.do(lambda now: self._received(conn, frame, now))
+        self._carry_out(self._received(conn, frame, self._agenda.now))
 
     def _received(self, conn: Conn, frame: Frame, now: float) -> Actions:
         message, payloads = frame.message, self._payloads
@@ -229,7 +235,7 @@ class MachineDriver:
     def _take_inbox(self) -> None:
         messages, self._inbox = self._inbox, []
         for message in messages:
-            self.do(lambda now, message=message: self._machine.received(BESIDE, message, None, now))  # type: ignore[misc]
+            self._carry_out(self._machine.received(BESIDE, message, None, self._agenda.now))
 
     # ── time ────────────────────────────────────────────────────────────────────────────────────
 
@@ -278,7 +284,13 @@ class MachineDriver:
         end = self.ends.get(send.conn)
         if end is not None and not end.closed:
             buffers = [np.array(array) for array in send.buffers]  # as the kernel does
-            end.send(send.message, request=send.request, buffers=buffers, descriptors=send.descriptors)
+            end.send(
+                send.message,
+                request=send.request,
+                buffers=buffers,
+                descriptors=send.descriptors,
+                join=self._join,
+            )
 
     def pause(self, conn: Conn) -> None:
         """What arrives over this connection waits in it."""

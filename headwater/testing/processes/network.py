@@ -16,7 +16,8 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from math import log
+from typing import Any, NamedTuple, TypeAlias
 
 from headwater.errors import ConnectionLostError
 from headwater.testing.processes.agenda import Action, Agenda
@@ -33,6 +34,9 @@ class Frame(NamedTuple):
     shared: Sequence[Any]
     sent: float
 
+
+Join: TypeAlias = Callable[[Any, Any], Any]
+"""One message that says both, in their order; None where there is none."""
 
 _END = Frame(None, (), (), 0.0)
 
@@ -52,6 +56,7 @@ class Process:
         self.alive = True
         self.stopped_until = 0.0
         self.ends: set[End] = set()
+        self._agenda = network.agenda
         self._unfinished: list[Action] = []
         network.processes[name] = self
         self.pid = len(network.processes)
@@ -62,13 +67,13 @@ class Process:
 
     def after(self, seconds: float, action: Action, *arguments: Any, idle: bool = False) -> None:
         """Have this process do something later; not if it has ended, and not while it is stopped."""
-        agenda = self.network.agenda
+        agenda = self._agenda
         agenda.at(agenda.now + seconds, self._do, action, arguments, idle, idle=idle)
 
     def _do(self, action: Action, arguments: tuple[Any, ...], idle: bool) -> None:
         if not self.alive:
             return
-        agenda = self.network.agenda
+        agenda = self._agenda
         if self.stopped_until > agenda.now:
             agenda.at(self.stopped_until, self._do, action, arguments, idle, idle=idle)
         else:
@@ -162,11 +167,17 @@ class End:
         buffers: Sequence[Any] = (),
         descriptors: Sequence[Any] = (),
         timeout: float | None = None,
+        join: Join | None = None,
     ) -> None:
-        """Put a message on its way. Raises ConnectionLostError where this end is closed."""
+        """Put a message on its way. Raises ConnectionLostError where this end is closed.
+
+        `join`: makes one message of two; the last one of those that are under way may still wait to leave.
+        """
         if self.closed:
             raise ConnectionLostError(f"{self.label} is closed")
-        self._way.put(Frame(message, buffers, descriptors, self._way.earliest()))
+        frame = Frame(message, buffers, descriptors, self._way.earliest())
+        if join is None or request or buffers or descriptors or not self._way.joins(frame, join):
+            self._way.put(frame)
 
     def close(self) -> None:
         """Say and hear no more; the other end hears what was sent, and that this is all. Idempotent."""
@@ -192,10 +203,11 @@ class End:
 class _Way:
     """From one end to the other."""
 
-    __slots__ = ("_chance", "_frames", "_last", "_mean", "_network", "_source", "_target")
+    __slots__ = ("_agenda", "_chance", "_frames", "_last", "_mean", "_network", "_source", "_target")
 
     def __init__(self, network: Network, source: Process, target: End, stream: str) -> None:
         self._network = network
+        self._agenda = network.agenda
         self._source = source
         self._target = target
         self._chance = random.Random(stream)
@@ -205,22 +217,38 @@ class _Way:
 
     def earliest(self) -> float:
         """When what is sent now leaves: one that is stopped in the middle of something says it later."""
-        return max(self._network.agenda.now, self._source.stopped_until)
+        now, until = self._agenda.now, self._source.stopped_until
+        return until if until > now else now
+
+    def joins(self, frame: Frame, join: Join) -> bool:
+        """Whether the last message under way is one with this one, as where it has not left yet."""
+        last = self._frames[-1] if self._frames else _END
+        if last.buffers or last.shared or frame.sent > self._agenda.now or last.sent > frame.sent:
+            return False
+        both = join(last.message, frame.message)
+        if both is None or self._chance.random() < 0.5:
+            return False
+        self._frames[-1] = last._replace(message=both)
+        return True
 
     def put(self, frame: Frame) -> None:
         """On its way, behind what is."""
-        delay = self._chance.expovariate(1.0) * self._mean
-        self._last = max(self._last, self.earliest() + delay)
+        delay = -log(1.0 - self._chance.random()) * self._mean
+        arrives = (frame.sent or self.earliest()) + delay
+        if arrives > self._last:
+            self._last = arrives
         self._frames.append(frame)
-        self._network.agenda.at(self._last, self._arrive)
+        self._agenda.at(self._last, self._arrive)
 
     def _arrive(self) -> None:
         if not self._frames:
             return  # it was lost
         network, target = self._network, self._target
-        until = max(target.process.stopped_until, network.parted_until(self._source, target.process))
-        if until > network.agenda.now and target.process.alive:
-            network.agenda.at(until, self._arrive)
+        until = target.process.stopped_until
+        if network.parted:
+            until = max(until, network.parted_until(self._source, target.process))
+        if until > self._agenda.now and target.process.alive:
+            self._agenda.at(until, self._arrive)
             return
         frame = self._frames.popleft()
         if network.on_delivery is not None and frame.message is not None and target.process.alive:
@@ -229,7 +257,7 @@ class _Way:
 
     def lose(self, chance: random.Random) -> None:
         """Lose a last part of what is on its way, and what has not left."""
-        now = self._network.agenda.now
+        now = self._agenda.now
         while self._frames and (self._frames[-1].sent > now or chance.random() < 0.5):
             self._frames.pop()
 
@@ -240,6 +268,7 @@ class Network:
     Attributes:
         speeds: mean seconds a message takes; each way has one of them.
         on_delivery: told of each message that arrives, with its source and target.
+        parted: whether there ever was a partition.
     """
 
     def __init__(self, agenda: Agenda, seed: int, speeds: Sequence[float] = SPEEDS_S) -> None:
@@ -249,6 +278,7 @@ class Network:
         self.on_delivery: Callable[[Process, Process, Any], None] | None = None
         self.seed = seed
         self._connections: dict[tuple[str, str], int] = {}
+        self.parted = False
         self._partitions: list[tuple[frozenset[Process], float]] = []
 
     def dial(self, source: Process, name: str) -> End | None:
@@ -271,11 +301,10 @@ class Network:
         until = self.agenda.now + seconds
         self._partitions = [(each, end) for each, end in self._partitions if end > self.agenda.now]
         self._partitions.append((frozenset(group), until))
+        self.parted = True
 
     def parted_until(self, source: Process, target: Process) -> float:
         """Until when nothing passes from one to the other."""
-        if not self._partitions:
-            return 0.0
         return max(
             (end for group, end in self._partitions if (source in group) != (target in group)), default=0.0
         )
