@@ -8,6 +8,7 @@ from collections.abc import Callable
 from headwater import checkpoint as files
 from headwater.errors import ConfigurationError
 from headwater.loggers import logger
+from headwater.machines.checkpoint_plan import own_since
 from headwater.messages import CheckpointCounts
 from headwater.runtime.checkpointer import Checkpointer
 from headwater.spec.cluster import ClusterConfig
@@ -97,7 +98,7 @@ class Storage:
         Returns the checkpoint's path, "" for none.
         """
         self.restore = ""
-        since = 0 if self._config.resume else self.generation if first is None else first
+        since = own_since(resumes=self._config.resume, first=self.generation if first is None else first)
         if any(found.generation >= since for found in files.list_checkpoints(self._directory)):
             self._use(files.latest(self._directory, since=since))
         _log.warning("training begins anew from %s", self.restore or "the start: there is no checkpoint yet")

@@ -305,11 +305,14 @@ def test_an_index_has_pages_only_for_slots_that_have_had_an_entry():
     assert index.nbytes == empty + 3 * PAGE
     assert sorted(index.entries(np.arange(SLOTS)).ids) == [0, 1, 2]
     index.remove(ids)
-    assert index.find(ids)[1] == 0 and len(index.entries(np.arange(SLOTS)).ids) == 0
-    assert len(index.claim(ids).fresh) == 3 and index.find(ids)[1] == 3
+    assert index.find(ids)[1] == 0
+    assert len(index.entries(np.arange(SLOTS)).ids) == 0
+    assert len(index.claim(ids).fresh) == 3
+    assert index.find(ids)[1] == 3
     again = Index(range(SLOTS))
     again.fill(ids, np.ones(3, np.int32))
-    assert again.find(ids)[1] == 3 and again.nbytes == index.nbytes - index._free.nbytes
+    assert again.find(ids)[1] == 3
+    assert again.nbytes == index.nbytes - index._free.nbytes
 
 
 def test_memory_can_be_prepared_at_any_time_beside_any_call():

@@ -17,6 +17,7 @@ from headwater import checkpoint as files
 from headwater import messages as m
 from headwater.errors import ConfigurationError, HeadwaterError, RewoundError, named
 from headwater.loggers import logger
+from headwater.machines.checkpoint_plan import CheckpointPlan
 from headwater.runtime.client import Client
 from headwater.spec.every import Every
 from headwater.wire.security import PLAIN, Security
@@ -57,7 +58,7 @@ class Checkpointer:
         self._every = every
         self._keep = keep
         self._session: Client | None = None
-        self._written = (-1, -1)
+        self._plan = CheckpointPlan(0 if every.seconds else every.versions)
         self._busy = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="headwater-checkpoints", daemon=True)
@@ -126,9 +127,7 @@ class Checkpointer:
         while not self._closing.is_set():
             if self._every.seconds:
                 self._closing.wait(self._every.seconds)
-                at = 0
-            else:
-                at = (version // self._every.versions + 1) * self._every.versions
+            at = self._plan.next(version)
             if not self._closing.is_set():
                 version = self._take(session, at)
 
@@ -143,10 +142,11 @@ class Checkpointer:
         try:
             with self._busy:
                 # Whoever was before may have written this one, or a newer one.
-                if (generation, version) <= self._written or (self._closing.is_set() and not final):
+                wanted = self._plan.wants(generation, version)
+                if not wanted or (self._closing.is_set() and not final):
                     return version
                 size = self._write(session, generation, version)
-                self._written = generation, version
+                self._plan.wrote(generation, version)
                 self._count(version, size, time.monotonic() - began)
         except HeadwaterError as error:
             self._count_failure()

@@ -11,13 +11,10 @@ from collections.abc import Callable, Iterable
 from headwater import messages as m
 from headwater.errors import (
     ConnectionLostError,
-    FinishedError,
     HeadwaterError,
-    ProtocolError,
-    RefusedError,
-    named,
 )
 from headwater.machines.actions import Action, Tell
+from headwater.machines.enlistment import Enlistment
 from headwater.machines.membership import Ended, Heard, Membership, Returned
 from headwater.runtime.dialling import machine
 from headwater.runtime.membership import MembershipThread
@@ -30,7 +27,7 @@ _DIAL_S = 10.0
 
 def enlist(
     coordinator: str,
-    request: m.RequestSlot,
+    enlistment: Enlistment,
     *,
     spare: Callable[[str], None],
     security: Security = PLAIN,
@@ -46,18 +43,12 @@ def enlist(
     """
     channel = dial(coordinator, timeout=_DIAL_S, security=security)
     try:
-        channel.send(request, timeout=_DIAL_S)
+        channel.send(enlistment.request, timeout=_DIAL_S)
         while (received := channel.receive()) is not None:
-            answer = received.message
-            if isinstance(answer, m.Assignment):
-                return channel, answer
-            if isinstance(answer, m.Refused):
-                raise named(answer.error, answer.reason, default=RefusedError)
-            if isinstance(answer, m.Finished):
-                raise FinishedError("training has finished")
-            if not isinstance(answer, m.NoSlot):
-                raise ProtocolError(f"the coordinator answered {type(answer).__name__}")
-            spare(answer.reason)
+            assignment = enlistment.heard(received.message)
+            if assignment is not None:
+                return channel, assignment
+            spare(enlistment.reason)
         raise ConnectionLostError(f"the coordinator at {coordinator} closed the connection")
     except BaseException:
         channel.close()

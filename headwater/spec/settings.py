@@ -107,13 +107,17 @@ def refuse_unknown(problem: str, got: typing.Iterable[str], valid: typing.Iterab
         raise ConfigurationError(f"{problem} {', '.join(map(repr, unknown))}: choose from {', '.join(known)}")
 
 
-@functools.cache
 def field_types(cls: type) -> Mapping[str, Any]:
     """Field name → type, in declaration order.
 
     Raises:
         ConfigurationError: not a frozen dataclass, or annotations that cannot be evaluated.
     """
+    return _field_types(cls)
+
+
+@functools.cache
+def _field_types(cls: type) -> Mapping[str, Any]:
     parameters = cls.__dict__.get("__dataclass_params__")
     if parameters is None or not parameters.frozen:
         raise ConfigurationError(f"{cls.__name__} is not a frozen dataclass: add @dataclass(frozen=True)")
@@ -133,8 +137,7 @@ def _hints(cls: type) -> Mapping[str, Any]:
     return typing.get_type_hints(cls)
 
 
-@functools.cache
-def required_fields(cls: type) -> Sequence[str]:
+def required_fields(cls: type) -> list[str]:
     """Names of the fields without a default."""
     none = dataclasses.MISSING
     fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls)

@@ -10,12 +10,11 @@ from headwater.errors import (
     ConnectionLostError,
     FinishedError,
     HeadwaterError,
-    OtherClusterError,
-    RefusedError,
     RewoundError,
 )
 from headwater.loggers import logger
-from headwater.messages import Assignment, ClusterStatistics, RequestSlot, ServerRole
+from headwater.machines.enlistment import Enlistment, asks_again
+from headwater.messages import Assignment, ClusterStatistics, ServerRole
 from headwater.observe.metrics import statistics_of_server
 from headwater.observe.prometheus import MetricsServer
 from headwater.runtime.coordinator_client import enlist
@@ -50,7 +49,7 @@ class StandaloneServer:
         named: Callable[[str, int], None] = lambda role, index: None,
     ) -> None:
         self._coordinator = coordinator
-        self._wanted = RequestSlot(role, index)
+        self._enlistment = Enlistment(role, index)
         self._reach = reach
         self._wait = seconds("wait", wait, zero=True)
         self._metrics = metrics
@@ -103,18 +102,17 @@ class StandaloneServer:
             _log.warning("%s", parting)
             if isinstance(parting, FinishedError):
                 return
-            if not isinstance(parting, RewoundError | RefusedError) or isinstance(parting, OtherClusterError):
+            if not asks_again(parting):
                 raise parting
 
     def _serve(self) -> HeadwaterError:
         """Be a server once; returns why it is none any more. Raises what kept it from becoming one."""
         channel, assignment = enlist(
             self._coordinator,
-            self._wanted,
+            self._enlistment,
             spare=lambda reason: _log.info("%s", reason),
             security=self._reach.security,
         )
-        self._wanted = RequestSlot(self._wanted.role, self._wanted.index, assignment.cluster)
         try:
             node = self._node(assignment)
         except BaseException:
