@@ -17,8 +17,10 @@ from headwater.kernels import middle, multiply_up
 from headwater.log.measures import Measures
 from headwater.log.norms import total
 from headwater.log.rda import coefficients
+from headwater.shard.gradient_sums import pair_products
 from headwater.shard.merges import CommitMerges, Merge
-from headwater.shard.vector import Staging, Update, Vector
+from headwater.shard.staging import Staging, Update
+from headwater.shard.vector import Vector
 from headwater.spec.layout import LINE, PAGE, Layout, ranges
 from headwater.spec.merges import MergeKind, parse_merge
 from headwater.spec.rules import SGD, Accumulate
@@ -101,7 +103,7 @@ CLOSED = {
     "equal vectors of any weight too": ([np.array([3, -4], np.float32)] * 2, [1, 3], [3, -4]),
     "a zero vector counts in the length only": ([4 * AXES[0], 0 * AXES[0]], None, [2, 0]),
     "opposite vectors cancel": ([5 * AXES[0], -5 * AXES[0]], None, [0, 0]),
-    "opposite directions cancel whatever their lengths": (
+    "opposite directions cancel whatever their pair_products": (
         [np.array([1, 2, 3], np.float32), np.array([-1.5, -3, -4.5], np.float32)],
         None,
         [0, 0, 0],
@@ -175,7 +177,7 @@ def test_products_of_a_tensor_have_the_same_bits_however_the_model_is_cut(sizes,
             updates = [
                 Update(Staging(p, p), c, i) for i, (p, c) in enumerate(zip(parts, carried, strict=True))
             ]
-            for tensor, one, other, node in vector.products(updates, range(workers)):
+            for tensor, one, other, node in pair_products(vector, updates, range(workers)):
                 nodes[tensor, one, other].append(node)
                 rows += 1
         return {what: total(one) for what, one in nodes.items()}, rows

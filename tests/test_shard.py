@@ -13,7 +13,7 @@ from headwater.shard import Shard, Staging, Vector
 from headwater.shard.copies import Copies, found
 from headwater.shard.ledger import Ledger
 from headwater.shard.merges import Merge
-from headwater.shard.vector import Update
+from headwater.shard.staging import Update
 from headwater.spec.layout import PAGE, Layout
 from headwater.spec.rules import SGD, Accumulate, Adam, Assign
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from headwater import messages as m
 from headwater.log.measures import LARGEST
+from headwater.shard.gradient_sums import likenesses, pair_products, squares, step_lengths
 from headwater.shard.merges import CommitMerges
 from headwater.shard.named_vectors import BroughtGradients
 from headwater.shard.outstanding import Members
@@ -86,16 +87,16 @@ class Measures:
             updates = self._live.updates(model, vector, steps) if vector.is_measured else []
             if updates and vector.by_lengths:
                 contributors = merges.contributors_of(model, vector.spec)
-                products = vector.products(updates, contributors, len(steps))
+                products = pair_products(vector, updates, contributors, len(steps))
                 parts += [m.Sum(model, *node, tensor, *pair) for tensor, *pair, node in products]
             elif updates and (vector.clip_norm is not None or vector.last is not None):
-                squares = vector.squares(updates, merges.of(model, vector.spec))
-                parts += [m.Sum(model, *node) for node in squares]
+                nodes = squares(vector, updates, merges.of(model, vector.spec))
+                parts += [m.Sum(model, *node) for node in nodes]
                 if vector.last is not None:
-                    alike = vector.likeness(updates, merges.of(model, vector.spec))
+                    alike = likenesses(vector, updates, merges.of(model, vector.spec))
                     parts += [m.Sum(model, *node, -1, *pair) for *pair, node in alike]
             if updates and vector.layerwise:
-                directed = vector.directions(updates, merges.of(model, vector.spec))
+                directed = step_lengths(vector, updates, merges.of(model, vector.spec))
                 parts += [m.Sum(model, *node, tensor, what, what) for tensor, what, node in directed]
         self._keep(entry, parts)
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.errors import ProtocolError, RefusedError
 from headwater.shard.snapshot import ShardSnapshot
+from headwater.shard.staging import Array, Staging
 from headwater.shard.tables import StagedRows
-from headwater.shard.vector import Array, Staging
 
 _NONE: dict[int, Staging] = {}
 

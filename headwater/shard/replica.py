@@ -27,8 +27,9 @@ from headwater.log.state import tickets_of
 from headwater.shard.merges import CommitMerges
 from headwater.shard.named_vectors import BroughtGradients
 from headwater.shard.outstanding import Members
+from headwater.shard.staging import Array, Staging, Update
 from headwater.shard.tables import Pushed, StagedRows, Tables
-from headwater.shard.vector import Array, Staging, Update, Vector
+from headwater.shard.vector import Vector
 from headwater.shard.vector_work import gathered
 from headwater.spec.sync import Reduce
 

@@ -39,9 +39,9 @@ from headwater.shard.replica import (
     restamped,
 )
 from headwater.shard.snapshot import ShardSnapshot
+from headwater.shard.staging import Array, Staging
 from headwater.shard.state import Answers, State
 from headwater.shard.tables import StagedRows
-from headwater.shard.vector import Array, Staging
 from headwater.spec.layout import Layout
 from headwater.spec.sync import Reduce
 

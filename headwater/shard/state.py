@@ -32,8 +32,9 @@ from headwater.shard.outstanding import Members, Outstanding
 from headwater.shard.publications import Publications
 from headwater.shard.replica import EntryInputs
 from headwater.shard.snapshot import ShardSnapshot
+from headwater.shard.staging import Staging
 from headwater.shard.tables import Tables
-from headwater.shard.vector import Staging, Vector
+from headwater.shard.vector import Vector
 from headwater.shard.vector_work import perform, refusal
 from headwater.spec.declaration import model_difference
 from headwater.spec.layout import Layout

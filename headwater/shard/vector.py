@@ -8,68 +8,33 @@ Invariants:
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from headwater.kernels import add_up, copy_out, dense, middle, multiply_up, square_up, weigh
+from headwater.kernels import add_up, copy_out, dense, middle, weigh
 from headwater.kernels.fused import Update as Kernel
-from headwater.log.norms import Node, nodes_of, scale, total
+from headwater.log.norms import scale
 from headwater.messages import ModelSpec, ModelStatistics, ProgramWrite, VectorWork
 from headwater.shard.governed import GovernedRules
 from headwater.shard.last_change import NAME as LAST_CHANGE
 from headwater.shard.last_change import LastChange
-from headwater.shard.layers import directions, products, scaled
+from headwater.shard.layers import scaled
 from headwater.shard.merges import PLAIN, Merge
 from headwater.shard.named_vectors import BroughtGradients, NamedVectors
 from headwater.shard.pattern import Pattern, addresses
 from headwater.shard.snapshot import ModelSnapshot
+from headwater.shard.staging import Array, Staging, Update
 from headwater.shard.writes import Writes
-from headwater.spec.layout import LINE, PAGE, Layout
+from headwater.spec.layout import Layout
 from headwater.spec.rules import Rule, evaluated
 
-Array = NDArray[np.float32]
-
-_ITEM = 4
-_CHUNK = 1 << 15
+CHUNK = 1 << 15
 """Elements merged before the rule gets them, where that is no plain sum: few enough to stay in cache."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Staging:
-    """Where one member's gradients are read and its parameters written, for this server's range.
-
-    Both are float32[stop - start]. In a window they are two places that the member shares; for a
-    member elsewhere they are one private buffer, read before it is written.
-    """
-
-    gradients: Array
-    parameters: Array
-    gradients_at: int = field(init=False)
-    parameters_at: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        # Asking NumPy for an address costs as much as a small pull's whole pass.
-        object.__setattr__(self, "gradients_at", self.gradients.ctypes.data)
-        object.__setattr__(self, "parameters_at", self.parameters.ctypes.data)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Update:
-    """One member's gradients for a model: where they are and which tensors they cover (bool[tensors]).
-
-    `place`: of its step among those of the commit.
-    """
-
-    staging: Staging
-    carried: NDArray[np.bool_]
-    place: int = 0
 
 
 class Vector:
@@ -183,7 +148,7 @@ class Vector:
         """
         self.governed.begin()
         self._ratios = ratios
-        merge = self._own(merge)
+        merge = self.own_merge(merge)
         pattern = self._pattern_of(
             [update.carried for update in updates], merge.scales is not None or self.layerwise
         )
@@ -191,7 +156,7 @@ class Vector:
         over = self._clipped(merge.divisor, norm)
         gradients = [update.staging.gradients_at for update in updates]
         places = pattern.places(gradients, [staging.parameters_at for staging in answers])
-        room = _room(merge)
+        room = room_for(merge)
         for segment, (starts, out) in zip(pattern.segments, places, strict=True):
             low, high, here, tensor, carriers = segment
             if not carriers:
@@ -202,7 +167,7 @@ class Vector:
                     self.last.note(here, starts)
                 self._run(tensor, starts, over, here, out)
                 continue
-            for piece, merged in self._merged(updates, merge, tensor, low, high, room):
+            for piece, merged in self.merged(updates, merge, tensor, low, high, room):
                 if self.last is not None:
                     self.last.note(piece, merged)
                 there = addresses([staging.parameters_at for staging in answers], piece.start)
@@ -213,7 +178,7 @@ class Vector:
     def _pattern_of(self, carried: Sequence[NDArray[np.bool_]], each_tensor: bool) -> Pattern:
         pattern = self._pattern
         if each_tensor or pattern is None or not pattern.is_of(carried):
-            cuts = list(self._segments(np.stack(carried), each_tensor))
+            cuts = list(self.segments(np.stack(carried), each_tensor))
             pattern = Pattern(carried, cuts, self.start)
             self._pattern = None if each_tensor else pattern
         return pattern
@@ -250,11 +215,11 @@ class Vector:
         for group, count in sorted(set(counts)):
             evaluated(self.rules[group], self.updates, count + 1)
 
-    def _own(self, merge: Merge) -> Merge:
+    def own_merge(self, merge: Merge) -> Merge:
         """As this model merges: all groups have one kind of rule, which may take every gradient as it is."""
         return PLAIN if self.rules[0].always_sum else merge
 
-    def _merged(
+    def merged(
         self, updates: Sequence[Update], merge: Merge, tensor: int, low: int, high: int, room: Array
     ) -> Iterator[tuple[slice, NDArray[np.int64]]]:
         """Addresses of gradients whose plain sum is the merged one, for each piece [low, high) is cut into.
@@ -271,8 +236,8 @@ class Vector:
             yield here, addresses(starts, here.start)
             return
         weights = merge.weights_of([update.place for update in by], tensor)
-        for begin in range(low, high, _CHUNK):
-            here = slice(begin - self.start, min(begin + _CHUNK, high) - self.start)
+        for begin in range(low, high, CHUNK):
+            here = slice(begin - self.start, min(begin + CHUNK, high) - self.start)
             merged = room[: here.stop - here.start]
             if weights is not None:
                 weigh(addresses(starts, here.start), weights, merged)
@@ -288,99 +253,6 @@ class Vector:
         factor = scale(self.clip_norm, norm)
         return divisor / factor if factor else math.inf
 
-    def squares(self, updates: Sequence[Update], merge: Merge) -> list[Node]:
-        """Sums of the squares of what `apply` would apply of this range, unclipped.
-
-        Blocks for one pass over the range.
-        """
-        merge = self._own(merge)
-        carried = np.stack([update.carried for update in updates])
-        lanes = np.zeros(((self.stop - self.start) // PAGE, LINE))
-        room = _room(merge)
-        for low, high, tensor in self._segments(carried):
-            for here, gradients in self._merged(updates, merge, tensor, low, high, room):
-                square_up(gradients, merge.divisor, here.start, here.stop - here.start, lanes)
-        return nodes_of(lanes, self.start // PAGE)
-
-    def likeness(self, updates: Sequence[Update], merge: Merge) -> Iterator[tuple[int, int, Node]]:
-        """Sums of products of what `apply` would merge of this range, undivided, and what it merged last.
-
-        Yields (first, second, a node of the sum), numbered as in `Sum`. Blocks for some passes.
-        """
-        assert self.last is not None
-        merge = self._own(merge)
-        carried = np.stack([update.carried for update in updates])
-        room = _room(merge)
-        pieces = (
-            piece
-            for low, high, tensor in self._segments(carried)
-            for piece in self._merged(updates, merge, tensor, low, high, room)
-        )
-        for (one, other), lanes in self.last.products(pieces).items():
-            for node in nodes_of(lanes, self.start // PAGE):
-                yield one, other, node
-
-    def directions(self, updates: Sequence[Update], merge: Merge) -> Iterator[tuple[int, int, Node]]:
-        """Sums of squares of each carried tensor's values, and of the direction of its step.
-
-        Yields (tensor, number as in `Sum`, a node of the sum). Blocks for some passes over the range.
-        """
-        merge = self._own(merge)
-        carried = np.stack([update.carried for update in updates])
-        room = _room(merge)
-        for low, high, tensor in self._segments(carried, each_tensor=True):
-            if carried[:, tensor].any():
-                pieces = self._directed(updates, merge, tensor, low, high, room)
-                for number, node in products(pieces, low, high):
-                    yield tensor, number, node
-
-    def _directed(
-        self, updates: Sequence[Update], merge: Merge, tensor: int, low: int, high: int, room: Array
-    ) -> Iterator[tuple[int, Array, Array]]:
-        rule = self.rules[self.layout.groups[tensor]]
-        scalars = rule.scalars(self.updates, int(self.counts[tensor]) + 1)
-        for whole, gradients in self._merged(updates, merge, tensor, low, high, room):
-            for begin in range(whole.start, whole.stop, _CHUNK):
-                here = slice(begin, min(begin + _CHUNK, whole.stop))
-                states = [self.states[name][here] for name in rule.states()]
-                there = gradients + _ITEM * (begin - whole.start)
-                values = self.values[here]
-                yield (
-                    begin + self.start,
-                    values,
-                    directions(rule, scalars, values, states, there, merge.divisor),
-                )
-
-    def products(
-        self, updates: Sequence[Update], contributors: Sequence[int], last: int = -1
-    ) -> Iterator[tuple[int, int, int, Node]]:
-        """Sums of the products of all pairs of `updates`, of each tensor that any of them carries.
-
-        Yields (tensor, place of one, place of the other, a node of the sum); a tensor that lies within this
-        range has one node. `contributors`: places of all that contribute to the commit; one that does not
-        carry a tensor has a product of 0 with itself there. `last`: the place of the last commit's change, of
-        a model that keeps it. Blocks for a pass over the range for each pair.
-        """
-        carried = np.stack([update.carried for update in updates])
-        for low, high, tensor in self._segments(carried, each_tensor=True):
-            by = [update for update in updates if update.carried[tensor]]
-            if not by:
-                continue
-            whole = self.start <= self.layout.starts[tensor] and self.layout.stops[tensor] <= self.stop
-            first = low // PAGE
-            vectors = [(update.place, update.staging.gradients_at) for update in by]
-            if self.last is not None:
-                vectors.append((last, self.last.array.ctypes.data))
-            for one, other in itertools.combinations_with_replacement(vectors, 2):
-                lanes = np.zeros((-(-high // PAGE) - first, LINE))
-                at = [address + _ITEM * (low - self.start) for _, address in (one, other)]
-                multiply_up(at[0], at[1], low - first * PAGE, high - low, lanes)
-                nodes = nodes_of(lanes, first)
-                for node in [(0, 0, total(nodes))] if whole else nodes:
-                    yield tensor, one[0], other[0], node
-            for place in set(contributors) - {update.place for update in by}:
-                yield tensor, place, place, (0, 0, 0.0)
-
     def reduce(self, updates: Sequence[Update], merge: Merge, out: Array) -> None:
         """Write what `merge` makes of `updates`, but for its divisor, to `out`, float32[stop - start].
 
@@ -388,14 +260,14 @@ class Vector:
         same bits as applying them all. What nobody carries is left as it is. Blocks for one pass over the
         range.
         """
-        merge = self._own(merge)
+        merge = self.own_merge(merge)
         carried = np.stack([update.carried for update in updates])
-        room = _room(merge)
-        for low, high, tensor in self._segments(carried, merge.scales is not None):
-            for here, gradients in self._merged(updates, merge, tensor, low, high, room):
+        room = room_for(merge)
+        for low, high, tensor in self.segments(carried, merge.scales is not None):
+            for here, gradients in self.merged(updates, merge, tensor, low, high, room):
                 add_up(gradients, out[here])
 
-    def _segments(
+    def segments(
         self, carried: NDArray[np.bool_], each_tensor: bool = False
     ) -> Iterator[tuple[int, int, int]]:
         """Cut the range where who carries, the parameter group or the count changes, or at each tensor.
@@ -510,6 +382,6 @@ class Vector:
         )
 
 
-def _room(merge: Merge) -> Array:
+def room_for(merge: Merge) -> Array:
     """Memory for a piece of a merged gradient, before anything has changed."""
-    return np.empty(0 if merge.is_sum else _CHUNK, dtype=np.float32)
+    return np.empty(0 if merge.is_sum else CHUNK, dtype=np.float32)

@@ -17,8 +17,10 @@ from headwater import messages as m
 from headwater.log.measures import trust
 from headwater.log.norms import Node, norm, total
 from headwater.log.rda import coefficients
+from headwater.shard.gradient_sums import pair_products, squares, step_lengths
 from headwater.shard.merges import Merge
-from headwater.shard.vector import Staging, Update, Vector
+from headwater.shard.staging import Staging, Update
+from headwater.shard.vector import Vector
 from headwater.testing.processes.client import Floats
 from headwater.testing.workload import Workload
 
@@ -182,7 +184,7 @@ class Accounts:
             weights = tuple(self.workload.weight(*self._rank_and_step(ticket)) for ticket in entry.updates)
             merge, whole = self._merge(vector, updates, weights)
             if self.workload.clip_norm is not None and whole is None:
-                whole = norm(vector.squares(updates, merge))
+                whole = norm(squares(vector, updates, merge))
             vector.apply(updates, merge, [], entry.version, whole, self._ratios(vector, updates, merge))
 
     def _rank_and_step(self, ticket: m.ExchangeId) -> tuple[int, int]:
@@ -214,7 +216,7 @@ class Accounts:
         if not vector.layerwise:
             return {}
         nodes: defaultdict[tuple[int, int], list[Node]] = defaultdict(list)
-        for tensor, what, node in vector.directions(updates, merge):
+        for tensor, what, node in step_lengths(vector, updates, merge):
             nodes[tensor, what].append(node)
         tensors = {tensor for tensor, _ in nodes}
         return {one: trust(total(nodes[one, -1]), total(nodes[one, -2])) for one in tensors}
@@ -223,7 +225,7 @@ class Accounts:
         self, vector: Vector, updates: list[Update], weights: tuple[float, ...], places: Sequence[int]
     ) -> tuple[Merge, float]:
         products: defaultdict[int, dict[tuple[int, int], float]] = defaultdict(dict)
-        for tensor, one, other, (_, _, value) in vector.products(updates, places):
+        for tensor, one, other, (_, _, value) in pair_products(vector, updates, places):
             products[tensor][one, other] = value
         scales: dict[int, tuple[float, ...]] = {}
         squared = 0.0
