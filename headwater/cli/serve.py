@@ -10,6 +10,7 @@ import typer
 from headwater.cli.certificates import make_certificates
 from headwater.cli.log_lines import LogStyle
 from headwater.cli.options import (
+    Address,
     LogTo,
     Metrics,
     Otlp,
@@ -18,8 +19,16 @@ from headwater.cli.options import (
     credentials,
     listening,
     log_style,
+    the,
 )
-from headwater.cli.serving import load_all, losses_reported, serve_coordinator, serve_server, serve_worker
+from headwater.cli.serving import (
+    load_all,
+    losses_reported,
+    serve_coordinator,
+    serve_follower,
+    serve_server,
+    serve_worker,
+)
 from headwater.spec.cluster import ClusterConfig
 from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import Security
@@ -146,6 +155,49 @@ def worker(
     load_all(rules)
     with log.begin("worker", "info") as node, losses_reported():
         serve_worker(script, coordinator, rank, security, wait, metrics, health, named=node.named)
+
+
+@command(app, reach=listening(), log=log_style())
+def follower(
+    address: Address = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", metavar="NAME", help="A model to follow; repeatable. Without: all."),
+    ] = None,
+    table: Annotated[
+        list[str] | None,
+        typer.Option("--table", metavar="NAME", help="A table to follow; repeatable. Without: all."),
+    ] = None,
+    every: Annotated[
+        str,
+        typer.Option("--every", metavar="N|Ns", help="How often it takes a version: commits, or seconds."),
+    ] = "1s",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of parameters: float32, or bfloat16 (rounded to nearest even).")
+    ] = "float32",
+    wait: Wait = 300.0,
+    deadline: Annotated[
+        float, typer.Option(min=0, help="Seconds until the first version must be there.")
+    ] = 600.0,
+    health: Probes = None,
+    reach: Endpoint = Endpoint(),  # noqa: B008 - made from its options
+    log: LogStyle = LogStyle(),  # noqa: B008 - made from its options
+) -> None:
+    """Keep one copy of models and tables beside training, for many readers; prints its address.
+
+    Readers of its machine read its memory; to those of others it sends what has changed. ADDRESS is a
+    cluster's, or that of another follower.
+
+    [bold]Example[/bold]
+
+    headwater serve follower tcp:node1:7000 --every 1s --bind 0.0.0.0:7100 --token-file token
+
+    Exit codes: 0 training has finished, 1 it cannot go on, 2 a wrong argument, 75 no cluster (any more):
+    start it again, 130 and 143 told to end.
+    """
+    with log.begin("follower", "info"), losses_reported():
+        named = model or None, table or None
+        serve_follower(the(address), *named, every, dtype, reach, wait, deadline, health)
 
 
 @command(app)

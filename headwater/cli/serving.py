@@ -27,7 +27,7 @@ from headwater.messages import ServerRole
 from headwater.observe.sinks import sink_of
 from headwater.spec.cluster import ClusterConfig
 from headwater.spec.registry import load_rules
-from headwater.standalone import StandaloneCluster, StandaloneServer, StandaloneWorker
+from headwater.standalone import StandaloneCluster, StandaloneFollower, StandaloneServer, StandaloneWorker
 from headwater.wire.endpoint import Endpoint
 from headwater.wire.security import Security
 
@@ -147,6 +147,38 @@ def serve_worker(
     )
     with signals_to(worker.interrupt), _probed(health, worker.readiness):
         worker.run()
+
+
+def serve_follower(
+    address: str,
+    models: Sequence[str] | None,
+    tables: Sequence[str] | None,
+    every: str,
+    dtype: str,
+    reach: Endpoint,
+    wait: float,
+    deadline: float,
+    health: str | None = None,
+) -> None:
+    """Follow, and be followed, until training has finished; prints its address on standard output.
+
+    Raises:
+        HeadwaterError: as `StandaloneFollower`, and its `run`.
+        SystemExit: 128 + the number of a signal.
+    """
+    follower = StandaloneFollower(
+        address,
+        models,
+        tables,
+        every,
+        dtype=dtype,
+        reach=reach,
+        wait=wait,
+        deadline=deadline,
+        at=lambda own: print(own, flush=True),
+    )
+    with signals_to(follower.interrupt), _probed(health, follower.readiness):
+        follower.run()
 
 
 def _probed(place: str | None, readiness: Readiness) -> AbstractContextManager[object]:

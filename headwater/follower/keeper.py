@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +26,16 @@ from headwater.errors import (
     OtherClusterError,
     RewoundError,
 )
-from headwater.follower.subject import Subject, choose
+from headwater.follower.subject import Subject, choose, names, read_type
+from headwater.kernels.slabs import PRIVATE, ChunkMemory
 from headwater.loggers import logger
 from headwater.machines.connections import Frame
 from headwater.machines.follower import Fill, FollowerMachine, Slot
 from headwater.runtime.client import Client
+from headwater.shard.shared_version import SharedCopy
 from headwater.spec.every import Every
+from headwater.spec.words import option
+from headwater.wire.arena import ArenaViews
 from headwater.wire.security import Security
 
 _log = logger("headwater.follower")
@@ -63,6 +68,29 @@ class Wish:
     dtype: m.ReadType
     bounded: bool
 
+    @classmethod
+    def of(
+        cls,
+        address: str,
+        models: str | Iterable[str] | None,
+        tables: str | Iterable[str] | None,
+        every: str | int | float | Every,
+        security: Security,
+        dtype: str,
+        *,
+        bounded: bool,
+    ) -> Wish:
+        """Raises ConfigurationError: an impossible argument."""
+        return cls(
+            address,
+            names("models", models),
+            names("tables", tables),
+            Every.parse(every),
+            security,
+            read_type(dtype),
+            bounded,
+        )
+
 
 class Keeper:
     """Fills `machine`; all its state that others read is guarded by `changed`.
@@ -79,8 +107,12 @@ class Keeper:
         listeners: told of each slot that was installed.
     """
 
-    def __init__(self, wish: Wish, machine: FollowerMachine) -> None:
+    def __init__(
+        self, wish: Wish, machine: FollowerMachine, memory: Callable[[], ChunkMemory] | None = None
+    ) -> None:
+        """`memory`: makes that of one copy, which then nobody else's takes the place of."""
         self.wish = wish
+        self._memory = memory
         self.machine = machine
         self.changed = threading.Condition()
         self.subject: Subject | None = None
@@ -92,10 +124,13 @@ class Keeper:
         self.hurry = False
         self.listeners: list[Callable[[Slot], None]] = []
         self._deadline = 0.0
-        self._cluster = ""
+        self.cluster = ""
         self._began = 0.0
         self._client: Client | None = None
         self._closing = False
+        self._lent = False  # versions lie in the memory of a follower of this machine
+        self._views = ArenaViews()
+        self._again_at = 0.0
         self._thread = threading.Thread(target=self._run, name="headwater-follower", daemon=True)
 
     def begin(self, deadline: float) -> None:
@@ -136,16 +171,19 @@ class Keeper:
 
     def _follow(self) -> None:
         """As one member, until that ends."""
-        client = Client(self.wish.address, "observer", security=self.wish.security, cluster=self._cluster)
+        client = Client(self.wish.address, "observer", security=self.wish.security, cluster=self.cluster)
         try:
             with self.changed:
                 self._client = client
-            self._cluster = client.welcome.cluster
+            self.cluster = client.welcome.cluster
             client.machine.deadline = math.inf
             subject = self._choose(client)
+            lent, self._lent = self._lent, self._is_lent(client)
+            memory = self._memory or (lambda: PRIVATE)
+            make = subject.shared if self._lent else lambda: subject.copy(memory())
             with self.changed:
                 self.subject = subject
-                self.machine.joined(client.welcome.generation, subject.copy)
+                self.machine.joined(client.welcome.generation, make, anew=lent != self._lent)
                 self.reason = "its first version is on its way"
             while not self._closing:
                 at = self._wait_for_turn(client)
@@ -156,6 +194,20 @@ class Keeper:
                 self._client = None
                 self.machine.failed()
             client.close()
+
+    def _is_lent(self, client: Client) -> bool:
+        """Whether versions are lent here, and not sent.
+
+        Raises:
+            ConfigurationError: a follower has them in another type.
+        """
+        keeps, wanted = client.welcome.keeps, self.wish.dtype
+        if keeps == "bfloat16" != wanted:
+            raise ConfigurationError(
+                f"the follower at {self.wish.address} keeps parameters as {keeps}, and {wanted} was asked "
+                f"for: pass {option('dtype', keeps)}, or follow its cluster"
+            )
+        return keeps == wanted and self._memory is None and all(client.shares)
 
     def _note(self, error: HeadwaterError) -> None:
         """Something ended what was followed: is there anything to be done about it?"""
@@ -207,6 +259,9 @@ class Keeper:
                 return shown + every.versions
             now = time.monotonic()
             due = self._began + every.seconds if every.seconds else math.inf
+            if (self.hurry or now >= due) and now < self._again_at:
+                self.changed.wait(self._again_at - now)
+                return None
             if self.hurry or now >= due:
                 return 0
             wanted = max([*self.waiting, shown + every.versions if every.versions else 0])
@@ -220,10 +275,10 @@ class Keeper:
 
     def _hear_newest(self, client: Client) -> None:
         began = time.monotonic()
-        version = client.describe().version
+        told = client.describe()
         with self.changed:
-            self.heard = max(self.heard, began)
-            self.machine.heard(version, began)
+            self.heard = max(self.heard, began - told.age)
+            self.machine.heard(told.version, began - told.age)
             self.changed.notify_all()
 
     # ── one publication ─────────────────────────────────────────────────────────────────────────
@@ -245,10 +300,13 @@ class Keeper:
         try:
             fill.begin()
             parts = client.call(
-                lambda server, number: Frame(fill.request(server, number, self.wish.dtype, at)),
+                lambda server, number: Frame(
+                    fill.request(server, number, self.wish.dtype, at, shared=self._lent)
+                ),
                 "publish",
                 place,
                 m.Publication,
+                files=lambda message, descriptors: self._open(fill, message, descriptors),
             )
             whole = any(part.models for part in parts) and not fill.slot.copy.tables
             whole |= any(rows.base < 0 for part in parts for rows in part.tables)
@@ -258,8 +316,21 @@ class Keeper:
                 self.counts.failed += 1
                 self.machine.failed()
             raise
-        self._show(fill, number, heads[0] if heads else began, whole)
-        client.ask(m.Taken, "publish")
+        age = max(part.age for part in parts)
+        with self.changed:
+            self._show(fill, number, (heads[0] if heads else began) - age, whole)
+            keeps = tuple(self.machine.readable()) if self._lent else ()
+        client.ask(lambda number: m.Taken(number, keeps), "publish")
+
+    def _open(self, fill: Fill, message: m.AnyMessage, descriptors: Sequence[int]) -> None:
+        """Memory that a follower of this machine lends."""
+        copy = fill.slot.copy
+        if not isinstance(copy, SharedCopy) or len(descriptors) != 1:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            return
+        shared = message.shared if isinstance(message, m.Publication) else None
+        copy.open(self._views.open(descriptors[0], 0 if shared is None else shared.size))
 
     def _begin(self) -> Fill | None:
         with self.changed:
@@ -273,11 +344,12 @@ class Keeper:
             return None if self._closing else self.machine.begin()
 
     def _show(self, fill: Fill, number: int, as_of: float, whole: bool) -> None:
-        with self.changed:
-            self.machine.arrived(number, as_of)
-            self.heard = max(self.heard, as_of)
-            self.counts.whole += whole
-            self.reason = ""
-            for listener in self.listeners:
-                listener(fill.slot)
-            self.changed.notify_all()
+        """Holding the lock."""
+        if self.machine.arrived(number, as_of) is None:
+            self._again_at = time.monotonic() + _POLL_S  # a follower has nothing newer yet
+        self.heard = max(self.heard, as_of)
+        self.counts.whole += whole
+        self.reason = ""
+        for listener in self.listeners:
+            listener(fill.slot)
+        self.changed.notify_all()

@@ -8,14 +8,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from headwater.errors import ClosedError, ConfigurationError, HeadwaterError, StalledError, UsageError
 from headwater.follower.changes import Change, change
 from headwater.follower.keeper import Keeper, Wish
-from headwater.follower.subject import names, read_type
+from headwater.follower.statistics_of import FollowerStatistics, statistics_of
 from headwater.follower.view import View
 from headwater.machines.follower import FollowerMachine, Slot
 from headwater.spec.amounts import whole
@@ -26,38 +25,6 @@ from headwater.wire.security import TLS, Security
 
 _FIRST_S = 60.0
 _READ_S = 10.0
-
-
-class FollowerStatistics(msgspec.Struct, frozen=True):
-    """What a follower is at and what it has done; a snapshot.
-
-    Attributes:
-        version: what readers see; None before the first.
-        newest: number of the newest version that it has heard of.
-        age: seconds since the servers said that `version` is the newest.
-        behind: how many newer versions it has heard of.
-        installed: versions that it has shown.
-        received: bytes of parameters and rows.
-        whole: publications that brought all rows of a table, or all parameters where no table is followed.
-        failed: publications that did not come, or not whole; the former version stayed.
-        reconnects: times that it joined the cluster again.
-        held_up: times that it waited for its readers' pins.
-        pinned: versions that readers hold.
-        reason: why it is not up to date, in words; "" while it is.
-    """
-
-    version: Version | None
-    newest: int
-    age: float
-    behind: int
-    installed: int
-    received: int
-    whole: int
-    failed: int
-    reconnects: int
-    held_up: int
-    pinned: int
-    reason: str
 
 
 def follow(
@@ -75,6 +42,9 @@ def follow(
     deadline: float = _FIRST_S,
 ) -> Follower:
     """Keep a copy of models and tables of the cluster at `address`; blocks until its first version is there.
+
+    `address` may be that of a follower (`headwater serve follower`). On its machine its memory is read, and
+    there is no copy of one's own.
 
     A follower takes no turn: training neither waits for it nor counts it.
 
@@ -133,15 +103,8 @@ class Follower:
     ) -> None:
         self.max_age = None if max_age is None else seconds("max_age", max_age)
         self.max_behind = None if max_behind is None else whole("max_behind", max_behind, 0)
-        wish = Wish(
-            address,
-            names("models", models),
-            names("tables", tables),
-            Every.parse(every),
-            security,
-            read_type(dtype),
-            bounded=max_age is not None or max_behind is not None,
-        )
+        bounded = max_age is not None or max_behind is not None
+        wish = Wish.of(address, models, tables, every, security, dtype, bounded=bounded)
         self._machine = FollowerMachine(whole("pins", pins, 1))
         self._keeper = Keeper(wish, self._machine)
         self._process = os.getpid()
@@ -342,23 +305,7 @@ class Follower:
 
     def statistics(self) -> FollowerStatistics:
         """A snapshot; does not block."""
-        keeper, machine = self._keeper, self._machine
-        with keeper.changed:
-            current, counts = machine.current, keeper.counts
-            return FollowerStatistics(
-                version=current.version if current is not None else None,
-                newest=machine.newest,
-                age=time.monotonic() - current.as_of if current is not None else float("inf"),
-                behind=machine.behind(current.version) if current is not None and current.version else 0,
-                installed=machine.installed,
-                received=counts.received,
-                whole=counts.whole,
-                failed=counts.failed,
-                reconnects=counts.reconnects,
-                held_up=counts.held_up,
-                pinned=machine.pinned,
-                reason=keeper.reason,
-            )
+        return statistics_of(self._keeper)
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.errors import ConfigurationError
+from headwater.kernels.slabs import PRIVATE, ChunkMemory
+from headwater.shard.shared_version import SharedCopy
 from headwater.shard.version_copy import VersionCopy
 from headwater.spec.layout import Layout
 from headwater.spec.words import option
@@ -30,9 +32,13 @@ class Subject:
     dtype: m.ReadType
     servers: int
 
-    def copy(self) -> VersionCopy:
-        """Room for a version."""
-        return VersionCopy(self.model_specs, self.table_specs, self.dtype, self.servers)
+    def copy(self, memory: ChunkMemory = PRIVATE) -> VersionCopy:
+        """Room for a version, in `memory`."""
+        return VersionCopy(self.model_specs, self.table_specs, self.dtype, self.servers, memory)
+
+    def shared(self) -> SharedCopy:
+        """For versions that lie in another process's memory."""
+        return SharedCopy(self.model_specs, self.table_specs, self.dtype)
 
     def views(self, model: int, vector: NDArray[Any], layout: Layout) -> dict[str, NDArray[Any]]:
         """Each tensor in its shape, in the order in which it was declared; read-only."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from headwater.errors import EnvironmentFailure, ProtocolError
 from headwater.kernels.cache import load
-from headwater.kernels.slabs import Slabs
+from headwater.kernels.slabs import PRIVATE, Bytes, ChunkMemory, Slabs
 
 Ids = NDArray[np.int64]
 Rows = NDArray[np.int32]
@@ -63,6 +63,15 @@ class Entries(NamedTuple):
     counts: Counts
 
 
+class Directory(NamedTuple):
+    """Which pages the slots of an index have: int32[slots] how many, int32[slots] entries in them, and
+    int32[slots, width] which, of the chunks' pages counted through."""
+
+    pages: Counts
+    used: Counts
+    of: NDArray[np.int32]
+
+
 class Index:
     """The index of the virtual slots `slots`; an id becomes an entry at its `needed`-th claim.
 
@@ -71,8 +80,9 @@ class Index:
     starts from nothing, so admission may come later than at the `needed`-th claim, never earlier.
     """
 
-    def __init__(self, slots: range, needed: int = 1) -> None:
+    def __init__(self, slots: range, needed: int = 1, *, memory: ChunkMemory = PRIVATE) -> None:
         self._first = slots.start
+        self._source = memory
         self._needed = needed
         count = len(slots)
         self._used = np.zeros(count, dtype=np.int32)
@@ -85,7 +95,7 @@ class Index:
 
     def _lay_out(self) -> None:
         """Give every slot empty pages with room for as many entries as `used` says; page 0 where none."""
-        self._memory = Slabs([PAGE], large=True)
+        self._memory = Slabs([PAGE], large=True, memory=self._source)
         assert self._memory.shift == _PAGES_A_CHUNK_SHIFT
         self._pages = 1 + self._used // np.int32(_ENTRIES_A_PAGE)
         own = np.where(self._used > 0, self._pages, 0)
@@ -95,8 +105,33 @@ class Index:
         self._counters[_NEXT_PAGE] = total
         width = max(4, int(self._pages.max(initial=0)))
         firsts = np.where(own > 0, ends - own, 0).astype(np.int32)
-        self._directory = firsts[:, np.newaxis] + np.arange(width, dtype=np.int32)
+        self._directory: NDArray[np.int32] = np.add(firsts[:, np.newaxis], np.arange(width, dtype=np.int32))
         _loops().clear_pages(0, total, self._chunks)
+
+    @classmethod
+    def adopted(cls, slots: range, rows: int, directory: Directory, pages: list[Bytes]) -> Index:
+        """One whose pages others have written, to `find` and list `entries`; it is not to be changed."""
+        index = cls.__new__(cls)
+        index._first, index._counters = slots.start, np.zeros(7, dtype=np.int64)
+        index._counters[_ROWS] = rows
+        index._pages, index._used, index._directory = directory.pages, directory.used, directory.of
+        index._memory = Slabs([PAGE])
+        index._memory.adopt([[chunk] for chunk in pages])
+        return index
+
+    @property
+    def directory(self) -> Directory:
+        """What `adopted` takes. Not to be written."""
+        return Directory(self._pages, self._used, self._directory)
+
+    @property
+    def pages(self) -> list[Bytes]:
+        """The chunks that pages lie in. Not to be written."""
+        return [chunk[0] for chunk in self._memory.chunks]
+
+    def give_back(self) -> None:
+        """Let go of all pages; this is not used any more."""
+        self._memory.give_back()
 
     @property
     def _chunks(self) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import mmap
 from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +28,40 @@ _POPULATE_WRITE = 23
 """Linux 5.14: have the system give pages to memory; what is in it stays."""
 
 
+Bytes: TypeAlias = NDArray[np.uint8]
+
+
+class ChunkMemory(Protocol):
+    """Where chunks come from."""
+
+    def take(self, size: int, large: bool) -> Bytes:
+        """`size` bytes of zeros or of what was given back, which start a cache line; in huge pages where
+        `large` and possible. Raises EnvironmentFailure: the system has no more."""
+
+    def give_back(self, memory: Bytes) -> None:
+        """Nobody uses what was taken any more."""
+
+
+class OwnChunks:
+    """Of this process alone, which the system takes back by itself."""
+
+    def take(self, size: int, large: bool) -> Bytes:
+        """As `ChunkMemory.take`."""
+        return _chunk(size, large)
+
+    def give_back(self, memory: Bytes) -> None:
+        """As `ChunkMemory.give_back`."""
+
+
+PRIVATE = OwnChunks()
+
+
 class Slabs:
     """Parallel slabs: row r has `row_bytes[k]` bytes in slab k.
 
     They ask for huge pages (random rows then miss the TLB less, and fresh memory costs fewer faults) unless
     the first chunk is all that is wanted yet: a small table would only lose the rest of one by it. `large`:
-    always, for memory that is used all over.
+    always, for memory that is used all over. `memory`: where chunks come from.
 
     Attributes:
         shift: a chunk holds 2^shift rows, of every slab.
@@ -40,13 +69,34 @@ class Slabs:
         prepared: rows below this had `prepare` called for them.
     """
 
-    def __init__(self, row_bytes: Sequence[int], *, large: bool = False) -> None:
+    def __init__(
+        self, row_bytes: Sequence[int], *, large: bool = False, memory: ChunkMemory = PRIVATE
+    ) -> None:
         self.row_bytes = tuple(row_bytes)
         self.shift = max(0, (CHUNK // max(row_bytes)).bit_length() - 1)
         self.addresses = np.empty((len(row_bytes), 0), dtype=np.int64)
         self.prepared = 0
         self._large = large
-        self._chunks: list[list[NDArray[np.uint8]]] = []
+        self._memory = memory
+        self._chunks: list[list[Bytes]] = []
+
+    @property
+    def chunks(self) -> list[list[Bytes]]:
+        """By chunk, the memory of each slab. Not to be written."""
+        return self._chunks
+
+    def adopt(self, chunks: list[list[Bytes]]) -> None:
+        """Have rows that others have written, which are not written here."""
+        assert not self._chunks
+        if chunks:
+            self._add(chunks)
+
+    def give_back(self) -> None:
+        """Let go of all rows."""
+        for memory in [part for chunk in self._chunks for part in chunk]:
+            self._memory.give_back(memory)
+        self._chunks = []
+        self.addresses = self.addresses[:, :0]
 
     def reserve(self, rows: int) -> None:
         """Make room for rows [0, rows), all or nothing; costs nothing by the row.
@@ -54,14 +104,17 @@ class Slabs:
         Raises:
             EnvironmentFailure: the system has no more memory.
         """
-        added: list[list[NDArray[np.uint8]]] = []
+        added: list[list[Bytes]] = []
         while (len(self._chunks) + len(added)) << self.shift < rows:
             large = self._large or bool(self._chunks or added) or rows > 1 << self.shift
-            added.append([_chunk(size << self.shift, large) for size in self.row_bytes])
+            added.append([self._memory.take(size << self.shift, large) for size in self.row_bytes])
         if added:
-            starts = np.array([[part.ctypes.data for part in chunk] for chunk in added], dtype=np.int64)
-            self.addresses = np.ascontiguousarray(np.hstack([self.addresses, starts.T]))
-            self._chunks += added
+            self._add(added)
+
+    def _add(self, chunks: list[list[Bytes]]) -> None:
+        starts = np.array([[part.ctypes.data for part in chunk] for chunk in chunks], dtype=np.int64)
+        self.addresses = np.ascontiguousarray(np.hstack([self.addresses, starts.reshape(len(chunks), -1).T]))
+        self._chunks += chunks
 
     def populate(self, first: int, rows: int) -> None:
         """Have rows [first, first + rows) backed by memory, as far as there is room for them.
@@ -105,7 +158,7 @@ class Slabs:
         return places
 
 
-def _chunk(size: int, large: bool) -> NDArray[np.uint8]:
+def _chunk(size: int, large: bool) -> Bytes:
     """`size` bytes of fresh memory, in huge pages where `large`; the array owns it."""
     try:
         memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

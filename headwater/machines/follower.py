@@ -24,12 +24,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from headwater import messages as m
 from headwater.errors import ProtocolError, RefusedError, named
+from headwater.shard.shared_version import SharedCopy
 from headwater.shard.version_copy import VersionCopy
 from headwater.spec.version import Version
+
+AnyCopy: TypeAlias = VersionCopy | SharedCopy
+"""A version in this process's memory, or in that of a follower that has lent it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,12 +44,14 @@ class Slot:
         version: of `copy`; None while it is of none.
         pins: how many views read it.
         as_of: when the servers last said that this is the newest version, in seconds.
+        retired: it is of another kind than what is filled now, and goes when nobody reads it.
     """
 
-    copy: VersionCopy
+    copy: AnyCopy
     version: Version | None = None
     pins: int = 0
     as_of: float = 0.0
+    retired: bool = False
 
 
 class Fill(NamedTuple):
@@ -54,11 +60,13 @@ class Fill(NamedTuple):
     slot: Slot
     source: Slot | None
 
-    def request(self, server: int, number: int, dtype: m.ReadType, at: int) -> m.Publish:
+    def request(
+        self, server: int, number: int, dtype: m.ReadType, at: int, *, shared: bool = False
+    ) -> m.Publish:
         """What a server is asked, perhaps again, once the slot is what `source` says."""
         self.slot.copy.expect(server)
         models, tables = self.slot.copy.wanted()
-        return m.Publish(number, models, tables, dtype, at)
+        return m.Publish(number, models, tables, dtype, at, shared)
 
     def begin(self) -> None:
         """Before it is asked: start from `source`. Blocks to copy that; needs no lock."""
@@ -79,7 +87,8 @@ class Fill(NamedTuple):
 
 
 class FollowerMachine:
-    """Keeps at most `pins` versions readable, ≥ 1.
+    """Keeps at most `pins` versions readable, ≥ 1. `elastic`: has memory for one more whenever all is pinned,
+    so nothing holds it up.
 
     Attributes:
         generation: of the training that is followed.
@@ -88,8 +97,9 @@ class FollowerMachine:
         installed: versions shown so far.
     """
 
-    def __init__(self, pins: int) -> None:
+    def __init__(self, pins: int, *, elastic: bool = False) -> None:
         self.pins = pins
+        self.elastic = elastic
         self.generation = 0
         self.current: Slot | None = None
         self.newest = -1
@@ -97,11 +107,13 @@ class FollowerMachine:
         self._slots: list[Slot] = []
         self._filling: Slot | None = None
         self._complete: Slot | None = None
+        self._make: Callable[[], AnyCopy] | None = None
 
     # ── the cluster ─────────────────────────────────────────────────────────────────────────────
 
-    def joined(self, generation: int, make: Callable[[], VersionCopy]) -> None:
+    def joined(self, generation: int, make: Callable[[], AnyCopy], *, anew: bool = False) -> None:
         """A cluster is followed from now on, perhaps again; `make`: an empty copy of what is followed there.
+        `anew`: copies of before are of another kind, and are not filled any more.
 
         Raises:
             ProtocolError: it is an older generation than was seen.
@@ -109,20 +121,25 @@ class FollowerMachine:
         if self.current is not None and generation < self.generation:
             raise ProtocolError(f"a cluster of generation {generation} after one of {self.generation}")
         self.failed()
-        if generation == self.generation and self._slots:
+        self._make = make
+        if generation == self.generation and self._slots and not anew:
             return
-        self.generation, self.newest = generation, -1
+        if generation != self.generation:
+            self.newest = -1
+        self.generation = generation
         keep = [slot for slot in self._slots if slot.pins or slot is self.current]
+        for slot in keep:
+            slot.retired = True
         self._complete = None
         free = [Slot(make()) for _ in range(self.pins + 1)]
-        self._slots = keep + free  # those of the former generation go when nobody reads them
+        self._slots = keep + free
 
     # ── one publication ─────────────────────────────────────────────────────────────────────────
 
     @property
     def held_up(self) -> bool:
         """Whether nothing can be filled before a pin is gone."""
-        return self._complete is not None or self.pinned >= self.pins
+        return not self.elastic and (self._complete is not None or self.pinned >= self.pins)
 
     @property
     def pinned(self) -> int:
@@ -135,6 +152,10 @@ class FollowerMachine:
         if self.held_up:
             return None
         of_now = [slot for slot in self._slots if self._may_fill(slot)]
+        if not of_now:
+            assert self._make is not None
+            of_now = [Slot(self._make())]
+            self._slots += of_now
         # One that was shown before needs only what has changed since.
         slot = max(of_now, key=lambda one: one.version or Version(-1, -1))
         current = self.current
@@ -149,7 +170,7 @@ class FollowerMachine:
         return slot.version is not None and slot.version.generation == self.generation
 
     def _may_fill(self, slot: Slot) -> bool:
-        if slot.pins or slot is self.current or slot is self._complete:
+        if slot.pins or slot.retired or slot is self.current or slot is self._complete:
             return False
         return slot.version is None or self._is_of_now(slot)
 
@@ -189,18 +210,28 @@ class FollowerMachine:
     # ── readers ─────────────────────────────────────────────────────────────────────────────────
 
     def _show(self) -> None:
-        if self._complete is None or self.pinned >= self.pins:
+        if self._complete is None or (not self.elastic and self.pinned >= self.pins):
             return
         former, self.current, self._complete = self.current, self._complete, None
         self.installed += 1
         self._let_go(former)
 
     def _let_go(self, slot: Slot | None) -> None:
-        """A slot of a former generation is of no use once nobody reads it."""
-        if slot is None or slot is self.current or slot.pins or slot.version is None:
+        """A slot of a former generation goes once nobody reads it; so does one more than are needed."""
+        if slot is None or slot is self.current or slot.pins or slot not in self._slots:
             return
-        if not self._is_of_now(slot) and slot in self._slots:
+        if slot.retired or (self.elastic and len(self._slots) > self.pins + 1):
             self._slots.remove(slot)
+
+    def give_up(self, slot: Slot) -> None:
+        """Others may read this slot's memory for ever: it is not filled again."""
+        if slot in self._slots:
+            self._slots.remove(slot)
+
+    def readable(self) -> list[int]:
+        """Numbers of the versions of this generation that somebody reads or may pin."""
+        held = [slot for slot in self._slots if slot.pins or slot in (self.current, self._complete)]
+        return [slot.version.number for slot in held if slot.version is not None and self._is_of_now(slot)]
 
     @property
     def shown(self) -> Version:

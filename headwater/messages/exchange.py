@@ -448,12 +448,14 @@ class ModelInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Description(Message, frozen=True):
-    """Answer to Describe."""
+    """Answer to Describe. `version` was known to be the newest `age` seconds before the request came: 0 for a
+    server, which knows."""
 
     number: int
     version: int
     models: tuple[ModelInfo, ...]
     tables: tuple[TableSpec, ...] = ()
+    age: float = 0.0
 
 
 ToServer: TypeAlias = Hello | Request | Scratch | Renew | Store | Describe

@@ -24,7 +24,8 @@ class Publish(Message, frozen=True):
     """Have every server copy what is wanted at one position of the log: the first of version `at` or later.
 
     A model that has not changed since the follower's version is left out; of a table come the rows that were
-    touched since, where the server still knows which.
+    touched since, where the server still knows which. `shared`: to a follower of this machine: give its
+    memory of a version to read, instead of values.
     """
 
     number: int
@@ -32,12 +33,17 @@ class Publish(Message, frozen=True):
     tables: tuple[Wanted, ...] = ()
     dtype: ReadType = "float32"
     at: int = 0
+    shared: bool = False
 
 
 class Taken(Message, frozen=True):
-    """The follower has received all of its last publication: servers may use that memory again."""
+    """The follower has received all of its last publication: servers may use that memory again.
+
+    `keeps`: the versions whose shared memory it still reads; of others it reads none any more.
+    """
 
     number: int
+    keeps: tuple[int, ...] = ()
 
 
 class PublishedRows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,11 +61,43 @@ class PublishedRows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     last: bool
 
 
+class SharedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the elements of a model begin in a shared file."""
+
+    model: int
+    offset: int
+
+
+class SharedTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a table's rows are in a shared file, as `TableCopy` has them.
+
+    `rows`: how many; `width`: pages that a slot may have; `directory`: where int32[slots] counts of pages,
+    int32[slots] counts of entries and int32[slots, width] pages begin. `pages`: where each chunk of the index
+    begins; `slabs`: by slab, where each chunk of it does.
+    """
+
+    table: int
+    rows: int
+    width: int
+    directory: int
+    pages: tuple[int, ...]
+    slabs: tuple[tuple[int, ...], ...]
+
+
+class SharedVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One version in a file of `size` bytes that came with the message; not written while it is lent."""
+
+    size: int
+    models: tuple[SharedModel, ...]
+    tables: tuple[SharedTable, ...]
+
+
 class Publication(Message, frozen=True):
     """A server's part of a publication, the answer to Publish; the payload has `models`, then `tables`.
 
     Of each of `models` this server's whole range follows, in the type that was asked for. `recorded`: where
-    workers were in their data at that position.
+    workers were in their data at that position. `age`: how many seconds ago this was known to be the newest
+    version. `shared`: everything is in the memory that came with this, and nothing follows.
     """
 
     number: int
@@ -69,3 +107,5 @@ class Publication(Message, frozen=True):
     tables: tuple[PublishedRows, ...] = ()
     recorded: DataProgress = DataProgress()
     failure: Refused | None = None
+    age: float = 0.0
+    shared: SharedVersion | None = None

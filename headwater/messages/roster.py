@@ -8,6 +8,7 @@ import msgspec
 
 from headwater.messages.base import Message, Role, ServerRole
 from headwater.messages.observed import Histogram, LoggedPoint, Nanoseconds, TurnBlock
+from headwater.messages.publication import ReadType
 from headwater.messages.reading import Position
 
 
@@ -96,7 +97,8 @@ class Welcome(Message, frozen=True):
     `settings`: the user's own, as `spec.user_settings` packs them. `position`: what the log last recorded of
     this rank's reading; None where it recorded nothing, and after Rejoin. `key`: what this member must show
     to Rejoin. `returns`: whether a coordinator that is gone may come back, on its journal. `cluster`: the
-    identity of this cluster, which its coordinator drew at random.
+    identity of this cluster, which its coordinator drew at random. `keeps`: who welcomes is a follower, to
+    whom others come to read; it has parameters in this type and is the one server there.
     """
 
     member: Member
@@ -113,6 +115,7 @@ class Welcome(Message, frozen=True):
     key: str = ""
     returns: bool = False
     cluster: str = ""
+    keeps: ReadType | None = None
 
 
 class Rejoin(Message, frozen=True):

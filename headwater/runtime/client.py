@@ -114,6 +114,7 @@ class Client:
         self._ended: HeadwaterError | None = None
         self._splits: deque[SplitAnswer] = deque()
         self._begun: Callable[[Outcome], None] | None = None
+        self._files: Callable[[m.AnyMessage, Sequence[int]], None] | None = None
         self._what = "connect"
         self._traffic = [0, 0]  # of connections that have ended
         self._closed = False
@@ -169,8 +170,11 @@ class Client:
         place: Callable[[int, Any], Sequence[Any]] | None = None,
         expects: type[AnyAnswer] = m.Answer,
         memory: Buffer | None = None,
+        files: Callable[[m.AnyMessage, Sequence[int]], None] | None = None,
     ) -> Any:
         """Make the exchange that `Call` of these says; blocks for all answers, and returns what they come to.
+
+        `files`: takes the descriptors that come with a message, and closes them.
 
         Raises:
             UsageError: the request cannot be sent; nothing was.
@@ -181,7 +185,11 @@ class Client:
             RewoundError: training began anew from a checkpoint, without this member.
             RefusedError: this member was declared dead.
         """
-        return self._make(Call(what, frame, place, expects, memory))
+        self._files = files
+        try:
+            return self._make(Call(what, frame, place, expects, memory))
+        finally:
+            self._files = None
 
     def _make(self, call: Call) -> Any:
         if self._begun is not None:
@@ -484,7 +492,9 @@ class Client:
             self.stages.answered = self.stages.now()
         with self._lock:
             actions = self.machine.received(self._conns[server], message, None, time.monotonic())
-        if frame.descriptors:
+        if frame.descriptors and self._files is not None:
+            self._files(message, frame.descriptors)
+        elif frame.descriptors:
             _close(frame.descriptors)
         if actions:
             self._carry_out(actions)
@@ -613,6 +623,6 @@ def _check(coordinator: Any) -> None:
 
 
 def _close(descriptors: Sequence[int]) -> None:
-    """Nobody sends a member files; whoever does may not fill its table of them."""
+    """Nobody sends a member files that it did not ask for; whoever does may not fill its table of them."""
     for descriptor in descriptors:
         os.close(descriptor)

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.errors import ProtocolError
-from headwater.kernels.index import Index
+from headwater.kernels.index import Directory, Index
 from headwater.kernels.rows import ages, begin, gather, scatter
-from headwater.kernels.slabs import Slabs
+from headwater.kernels.slabs import PRIVATE, Bytes, ChunkMemory, Slabs
 from headwater.messages import TableSpec
 from headwater.shard.cuts import TableCut
 from headwater.spec import initializers
@@ -29,28 +29,70 @@ Rows = NDArray[np.float32]
 
 
 class TableCopy:
-    """Of the table `spec`, spread over `servers` servers; empty at first.
+    """Of the table `spec`, spread over `servers` servers; empty at first. `memory`: where its rows lie.
 
     Attributes:
         version: of its rows; -1 for none.
     """
 
-    def __init__(self, spec: TableSpec, servers: int) -> None:
+    def __init__(self, spec: TableSpec, servers: int, memory: ChunkMemory = PRIVATE) -> None:
         self.spec = spec
+        self._memory = memory
         self.servers = servers
         self.version = -1
+        self._set_spec(spec)
+        self._make()
+
+    @classmethod
+    def unfilled(cls, spec: TableSpec, servers: int) -> TableCopy:
+        """One that is to `adopt` what another process has written."""
+        copy = cls.__new__(cls)
+        copy.spec, copy.servers, copy.version, copy._memory = spec, servers, -1, PRIVATE
+        copy._set_spec(spec)
+        return copy
+
+    def _set_spec(self, spec: TableSpec) -> None:
         expiry = None if spec.expiry is None else expiry_from_spec(spec.expiry)
         self._expiry = expiry if isinstance(expiry, AfterSteps) else None
         self._initializer = initializers.from_spec(spec.initializer)
-        self._make()
 
     def _make(self) -> None:
-        self._index = Index(range(SLOTS))
-        self._slabs = Slabs([self.spec.dim * _ITEM, *([_ITEM] if self._expiry else [])])
+        self._index = Index(range(SLOTS), memory=self._memory)
+        self._slabs = Slabs(self.row_bytes, memory=self._memory)
+
+    @property
+    def row_bytes(self) -> list[int]:
+        """Of one row, by slab: its values, and the version of its last gradient where rows expire."""
+        return [self.spec.dim * _ITEM, *([_ITEM] if self._expiry else [])]
 
     def _clear(self) -> None:
         if self._index.high_water:
+            self._index.give_back()
+            self._slabs.give_back()
             self._make()
+
+    # ── memory that several processes read ──────────────────────────────────────────────────────
+
+    @property
+    def directory(self) -> Directory:
+        """Of its index."""
+        return self._index.directory
+
+    @property
+    def pages(self) -> list[Bytes]:
+        """The chunks of its index."""
+        return self._index.pages
+
+    @property
+    def chunks(self) -> list[list[Bytes]]:
+        """By chunk, the memory of each slab of rows."""
+        return self._slabs.chunks
+
+    def adopt(self, rows: int, directory: Directory, pages: list[Bytes], chunks: list[list[Bytes]]) -> None:
+        """Read what another process has written from now on; this copy is never written."""
+        self._index = Index.adopted(range(SLOTS), rows, directory, pages)
+        self._slabs = Slabs(self.row_bytes)
+        self._slabs.adopt(chunks)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -134,6 +176,23 @@ class TableCopy:
         """bool[n]: which of int64[n] ids have a row."""
         has: NDArray[np.bool_] = self._index.find(ids)[0] >= 0
         return has
+
+    def cut(self, have: int, touched: Ids | None) -> TableCut:
+        """What a follower with version `have` is sent; the arrays are copies. Blocks for a pass over them.
+
+        `touched`: the ids whose rows may have changed since, each once; None: all.
+        """
+        if touched is None:
+            ids, rows, _ = self._index.entries(np.arange(SLOTS))
+            deleted = np.empty(0, np.int64)
+        else:
+            rows = self._index.find(touched)[0]
+            ids, deleted, rows = touched[rows >= 0], touched[rows < 0], rows[rows >= 0]
+        last = None
+        if self._expiry is not None:
+            last = np.empty(len(rows), np.int32)
+            gather(rows, self._slabs, 1, last, 1)
+        return TableCut(-1 if touched is None else have, ids, self._gathered(rows), deleted, last)
 
     def scan(self, batch: int) -> Iterator[tuple[Ids, Rows]]:
         """All rows, `batch` at a time but for the last: int64[n] ids and float32[n, dim]."""

@@ -8,13 +8,14 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.errors import ProtocolError
+from headwater.kernels.slabs import PRIVATE, ChunkMemory
 from headwater.shard.cuts import TableCut
 from headwater.shard.table_copy import TableCopy
 from headwater.spec.layout import Layout
@@ -22,10 +23,29 @@ from headwater.spec.layout import Layout
 Ids: TypeAlias = NDArray[np.int64]
 
 
+class Readable(Protocol):
+    """One version, wherever it lies; `VersionCopy` says what the attributes are."""
+
+    vectors: dict[int, NDArray[Any]]
+    models: dict[int, int]
+    tables: dict[int, TableCopy]
+    position: int
+    recorded: m.DataProgress
+
+
+_LARGE = 4 << 20
+"""Bytes from which huge pages are worth their rest."""
+
+
+def _zeros(memory: ChunkMemory, size: int) -> NDArray[np.uint8]:
+    return memory.take(size, size >= _LARGE)
+
+
 class VersionCopy:
-    """Of the models and tables with these ids, spread over `servers` servers.
+    """Of the models and tables with these ids, spread over `servers` servers, in `memory`.
 
     Attributes:
+        model_specs, table_specs, memory: as given.
         vectors: by model id, float32[elements], or uint16[elements], the bits of bfloat16.
         models: by id, the version of that vector's values; -1 for none.
         tables: by id.
@@ -40,15 +60,19 @@ class VersionCopy:
         tables: Mapping[int, m.TableSpec],
         dtype: m.ReadType,
         servers: int,
+        memory: ChunkMemory = PRIVATE,
     ) -> None:
+        self.model_specs, self.table_specs = dict(models), dict(tables)
+        self.memory = memory
         self.servers = servers
         self.layouts = {id: Layout(spec.tensors) for id, spec in models.items()}
         kind = np.uint16 if dtype == "bfloat16" else np.float32
         self.vectors: dict[int, NDArray[Any]] = {
-            id: np.zeros(layout.elements, kind) for id, layout in self.layouts.items()
+            id: _zeros(memory, layout.elements * np.dtype(kind).itemsize).view(kind)
+            for id, layout in self.layouts.items()
         }
         self.models = dict.fromkeys(self.layouts, -1)
-        self.tables = {id: TableCopy(spec, servers) for id, spec in tables.items()}
+        self.tables = {id: TableCopy(spec, servers, memory) for id, spec in tables.items()}
         self.position = 0
         self.recorded = m.DataProgress()
         self.touched: dict[int, Ids | None] = {}
@@ -127,7 +151,7 @@ class VersionCopy:
         self._arrived.clear()
         return first.version
 
-    def become(self, other: VersionCopy) -> None:
+    def become(self, other: Readable) -> None:
         """Copy all of another one's version."""
         for id, vector in self.vectors.items():
             np.copyto(vector, other.vectors[id])

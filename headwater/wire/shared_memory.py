@@ -25,6 +25,7 @@ Bytes: TypeAlias = NDArray[np.uint8]
 _MAP_FIXED = 0x10
 _MAP_POPULATE: int = getattr(mmap, "MAP_POPULATE", 0)
 _UNWRITABLE = 0x08 | 0x10  # F_SEAL_WRITE, F_SEAL_FUTURE_WRITE
+_FIXED = 0x01 | 0x02 | 0x04  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW
 _FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -59,23 +60,27 @@ class Mapping:
     cannot map over given addresses.)
     """
 
-    def __init__(self, descriptor: int, offset: int, size: int) -> None:
+    def __init__(
+        self, descriptor: int, offset: int, size: int, *, filled: bool = True, writable: bool = True
+    ) -> None:
+        """`filled`: have the system give it pages now; without, it does when they are first used."""
         self.size = size
+        self._writable = writable
         self.address = 0
         if size:
             lead = offset % mmap.PAGESIZE  # nothing where pages have 4096 bytes
-            start = _map(descriptor, offset - lead, lead + size)
+            start = _map(descriptor, offset - lead, lead + size, filled=filled, writable=writable)
             weakref.finalize(self, _libc.munmap, start, lead + size).atexit = False
             self.address = start + lead
         self.__array_interface__: dict[str, Any] = {
             "version": 3,
             "typestr": "|u1",
             "shape": (size,),
-            "data": (self.address, False),
+            "data": (self.address, not writable),
         }
 
     def bytes(self) -> Bytes:
-        """Return all of it as uint8[size], writable."""
+        """Return all of it as uint8[size], writable unless it was made otherwise."""
         return np.asarray(self) if self.size else np.empty(0, np.uint8)
 
     def write(self, descriptor: int) -> None:
@@ -91,22 +96,42 @@ class Mapping:
             _map(descriptor, 0, self.size, self.address)
 
 
-def _map(descriptor: int, offset: int, size: int, address: int | None = None) -> int:
-    """Map a shared, populated, writable range of a file, over `address` where one is given."""
-    flags = mmap.MAP_SHARED | _MAP_POPULATE | (0 if address is None else _MAP_FIXED)
-    start: int = _libc.mmap(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, offset)
+def _map(
+    descriptor: int,
+    offset: int,
+    size: int,
+    address: int | None = None,
+    *,
+    filled: bool = True,
+    writable: bool = True,
+) -> int:
+    """Map a shared range of a file, over `address` where one is given."""
+    flags = mmap.MAP_SHARED | (_MAP_POPULATE if filled else 0) | (0 if address is None else _MAP_FIXED)
+    access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    start: int = _libc.mmap(address, size, access, flags, descriptor, offset)
     if start == _FAILED:
         number = ctypes.get_errno()
         raise EnvironmentFailure(f"cannot map {size} bytes of a window: {os.strerror(number)}")
     return start
 
 
-def _new_file(size: int) -> int:
-    """Return the descriptor of an anonymous file that can neither shrink nor grow."""
+def growing_file() -> int:
+    """Return the descriptor of an anonymous file without content, that can grow and never shrink.
+
+    Raises:
+        EnvironmentFailure: the system has no such files.
+    """
+    try:
+        return _new_file(0, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    except (AttributeError, OSError) as error:
+        raise EnvironmentFailure(f"cannot make memory that processes share: {error}") from error
+
+
+def _new_file(size: int, seals: int = _FIXED) -> int:
+    """Return the descriptor of an anonymous file that can, but for other seals, neither shrink nor grow."""
     descriptor = os.memfd_create("headwater-window", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(descriptor, size)
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     except BaseException:
         os.close(descriptor)
