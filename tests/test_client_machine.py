@@ -30,7 +30,7 @@ from headwater.errors import (
 from headwater.machines import client as rules
 from headwater.machines import connections
 from headwater.machines.actions import Close, Dial, Send
-from headwater.machines.client import Asked, Failed, Settled
+from headwater.machines.client import Asked, Call, Failed, Settled
 from headwater.machines.connections import Connected, Frame, Renewal
 from headwater.machines.membership import COORDINATOR, Ended
 
@@ -344,8 +344,10 @@ def test_an_exchange_sends_to_every_server_and_is_over_when_all_have_answered():
 
 
 def test_the_version_of_a_member_never_decreases():
-    alone = Alone().joined().call().answer(version=4).call().answer(version=3)
-    assert alone.machine.version == 4
+    alone = Alone().joined().call().answer(version=4)
+    stop = Call("stop", lambda server, number: Frame(m.Stop(number)))
+    alone.does(alone.machine.call, stop, alone.now).answer(version=3)
+    assert (len(alone.events(Settled)), alone.machine.version) == (2, 4)
 
 
 def test_a_request_that_the_servers_refuse_is_over_and_the_next_one_can_be_made():
@@ -363,7 +365,9 @@ def test_waits_that_could_never_end_are_final():
 
 
 def test_answers_that_differ_are_final():
-    alone = Alone().joined(2).call().answer(0, version=1).answer(1, version=2)
+    alone = Alone().joined(2)
+    ordered = Call("pull", lambda server, number: Frame(m.Pull(number, (server,), -1, True)))
+    alone.does(alone.machine.call, ordered, alone.now).answer(0, version=1).answer(1, version=2)
     assert "servers 0 and 1 answered differently" in str(failure(alone))
 
 

@@ -303,7 +303,7 @@ def test_a_member_of_a_server_without_the_log_is_told_so():
     desk.takes(3, member(5))
     desk.says(conn, m.StartTerm(1, 0))
     one = desk.hello(5, term=3)
-    desk.says(one, m.Pull(1, (), -1))
+    desk.says(one, m.Pull(1, (), -1, True))
     assert isinstance(desk.last(conn), m.Reports)
     desk.passes(10)
     assert isinstance(desk.last(conn), m.Explain)

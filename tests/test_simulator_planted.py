@@ -15,9 +15,12 @@ from headwater.machines.actions import Close, Dial, Send
 from headwater.machines.applier import LogApplier
 from headwater.machines.coordinator.newcomers import Newcomers
 from headwater.machines.coordinator.state import State
+from headwater.machines.current_read import CurrentRead
+from headwater.machines.exchange import Exchange
 from headwater.machines.log_host import SequencerMachine
 from headwater.machines.log_link import ReportLink
 from headwater.machines.own_standby import OwnStandby
+from headwater.machines.read_lease import ReadLease
 from headwater.machines.server import ServerMachine
 from headwater.machines.standby_link import StandbyLink
 from headwater.machines.standby_receiver import StandbyReceiver
@@ -28,8 +31,9 @@ from headwater.shard.vector import Vector
 from headwater.spec.rules import Adam
 from headwater.spec.sync import Decision, StaleSynchronous, Synchronous
 from headwater.testing import Faults, Violation, explore, run
+from headwater.testing.faults import Partition
 from headwater.testing.processes.memory import ScratchArray, WindowArrays
-from headwater.testing.schedule import random_schedule
+from headwater.testing.schedule import Schedule, random_schedule
 
 MODES = [
     "async",
@@ -246,6 +250,31 @@ def test_a_message_that_leaves_before_what_it_shows_is_persisted(mode, monkeypat
 
     monkeypatch.setattr(State, "emit", hasty)
     assert found(mode).invariant in {"EachUpdateOnce", "EverySample", *LOGS_DIFFER, *NOTICED}
+
+
+def test_a_read_whose_answers_are_of_several_versions(monkeypatch):
+    outcome = Exchange.outcome
+
+    def newest(self):
+        answers = self._answers
+        if self.versions() is None or any(answer.result is not None for answer in answers):
+            return outcome(self)
+        return max(answers, key=lambda answer: answer.version)
+
+    monkeypatch.setattr(CurrentRead, "agree", lambda *arguments: True)
+    monkeypatch.setattr(Exchange, "outcome", newest)
+    assert found("async", servers=2, readers=1).invariant in {"ValuesOfTheirVersion", "CurrentAnswers"}
+
+
+def test_a_server_that_was_replaced_and_still_reads_for_members(monkeypatch):
+    """The reader and it are parted from everybody else, whose version goes on."""
+    monkeypatch.setattr(ReadLease, "holds", lambda self, now: True)
+    parted = (Partition(0.2, ("server 0", "reader 0"), 0.9),)
+    fixed = {"servers": 1, "replicas": 1, "readers": 1, "steps": 60, "faults": parted}
+    schedules = (Schedule("async", seed=seed, **fixed) for seed in range(200))
+    with pytest.raises(Violation) as caught:
+        deque(map(run, schedules), maxlen=0)
+    assert caught.value.invariant == "CurrentAnswers"
 
 
 def test_a_bound_that_is_not_kept(monkeypatch):

@@ -20,8 +20,9 @@ each (`Exchange`). What the three parts do is described in their modules. This i
   servers.
 
 Answers of all servers come from one position of the log, so they must agree, and an exchange is over when
-the last has come. Why it waits, the servers say (Waiting). Server 0 has the sequencer and knows best; but a
-server that says nothing, while others do, is what everybody waits for.
+the last has come. Reads are answered outside the log, and asked again until they agree
+(`headwater.machines.current_read`). Why it waits, the servers say (Waiting). Server 0 has the sequencer and
+knows best; but a server that says nothing, while others do, is what everybody waits for.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from headwater.errors import (
 )
 from headwater.machines.actions import Actions, Conn, Note, Tell
 from headwater.machines.connections import Buffer, Outgoing, ServerConnections, offered
+from headwater.machines.current_read import CurrentRead
 from headwater.machines.exchange import AnyAnswer, Exchange, Outcome
 from headwater.machines.membership import COORDINATOR, Joined, Membership, Returned
 from headwater.machines.split_request import SplitRequests
@@ -125,6 +127,7 @@ class ClientMachine:
         self.until: float | None = None
         self._call: Call | None = None
         self._exchange: Exchange | None = None
+        self._read = CurrentRead()
         self._refusal: RefusedError | None = None
         self._verdict_at: float | None = None
         self._finishing = False
@@ -384,6 +387,7 @@ class ClientMachine:
                 shared = self.connections.shares[server]
                 actions += offered(call.memory, conn, server, shared, anew=False)
         frames = [call.frame(server, number) for server in range(len(links))]
+        frames = self._read.frames(frames)
         actions.append(_new(Tell, (_new(Asked, (links, frames, number)),)))
         return actions
 
@@ -396,6 +400,10 @@ class ClientMachine:
         return [Note(f"{membership.name}: {membership.beside(reason, now)}", "warning")]
 
     def _settle(self, exchange: Exchange) -> Actions:
+        if self._read.unordered and not self._read.agree(exchange.versions(), self.version):
+            assert self._call is not None
+            self._exchange = Exchange(self.number, self.servers, self._call.expects)
+            return self._ask(self._call, self.number)
         try:
             outcome = exchange.outcome()
         except (StalledError, ProtocolError) as error:
@@ -410,6 +418,7 @@ class ClientMachine:
 
     def _done(self) -> None:
         self._call = self._exchange = self.until = self._verdict_at = None
+        self._read.over()
         self._connecting = False
 
     def _judge(self, refusal: RefusedError, now: float) -> Actions:

@@ -77,6 +77,11 @@ class Exchange:
         """The servers whose answer is still out."""
         return [i for i, answer in enumerate(self._answers) if answer is None]
 
+    def versions(self) -> set[int] | None:
+        """Those of the answers to a read; None where a server has refused it."""
+        answers = [one for one in self._answers if type(one) is Answer and one.failure is None]
+        return {one.version for one in answers} if len(answers) == len(self._answers) else None
+
     def outcome(self) -> Outcome:
         """What all servers have answered together: of answers the one that all agree on, of descriptions the
         shortest, which lists what every server knows by now; of others what each server did, in their order.

@@ -92,7 +92,9 @@ class OwnStandby:
         self._dialling = False
         self.link = StandbyLink(member, conn, self._memory)
         self.due = now + self._limit
-        return [Send(conn, hello), *self._applier.attach(self.link)]
+        actions: Actions = [Send(conn, hello), *self._applier.attach(self.link)]
+        self.link.note_shipped(now)
+        return actions
 
     def unreachable(self, dialled: str, why: str, now: float, *, refused: bool) -> Actions:
         """A dial failed: try again after a pause, while that can help and there is time."""
@@ -136,7 +138,11 @@ class OwnStandby:
 
     def watch(self, now: float) -> None:
         """Something may have been sent: look later whether it was acknowledged."""
-        if self.due is None and self.link is not None and self.link.awaits:
+        link = self.link
+        if link is None:
+            return
+        link.note_shipped(now)
+        if self.due is None and link.awaits:
             self.due = now + self._limit
 
     def tick(self, now: float) -> Actions:

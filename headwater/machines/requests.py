@@ -4,10 +4,15 @@ Theory of operation. A connection takes one request at a time:
 
     free ──request──▶ held ──entry of the log──▶ answered, and free again
     free ──Store, Compare──▶ busy ──done──▶ answered, and free again
+    free ──Read──▶ answered, and free again
 
 While it is held or busy the connection is paused: the member's next message waits in it, and nobody reads
 or writes the member's memory but to answer it. What needs no entry of the log (`Describe`, new windows) is
 done at once.
+
+A `Read` is answered at once with what is applied here, unless this server cannot say that this is current
+(`RequestServer.readable`), which it answers then. The member compares what all servers have answered, and
+asks for an entry of the log where that is not one version (`headwater.machines.current_read`).
 
 A new kind of exchange needs nothing here unless it comes with memory (`headwater.machines.member_memory`):
 whatever is a `Request` is held, reported, and answered by the entry that names it. One that is not an
@@ -64,6 +69,9 @@ class RequestServer(Protocol):
     def standby(self) -> StandbyLink | None:
         """The standby that follows it."""
 
+    def readable(self, now: float) -> bool:
+        """Whether what is applied here is all that any member has been told."""
+
     def report(self, held: m.Held) -> Actions:
         """Tell the sequencer that this is held."""
 
@@ -116,6 +124,8 @@ class MemberRequests:
         if self.waiting:
             raise ProtocolError(f"{type(message).__name__} came before exchange {self.waiting} was answered")
         kind = type(message)
+        if kind in _READS and not message.ordered:  # type: ignore[union-attr]
+            return self._read(message, brought, now, request)  # type: ignore[arg-type]
         if kind is m.Scratch:
             return []
         if isinstance(message, m.Renew):
@@ -134,6 +144,14 @@ class MemberRequests:
         if isinstance(message, m.Checkpoint) and (lengths := self._server.shard.expect_snapshots()):
             return self._busy(partial(found, lengths), partial(self._provided, message, brought))
         return self._hold(message, brought)
+
+    def _read(self, message: m.Read, brought: Brought, now: float, request: int) -> Actions:
+        """Answer with what is applied here."""
+        server, conn = self._server, self.conn
+        if not server.readable(now):
+            return [Send(conn, m.Answer(message.number, m.UNREAD), request=request)]
+        answer = server.shard.read(self.member.id, message, brought.rows, self.connection_epoch)
+        return [Send(conn, answer, self._memory.payload(answer), request)]
 
     # ── exchanges of the log ────────────────────────────────────────────────────────────────────
 
@@ -260,6 +278,8 @@ class MemberRequests:
     def _send(self, message: m.AnyMessage) -> Send:
         return Send(self.conn, message, request=self._request)
 
+
+_READS = frozenset((m.Pull, m.PullRows, m.CountRows))
 
 _OUTSIDE: dict[type, Callable[[MemberRequests, Any], Actions]] = {
     m.Describe: MemberRequests._describe,

@@ -19,6 +19,10 @@ says which standby this server has (`OwnStandby`). What the log brings is done p
 machine is `busy` the driver calls `advance`, which makes at most one pass over parameters, and what came of
 it leaves before the next.
 
+Members read outside the log what is applied here. A server that was replaced without knowing it must not
+show that any more, so it does only while it holds a lease of its standby (`headwater.machines.read_lease`),
+and a standby that takes over serves nobody before any such lease has ended.
+
 On server 0 the sequencer speaks over `BESIDE`; what this node hears as a member of the coordinator's comes
 with `joined` and `coordinator_returned`.
 """
@@ -50,6 +54,7 @@ from headwater.machines.log_link import ReportLink
 from headwater.machines.memory import Given, ServerMemory
 from headwater.machines.own_standby import OwnStandby
 from headwater.machines.questions import Questions
+from headwater.machines.read_lease import FENCE_S
 from headwater.machines.requests import MemberRequests
 from headwater.machines.standby_link import StandbyLink
 from headwater.machines.standby_receiver import StandbyReceiver
@@ -120,6 +125,7 @@ class ServerMachine:
         self._members: dict[int, MemberRequests] = {}
         self._questions = Questions(self.log, plan.patience, self.statistics)
         self._served = False
+        self._fenced_until: float | None = None
         self._tasks: dict[str, tuple[Conn, Callable[[Any], Actions]]] = {}
         self._task = 0
 
@@ -296,8 +302,7 @@ class ServerMachine:
     def _judge(self, hello: m.Hello) -> HelloVerdict:
         known = self._members.get(hello.member)
         former = None if known is None else known.connection_epoch
-        serving = self._applier.serving
-        own = Self(self.id, self.index, self.role, self._cluster, self._roster, serving)
+        own = Self(self.id, self.index, self.role, self._cluster, self._roster, self._may_serve)
         return judge(hello, own, former)
 
     def _greet(self, conn: Conn, hello: m.Hello) -> Actions:
@@ -305,7 +310,7 @@ class ServerMachine:
         what, why, sender = self._judge(hello)
         if what == "wait":
             known = self._members.get(hello.member) if sender is not None else None
-            if known is None or not self._applier.serving:
+            if known is None or not self._may_serve:
                 return []
             return [Close(known.conn, f"member {hello.member} has connected anew", at_once=True)]
         del self._early[conn]
@@ -363,17 +368,19 @@ class ServerMachine:
         own = next((one for one in roster.members if one.id == self.id), None)
         if own is not None and own.role == "server":
             if self.role == "standby":
-                actions += self._take_over(roster.since, own)
+                actions += self._take_over(roster.since, own, now)
             actions += self.log.take_roster(roster)
             actions += self._standby.take_roster(roster, now)
             actions += self._report_moved()  # what only a lost standby lacked counts now
             self._wake(self._standby.due)
         return actions + self._note_serving(now) + self._look_at_hellos(now)
 
-    def _take_over(self, term: int, own: m.Member) -> Actions:
+    def _take_over(self, term: int, own: m.Member, now: float) -> Actions:
         """The roster says that this standby is the server now."""
         self.shard.promote(term)
         self.role = "server"
+        self._fenced_until = now + FENCE_S
+        self._wake(self._fenced_until)
         former, self._receiver = self._receiver, None
         note = Note(f"standby {self.index} (pid {own.pid}) takes over in term {term}", "warning")
         if former is None:
@@ -381,6 +388,11 @@ class ServerMachine:
         return [note, Close(former.conn, "this standby has taken over", at_once=True)]
 
     # ── the log ─────────────────────────────────────────────────────────────────────────────────
+
+    def readable(self, now: float) -> bool:
+        """As `RequestServer.readable`: no other server has this one's place, as far as that can be known."""
+        standby = self._applier.standby
+        return self._served and (standby is None or not standby.needed or standby.lease.holds(now))
 
     def report(self, held: m.Held) -> Actions:
         """Tell the sequencer that this is held."""
@@ -398,13 +410,18 @@ class ServerMachine:
             return [Tell(CannotGoOn(f"it cannot follow the log: {error}"))]
         if self._applier.moved:
             actions += self._report_moved()
-        return actions if self._served == self._applier.serving else actions + self._note_serving(now)
+        return actions if self._served == self._may_serve else actions + self._note_serving(now)
+
+    @property
+    def _may_serve(self) -> bool:
+        """Whether members can be served: all that they may have seen is here, and nobody else serves them."""
+        return self._applier.serving and self._fenced_until is None
 
     def _note_serving(self, now: float) -> Actions:
         """Members can be served from now on, or can be no more."""
-        if self._served == self._applier.serving:
+        if self._served == self._may_serve:
             return []
-        self._served = self._applier.serving
+        self._served = self._may_serve
         return self._look_at_hellos(now)
 
     def advance(self, now: float) -> Actions:
@@ -493,6 +510,9 @@ class ServerMachine:
         for conn, early in list(self._early.items()):
             if now >= early.until:
                 actions.append(self._give_up(conn, early))
+        if self._fenced_until is not None and now >= self._fenced_until:
+            self._fenced_until = None
+            actions += self._note_serving(now)
         actions += self.log.tick(now) + self._standby.tick(now)
         if self._receiver is not None and self._receiver.restoring:
             actions.append(Send(self._receiver.conn, m.Acknowledged()))
@@ -513,6 +533,7 @@ class ServerMachine:
         for requests in self._requests.values():
             if requests.waiting:
                 self._wake(requests.since + self._plan.patience)
+        self._wake(self._fenced_until)
         self._wake(self.log.due)
         self._wake(self._standby.due)
         if self._receiver is not None and self._receiver.restoring:

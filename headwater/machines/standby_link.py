@@ -33,6 +33,7 @@ from headwater import messages as m
 from headwater.machines.actions import Actions, Conn, Send
 from headwater.machines.chunks import GivenChunks
 from headwater.machines.memory import Bytes, ServerMemory, take
+from headwater.machines.read_lease import ReadLease
 from headwater.shard.replica import MaterializedEntry, own_memory
 from headwater.shard.snapshot import ShardSnapshot, pack
 
@@ -52,6 +53,7 @@ class StandbyLink:
         needed: whether an entry counts as prepared only when the standby has it.
         caught_up: whether it has all that was ever reported as prepared, and so may take over.
         over: whether the connection has ended.
+        lease: until when the standby has said that it has not taken over.
     """
 
     def __init__(self, member: m.Member, conn: Conn, memory: ServerMemory) -> None:
@@ -67,6 +69,8 @@ class StandbyLink:
         self._shipped = self._prepared = 0
         self._heard = self._awaited = False
         self._digested: deque[m.Digested] = deque(maxlen=_KEPT)
+        self._unnoted: tuple[int, int] | None = None  # term and position of what was shipped last
+        self.lease = ReadLease()
 
     # ── what it is sent ─────────────────────────────────────────────────────────────────────────
 
@@ -90,6 +94,7 @@ class StandbyLink:
         """Send an entry whose arrays `room` made."""
         lent, self._lent = self._lent, {}
         position = self._shipped = resolved.inputs.entry.position
+        self._unnoted = resolved.inputs.term, position
         self._loans.append((position, lent))
         if self.over:
             return []
@@ -114,11 +119,18 @@ class StandbyLink:
     def _send(self, message: m.AnyMessage) -> Actions:
         return [] if self.over else [Send(self.conn, message)]
 
+    def note_shipped(self, now: float) -> None:
+        """What was shipped since the last call leaves at `now` or later."""
+        if self._unnoted is not None:
+            self.lease.asked(*self._unnoted, now)
+            self._unnoted = None
+
     # ── what it says ────────────────────────────────────────────────────────────────────────────
 
     def acknowledged(self, message: m.AppendAck, applied: int) -> None:
         """Take how far the standby is; this server itself has applied entries up to `applied`."""
         self._prepared = max(self._prepared, min(message.prepared, self._shipped))
+        self.lease.answered(message.term, message.prepared)
         self.applied = max(self.applied, message.applied)
         done = min(self.applied, applied)
         while self._loans and self._loans[0][0] <= done:

@@ -142,18 +142,28 @@ class Step(Message, frozen=True):
 
 
 class Pull(Message, frozen=True):
-    """Ask for the values of `models`, unless they have not changed since version `have`."""
+    """Ask for the values of `models`, unless they have not changed since version `have`.
+
+    A `Read`: each server answers at once with what it has applied, so the versions of the answers may differ;
+    with version `UNREAD` where it cannot answer at once. `ordered`: by an entry of the log instead, so that
+    all servers answer with one version.
+    """
 
     number: int
     models: tuple[int, ...]
     have: int
+    ordered: bool = False
 
 
 class PullRows(Message, frozen=True):
-    """Ask for rows of tables, each named once; where there is none yet, for what it would begin with."""
+    """Ask for rows of tables, each named once; where there is none yet, for what it would begin with.
+
+    A `Read`; `ordered` as of `Pull`.
+    """
 
     number: int
     rows: tuple[Rows, ...]
+    ordered: bool = False
 
 
 class DeleteRows(Message, frozen=True):
@@ -175,10 +185,21 @@ class AssignRows(Message, frozen=True):
 
 
 class CountRows(Message, frozen=True):
-    """Ask how many rows a table has; they are the answer's payload, int64[1]."""
+    """Ask how many rows a table has; they are the answer's payload, int64[1].
+
+    A `Read`; `ordered` as of `Pull`.
+    """
 
     number: int
     table: int
+    ordered: bool = False
+
+
+Read: TypeAlias = Pull | PullRows | CountRows
+"""What changes nothing, so that it may be answered outside the log."""
+
+UNREAD = -1
+"""The version of an answer that brings nothing, as this server cannot say at once what is current."""
 
 
 class ReadState(Message, frozen=True):

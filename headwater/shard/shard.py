@@ -26,6 +26,7 @@ from headwater.shard.checks import Checks, kind_of, name_of
 from headwater.shard.cuts import ShardCut
 from headwater.shard.measures import Measures
 from headwater.shard.outstanding import Members, Outstanding
+from headwater.shard.reads import read
 from headwater.shard.replica import (
     EntryInputs,
     InputCollector,
@@ -52,7 +53,7 @@ class Shard:
     Attributes:
         term: of the sequencer it follows; what comes from an older one is refused.
         agreed_term: of the last sequencer that has said which entries stand.
-        exchanges: held so far.
+        exchanges: held or read so far.
         vectors, tables: as of `position`.
     """
 
@@ -186,6 +187,19 @@ class Shard:
         self._members.hold(Outstanding(held, request, staging, rows))
         self.exchanges += 1
         return held
+
+    def read(
+        self, member: int, request: m.Read, rows: Sequence[StagedRows] = (), connection_epoch: int = 0
+    ) -> m.Answer:
+        """Answer a read with what is applied here, outside the log; `rows` as of `hold`.
+
+        Blocks for a pass over what is read. Raises as `hold`.
+        """
+        self.reconnected(member, connection_epoch)
+        self._members.check(member, request.number, connection_epoch)
+        self._checks.check(member, request, rows)
+        self.exchanges += 1
+        return read(self._state, self._members, member, request, rows)
 
     def _kind(self, member: int, request: m.Request) -> m.Kind:
         """What the sequencer is to make of it; a step that was decided in another exchange is a pull."""

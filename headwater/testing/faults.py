@@ -1,7 +1,7 @@
 """What can go wrong in a simulated run, and how often: a schedule of faults follows from a seed.
 
-Nodes are named by role and place: `worker 1`, `server 0`, `standby 2`; a fault hits whoever is in that place
-then. Server 0 hosts the sequencer. Times are in virtual seconds.
+Nodes are named by role and place: `worker 1`, `server 0`, `standby 2`, `reader 0`; a fault hits whoever is in
+that place then. Server 0 hosts the sequencer. Times are in virtual seconds.
 """
 
 from __future__ import annotations
@@ -56,14 +56,19 @@ class Cut:
 
 @dataclass(frozen=True)
 class Partition:
-    """Nothing passes between `nodes` and all others for `seconds`; it all arrives afterwards."""
+    """Nothing passes between `nodes` and all others for `seconds`; it all arrives afterwards.
+
+    `others`: only between them and these.
+    """
 
     at: float
     nodes: tuple[str, ...]
     seconds: float
+    others: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{' and '.join(self.nodes)} cannot be reached, for {self.seconds:g} s"
+        by = f" by {', '.join(self.others)}" if self.others else ""
+        return f"{' and '.join(self.nodes)} cannot be reached{by}, for {self.seconds:g} s"
 
 
 SHORT_S = LEASE_S / 4
@@ -114,6 +119,8 @@ class Faults:
             )
         for _ in range(chance.randint(0, self.coordinator)):
             faults.append(Crash(_moment(chance, until), "coordinator"))
+        if replicas and self.partitions and chance.random() < 0.3:
+            faults.append(_deposed(chance, until, hosts))
         return tuple(sorted(faults, key=lambda fault: fault.at))
 
     def of_followers(
@@ -131,6 +138,13 @@ class Faults:
             elif kind == "cut" and self.cuts:
                 faults.append(Cut(at, node, f"server {chance.randrange(servers)}"))
         return tuple(faults)
+
+
+def _deposed(chance: random.Random, until: float, hosts: list[str]) -> Partition:
+    """A server that members still reach, while all others do not, and its standby takes over."""
+    server = chance.choice([host for host in hosts if host.startswith("server")])
+    others = tuple(host for host in hosts if host != server)
+    return Partition(_moment(chance, until), (server,), _while(chance, True), ("coordinator", *others))
 
 
 def _while(chance: random.Random, long: bool) -> float:

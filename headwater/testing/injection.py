@@ -39,7 +39,8 @@ def _happen(world: World, fault: Fault, chance: random.Random, tries: int = _TRI
     elif isinstance(fault, Crash):
         world.kill(found[0])
     elif isinstance(fault, Partition):
-        world.network.part(found, fault.seconds)
+        others = [process for name in fault.others if (process := _find(world, name)) is not None]
+        world.network.part(found, fault.seconds, others)
     elif isinstance(fault, Cut):
         _cut(world, found[0], fault.other, chance)
     elif fault.in_pass and isinstance(found[0], Host):
@@ -55,6 +56,9 @@ def _find(world: World, name: str) -> Process | None:
         return world.coordinator
     if role == "follower":
         return world.followers[int(number)].member if int(number) < len(world.followers) else None
+    if role == "reader":
+        readers = [member for member in world.living() if member.name.startswith("reader")]
+        return readers[int(number)] if int(number) < len(readers) else None
     if role == "worker":
         return next((member for member in reversed(world.living()) if member.rank == int(number)), None)
     known = world.standby(int(number)) if role == "standby" else None

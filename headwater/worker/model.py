@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from headwater import messages as m
 from headwater.kernels import finite, finite_sum, stager
 from headwater.machines.connections import Frame
+from headwater.machines.current_read import is_large
 from headwater.spec.amounts import flag
 from headwater.spec.rules import Rule
 from headwater.spec.schedules import Schedule
@@ -58,7 +59,8 @@ class Model:
         local = self.local
         if not (local.fresh and self._session.mode.rounds and self._session.usable()):
             have = local.read_version
-            self._session.ask(lambda number: m.Pull(number, (local.id,), have), "pull")
+            ordered = is_large(4 * local.layout.elements, self._session.machine.servers)
+            self._session.ask(lambda number: m.Pull(number, (local.id,), have, ordered), "pull")
             local.took = False
             local.written()
         local.fresh = False

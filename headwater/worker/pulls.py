@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.kernels.arrange import Ids, Plan, arrange
+from headwater.machines.current_read import is_large
 from headwater.machines.row_buffer import RowBuffer, RowSlice
 from headwater.runtime.client import Client
 from headwater.wire.channel import Outgoing
@@ -98,9 +99,10 @@ def pull_rows(
     pulls = _by_table(asked, len(session.channels))
     places = [memory.take(pull.plan, pull.table.dim) for pull in pulls]
     parts = list(zip(pulls, places, strict=True))
+    ordered = is_large(sum(4 * len(pull.plan.ids) * pull.table.dim for pull in pulls), len(session.channels))
     try:
         answer: m.Answer = session.call(
-            lambda server, number: _request(memory, parts, server, number),
+            lambda server, number: _request(memory, parts, server, number, ordered),
             what,
             lambda server, _: memory.incoming(places, server),
             memory=memory,
@@ -146,11 +148,11 @@ def _by_table(asked: Asked, servers: int) -> list[_TablePull]:
 
 
 def _request(
-    memory: RowBuffer, parts: Sequence[tuple[_TablePull, RowSlice]], server: int, number: int
+    memory: RowBuffer, parts: Sequence[tuple[_TablePull, RowSlice]], server: int, number: int, ordered: bool
 ) -> Outgoing:
     rows = tuple([memory.part(place, pull.table.id, server) for pull, place in parts])
     arrays = [array for _, place in parts for array in memory.outgoing(place, server, rows=False)]
-    return Outgoing(m.PullRows(number, rows), arrays)
+    return Outgoing(m.PullRows(number, rows, ordered), arrays)
 
 
 def pull_together(

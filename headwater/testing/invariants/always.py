@@ -95,6 +95,31 @@ class GrowingVersions(Invariant):
             self.fail(f"{member.name}: {result} on version {request.seen}")
 
 
+class CurrentAnswers(Invariant):
+    """Whatever is answered is of a version not older than any that a member knew when it was asked for.
+
+    So reads are linearizable: whoever asks after another was told sees it, also itself.
+    """
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self._newest = 0
+        self._asked: dict[Member, int] = {}
+
+    def sends(self, member: Member, call: Call) -> None:
+        """What has been told so far."""
+        self._asked[member] = self._newest
+
+    def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
+        """Against that."""
+        if answer.version < self._asked[member]:
+            self.fail(
+                f"{member.name} is answered {call} with version {answer.version}, but version "
+                f"{self._asked[member]} had been told when it asked"
+            )
+        self._newest = max(self._newest, answer.version)
+
+
 class QuietMemory(Invariant):
     """A member's memory is touched only to answer its outstanding exchange, also by former servers."""
 
@@ -160,6 +185,7 @@ ALWAYS: tuple[type[Invariant], ...] = (
     OneOrder,
     EqualReplicas,
     GrowingVersions,
+    CurrentAnswers,
     QuietMemory,
     NamedWaits,
     NobodyWaitsForEver,

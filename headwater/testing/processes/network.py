@@ -262,6 +262,20 @@ class _Way:
             self._frames.pop()
 
 
+class _Partition(NamedTuple):
+    """Nothing passes between `group` and `others`, everybody else where there are none, before `until`."""
+
+    group: frozenset[Process]
+    others: frozenset[Process]
+    until: float
+
+    def parts(self, one: Process, other: Process) -> bool:
+        """Whether these two."""
+        if (one in self.group) == (other in self.group):
+            return False
+        return not self.others or one in self.others or other in self.others
+
+
 class Network:
     """All processes by name, and how their connections come about.
 
@@ -279,7 +293,7 @@ class Network:
         self.seed = seed
         self._connections: dict[tuple[str, str], int] = {}
         self.parted = False
-        self._partitions: list[tuple[frozenset[Process], float]] = []
+        self._partitions: list[_Partition] = []
 
     def dial(self, source: Process, name: str) -> End | None:
         """Connect to the process of this name; None where it has ended."""
@@ -296,15 +310,15 @@ class Network:
         target.accept(there)
         return here
 
-    def part(self, group: Iterable[Process], seconds: float) -> None:
-        """Nothing passes between `group` and everybody else for a while; it all arrives afterwards."""
+    def part(self, group: Iterable[Process], seconds: float, others: Iterable[Process] = ()) -> None:
+        """Nothing passes between `group` and everybody else, or only these `others`, for a while; it all
+        arrives afterwards.
+        """
         until = self.agenda.now + seconds
-        self._partitions = [(each, end) for each, end in self._partitions if end > self.agenda.now]
-        self._partitions.append((frozenset(group), until))
+        self._partitions = [partition for partition in self._partitions if partition.until > self.agenda.now]
+        self._partitions.append(_Partition(frozenset(group), frozenset(others), until))
         self.parted = True
 
     def parted_until(self, source: Process, target: Process) -> float:
         """Until when nothing passes from one to the other."""
-        return max(
-            (end for group, end in self._partitions if (source in group) != (target in group)), default=0.0
-        )
+        return max((one.until for one in self._partitions if one.parts(source, target)), default=0.0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,11 @@ from headwater.shard import Shard
 from headwater.shard.replica import MaterializedEntry, Room, own_memory
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.shard.state import Answers
+from headwater.shard.tables import StagedRows
 from headwater.spec.sync import Reduce
+
+Floats: TypeAlias = NDArray[np.float32]
+Done = TypeVar("Done")
 
 Write = Callable[[], None]
 """The rest of a pass: what a stopped process writes first when it goes on."""
@@ -80,13 +85,27 @@ class WatchedShard(Shard):
     def _commit_one(self) -> Answers:
         return super().commit(self.position + 1)
 
+    def read(
+        self, member: int, request: m.Read, rows: Sequence[StagedRows] = (), connection_epoch: int = 0
+    ) -> m.Answer:
+        """As a shard does."""
+        answer = partial(super().read, member, request, rows, connection_epoch)
+        return self._interruptible(answer, [one.rows for one in rows])
+
     def _watched(self, entry: m.AnyEntry, action: Callable[[], Answers]) -> Answers:
+        answers = self._interruptible(action)
+        if self.watcher is not None:
+            self.watcher.processed(self, entry)
+        return answers
+
+    def _interruptible(self, action: Callable[[], Done], rows: Sequence[Floats] = ()) -> Done:
+        """Do it, and be stopped in the middle where that is due; `rows` besides what is held."""
         watcher = self.watcher
-        if watcher is None:
+        if watcher is None or not watcher.interrupts(self):
             return action()
-        windows = self._windows() if watcher.interrupts(self) else []
+        windows = self._windows(rows)
         before = [window.copy() for window in windows]
-        answers = action()
+        done = action()
         rest = [
             _half_write(window, old)
             for window, old in zip(windows, before, strict=True)
@@ -94,10 +113,9 @@ class WatchedShard(Shard):
         ]
         if rest:
             watcher.interrupted(self, rest)
-        watcher.processed(self, entry)
-        return answers
+        return done
 
-    def _windows(self) -> list[NDArray[np.float32]]:
+    def _windows(self, read: Sequence[Floats]) -> list[Floats]:
         """The members' memory as this server has it mapped: parameters, and rows that they wait for."""
         mapped = [
             (member, staging.parameters)
@@ -109,7 +127,7 @@ class WatchedShard(Shard):
         held = [one for one in self._members.all_held() if one.member in sharing]
         exchanges = [self._members.of(m.ExchangeId(one.member, one.number)) for one in held]
         rows = [staged.rows for exchange in exchanges for staged in exchange.pulled()]
-        return [parameters for _, parameters in mapped] + rows
+        return [parameters for _, parameters in mapped] + rows + (list(read) if sharing else [])
 
     @classmethod
     def restore(cls, snapshot: ShardSnapshot, reduce: Reduce) -> WatchedShard:
