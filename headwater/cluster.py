@@ -22,6 +22,7 @@ from headwater.observe.sinks import LogSink
 from headwater.observe.tracer import Tracer
 from headwater.runtime.coordinator import CoordinatorNode
 from headwater.runtime.verifier import Verification, verify
+from headwater.spec.amounts import one_of, path
 from headwater.spec.cluster import ClusterConfig, ClusterOptions, PathLike
 from headwater.spec.keywords import chosen, means, takes
 from headwater.spec.words import option
@@ -121,11 +122,9 @@ class NodeConfig:
 
     def __post_init__(self) -> None:
         checked(self.log_to)
-        if self.transport not in TRANSPORTS:
-            raise ConfigurationError(
-                f"{option('transport')}: got {self.transport!r}, "
-                f"expected {' or '.join(map(repr, TRANSPORTS))}"
-            )
+        one_of(option("transport"), self.transport, TRANSPORTS)
+        if self.trace is not None:
+            path(option("trace"), self.trace)
         if not callable(self.output):
             raise ConfigurationError(f"output: got {self.output!r}, expected a function that takes a line")
 
@@ -205,8 +204,8 @@ class Cluster:
             if nodes.otlp is not None:
                 self._otlp = OtlpExporter(nodes.otlp, self._coordinator.statistics)
             if nodes.trace is not None:
-                path = nodes.trace if isinstance(nodes.trace, str) else nodes.trace.__fspath__()
-                self._tracer = Tracer(self._coordinator.addresses[0], path, security=security)
+                to = path(option("trace"), nodes.trace)
+                self._tracer = Tracer(self._coordinator.addresses[0], to, security=security)
             self._supervisor.begin()
             self._storage.sign(self._coordinator.cluster)
             self._storage.begin(

@@ -85,7 +85,8 @@ def minimize(
         WorkerError: `loss` raised in a worker.
     """
     method = LBFGS(max_iter=100) if method is None else method
-    _check(loss, data, portions, workers, backup, method)
+    portions, workers = whole("minimize: portions", portions), whole("minimize: workers", workers)
+    _check(loss, params, data, portions, workers, backup, method)
     if "sync" in options:
         raise ConfigurationError("minimize has a schedule of its own: leave out sync")
 
@@ -105,10 +106,13 @@ def minimize(
     return Minimum(found, report, tuple(computed), max(copies, 0), result.seconds)
 
 
-def _check(loss: Any, data: Any, portions: Any, workers: Any, backup: Any, method: Any) -> None:
+def _check(loss: Any, params: Any, data: Any, portions: int, workers: int, backup: Any, method: Any) -> None:
     if not callable(loss):
         raise ConfigurationError(f"minimize: loss is {loss!r}, expected a function of (params, samples)")
-    whole("minimize: portions", portions), whole("minimize: workers", workers)
+    if not isinstance(params, Mapping) and not hasattr(params, "named_parameters"):
+        raise ConfigurationError(
+            f"minimize: params are a {type(params).__name__}, expected a dict of arrays or a torch module"
+        )
     if portions < workers:
         raise ConfigurationError(
             f"minimize: {portions} portions for {workers} workers leave some with nothing to do: take "
@@ -131,14 +135,10 @@ def _evaluation_of(params: Any, loss: Loss) -> tuple[Mapping[str, Any], Evaluate
     """Initial values by name, and how a portion is evaluated."""
     if isinstance(params, Mapping):
         return params, lambda model, samples: _of_arrays(model, loss, samples)
-    if hasattr(params, "named_parameters"):
-        from headwater.torch.evaluation import ModuleEvaluation
+    from headwater.torch.evaluation import ModuleEvaluation
 
-        module = ModuleEvaluation(params, loss)
-        return module.values(), module
-    raise ConfigurationError(
-        f"minimize: params are a {type(params).__name__}, expected a dict of arrays or a torch module"
-    )
+    module = ModuleEvaluation(params, loss)
+    return module.values(), module
 
 
 def _of_arrays(model: Model, loss: Loss, samples: Any) -> float:

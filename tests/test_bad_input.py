@@ -87,7 +87,7 @@ def ones(names=SHAPES):
         ({"workers": 1, "sync": 3}, "sync: got 3"),
         ({"workers": 1, "engine": "cloud"}, "engine: got 'cloud', expected one of 'inline', 'local'"),
         ({"workers": 1, "patience": 0}, "patience must be > 0 seconds"),
-        ({"workers": 1, "transport": "pigeon"}, "transport: got 'pigeon'"),
+        ({"workers": 1, "transport": "pigeon"}, "transport must be 'unix' or 'tcp', got 'pigeon'"),
     ],
 )
 def test_an_impossible_cluster_is_refused_before_anything_starts(options, text):
@@ -178,7 +178,7 @@ def test_what_cannot_be_connected_to_is_refused_at_once(address, options, text):
 
 @pytest.mark.parametrize("rank", ["a", -1, 1.5, True, 2**70])
 def test_what_is_no_rank_is_refused_at_once(rank):
-    with pytest.raises(ConfigurationError, match="rank must be an integer ≥ 0"):
+    with pytest.raises(ConfigurationError, match="rank must be"):
         Worker("unix:@nobody", rank)
 
 

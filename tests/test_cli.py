@@ -166,7 +166,7 @@ def test_a_missing_function_lists_those_the_script_has(command, script):
         (["--set", "epochs"], "--set takes key=value, got 'epochs'"),
         (["--sync", "sometimes"], "sometimes"),
         (["--engine", "steam"], "engine: got 'steam', expected one of 'inline', 'local'"),
-        (["--transport", "pigeon"], "transport: got 'pigeon'"),
+        (["--transport", "pigeon"], "--transport must be 'unix' or 'tcp', got 'pigeon'"),
         (
             ["--engine", "inline", "--rules", "no_such_rules"],
             "rules module 'no_such_rules' cannot be imported",
@@ -699,3 +699,16 @@ def test_help_gives_an_example(command, words):
     result = command(*words, "--help")
     assert result.exit_code == 0
     assert f"headwater {words[0]} " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["checkpoint", "now", "unix:@nobody", "--wait", "inf"], "--wait must be ≥ 0 seconds"),
+        (["trace", "unix:@nobody", "--seconds", "inf"], "--seconds must be > 0 seconds"),
+    ],
+)
+def test_an_endless_time_is_refused_before_anybody_is_asked(command, words, complaint):
+    result = command(*words)
+    assert result.exit_code == 2
+    assert complaint in result.stderr

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import headwater as hw
+from headwater import messages as m
 from headwater.errors import ConfigurationError, MeetingError, StalledError, UsageError
 from headwater.log import programs as kept_programs
 from headwater.worker import Worker, plain
@@ -526,3 +527,18 @@ def test_tensors_come_back_as_tensors():
         assert torch.equal(found, tensor)
     state = torch.get_rng_state()
     assert torch.equal(plain.decode(plain.encode(state, "rng")), state)
+
+
+def test_what_is_kept_travels_once():
+    program = worker_program.Program(m.Recalled(None, 0, 0, False))
+    assert program.unsent() is None
+    program.keep({"loss": 1.0})
+    sent = program.unsent()
+    program.keep({"best": 2.0})
+    program.recorded(sent)
+    assert plain.decode(program.unsent()) == {"loss": 1.0, "best": 2.0}, (
+        "this is newer than what was recorded"
+    )
+    program.recorded(program.unsent())
+    assert program.unsent() is None
+    assert program.kept == {"loss": 1.0, "best": 2.0}

@@ -174,7 +174,7 @@ def test_another_model_of_the_same_name_cannot_go_on_from_a_checkpoint(tmp_path)
         ({"checkpoint": 3}, "checkpoint: got 3, expected a directory or URL"),
         ({"resume": "yes", "checkpoint": "runs"}, "resume must be True or False"),
         ({"sync": 3}, "sync: got 3, expected"),
-        ({"transport": "pigeon"}, "transport: got 'pigeon', expected 'unix' or 'tcp'"),
+        ({"transport": "pigeon"}, "transport must be 'unix' or 'tcp', got 'pigeon'"),
         ({"output": "print"}, "output: got 'print', expected a function"),
         ({"watch": 3}, "watch: got 3, expected a function"),
         ({"started": "x"}, "started"),

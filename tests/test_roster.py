@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwater.errors import RefusedError, RewoundError
-from headwater.machines.roster import Departure, RosterBook, RosterRecord
+from headwater.machines.roster import GONE, Departure, RosterBook, RosterRecord
 from headwater.messages import Join
 
 
@@ -179,3 +179,15 @@ def test_who_is_no_member_any_more_is_told_why_and_one_of_an_older_generation_to
     book.begin_anew()
     with pytest.raises(RewoundError, match="as generation 1; member 1 is of generation 0"):
         again(book).take_back(dead.id, 0, 0.0)
+
+
+def test_of_members_that_are_gone_the_last_are_told_why_and_no_record_grows_without_end():
+    book = RosterBook(workers=1, servers=1)
+    gone = [join(book, "observer") for _ in range(GONE + 50)]
+    for member in gone:
+        book.remove(member.id, f"no word of reader {member.id}")
+    assert len(book.record().gone) == GONE
+    with pytest.raises(RefusedError, match=f"no word of reader {gone[-1].id}"):
+        book.take_back(gone[-1].id, 0, 1.0)
+    with pytest.raises(RefusedError, match="it has left"):
+        book.take_back(gone[0].id, 0, 1.0)

@@ -83,7 +83,7 @@ def test_a_file_that_shrank_or_vanished_is_named(tmp_path):
 def test_what_cannot_be_a_stream_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="is no directory"):
         hw.data.Tail(tmp_path / "none")
-    with pytest.raises(ConfigurationError, match="malformed='ignore'"):
+    with pytest.raises(ConfigurationError, match="malformed must be 'raise' or 'skip', got 'ignore'"):
         hw.data.Tail(tmp_path, malformed="ignore")
     stream = hw.data.Tail(tmp_path, endless=False)
 

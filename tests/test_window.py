@@ -14,8 +14,8 @@ import pytest
 
 from headwater.errors import EnvironmentFailure, ProtocolError
 from headwater.machines.row_buffer import RowBuffer
-from headwater.wire.scratch import Scratch
-from headwater.wire.shared_memory import windows_possible
+from headwater.wire.scratch import Scratch, ScratchView
+from headwater.wire.shared_memory import filled_file, windows_possible
 from headwater.wire.window import Window, WindowView
 
 pytestmark = pytest.mark.skipif(not windows_possible(), reason="no memfd on this system")
@@ -355,3 +355,11 @@ def test_a_server_is_given_memory_for_rows_once_a_connection_and_again_when_it_i
     buffer.renew()
     assert buffer.offer(0, True, anew=False).message.window.generation == first.message.window.generation + 1
     buffer.release()
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 65), (64, 4), (60, 8), (-4, 4), (2, 4), (0, -4)])
+def test_no_part_of_memory_for_rows_reaches_outside_of_it(offset, size):
+    view = ScratchView(filled_file(64), 64)
+    assert len(view.part(0, 64)) == 64
+    with pytest.raises(ProtocolError, match="of a scratch window of 64"):
+        view.part(offset, size)

@@ -9,7 +9,8 @@ from waiting import wait_until
 
 import headwater as hw
 from headwater import messages as m
-from headwater.errors import UsageError
+from headwater.cluster import NodeConfig
+from headwater.errors import CheckpointError, UsageError
 from headwater.spec.amounts import real, text, whole
 
 HUGE, RAGGED, NO_TEXT = 10**400, [[1], [2, 3]], "\udc80"
@@ -128,3 +129,43 @@ def test_a_worker_that_another_thread_uses_is_refused_and_that_thread_goes_on():
         return found[0]
 
     assert hw.run(work, workers=2, engine="inline", patience=5, deadline=30).values == [2.0, 2.0]
+
+
+ODD = {"an array": np.ones((2, 2)), "bytes": b"x", "nothing": None, "a number": 1.5, "an object": object()}
+MADE_WITH_TEXTS = {
+    "a transport": lambda odd: NodeConfig(transport=odd),
+    "a loss of servers": lambda odd: hw.Cluster(workers=1, on_server_loss=1 if odd is None else odd),
+    "a reduction": lambda odd: hw.Synchronous(reduce=odd),
+    "names of a group": lambda odd: hw.Group(names=odd, rule=SGD),
+    "a delimiter": lambda odd: hw.Csv(delimiter=odd),
+    "paths": lambda odd: hw.Files(odd, hw.Csv()),
+    "a format": lambda odd: hw.Files("x.csv", odd),
+    "a file of lines": lambda odd: hw.sinks.Jsonl(odd),
+    "a directory": lambda odd: hw.data.Tail(odd),
+    "a checkpoint": hw.load_checkpoint,
+    "weights": hw.load_weights,
+    "an address": hw.connect,
+    "a line search": lambda odd: hw.LBFGS(line_search_fn=1 if odd is None else odd),
+    "an address of Ray": lambda odd: hw.RayEngine(address=1 if odd is None else odd),
+    "resources of Ray": lambda odd: hw.RayEngine(server_resources=odd),
+    "a time of Ray": lambda odd: hw.RayEngine(timeout=math.nan if isinstance(odd, float) else odd),
+    "parameters": lambda odd: hw.minimize(lambda params, batch: 0, odd, data=[1], portions=1, workers=1),
+    "a trace": lambda odd: NodeConfig(trace=1 if odd is None else odd),
+}
+"""What takes texts, paths and the like, given something else."""
+
+
+@pytest.mark.parametrize("what", MADE_WITH_TEXTS)
+def test_what_is_no_text_or_path_is_refused_where_it_is_given(what):
+    for odd in ODD.values():
+        with pytest.raises(UsageError):
+            MADE_WITH_TEXTS[what](odd)
+
+
+def test_paths_and_names_that_no_system_has_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="zero byte"):
+        hw.load_checkpoint("a\0b")
+    with pytest.raises(CheckpointError, match="too long"):
+        hw.load_checkpoint(tmp_path / ("x" * 5000))
+    with pytest.raises(UsageError, match="bind"):
+        hw.Cluster(workers=1, bind="x" * 100 + ":0")

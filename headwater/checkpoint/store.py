@@ -19,6 +19,7 @@ from typing import Protocol, TypeAlias
 from headwater.checkpoint.direct import direct
 from headwater.checkpoint.remote import RemoteFolder
 from headwater.errors import CheckpointError, ConfigurationError
+from headwater.spec.amounts import path as path_of
 
 Location: TypeAlias = str | os.PathLike[str]
 """A local path, or a URL that fsspec knows."""
@@ -89,7 +90,7 @@ def open_folder(location: Location) -> Folder:
     Raises:
         ConfigurationError: a URL whose file system is not installed or does not exist.
     """
-    path = os.fspath(location)
+    path = path_of("a directory or file", location)
     path = path.removeprefix("file://")
     if "://" in path:
         return RemoteFolder(path)
@@ -100,7 +101,7 @@ def open_folder(location: Location) -> Folder:
 
 def split(location: Location) -> tuple[Folder, str]:
     """The folder in which `location` lies, and its name there."""
-    path = os.fspath(location).rstrip("/")
+    path = path_of("a directory or file", location).rstrip("/")
     if "://" not in path:
         path = os.path.abspath(path)
     parent, _, name = path.rpartition("/")
@@ -120,7 +121,8 @@ class LocalFolder:
 
     def exists(self) -> bool:
         """As `Folder.exists`."""
-        return self.path.is_dir()
+        with _failures("look at", self.path):
+            return self.path.is_dir()
 
     def entries(self) -> dict[str, int | None]:
         """As `Folder.entries`."""

@@ -22,6 +22,8 @@ from headwater.errors import ConfigurationError
 from headwater.messages import ModelRecord, TableRecord
 from headwater.runtime.inquiry import take_checkpoint
 from headwater.spec.layout import Layout
+from headwater.spec.seconds import seconds
+from headwater.spec.words import option
 from headwater.wire.security import Security
 
 app = typer.Typer(
@@ -76,7 +78,8 @@ def take_now(
 
     Exit codes: 0 it is on disk, 1 it is not, 2 a wrong argument, or no directory.
     """
-    print(take_checkpoint(the(address), f"headwater checkpoint now ({who()})", wait, security))
+    limit = seconds(option("wait"), wait, zero=True)
+    print(take_checkpoint(the(address), f"headwater checkpoint now ({who()})", limit, security))
 
 
 @command(app, name="list")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from headwater.comparison.target import Target, parse_target
 from headwater.errors import ConfigurationError
-from headwater.spec.amounts import whole
+from headwater.spec.amounts import one_of, shown, whole
 from headwater.spec.cluster import ClusterConfig
+from headwater.spec.seconds import seconds
 from headwater.spec.stragglers import Straggler, parse_straggler
 from headwater.spec.sync import Mode, parse_sync
 from headwater.spec.words import option
@@ -70,23 +71,18 @@ class Experiment:
         slow = tuple(parse_straggler(one) for one in _several("stragglers", stragglers))
         _refuse_twice("modes", of_modes)
         _refuse_twice("stragglers", [str(one) for one in slow])
-        for name, value in {"seeds": seeds, "smooth": smooth}.items():
-            _check_count(name, value, 1)
-        for workers in simulate:
-            _check_count("simulate", workers, 1, _LARGEST)
-        if step_s is not None and not 0 < step_s < float("inf"):
-            raise ConfigurationError(f"{option('step_s')}: got {step_s!r}, expected seconds > 0")
-        if engine not in ("local", "inline"):
+        seeds, smooth = whole(option("seeds"), seeds, 1, 2**31), whole(option("smooth"), smooth, 1, 2**31)
+        if not isinstance(simulate, Iterable):
             raise ConfigurationError(
-                f"{option('engine')}: got {engine!r}, expected 'local' (processes) or 'inline'"
+                f"{option('simulate')}: got {shown(simulate)}, expected numbers of workers"
             )
-        if splits not in ("static", "dynamic"):
-            raise ConfigurationError(f"{option('splits')}: got {splits!r}, expected 'static' or 'dynamic'")
+        sizes = tuple([whole(option("simulate"), size, 1, _LARGEST) for size in simulate])
+        step_s = None if step_s is None else seconds(option("step_s"), step_s)
+        one_of(option("engine"), engine, ("local", "inline"))
+        one_of(option("splits"), splits, ("static", "dynamic"))
         for one in slow:
             _check_straggler(one, config, engine)
-        return Experiment(
-            of_modes, slow, seeds, parse_target(until), smooth, tuple(simulate), step_s, engine, splits
-        )
+        return Experiment(of_modes, slow, seeds, parse_target(until), smooth, sizes, step_s, engine, splits)
 
     def runs(self) -> Iterator[tuple[Straggler, int, str]]:
         """Straggler, seed and mode of each run, in an order that spreads what changes on the machine.
@@ -131,10 +127,6 @@ def _refuse_twice(name: str, texts: Sequence[str]) -> None:
     twice = sorted({text for text in texts if list(texts).count(text) > 1})
     if twice:
         raise ConfigurationError(f"{option(name)}: {', '.join(twice)} stands there twice: leave one out")
-
-
-def _check_count(name: str, value: object, least: int, most: int = 2**31) -> None:
-    whole(option(name), value, least, most)
 
 
 def _check_straggler(straggler: Straggler, config: ClusterConfig, engine: str) -> None:

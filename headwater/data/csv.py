@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from headwater.data.columns import arrow, check_columns, to_arrays
 from headwater.data.files import Group, is_compressed, opened
 from headwater.errors import ConfigurationError, DataError
+from headwater.spec.amounts import shown
 
 _BLOCK = 4 << 20
 """About how many bytes a group has. A compressed file is one group, as its middle cannot be found."""
@@ -43,8 +44,8 @@ class Csv:
     types: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.delimiter) != 1:
-            raise ConfigurationError(f"Csv: delimiter must be one character, got {self.delimiter!r}")
+        if not isinstance(self.delimiter, str) or len(self.delimiter) != 1:
+            raise ConfigurationError(f"Csv: delimiter must be one character, got {shown(self.delimiter)}")
 
     def reader(self, path: str) -> CsvReader:
         """What reads this file and all with its columns.

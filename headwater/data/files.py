@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.errors import ConfigurationError, DataError, HeadwaterError
+from headwater.spec.amounts import path as path_of
+from headwater.spec.amounts import shown
 
 Batch: TypeAlias = dict[str, NDArray[Any]]
 """Column → array of one value a row, float32[n, k] and the like for columns of vectors."""
@@ -71,10 +73,13 @@ class Files:
     def __init__(
         self, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], format: Format
     ) -> None:
-        several = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-        self.paths = tuple(found for path in several for found in _matching(os.fspath(path)))
+        several = paths if isinstance(paths, list | tuple) else [paths]
+        named = [path_of("Files: a path", path) for path in several]
+        self.paths = tuple(found for path in named for found in _matching(path))
         if not self.paths:
             raise ConfigurationError("Files: no paths were given: pass at least one")
+        if not hasattr(format, "reader"):
+            raise ConfigurationError(f"Files: format must be hw.Csv(…) or hw.Parquet(…), got {shown(format)}")
         self._format = format
         self._indexed: _Index | None = None
         self._kept = threading.local()

@@ -11,6 +11,7 @@ import msgspec
 from headwater.data.event_stream import BEGINNING, StreamEvent
 from headwater.errors import ConfigurationError, DataError
 from headwater.loggers import logger
+from headwater.spec.amounts import flag, one_of, text
 
 _log = logger("headwater.data")
 
@@ -43,12 +44,12 @@ class RedisStream:
         malformed: Literal["raise", "skip"] = "raise",
         endless: bool = True,
     ) -> None:
-        self.url = url
-        self.keys = (keys,) if isinstance(keys, str) else tuple(keys)
-        self.endless = endless
+        self.url = text("RedisStream: url", url)
+        several = keys if isinstance(keys, list | tuple) else [keys]
+        self.keys = tuple([text("RedisStream: a key", key) for key in several])
+        self.endless = flag("RedisStream: endless", endless)
         self.skipped = 0
-        if malformed not in ("raise", "skip"):
-            raise ConfigurationError(f"RedisStream: got malformed={malformed!r}, expected 'raise' or 'skip'")
+        one_of("RedisStream: malformed", malformed, ("raise", "skip"))
         self._malformed = malformed
         self._client: Any = None
         _redis()

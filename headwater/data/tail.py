@@ -14,6 +14,7 @@ import msgspec
 from headwater.data.event_stream import BEGINNING, StreamEvent
 from headwater.errors import ConfigurationError, DataError
 from headwater.loggers import logger
+from headwater.spec.amounts import flag, one_of, path, text
 
 _log = logger("headwater.data")
 
@@ -47,12 +48,11 @@ class Tail:
         malformed: Literal["raise", "skip"] = "raise",
         endless: bool = True,
     ) -> None:
-        self.directory = Path(directory).absolute()
-        self.pattern = pattern
-        self.endless = endless
+        self.directory = Path(path("Tail: directory", directory)).absolute()
+        self.pattern = text("Tail: pattern", pattern)
+        self.endless = flag("Tail: endless", endless)
         self.skipped = 0
-        if malformed not in ("raise", "skip"):
-            raise ConfigurationError(f"Tail: got malformed={malformed!r}, expected 'raise' or 'skip'")
+        one_of("Tail: malformed", malformed, ("raise", "skip"))
         if not self.directory.is_dir():
             raise ConfigurationError(
                 f"Tail: {self.directory} is no directory: make it before training begins"

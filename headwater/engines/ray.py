@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeAlias
 
 from headwater.engines.engine import Engine, Launch
 from headwater.errors import ConfigurationError
-from headwater.spec.amounts import real
+from headwater.spec.amounts import one_of, real, shown, text
+from headwater.spec.seconds import seconds
 
 Strategy: TypeAlias = Literal["PACK", "SPREAD"]
 
@@ -54,10 +55,8 @@ class RayEngine:
             _check_address(self.address)
         for name in ("server_resources", "worker_resources"):
             _check_resources(name, getattr(self, name))
-        if self.strategy not in ("PACK", "SPREAD"):
-            raise ConfigurationError(f"strategy: got {self.strategy!r}, expected 'PACK' or 'SPREAD'")
-        if not self.timeout > 0:
-            raise ConfigurationError(f"timeout must be > 0 seconds, got {self.timeout!r}")
+        one_of("strategy", self.strategy, ("PACK", "SPREAD"))
+        seconds("timeout", self.timeout)
 
     def start(self, launch: Launch) -> Engine:
         """The engine at work; Ray is imported now, and used when the first node is started.
@@ -77,6 +76,7 @@ class RayEngine:
 
 
 def _check_address(address: str) -> None:
+    text("address", address)
     if address.startswith("ray://"):
         raise ConfigurationError(
             f"address: got {address!r}, of a Ray Client, whose process is outside of the cluster and cannot "
@@ -88,6 +88,8 @@ def _check_address(address: str) -> None:
 
 
 def _check_resources(name: str, resources: Mapping[str, float]) -> None:
+    if not isinstance(resources, Mapping):
+        raise ConfigurationError(f"{name}: got {shown(resources)}, expected a dict of amounts")
     amounts = dict(resources)
     for resource, amount in amounts.items():
         if resource in _RAYS_NAMES:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.errors import GradientError, UsageError
+from headwater.spec.amounts import path as path_of
 from headwater.spec.amounts import shown
 from headwater.worker.model_spec import as_array
 
@@ -57,7 +58,7 @@ def rows_of(key: Key, shape: tuple[int, ...], ids: Any) -> NDArray[np.int64]:
     given = as_array(f"row ids of key {key!r}", ids)
     if given.size == 0:
         return np.empty(0, dtype=np.int64)
-    if given.dtype.kind == "f" and not (given % 1 == 0).all():
+    if given.dtype.kind == "f" and not (np.isfinite(given) & (np.trunc(given) == given)).all():
         raise GradientError(f"key {key!r}: row ids must be integers, got {given.dtype}")
     whole = given.reshape(-1).astype(np.int64)
     if whole.min() < 0 or whole.max() >= shape[0]:
@@ -99,5 +100,5 @@ def written_to(value: NDArray[Any], out: Any) -> Any:
 
 def npz(fname: str) -> Path:
     """The name that NumPy gives the file."""
-    path = Path(fname)
+    path = Path(path_of("the file of optimizer states", fname))
     return path if path.suffix == ".npz" else path.with_name(path.name + ".npz")

@@ -36,6 +36,7 @@ from headwater.kvstore.arguments import (
 )
 from headwater.kvstore.optimizers import rule_of
 from headwater.runtime.inquiry import ask
+from headwater.spec.amounts import shown, text
 from headwater.spec.codecs import Codec, OneBit, TwoBit
 from headwater.spec.rules import Assign, Rule
 from headwater.worker.model import Model
@@ -58,7 +59,7 @@ def create(worker: Worker, type: str = "dist_sync") -> KVStore:
     Raises:
         ConfigurationError: another type, or one that the cluster's mode does not fit.
     """
-    if type not in _TYPES:
+    if not isinstance(type, str) or type not in _TYPES:
         raise ConfigurationError(f"kvstore type {type!r} is unknown: pass one of {', '.join(_TYPES)}")
     if _TYPES[type] != worker.mode.rounds:
         wanted = "sync" if _TYPES[type] else "async"
@@ -118,7 +119,7 @@ class KVStore:
         Raises:
             ConfigurationError: an unknown capability.
         """
-        if capability.lower() != "optimizer":
+        if text("is_capable: capability", capability).lower() != "optimizer":
             raise ConfigurationError(f"capability {capability!r} is unknown: expected 'optimizer'")
         return True
 
@@ -373,11 +374,13 @@ class KVStore:
         """
         if self._codec is not None:
             raise ConfigurationError(f"gradient compression is {self._codec} already and cannot be changed")
+        if not isinstance(params, Mapping):
+            raise ConfigurationError(f"gradient compression: got {shown(params)}, expected a dict")
         unknown = set(params) - {"type", "threshold"}
         kind = params.get("type")
-        if unknown or kind not in ("2bit", "1bit"):
+        if unknown or not isinstance(kind, str) or kind not in ("2bit", "1bit"):
             raise ConfigurationError(
-                f"gradient compression: got {dict(params)!r}, "
+                f"gradient compression: got {shown(dict(params))}, "
                 "expected {'type': '2bit' or '1bit', 'threshold': number}"
             )
         threshold = params.get("threshold", 0.5)

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
 from headwater.errors import ConfigurationError
-from headwater.spec.amounts import real, whole
+from headwater.spec.amounts import real, shown, whole
 
 PARAMETERS, START, DIRECTION, GRADIENT, BEFORE = "parameters", "start", "direction", "gradient", "before"
 _POINTS = 4
@@ -113,9 +113,11 @@ class LBFGS:
             object.__setattr__(self, name, whole(f"LBFGS: {name}", value))
         for name in ("lr", "tolerance_grad", "tolerance_change"):
             object.__setattr__(self, name, real(f"LBFGS: {name}", getattr(self, name), zero=True))
-        if self.line_search_fn not in (None, "strong_wolfe"):
+        if self.line_search_fn is not None and (
+            not isinstance(self.line_search_fn, str) or self.line_search_fn != "strong_wolfe"
+        ):
             raise ConfigurationError(
-                f"LBFGS: line_search_fn must be 'strong_wolfe' or None, got {self.line_search_fn!r}"
+                f"LBFGS: line_search_fn must be 'strong_wolfe' or None, got {shown(self.line_search_fn)}"
             )
         c2 = self.curvature
         if isinstance(c2, bool) or not isinstance(c2, int | float) or not _SUFFICIENT < c2 < 1:

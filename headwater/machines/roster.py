@@ -18,6 +18,9 @@ import msgspec
 from headwater.errors import DeclaredDeadError, RefusedError, RewoundError
 from headwater.messages import Join, Member, Role, Roster
 
+GONE = 1000
+"""Members of which it is kept why they were struck off. Readers come and go for as long as training lasts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Departure:
@@ -110,13 +113,15 @@ class RosterBook:
     def remove(self, id: int, why: str = "") -> Departure | None:
         """Strike a member off; None when it is no member (any more). A caught-up standby takes over.
 
-        `why` is kept for a member that did not leave: should it come back, it is told.
+        `why` is kept for a member that did not leave, of the last `GONE`: should it come back, it is told.
         """
         member = self._members.pop(id, None)
         if member is None:
             return None
         if why:
             self._gone[id] = why
+            if len(self._gone) > GONE:
+                del self._gone[next(iter(self._gone))]
         self._caught_up.discard(id)
         del self._heard[id]
         self._change(servers=member.role == "server")

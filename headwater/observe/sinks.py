@@ -24,6 +24,7 @@ from typing import IO, Any, Protocol, runtime_checkable
 
 from headwater.errors import ConfigurationError
 from headwater.observe.history import Point
+from headwater.spec.amounts import path as path_of
 from headwater.spec.words import option
 
 __all__ = ["Csv", "Jsonl", "LogSink", "Mlflow", "Point", "TensorBoard", "Wandb"]
@@ -44,12 +45,13 @@ class _File:
     """A text file that is appended to; each call's lines are there at once for whoever reads it."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = path_of("the path of a sink", path)
         try:
             directory = os.path.dirname(os.path.abspath(path))
             os.makedirs(directory, exist_ok=True)
             self._file: IO[str] = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115 - it is kept
         except OSError as error:
-            raise ConfigurationError(f"log_to: cannot write to {os.fspath(path)}: {error}") from error
+            raise ConfigurationError(f"log_to: cannot write to {path}: {error}") from error
 
     def close(self) -> None:
         """Close the file."""
@@ -125,8 +127,8 @@ class TensorBoard:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self._directory = path_of("TensorBoard: directory", directory)
         self._writer = _imported("tensorboard.summary", "tensorboard").Writer
-        self._directory = os.fspath(directory)
         self._writers: dict[int, Any] = {}
 
     def write(self, points: Sequence[Point]) -> None:

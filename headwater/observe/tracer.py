@@ -11,6 +11,7 @@ from headwater.errors import ConfigurationError, ConnectionLostError, HeadwaterE
 from headwater.loggers import logger
 from headwater.messages import Acknowledged, CollectTrace, Finished, Refused, TraceChunk
 from headwater.observe.trace_file import TraceFile
+from headwater.spec.seconds import seconds as length_of_time
 from headwater.spec.words import option
 from headwater.wire.channel import Channel
 from headwater.wire.listener import dial
@@ -34,7 +35,7 @@ def collect(
         ConfigurationError: the file cannot be written.
         HeadwaterError: the coordinator cannot be asked.
     """
-    tracer = Tracer(address, path, seconds=seconds, security=security)
+    tracer = Tracer(address, path, seconds=length_of_time(option("seconds"), seconds), security=security)
     return tracer.wait()
 
 

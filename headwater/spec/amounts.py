@@ -77,6 +77,20 @@ def text(what: str, value: Any, error: type[UsageError] = ConfigurationError) ->
     return str(value)
 
 
+def path(what: str, value: Any, error: type[UsageError] = ConfigurationError) -> str:
+    """`value`, a text or an object that names a path (PathLike), as a text.
+
+    Raises:
+        error: it is none.
+    """
+    found = value.__fspath__() if hasattr(type(value), "__fspath__") else value
+    if not isinstance(found, str):
+        raise error(f"{what} must be a path, got {shown(value)}")
+    if "\0" in found:
+        raise error(f"{what} is {shown(found)}: no file's name has a zero byte")
+    return found
+
+
 def one_of(
     what: str, value: Any, allowed: Collection[str], error: type[UsageError] = ConfigurationError
 ) -> str:

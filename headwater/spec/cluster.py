@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeAlias, TypedDict, Unpack, runtime
 
 from headwater import messages as m
 from headwater.errors import ConfigurationError
-from headwater.spec.amounts import whole
+from headwater.spec.amounts import one_of, whole
 from headwater.spec.every import Every
 from headwater.spec.keywords import means
 from headwater.spec.placement import SLOTS
@@ -183,10 +183,8 @@ class ClusterConfig:
     def _check_checkpoints(self) -> None:
         if not isinstance(self.resume, bool):
             raise ConfigurationError(f"{option('resume')} must be True or False, got {self.resume!r}")
-        if self.on_server_loss not in (None, "rewind", "stop"):
-            raise ConfigurationError(
-                f"{option('on_server_loss')} must be 'rewind' or 'stop', got {self.on_server_loss!r}"
-            )
+        if self.on_server_loss is not None:
+            one_of(option("on_server_loss"), self.on_server_loss, ("rewind", "stop"))
         if self.checkpoint:
             return
         for name in ("resume", "every", "keep", "on_server_loss"):

@@ -8,6 +8,7 @@ A residual belongs to one incarnation of a worker: one that is started again beg
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias, get_args
@@ -121,7 +122,7 @@ class TopK:
         return 4 + 8 * n
 
     def __str__(self) -> str:
-        return f"topk:{self.fraction!r}"
+        return f"topk:{float(self.fraction)!r}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,4 +240,11 @@ def _of(union: Any) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is one that float64 has."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from headwater.errors import ConfigurationError
 from headwater.messages import RuleSpec, Scalar
+from headwater.spec.amounts import shown
 
 
 class Settings:
@@ -167,11 +168,11 @@ def _converted(owner: Settings, field: str, hint: Any, value: object) -> object:
         elif choice is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
             return int(value)
         elif isinstance(choice, str):
-            if value == choice and isinstance(value, str):
+            if isinstance(value, str) and value == choice:
                 return choice
         elif isinstance(choice, type) and choice not in (float, int) and isinstance(value, choice):
             return value
-    raise ConfigurationError(f"{owner.name}: {field} must be {_described(hint)}, got {value!r}")
+    raise ConfigurationError(f"{owner.name}: {field} must be {_described(hint)}, got {shown(value)}")
 
 
 def _float(value: numbers.Real) -> float:

@@ -167,8 +167,9 @@ class Mode(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.reduce in ("mean", "sum"), self, "reduce", "'mean' or 'sum'")
-        require(self.late in ("drop", "carry"), self, "late", "'drop' or 'carry'")
+        for name, allowed in (("reduce", ("mean", "sum")), ("late", ("drop", "carry"))):
+            value, expected = getattr(self, name), " or ".join(map(repr, allowed))
+            require(isinstance(value, str) and value in allowed, self, name, expected)
 
     # ── as text ─────────────────────────────────────────────────────────────────────────────────
 

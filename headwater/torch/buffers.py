@@ -10,7 +10,8 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from headwater.errors import ConfigurationError, RegistrationError
+from headwater.errors import RegistrationError
+from headwater.spec.amounts import one_of
 from headwater.spec.rules import SGD, Accumulate
 from headwater.worker import Worker
 from headwater.worker.model import Model
@@ -22,8 +23,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def check_mode(mode: str) -> None:
     """Raise ConfigurationError unless `mode` is a BufferMode."""
-    if mode not in ("rank0", "mean", "local"):
-        raise ConfigurationError(f"buffers must be 'rank0', 'mean' or 'local', got {mode!r}")
+    one_of("buffers", mode, ("rank0", "mean", "local"))
 
 
 class SharedBuffers:

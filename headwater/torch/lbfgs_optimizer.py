@@ -13,6 +13,7 @@ import torch
 from headwater.errors import ConfigurationError, UsageError
 from headwater.machines.lbfgs import LBFGS as Settings
 from headwater.machines.lbfgs import Report
+from headwater.spec.amounts import text
 from headwater.spec.rules import SGD
 from headwater.torch.binding import Binding
 from headwater.torch.parameters import find_parameters, tied_names, wait_for_copies
@@ -73,6 +74,7 @@ class LBFGS(torch.optim.Optimizer):
             raise ConfigurationError(f"LBFGS(worker, module): got {worker!r} as worker")
         if not isinstance(module, torch.nn.Module):
             raise ConfigurationError(f"LBFGS(worker, module): got a {type(module).__name__} as module")
+        name = text("name", name)
         module = getattr(module, "_orig_mod", module)
         if TrainedTables(module):
             raise ConfigurationError("LBFGS is for dense parameters: rows of tables have no common vector")

@@ -20,7 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from headwater.errors import ConfigurationError, UsageError
 from headwater.loggers import logger
 from headwater.messages import StepResult
-from headwater.spec.amounts import whole
+from headwater.spec.amounts import shown as told
+from headwater.spec.amounts import text, whole
 from headwater.spec.rules import Rule
 from headwater.torch.binding import Binding, is_bound
 from headwater.torch.buffers import BufferMode, SharedBuffers, check_mode
@@ -122,6 +123,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 f"sync={worker.sync!r}: a DistributedOptimizer sends the gradients that parameters have now, "
                 f"and cannot carry late ones over: leave out late=carry, or use Model.push and Worker.step"
             )
+        push_every, pull_every = whole("push_every", push_every), whole("pull_every", pull_every)
+        if groups is not None and not isinstance(groups, list | tuple):
+            raise ConfigurationError(f"groups must be a list of dicts as torch's, got {told(groups)}")
+        name = text("name", name)
         self._accumulates = _check_periods(worker, rule, push_every, pull_every)
         trained = find_parameters(module)
         self._every = [one for one, _ in module.named_parameters()]
@@ -526,7 +531,6 @@ def _check_periods(worker: Worker, rule: Rule | None, push_every: int, pull_ever
     Raises:
         ConfigurationError: the periods are impossible, here or at all.
     """
-    whole("push_every", push_every), whole("pull_every", pull_every)
     if push_every == pull_every == 1:
         return False
     if worker.mode.rounds:

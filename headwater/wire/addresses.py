@@ -198,7 +198,7 @@ def listen_tcp(host: str, port: int) -> tuple[socket.socket, str]:
         family, *_, place = found[0]
         both = place[0] == "::" and socket.has_dualstack_ipv6()
         listening = socket.create_server(place[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=both)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigurationError(f"cannot listen on {tcp_address(host, port)}: {error}") from error
     name = listening.getsockname()
     return listening, tcp_address(name[0], name[1])

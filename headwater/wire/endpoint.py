@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from headwater.errors import ConfigurationError
+from headwater.spec.amounts import shown
 from headwater.spec.words import option
 from headwater.wire.addresses import advertised, is_numeric, split_place
 from headwater.wire.listener import Listener
@@ -41,8 +42,8 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         for name, value in (("bind", self.bind), ("advertise", self.advertise)):
-            if value is not None and not isinstance(value, str):
-                raise ConfigurationError(f"{option(name)}: got {value!r}, expected HOST or HOST:PORT")
+            if value is not None and not (isinstance(value, str) and _can_be_a_host(value)):
+                raise ConfigurationError(f"{option(name)}: got {shown(value)}, expected HOST or HOST:PORT")
         if self.is_beyond:
             assert self.bind is not None
             self.security.check_bind(split_place(self.bind)[0])
@@ -111,6 +112,15 @@ class Endpoint:
 
 LOCAL = Endpoint()
 """This machine alone, under a name that nobody else has."""
+
+
+def _can_be_a_host(place: str) -> bool:
+    """Whether a name service can be asked for it."""
+    try:
+        place.encode("idna" if not place.startswith("unix:") else "utf-8")
+    except UnicodeError:
+        return False
+    return True
 
 
 def _host(place: str) -> str:

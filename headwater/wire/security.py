@@ -103,6 +103,6 @@ PLAIN = Security()
 def _addresses(host: str) -> list[str]:
     try:
         found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigurationError(f"cannot listen on {host!r}: {error}") from error
     return sorted({str(entry[4][0]).partition("%")[0] for entry in found})

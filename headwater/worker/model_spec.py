@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
@@ -44,6 +44,8 @@ class Group:
     rule: Rule
 
     def __post_init__(self) -> None:
+        if isinstance(self.names, str | bytes) or not isinstance(self.names, Sequence | Set):
+            raise ConfigurationError(f"Group: names must be a list of texts, got {shown(self.names)}")
         if not self.names:
             raise ConfigurationError("Group: names is empty: leave the group out")
 
