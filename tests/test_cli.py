@@ -26,7 +26,6 @@ from headwater.bench import figures as bench_figures
 from headwater.bench import latency
 from headwater.bench.figures import Effort, Figure
 from headwater.bench.resnet import resnet50_shapes
-from headwater.bench.rivals import RIVALS
 from headwater.bench.suites import SUITES
 from headwater.bench.turns import take_turns
 from headwater.cli import bench as cli_bench
@@ -667,7 +666,7 @@ def test_a_target_is_met_from_its_own_side():
     assert met(1.0, None, True) is None
 
 
-LONG = ["models", "observe", "peers", "programs", "rows", "safety", "soak", "splits", "steps", "table"]
+LONG = ["models", "observe", "programs", "rows", "safety", "soak", "splits", "steps", "table"]
 """Suites whose cases take long to set up, however little is measured."""
 
 
@@ -677,7 +676,6 @@ LONG = ["models", "observe", "peers", "programs", "rows", "safety", "soak", "spl
 def test_every_suite_measures_figures_and_limits(command, monkeypatch, suite):
     monkeypatch.setattr(cli_bench, "QUICK", TINY)
     monkeypatch.setattr(latency, "_PINNINGS", {"one core": (0, 0)})
-    monkeypatch.delitem(RIVALS, "Ray")  # which takes half a minute to start and to end
     result = command("bench", suite, "--quick", "--json")
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)

@@ -10,7 +10,6 @@ from headwater.bench.kernels import measure_kernels
 from headwater.bench.latency import measure_latency
 from headwater.bench.memory import measure_memory
 from headwater.bench.observe import measure_observe
-from headwater.bench.peers import measure_peers
 from headwater.bench.programs import measure_programs
 from headwater.bench.real_models import measure_models
 from headwater.bench.safety import measure_safety
@@ -25,7 +24,6 @@ SUITES: dict[str, Callable[[Effort], list[Figure]]] = {
     "dense": measure_dense,
     "latency": measure_latency,
     "observe": measure_observe,
-    "peers": measure_peers,
     "tcp": measure_tcp,
     "tls": measure_tls,
     "kernels": measure_kernels,

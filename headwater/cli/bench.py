@@ -31,14 +31,13 @@ def bench(
 ) -> None:
     """Measure this machine: each figure beside the limit it is held against, taken in the same run.
 
-    dense: rounds of a model of ResNet-50's size. peers: the same beside gloo, torch RPC and Ray.
-    models: steps of three real models beside torch alone. latency: pulls of 1 KB. steps: pulls and
-    steps with one server and with two. kernels: update loops. programs: vectors of L-BFGS, and an
-    evaluation in which a worker stands still. tcp, tls: the wire alone, against plain sockets.
-    memory: what nodes keep resident. splits: who gets which data. safety: replicas, failover,
-    checkpoints. soak: 100,000 small steps, at whose end nothing may cost more than before.
-    observe: what metrics and traces cost. lookup, table: the loops of embedding tables. rows: tables
-    in a cluster.
+    dense: rounds of a model of ResNet-50's size. models: steps of three real models beside torch
+    alone. latency: pulls of 1 KB. steps: pulls and steps with one server and with two. kernels:
+    update loops. programs: vectors of L-BFGS, and an evaluation in which a worker stands still.
+    tcp, tls: the wire alone, against plain sockets. memory: what nodes keep resident. splits: who
+    gets which data. safety: replicas, failover, checkpoints. soak: 100,000 small steps, at whose end
+    nothing may cost more than before. observe: what metrics and traces cost. lookup, table: the
+    loops of embedding tables. rows: tables in a cluster.
 
     [bold]Examples[/bold]
 
@@ -65,7 +64,11 @@ def measure(suite: str, *, as_json: bool, quick: bool) -> None:
         raise ConfigurationError(f"bench: got {suite!r}, expected one of {', '.join(SUITES)}")
     if not sys.platform.startswith("linux"):
         raise EnvironmentFailure(f"bench needs Linux, this is {sys.platform}")
-    figures = SUITES[suite](QUICK if quick else FULL)
+    show(SUITES[suite](QUICK if quick else FULL), as_json=as_json)
+
+
+def show(figures: list[Figure], *, as_json: bool) -> None:
+    """Print figures, and what machine they are of."""
     about = ", ".join(f"{name} {value}" for name, value in machine().items())
     if as_json:
         print(about, file=sys.stderr)

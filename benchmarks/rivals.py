@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def gloo(elements: int, rounds: int) -> list[float]:
 
 def torch_rpc(elements: int, rounds: int) -> list[float]:
     """Seconds of each round: two servers wait for both halves, apply them and answer."""
-    from headwater.bench.rpc import node  # it imports torch
+    from benchmarks.rpc import node  # it imports torch
 
     return _processes(node, WORKERS + SERVERS, elements, rounds)
 
@@ -77,8 +78,11 @@ def measure(name: str, elements: int, rounds: int) -> list[float]:
     Raises:
         EngineError: it failed; what it printed says why.
     """
-    command = [sys.executable, "-m", __name__, name, str(elements), str(rounds)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, text=True) as process:
+    command = [sys.executable, "-m", "benchmarks.rivals", name, str(elements), str(rounds)]
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, start_new_session=True, text=True, cwd=root
+    ) as process:
         try:
             output, _ = process.communicate(timeout=2 * START_S + 30 * rounds)
         finally:
@@ -118,6 +122,7 @@ def _processes(target: Callable[..., None], count: int, elements: int, rounds: i
 
 
 def timed(step: Callable[[], object], rounds: int) -> list[float]:
+    """Seconds of each round, but for the first."""
     times = []
     for _ in range(rounds + 1):
         began = time.perf_counter()

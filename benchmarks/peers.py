@@ -1,13 +1,20 @@
-"""Headwater's synchronous round beside other systems', measured in one run on one machine."""
+"""Headwater's synchronous round beside other systems', measured in one run on one machine.
+
+    python -m benchmarks.peers [--quick] [--json]
+
+Run it from the root of a clone, where the extras `torch` and `ray` are installed.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from statistics import median
 
+from benchmarks.rivals import RIVALS, measure
 from headwater.bench.dense import elements_of, pushed_rounds
-from headwater.bench.figures import Effort, Figure, complain
-from headwater.bench.rivals import RIVALS, measure
+from headwater.bench.figures import FULL, QUICK, Effort, Figure, complain
+from headwater.cli.bench import show
 
 
 def measure_peers(effort: Effort) -> list[Figure]:
@@ -37,3 +44,13 @@ def measure_peers(effort: Effort) -> list[Figure]:
         )
         for name, times in theirs.items()
     ]
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers", description="Headwater beside other systems."
+    )
+    arguments.add_argument("--quick", action="store_true", help="fewer rounds: seconds, and less certain")
+    arguments.add_argument("--json", action="store_true", help="for programs")
+    asked = arguments.parse_args()
+    show(measure_peers(QUICK if asked.quick else FULL), as_json=asked.json)

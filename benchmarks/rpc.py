@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed import rpc
 
-from headwater.bench.rivals import LR, SERVERS, START_S, WORKERS, timed
+from benchmarks.rivals import LR, SERVERS, START_S, WORKERS, timed
 
 
 class _Half:
