@@ -29,8 +29,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-settings.register_profile("default", print_blob=True, deadline=None)
-settings.register_profile("nightly", print_blob=True, deadline=None, max_examples=1000)
+for profile, examples in {"default": 40, "long": 100, "nightly": 1000}.items():
+    settings.register_profile(profile, print_blob=True, deadline=None, max_examples=examples)
 LONGEST = (
     "test_ray.py",
     "test_simulator.py",
@@ -67,7 +67,8 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "fresh: nodes are fresh interpreters, as for a user, and none is forked"
     )
-    settings.load_profile("nightly" if config.getoption("--seed-base") else "default")
+    usual = "long" if config.getoption("--long") else "default"
+    settings.load_profile("nightly" if config.getoption("--seed-base") else usual)
     if config.getoption("--long") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(PromisedTests(whole=_is_whole(config)))
 

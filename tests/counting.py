@@ -5,6 +5,7 @@ count the steps of each worker that it contains.
 """
 
 import numpy as np
+import pytest
 from clusters import model_spec
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
@@ -20,6 +21,15 @@ servers = st.sampled_from([1, 2, 3, 5])
 modes = st.sampled_from(MODES)
 some = examples(25, suppress_health_check=list(HealthCheck))
 few = examples(10, suppress_health_check=list(HealthCheck))
+each_mode_and_server = pytest.mark.parametrize(
+    ("mode", "index"),
+    [
+        pytest.param(mode, index, marks=() if index == usual else pytest.mark.long)
+        for mode, usual in zip(MODES, (0, 0, 2, 1), strict=True)
+        for index in range(3)
+    ],
+)
+"""Of three servers; one of each mode without `--long`. Server 0 hosts the sequencer."""
 
 
 def digits(value, workers):

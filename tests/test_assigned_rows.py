@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from small_tables import ALL_SLOTS, make, pull, push, spec
 
 import headwater as hw
+from examples import examples
 from headwater import messages as m
 from headwater.errors import GradientError, ProtocolError, UsageError
 from headwater.kernels.index import Index
@@ -218,7 +219,7 @@ def test_rows_that_cannot_be_assigned_are_refused_and_nothing_changes(arguments,
 # ── pure ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.lists(st.tuples(st.booleans(), st.lists(st.integers(-9, 9), unique=True, max_size=12)), max_size=8))
 def test_any_order_of_pushes_and_assignments_does_what_a_dictionary_would(done):
     table, plain = make(dim=1), {}

@@ -6,17 +6,18 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import headwater as hw
+from examples import examples
 from headwater import messages as m
 from headwater.errors import ConfigurationError
 from headwater.log.positions import Positions
 from headwater.worker.parts import StaticPart
 from headwater.worker.plan import ReadPlan
 
-few = settings(max_examples=60, deadline=None)
+few = examples(60)
 
 
 def reads(positions, plan, rank, workers, call, most):

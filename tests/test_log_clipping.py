@@ -6,7 +6,7 @@
 import numpy as np
 import pytest
 from clusters import Cluster, FlakyCluster, ReplicatedCluster, model_spec
-from counting import MODES, few, final, modes, seeds, servers, some
+from counting import each_mode_and_server, few, final, modes, seeds, servers, some
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_log import assert_same_bits, mixed, trained, training
@@ -103,10 +103,9 @@ def test_deaths_of_servers_lose_and_double_no_clipped_step(mode, count, private,
     assert_settled(cluster)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("index", range(3))
+@each_mode_and_server
 def test_a_death_at_every_entry_of_a_clipped_run(mode, index):
-    """A server dies before and after every norm is known; server 0 hosts the sequencer."""
+    """A server dies before and after every norm is known."""
     measured = 0
     for moment in range(1, 20):
         cluster = ReplicatedCluster(mode, workers=2, servers=3, seed=moment)

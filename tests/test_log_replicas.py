@@ -5,10 +5,10 @@ import pytest
 from clusters import Cluster, ReplicatedCluster, lose, model_spec
 from counting import (
     BASE,
-    MODES,
     counters,
     counting,
     digits,
+    each_mode_and_server,
     few,
     final,
     final_count,
@@ -111,10 +111,9 @@ def test_whatever_workers_do_while_servers_die_nobody_waits_for_ever(mode, count
         final(cluster, model)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("index", range(3))
+@each_mode_and_server
 def test_a_death_at_every_entry_of_a_run(mode, index):
-    """A server dies after the first entry, after the second, …; server 0 hosts the sequencer."""
+    """A server dies after the first entry, after the second, …."""
     for moment in range(1, 16):
         cluster = ReplicatedCluster(mode, workers=2, servers=3, seed=moment)
         for program in counters(2, 3):

@@ -6,11 +6,12 @@ import numpy as np
 import plain_merges as plain
 import pytest
 from clusters import model_spec
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_kernels import addresses, numbers
 
 import headwater as hw
+from examples import examples
 from headwater import messages as m
 from headwater.errors import ConfigurationError, RegistrationError
 from headwater.kernels import middle, multiply_up
@@ -55,7 +56,7 @@ def test_a_trimmed_mean_leaves_out_no_more_than_leaves_one():
 # ── kernels ─────────────────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(
     st.integers(0, 700), st.integers(1, 6), st.integers(0, 3), st.sampled_from([0.0, 0.02]), st.data(),
     st.integers(0, 2**32),
@@ -79,7 +80,7 @@ def test_a_mean_of_no_middle_value_is_refused(workers, zeros, left_out):
         middle(addresses(gradients), zeros, left_out, np.zeros(4, np.float32))
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(0, 150), st.integers(0, 70), st.integers(0, 2**32))
 def test_products_are_exact_and_added_up_in_lanes(lines, skipped, seed):
     generator = np.random.default_rng(seed)
@@ -153,7 +154,7 @@ def test_the_scales_make_what_the_definition_says(vectors, data):
         assert length == pytest.approx(np.linalg.norm(merged), rel=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     st.lists(st.integers(0, 2500), min_size=1, max_size=5), st.integers(1, 3), st.integers(1, 6),
     st.integers(0, 2**32),

@@ -4,9 +4,10 @@ import msgspec
 import pytest
 from connections import tls
 from fuzz.targets import SEEDS, TARGETS, handshake
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from examples import examples
 from headwater.messages import Answer, Join, Progress, Refused, Step
 from headwater.wire.encryption import load
 from headwater.wire.frames import encode
@@ -40,7 +41,7 @@ anything = st.one_of(st.binary(max_size=300), changed_frames())
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(data=anything)
 def test_bytes_of_strangers_raise_errors_of_ours_only(name, data):
     TARGETS[name](data)
@@ -57,7 +58,7 @@ def identity():
     return {listening: load(tls(), listening=listening) for listening in (True, False)}
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @example(data=b"\x16\x03\x01\xff\xff" + bytes(200_000))
 @given(data=st.one_of(anything, anything.map(lambda tail: b"\x16\x03\x01\x00\xff\x01" + tail)))
 def test_bytes_of_strangers_raise_errors_of_ours_only_with_tls(identity, data):
@@ -77,7 +78,7 @@ def changed_messages(draw):
     return fields
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(trees | changed_messages())
 def test_any_messagepack_as_a_message_raises_errors_of_ours_only(tree):
     TARGETS["message"](msgspec.msgpack.encode(tree))
