@@ -280,6 +280,24 @@ def test_sending_to_nobody_is_a_lost_connection(pair):
         channel.send(PULL)
 
 
+@pytest.mark.parametrize("how", ["send", "try_send"])
+def test_the_last_words_of_a_peer_are_read_after_nothing_could_be_sent_to_it(how):
+    here, there = socket.socketpair()
+    channel, other = Channel(here), Channel(there)
+    try:
+        channel.send(PULL)  # which the other never reads
+        other.send(PULL)
+        other.close()
+        for _ in range(2):
+            with pytest.raises(ConnectionLostError):
+                getattr(channel, how)(PULL)
+        assert channel.receive(timeout=DEADLINE).message == PULL
+        with pytest.raises(ConnectionLostError):  # as the other has not read all
+            channel.receive(timeout=DEADLINE)
+    finally:
+        channel.close()
+
+
 def test_a_peer_that_takes_nothing_ends_the_connection_after_the_timeout(pair):
     channel, _ = pair
     large = [np.zeros(20_000_000, np.float32)]

@@ -75,6 +75,7 @@ class Channel:
         self._writing = threading.Lock()
         self._reaping = threading.Lock()
         self._closed = False
+        self._takes_no_more = False  # the peer has ended the connection, and what it sent may be read yet
         self._passing: Sequence[tuple[int, int, array.array[int]]] = ()  # descriptors of the frame being sent
         self._rest: Span | None = None  # of a frame that `try_send` began
         close_in_child(self)
@@ -121,7 +122,8 @@ class Channel:
         Raises:
             UsageError: the message cannot be sent; nothing was.
             ConnectionLostError: the connection is closed, or the peer took nothing for `timeout`
-                seconds: as part of a frame may be out, the connection is then closed here.
+                seconds: as part of a frame may be out, the connection is then closed here. Where the peer
+                has ended it, what the peer sent before can still be received.
         """
         head = encoded(message, buffers, descriptors, request)  # before anything is sent, as it may fail
         if timeout is None:
@@ -130,7 +132,7 @@ class Channel:
             self.close()
             raise self._given_up(timeout)
         try:
-            if self._closed:
+            if self._closed or self._takes_no_more:
                 raise self._is_closed()
             if timeout != self._send_timeout:
                 self._send_timeout = self._tell_kernel(socket.SO_SNDTIMEO, timeout)
@@ -142,8 +144,8 @@ class Channel:
         except BlockingIOError as error:
             self.close()
             raise self._given_up(timeout) from error
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self._cannot_send(error)
             raise
         finally:
             self._writing.release()
@@ -169,7 +171,7 @@ class Channel:
         head = encoded(message, buffers, descriptors, request)
         self._writing.acquire()
         try:
-            if self._closed:
+            if self._closed or self._takes_no_more:
                 raise self._is_closed()
             assert self._rest is None, "flush before the next frame"
             self._rest = self.start(message, buffers, descriptors, request, NO_WAIT, head)
@@ -178,8 +180,8 @@ class Channel:
             return True
         except BlockingIOError:
             return False
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self._cannot_send(error)
             raise
         finally:
             self._writing.release()
@@ -196,18 +198,29 @@ class Channel:
             return
         self._writing.acquire()
         try:
-            if self._closed:
+            if self._closed or self._takes_no_more:
                 raise self._is_closed()
             if self._send_timeout is not None:
                 self._send_timeout = self._tell_kernel(socket.SO_SNDTIMEO, None)
             self._push_all(self._rest)
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self._cannot_send(error)
             raise
         finally:
             self._writing.release()
             if self._closed:
                 self._reap()
+
+    def _cannot_send(self, error: BaseException) -> None:
+        """A frame has not left whole, so none can follow it.
+
+        A peer may say that it leaves and end the connection while something is sent to it: its last words
+        are still to be read. Any other failure ends the connection.
+        """
+        if isinstance(error.__cause__, BrokenPipeError | ConnectionResetError):
+            self._takes_no_more = True
+        elif not self._takes_no_more:
+            self.close()
 
     def _push_all(self, unsent: Span | None) -> None:
         """Send the rest of a frame; blocks for the peer to take it."""
