@@ -50,7 +50,7 @@ class Exchange:
             ProtocolError: it belongs to no exchange, is an answer to something else, or a second one.
             RefusedError: the server refuses this member.
         """
-        if not isinstance(message, self._expects) or message.number != self.number:
+        if type(message) is not self._expects or message.number != self.number:
             return self._is_no_answer(server, message, now)
         if self._answers[server] is not None:
             raise ProtocolError(f"server {server} answered exchange {self.number} twice")
@@ -79,8 +79,12 @@ class Exchange:
 
     def versions(self) -> set[int] | None:
         """Those of the answers to a read; None where a server has refused it."""
-        answers = [one for one in self._answers if type(one) is Answer and one.failure is None]
-        return {one.version for one in answers} if len(answers) == len(self._answers) else None
+        versions: set[int] = set()
+        for one in self._answers:
+            if type(one) is not Answer or one.failure is not None:
+                return None
+            versions.add(one.version)
+        return versions
 
     def outcome(self) -> Outcome:
         """What all servers have answered together: of answers the one that all agree on, of descriptions the

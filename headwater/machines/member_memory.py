@@ -187,6 +187,12 @@ class MemberMemory:
                 lies outside of the scratch window, or ids did not come.
             EnvironmentFailure: the system would not map it.
         """
+        kind = type(message)
+        if kind is m.Pull and not given:  # the way of every pull
+            self._pulled = ()
+            return _NOTHING
+        if kind is m.PullRows and not given:
+            return Brought(rows=self._rows(message))  # type: ignore[arg-type]
         if type(message) is m.Step and not given:  # the way of every step
             compile_for(message)
             self._decode(message)

@@ -539,7 +539,7 @@ class Client:
     def _carry_out(self, actions: Actions) -> None:
         """Do all that was decided, and what follows from that."""
         for action in actions:  # which may grow
-            if isinstance(action, Tell):
+            if type(action) is Tell:
                 self._take(action.event)
             elif isinstance(action, Send) and action.conn in self._links:
                 actions += self._send(action)
@@ -560,9 +560,10 @@ class Client:
             self._traffic[1] += channel.received
 
     def _take(self, event: Any) -> None:
-        if isinstance(event, Settled):
+        kind = type(event)
+        if kind is Settled:
             self._settled = event
-        elif isinstance(event, Asked):
+        elif kind is Asked:
             self._frames = event.frames
         elif isinstance(event, Failed):
             self._failure = event.error

@@ -353,19 +353,20 @@ class Pump:
         machine, due = self._machine, self._machine.due
         senders: list[_Connection] = []
         for action in decide(self._clock()):
-            if isinstance(action, Send) and not self._ordered:
-                self._route_send(action, senders)
+            kind = type(action)
+            if kind is Send and not self._ordered:
+                self._route_send(action, senders)  # type: ignore[arg-type]
                 continue
-            if isinstance(action, Pause):
-                self._pause(action)
+            if kind is Pause:
+                self._pause(action)  # type: ignore[arg-type]
                 continue
-            if isinstance(action, Close | HandOver):
-                self._mark(action)
-            if self._ordered or isinstance(action, Persist):
+            if kind is Close or kind is HandOver:
+                self._mark(action)  # type: ignore[arg-type]
+            if self._ordered or kind is Persist:
                 self._ordered += 1
                 self._queue.append((action, True))
-            elif isinstance(action, Resume | HandOver):
-                self._route(action, senders)
+            elif kind is Resume or kind is HandOver:
+                self._route(action, senders)  # type: ignore[arg-type]
             else:
                 self._queue.append((action, False))
         if machine.due != due:
@@ -405,15 +406,15 @@ class Pump:
 
     def _route(self, action: Close | Resume | HandOver, senders: list[_Connection]) -> None:
         """Put an action that is no message where it takes effect; as `_route_send`."""
-        connection = self._connections.get(action.conn)
+        connection, kind = self._connections.get(action.conn), type(action)
         if connection is not None:
-            if isinstance(action, Resume) and not connection.paused:
+            if kind is Resume and not connection.paused:
                 return
-            if connection.outbox.put(action if isinstance(action, Close) else RESUME):
+            if connection.outbox.put(action if kind is Close else RESUME):  # type: ignore[arg-type]
                 senders.append(connection)
-        elif action.conn in self._mailboxes and isinstance(action, Close):
+        elif kind is Close and action.conn in self._mailboxes:
             self._mailboxes[action.conn].put(None)
-        if isinstance(action, HandOver):
+        if kind is HandOver:
             self._connections.pop(action.conn, None)  # what follows is not sent over it any more
 
     def _send(self, senders: list[_Connection]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from headwater import messages as m
 from headwater.errors import ProtocolError, RegistrationError
@@ -85,42 +86,51 @@ class Checks:
             UsageError: the caller's fault; its connection goes on.
             ProtocolError: the request breaks the protocol; its connection should be closed.
         """
-        if isinstance(request, m.Step):
-            self._check_step(member, request, rows)
-        elif isinstance(request, m.Register | m.RegisterTable):
-            check_declared(request.spec)
-        elif isinstance(request, m.Attach):
-            self.check_model(request.model)
-        elif isinstance(request, m.Meet):
-            self._check_meeting(member, request)
-        elif isinstance(request, m.Operate):
-            self._check_operate(member, request)
-        elif isinstance(request, m.NextPortion):
-            self._members.staging(member, request.model)
-            if request.done is not None and request.done.portion.model != request.model:
-                raise ProtocolError(f"member {member} brings {request.done} as one of model {request.model}")
-        elif isinstance(request, m.Assign):
-            self._check_carried(member, request.carried)
-        elif isinstance(request, m.LoadState):
-            self._check_state(member, request)
-        elif isinstance(request, m.Pull):
-            for model in request.models:
-                self._members.staging(member, model)
-        elif isinstance(request, m.ReadState):
-            self._members.staging(member, request.model)
-        elif isinstance(request, m.CountRows):
-            self._tables[request.table]
-        elif isinstance(request, m.Publish):
-            for wanted in request.models:
-                self.check_model(wanted.id)
-            for wanted in request.tables:
-                self._tables[wanted.id]
-        elif isinstance(request, m.PullRows | m.DeleteRows):
-            self._tables.check(rows)
-        elif isinstance(request, m.AssignRows):
-            self._tables.check(rows)
-            if request.state:
-                self._tables[request.rows.table].check_state(rows[0].rows)
+        check = _CHECKS.get(type(request))
+        if check is not None:
+            check(self, member, request, rows)
+
+    def _check_declaration(
+        self, member: int, request: m.Register | m.RegisterTable, rows: Sequence[StagedRows]
+    ) -> None:
+        check_declared(request.spec)
+
+    def _check_attach(self, member: int, request: m.Attach, rows: Sequence[StagedRows]) -> None:
+        self.check_model(request.model)
+
+    def _check_portion(self, member: int, request: m.NextPortion, rows: Sequence[StagedRows]) -> None:
+        self._members.staging(member, request.model)
+        if request.done is not None and request.done.portion.model != request.model:
+            raise ProtocolError(f"member {member} brings {request.done} as one of model {request.model}")
+
+    def _check_assign(self, member: int, request: m.Assign, rows: Sequence[StagedRows]) -> None:
+        self._check_carried(member, request.carried)
+
+    def _check_pull(self, member: int, request: m.Pull, rows: Sequence[StagedRows]) -> None:
+        for model in request.models:
+            self._members.staging(member, model)
+
+    def _check_read_state(self, member: int, request: m.ReadState, rows: Sequence[StagedRows]) -> None:
+        self._members.staging(member, request.model)
+
+    def _check_table(self, member: int, request: m.CountRows, rows: Sequence[StagedRows]) -> None:
+        self._tables[request.table]
+
+    def _check_publish(self, member: int, request: m.Publish, rows: Sequence[StagedRows]) -> None:
+        for wanted in request.models:
+            self.check_model(wanted.id)
+        for wanted in request.tables:
+            self._tables[wanted.id]
+
+    def _check_rows(
+        self, member: int, request: m.PullRows | m.DeleteRows, rows: Sequence[StagedRows]
+    ) -> None:
+        self._tables.check(rows)
+
+    def _check_assigned_rows(self, member: int, request: m.AssignRows, rows: Sequence[StagedRows]) -> None:
+        self._tables.check(rows)
+        if request.state:
+            self._tables[request.rows.table].check_state(rows[0].rows)
 
     def check_model(self, model: int) -> None:
         """Refuse a model that does not exist.
@@ -164,7 +174,7 @@ class Checks:
             for rule in rules if setting.group < 0 else [rules[setting.group]]:
                 rule.with_settings(**setting.values)
 
-    def _check_operate(self, member: int, request: m.Operate) -> None:
+    def _check_operate(self, member: int, request: m.Operate, rows: Sequence[StagedRows]) -> None:
         work, plan = request.work, request.plan
         self._members.staging(member, work.model)
         if work.gathers:
@@ -173,7 +183,7 @@ class Checks:
         if plan is not None and (plan.count < 1 or strange or work.reductions):
             raise ProtocolError(f"member {member} asks for an evaluation with {plan} and {work}")
 
-    def _check_meeting(self, member: int, request: m.Meet) -> None:
+    def _check_meeting(self, member: int, request: m.Meet, rows: Sequence[StagedRows]) -> None:
         """Names are checked where the work is done: a repeated meeting's vectors may be gone since."""
         work, kind = request.work, request.meeting.kind
         if (work is not None) != (kind in ("operate", "measure")):
@@ -198,7 +208,7 @@ class Checks:
         if int.from_bytes(carried.tensors, "little") >> tensors:
             raise ProtocolError(f"a mask names more than the {tensors} tensors of model {carried.model}")
 
-    def _check_state(self, member: int, request: m.LoadState) -> None:
+    def _check_state(self, member: int, request: m.LoadState, rows: Sequence[StagedRows]) -> None:
         self._check_carried(member, request.carried)
         vector = self._vectors[request.carried.model]
         if request.states != tuple(vector.states) or len(request.counts) != len(vector.layout.tensors):
@@ -208,6 +218,27 @@ class Checks:
             )
         if min(request.counts) < 0 or request.updates < -1:
             raise ProtocolError(f"{min(request.counts)} updates of a tensor, {request.updates} of the model")
+
+
+_CHECKS: dict[type, Callable[[Checks, int, Any, Sequence[StagedRows]], None]] = {
+    m.Step: Checks._check_step,
+    m.Register: Checks._check_declaration,
+    m.RegisterTable: Checks._check_declaration,
+    m.Attach: Checks._check_attach,
+    m.Meet: Checks._check_meeting,
+    m.Operate: Checks._check_operate,
+    m.NextPortion: Checks._check_portion,
+    m.Assign: Checks._check_assign,
+    m.LoadState: Checks._check_state,
+    m.Pull: Checks._check_pull,
+    m.ReadState: Checks._check_read_state,
+    m.CountRows: Checks._check_table,
+    m.Publish: Checks._check_publish,
+    m.PullRows: Checks._check_rows,
+    m.DeleteRows: Checks._check_rows,
+    m.AssignRows: Checks._check_assigned_rows,
+}
+"""By the class of a request; others need no check."""
 
 
 def check_declared(spec: m.ModelSpec | m.TableSpec) -> None:

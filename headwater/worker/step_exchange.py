@@ -49,6 +49,8 @@ class StepExchange:
         self._since = since
         self.carried_since: int | None = None
         self._sent_of = -1
+        self._known: tuple[tuple[int, int], ...] = ()
+        self._known_tables: tuple[tuple[int, int], ...] = ()
         if weight and not self.skip:
             self._carried = {
                 model: carried for model, (carried, _, _) in staged.items() if carried is not None
@@ -103,6 +105,8 @@ class StepExchange:
     def _begin(self, position: m.Position | None, kept: bytes | None) -> None:
         self._position, self._kept = position, kept
         self._sent_of = self._seen()
+        self._known = tuple([(model.id, model.settings.known) for model in self._models])
+        self._known_tables = tuple([(table.id, table.settings.known) for table in self._tables])
 
     def _answered(self, answer: m.Answer, read: bool | Sequence[LocalModel]) -> tuple[m.StepResult, bool]:
         """What became of it, and whether batches end."""
@@ -144,7 +148,7 @@ class StepExchange:
         message = m.Step(
             number,
             step,
-            self._seen(),
+            self._sent_of,
             tuple(self._carried.values()),
             self._settings,
             read,
@@ -154,8 +158,8 @@ class StepExchange:
             self._table_settings,
             self._position,
             self._weight,
-            known=tuple((model.id, model.settings.known) for model in self._models),
-            known_tables=tuple((table.id, table.settings.known) for table in self._tables),
+            known=self._known,
+            known_tables=self._known_tables,
             kept=self._kept,
             coded=tuple(piece for pieces, _ in coded for piece in pieces),
             pace=self._pace,
