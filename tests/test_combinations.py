@@ -45,7 +45,8 @@ places = st.integers(0, VECTORS - 1)
 programs = st.lists(
     st.tuples(st.integers(-2, VECTORS - 1), st.lists(st.tuples(places, st.sampled_from([1.0, -0.3, 1e20]))))
 )
-folds = st.lists(st.tuples(st.sampled_from([DOT, TOTAL, LARGEST]), places, places))
+folds = st.lists(st.tuples(st.sampled_from([DOT, TOTAL, LARGEST]), places, st.lists(places, max_size=9)))
+"""Runs of sums with the same first vector, which are read side by side where they are products."""
 
 
 @examples(15)
@@ -68,7 +69,9 @@ def test_they_are_their_definition_to_the_bit(program, wanted, blocks, seed, str
                 latest[0] = block
             else:
                 latest[out] = arrays[out]
-        return combinations, [BlockSum(kind, latest[a], latest[b]) for kind, a, b in wanted]
+        return combinations, [
+            BlockSum(kind, latest[a], latest[b]) for kind, a, others in wanted for b in others
+        ]
 
     expected = [array.copy() for array in arrays]
     with np.errstate(all="ignore"):

@@ -120,7 +120,6 @@ import numpy as np
 from headwater.kernels.primitives import *
 
 PAGE = {PAGE}
-TOGETHER = 4  # sources that are read side by side: as many streams as the processor foresees
 PIECE = {PIECE}
 
 
@@ -130,14 +129,8 @@ def place(given, moves, k, start, within, scratch):
 
 
 @inner
-def fold(kind, one, other, lanes, lanes_at):
-    """The sum over one block: element i goes to lane i mod LINE, and neighbouring lanes are joined."""
-    if kind == {DOT}:
-        fold_products(lanes_at, one, other, PAGE)
-    elif kind == {TOTAL}:
-        fold_magnitudes(lanes_at, one, one, PAGE)
-    else:
-        fold_largest(lanes_at, one, one, PAGE)
+def joined(kind, lanes):
+    """Neighbouring lanes joined, until one is left."""
     left = {LINE}
     while left > 1:
         left //= 2
@@ -150,12 +143,23 @@ def fold(kind, one, other, lanes, lanes_at):
     return lanes[0]
 
 
+@inner
+def alike(k, kinds, ones, ones_move):
+    """Whether this sum and the next ones are products with the same vector."""
+    if k + TOGETHER > len(kinds):
+        return False
+    for j in range(k, k + TOGETHER):
+        if kinds[j] != {DOT} or ones[j] != ones[k] or ones_move[j] != ones_move[k]:
+            return False
+    return True
+
+
 @outer("void({_SIGNATURE})")
 def combine(n, outs, outs_move, firsts, sources, sources_move, coefficients,
             kinds, ones, ones_move, others, others_move, scratch_, blocks):
-    lanes = np.zeros({LINE}, dtype=np.float64)
+    lanes = np.zeros((TOGETHER, {LINE}), dtype=np.float64)
     wide = np.zeros(PAGE, dtype=np.float64)
-    here = np.zeros(max(1, len(sources)), dtype=np.int64)
+    here = np.zeros(max(TOGETHER, len(sources)), dtype=np.int64)
     lanes_at, here_at, coefficients_at = lanes.ctypes.data, here.ctypes.data, coefficients.ctypes.data
     scratch, wide_at = scratch_.ctypes.data, wide.ctypes.data
     for begin in range(0, n, PIECE):
@@ -166,17 +170,33 @@ def combine(n, outs, outs_move, firsts, sources, sources_move, coefficients,
                 for j in range(firsts[k], firsts[k + 1]):
                     here[j] = place(sources, sources_move, j, start, within, scratch)
                 wide[:] = 0.0
-                for first in range(firsts[k], firsts[k + 1], TOGETHER):
-                    count = min(TOGETHER, firsts[k + 1] - first)
-                    for i in range(0, PAGE, LINE):
-                        combine_line(wide_at, i, here_at + 8 * first, coefficients_at + 8 * first, count)
+                j = firsts[k]
+                while j + TOGETHER <= firsts[k + 1]:
+                    scale_lines(wide_at, here_at + 8 * j, coefficients_at + 8 * j, PAGE)
+                    j += TOGETHER
+                while j < firsts[k + 1]:
+                    scale_line(wide_at, here_at + 8 * j, coefficients_at + 8 * j, PAGE)
+                    j += 1
                 out = place(outs, outs_move, k, start, within, scratch)
                 for i in range(0, PAGE, LINE):
                     round_line(out, i, wide_at)
-        for k in range(len(kinds)):
+        k = 0
+        while k < len(kinds):
+            count = TOGETHER if alike(k, kinds, ones, ones_move) else 1
             for within in range(0, size, PAGE):
                 start = begin + within
                 one = place(ones, ones_move, k, start, within, scratch)
-                other = place(others, others_move, k, start, within, scratch)
-                blocks[k, start // PAGE] = fold(kinds[k], one, other, lanes, lanes_at)
+                for j in range(count):
+                    here[j] = place(others, others_move, k + j, start, within, scratch)
+                if count == TOGETHER:
+                    fold_products(lanes_at, one, here_at, PAGE)
+                elif kinds[k] == {DOT}:
+                    fold_product(lanes_at, one, here_at, PAGE)
+                elif kinds[k] == {TOTAL}:
+                    fold_magnitudes(lanes_at, one, PAGE)
+                else:
+                    fold_largest(lanes_at, one, PAGE)
+                for j in range(count):
+                    blocks[k + j, start // PAGE] = joined(kinds[k], lanes[j])
+            k += count
 '''

@@ -172,33 +172,57 @@ def _every(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(line, _DOUBLES(ir.Undefined), ir.VectorType(_INT32, LINE)([0] * LINE))
 
 
-@intrinsic
-def combine_line(
-    typing_context: Any, sums: Any, index: Any, places: Any, coefficients: Any, count: Any
-) -> Any:
-    """sums += coefficients[0] · source 0 + …, in this order, for `LINE` elements from number `index` on.
+TOGETHER = 4
+"""Vectors that `scale_lines` and `fold_products` read side by side."""
 
-    `sums`: the address of float64. `places`, `coefficients`: addresses of int64[count], those of the sources,
-    and of float64[count]. Products and sums are rounded to float64 each.
-    """
+_AHEAD = 2048
+"""Bytes ahead of what is read that memory is asked for. Vectors are read by turns, a page of 4 KiB of each,
+and the processor's own reading ahead begins anew with every page."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums, index, places, coefficients, count = arguments
-        total = cgutils.alloca_once(builder, _DOUBLES)
-        there = builder.gep(builder.inttoptr(sums, ir.DoubleType().as_pointer()), [index])
-        there = builder.bitcast(there, _DOUBLES.as_pointer())
-        builder.store(builder.load(there, align=8), total)
-        places = builder.inttoptr(places, _INT64.as_pointer())
-        coefficients = builder.inttoptr(coefficients, ir.DoubleType().as_pointer())
-        with cgutils.for_range(builder, count) as loop:
-            source = builder.load(builder.gep(places, [loop.index]))
-            every = _every(builder, builder.load(builder.gep(coefficients, [loop.index])))
-            product = builder.fmul(_wide(builder, source, index), every)
-            builder.store(builder.fadd(builder.load(total), product), total)
-        builder.store(builder.load(total), there, align=8)
-        return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64, types.int64, types.int64), generate
+def _ask_ahead(builder: Any, address: Any, index: Any) -> None:
+    """Have memory behind float32 number `index` from `address` brought to the cache; it need not exist."""
+    byte = ir.IntType(8).as_pointer()
+    name = "llvm.prefetch"
+    kind = ir.FunctionType(ir.VoidType(), [byte, _INT32, _INT32, _INT32])
+    place = builder.add(address, builder.add(builder.mul(index, _INT64(4)), _INT64(_AHEAD)))
+    ask = builder.module.declare_intrinsic(name, [byte], kind)
+    builder.call(ask, [builder.inttoptr(place, byte), _INT32(0), _INT32(3), _INT32(1)])
+
+
+def _numbers(builder: Any, address: Any, kind: Any, count: int) -> list[Any]:
+    """So many int64 or float64 from an address on."""
+    first = builder.inttoptr(address, kind.as_pointer())
+    return [builder.load(builder.gep(first, [_INT64(number)])) for number in range(count)]
+
+
+def _scale(count: int) -> Callable[..., Any]:
+    """`operation(sums, places, coefficients, n)`: float64[n] at `sums` += coefficients[0] · source 0 + …, in
+    this order; `places`, `coefficients`: addresses of int64[count], those of the sources, and of
+    float64[count]. Products and sums are rounded to float64 each."""
+
+    def operation(typing_context: Any, sums: Any, places: Any, coefficients: Any, n: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            sums, places, coefficients, n = arguments
+            sources = _numbers(builder, places, _INT64, count)
+            scales = [_every(builder, one) for one in _numbers(builder, coefficients, ir.DoubleType(), count)]
+            first = builder.inttoptr(sums, ir.DoubleType().as_pointer())
+            with cgutils.for_range(builder, builder.sdiv(n, _INT64(LINE))) as loop:
+                index = builder.mul(loop.index, _INT64(LINE))
+                there = builder.bitcast(builder.gep(first, [index]), _DOUBLES.as_pointer())
+                total = builder.load(there, align=8)
+                for source, scale in zip(sources, scales, strict=True):
+                    _ask_ahead(builder, source, index)
+                    total = builder.fadd(total, builder.fmul(_wide(builder, source, index), scale))
+                builder.store(total, there, align=8)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+    return intrinsic(operation)
+
+
+scale_line, scale_lines = _scale(1), _scale(TOGETHER)
 
 
 @intrinsic
@@ -215,21 +239,48 @@ def round_line(typing_context: Any, out: Any, index: Any, sums: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), generate
 
 
-def _fold(step: Callable[[Any, Any, Any, Any], Any]) -> Callable[..., Any]:
-    """`operation(sums, one, other, n)`: float64[LINE] at the address `sums` becomes what `step` makes of
-    float32[n] each; element i counts for number i mod `LINE`, in the order of i."""
+def _fold(step: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
+    """`operation(sums, one, n)`: float64[LINE] at the address `sums` becomes what `step` makes of float32[n];
+    element i counts for number i mod `LINE`, in the order of i."""
 
-    def operation(typing_context: Any, sums: Any, one: Any, other: Any, n: Any) -> Any:
+    def operation(typing_context: Any, sums: Any, one: Any, n: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            sums, one, other, n = arguments
+            sums, one, n = arguments
             total = cgutils.alloca_once(builder, _DOUBLES)
             builder.store(_DOUBLES([0.0] * LINE), total)
             with cgutils.for_range(builder, builder.sdiv(n, _INT64(LINE))) as loop:
                 index = builder.mul(loop.index, _INT64(LINE))
-                builder.store(
-                    step(builder, builder.load(total), _wide(builder, one, index), (other, index)), total
-                )
+                _ask_ahead(builder, one, index)
+                builder.store(step(builder, builder.load(total), _wide(builder, one, index)), total)
             builder.store(builder.load(total), builder.inttoptr(sums, _DOUBLES.as_pointer()), align=8)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), generate
+
+    return intrinsic(operation)
+
+
+def _fold_products(count: int) -> Callable[..., Any]:
+    """`operation(sums, one, others, n)`: as `_fold`, of the products of float32[n] with as many each of the
+    vectors whose addresses are int64[count] at `others`; `sums`: of float64[count, LINE]."""
+
+    def operation(typing_context: Any, sums: Any, one: Any, others: Any, n: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            sums, one, others, n = arguments
+            places = _numbers(builder, others, _INT64, count)
+            totals = [cgutils.alloca_once(builder, _DOUBLES) for _ in places]
+            for total in totals:
+                builder.store(_DOUBLES([0.0] * LINE), total)
+            with cgutils.for_range(builder, builder.sdiv(n, _INT64(LINE))) as loop:
+                index = builder.mul(loop.index, _INT64(LINE))
+                line = _wide(builder, one, index)
+                for place, total in zip(places, totals, strict=True):
+                    _ask_ahead(builder, place, index)
+                    product = builder.fmul(line, _wide(builder, place, index))
+                    builder.store(builder.fadd(builder.load(total), product), total)
+            first = builder.inttoptr(sums, _DOUBLES.as_pointer())
+            for number, total in enumerate(totals):
+                builder.store(builder.load(total), builder.gep(first, [_INT64(number)]), align=8)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64, types.int64), generate
@@ -248,11 +299,9 @@ def _larger(builder: Any, most: Any, value: Any) -> Any:
     return builder.select(take, value, most)
 
 
-fold_products = _fold(
-    lambda builder, total, line, at: builder.fadd(total, builder.fmul(line, _wide(builder, *at)))
-)
-fold_magnitudes = _fold(lambda builder, total, line, _: builder.fadd(total, _magnitude(builder, line)))
-fold_largest = _fold(lambda builder, total, line, _: _larger(builder, total, _magnitude(builder, line)))
+fold_magnitudes = _fold(lambda builder, total, line: builder.fadd(total, _magnitude(builder, line)))
+fold_largest = _fold(lambda builder, total, line: _larger(builder, total, _magnitude(builder, line)))
+fold_product, fold_products = _fold_products(1), _fold_products(TOGETHER)
 
 
 @intrinsic
