@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -33,6 +34,7 @@ from headwater.page import charts, markup
 from headwater.page.events import events_between
 from headwater.page.moment import moment_of
 from headwater.page.poller import EVENTS, POINTS, Poller
+from headwater.spec.words import numbered
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,6 +115,32 @@ def test_a_rank_that_is_not_there_has_a_row_that_says_so():
         ("finished", False),
         ("not there", True),
     ]
+
+
+def test_many_workers_are_named_in_few_words():
+    reason = "step 8 waits for worker 50"
+    nodes = [node("worker", rank, waits=None if rank == 50 else reason) for rank in range(100)]
+    moment = moment_of(statistics(100, nodes=(node("server", 0), *nodes)), 1.0)
+    assert "workers 0 to 49, 51 to 99</span> step 8 waits" in markup.waits(moment)
+    nobody = moment_of(statistics(100, nodes=(node("server", 0),)), 0.0)
+    assert events_between(nobody, moment) == ["workers 0 to 99 joined"]
+    ended = moment_of(statistics(100, nodes=(node("server", 0),), finished=tuple(range(100))), 2.0)
+    assert events_between(moment, ended) == ["workers 0 to 99 have finished"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ([], "nobody"),
+        ([3], "worker 3"),
+        ([2, 1, 0], "workers 0, 1, 2"),
+        ([0, 1, 2, 3], "workers 0 to 3"),
+        ([9, 0, 4, 5, 6, 7, 11], "workers 0, 4 to 7, 9, 11"),
+        (range(0, 60, 2), "workers 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22 and 18 more"),
+    ],
+)
+def test_numbers_of_nodes_are_said_in_few_words(numbers, text):
+    assert numbered("worker", numbers) == text
 
 
 def test_texts_of_a_cluster_are_never_markup():
@@ -309,6 +337,41 @@ def test_the_page_shows_what_status_says_and_fetches_nothing_from_elsewhere(tmp_
         assert not window.errors
         assert window.fetched
         assert all(one.startswith((url, url.replace("http", "ws"), "data:")) for one in window.fetched)
+
+
+@needs_chromium
+@pytest.mark.long
+def test_a_page_of_a_hundred_workers_fits_wide_and_narrow_windows(tmp_path):
+    workers = 100
+    cluster = hw.Cluster(engine="inline", workers=workers, sync="ssp:3", servers=2)
+    with cluster, contextlib.ExitStack() as left, page(cluster.address) as url, browser() as window:
+        members = [left.enter_context(cluster.worker()) for _ in range(workers)]
+        with ThreadPoolExecutor(workers) as pool:  # the model is declared when everybody has come
+            declare = lambda one: one.model("net", {"w": np.zeros(8, np.float32)}, hw.SGD(lr=0.1))  # noqa: E731
+            models = list(pool.map(declare, members))
+        window.open(url)
+        window.until(lambda one: shown(one).get("workers") == workers)
+        for _ in range(2):
+            for worker, model in zip(members, models, strict=True):
+                model.push({"w": np.ones(8, np.float32)})
+                worker.step()
+                worker.log(loss=1.5)
+        for worker in members:
+            worker._tell(now=True)
+        window.until(lambda one: shown(one).get("version") == 2 * workers)
+        window.until(lambda one: all(shown(one).get(f"steps-{rank}") == 2 for rank in range(workers)))
+        for width, dark in ((1440, False), (1440, True), (420, False), (420, True)):
+            window.size(width, 900)
+            window.dark(dark)
+            window.until(lambda one, dark=dark: one.run("Quasar.Dark.isActive") == dark)
+            window.picture(tmp_path / f"page-{width}-{dark}.png")
+            assert window.run("document.documentElement.scrollWidth") <= width
+            cut = (
+                "[...document.querySelectorAll('.tile dd')].filter(one => one.scrollWidth > one.clientWidth)"
+            )
+            assert window.run(f"{cut}.map(one => one.textContent)") == []
+        assert window.run("document.querySelectorAll('.events li').length") < 30
+        assert not window.errors
 
 
 @needs_chromium

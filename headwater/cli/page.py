@@ -6,6 +6,7 @@ import ipaddress
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import webbrowser
@@ -64,6 +65,8 @@ def page(
 
     def ready() -> None:
         print(f"page: {url}", flush=True)
+        if missing := poller.shown().error:
+            print(f"headwater: {missing}; the page goes on asking", file=sys.stderr, flush=True)
         if open_:
             webbrowser.open(url)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from headwater.log.pending import MEETING, PendingExchange
 from headwater.log.state import LogState
 from headwater.messages import Meeting
+from headwater.spec.words import numbered
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,7 @@ def judge(workers: Sequence[PendingExchange], log: LogState) -> Verdict:
         )
     missing = missing_from(first, workers, log)
     if finished := sorted(missing & log.finished):
-        names = ", ".join(map(str, finished))
-        who = f"worker {names}, which has" if len(finished) == 1 else f"workers {names}, which have"
+        who = f"{numbered('worker', finished)}, which {'has' if len(finished) == 1 else 'have'}"
         return Verdict(failure=f"{describe(first)} needs {who} finished: {_told(workers)}")
     return Verdict(absent=tuple(sorted(missing))) if missing else Verdict(first.number)
 

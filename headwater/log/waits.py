@@ -18,6 +18,7 @@ from headwater.log.pending import (
 )
 from headwater.log.state import LogState
 from headwater.spec.sync import Mode
+from headwater.spec.words import numbered
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,10 @@ class Waits:
     def why(self, exchange: PendingExchange) -> str:
         """For what and for whom one member waits."""
         if not exchange.waits:
-            return f"{exchange.what} waits for {_list('server', self.pending.missing(exchange))}"
+            return f"{exchange.what} waits for {numbered('server', self.pending.missing(exchange))}"
         missing = self.log.missing_ranks()
         if not self.log.started and not (exchange.kind == "register" and 0 not in missing):
-            return f"{exchange.what} waits for {_list('worker', missing)} to join"
+            return f"{exchange.what} waits for {numbered('worker', missing)} to join"
         present = self.pending.present
         few = present + len(self.log.finished) < self.min_workers
         if few and exchange.stage in (READY, MEETING):
@@ -55,18 +56,18 @@ class Waits:
         if exchange.kind == "register":
             if first := (active or others)[:1]:
                 return f"{_named(first)} to declare the model"
-            return f"{_list('worker', self.log.missing_ranks())} to join"
+            return f"{numbered('worker', self.log.missing_ranks())} to join"
         if exchange.stage is COMMITTED:
             slowest = self.log.clocks.slowest
             reason = self.mode.may_read(exchange.clock, slowest).reason
             return f"{_named([other for other in active if other.clock == slowest])}: {reason}"
         if missing := self.measures.missing(exchange):
             what = "what the vectors come to" if exchange.stage is MEETING else "how large the gradients are"
-            return f"{_list('server', missing)} to say {what}"
+            return f"{numbered('server', missing)} to say {what}"
         if exchange.stage is WORKING:
             holders = self.log.portions.holders()
             ranks = sorted({self.log.standing(one).rank for members in holders.values() for one in members})
-            return f"{_list('worker', ranks)} to compute portions" if ranks else "workers to take portions"
+            return f"{numbered('worker', ranks)} to compute portions" if ranks else "workers to take portions"
         if exchange.stage is ASKING:
             source = self.log.portions.source[0]
             known = self.log.members.get(source)
@@ -80,7 +81,7 @@ class Waits:
         meeting = meetings.meeting_of(exchange)
         absent = meetings.missing_from(meeting, [exchange, *others], self.log) if meeting else set()
         if absent and not going_on:
-            return f"{_list('worker', sorted(absent))} to come back"
+            return f"{numbered('worker', sorted(absent))} to come back"
         return _named(going_on or [other for other in others if other.stage is READY])
 
     def _never_stepped(self, workers: Iterable[PendingExchange]) -> str:
@@ -99,10 +100,4 @@ class Waits:
 
 
 def _named(workers: Iterable[PendingExchange]) -> str:
-    return _list("worker", [worker.rank for worker in workers])
-
-
-def _list(noun: str, indices: list[int]) -> str:
-    if not indices:
-        return "nobody"
-    return f"{noun}{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
+    return numbered("worker", [worker.rank for worker in workers])

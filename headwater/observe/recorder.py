@@ -98,11 +98,16 @@ class Recorder:
         for number, sink in enumerate(self._sinks):
             try:
                 call(sink)
-            except BaseException:  # noqa: BLE001 - whatever a sink raises, SystemExit too
+            except BaseException as error:  # noqa: BLE001 - whatever a sink raises, SystemExit too
                 if number not in self._failed:
                     self._failed.add(number)
-                    name = type(sink).__name__
-                    _log.warning("log_to: %s failed; training goes on", name, exc_info=True)
+                    plain = isinstance(error, OSError)  # a full disk needs no traceback
+                    _log.warning(
+                        "log_to: %s failed: %r; training goes on",
+                        type(sink).__name__,
+                        error,
+                        exc_info=not plain,
+                    )
 
 
 def checked(sinks: object) -> tuple[LogSink, ...]:

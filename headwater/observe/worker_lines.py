@@ -91,6 +91,6 @@ def _line(before: Progress | None, now: Progress) -> WorkerLine:
         staleness=stale / steps if steps else None,
         waiting=min(1.0, (now.waiting - before.waiting) / elapsed) if elapsed else 0.0,
         metrics=now.metrics,
-        left=(now.planned - now.samples) * now.elapsed / now.samples if now.samples else None,
+        left=max(0, now.planned - now.samples) * now.elapsed / now.samples if now.samples else None,
         waits_for=None,
     )

@@ -6,6 +6,10 @@ from collections.abc import Iterator
 
 from headwater.messages import ClusterStatistics
 from headwater.page.moment import Moment
+from headwater.spec.words import numbered
+
+_MANY = 8
+"""Workers of which each gets a line of its own."""
 
 
 def events_between(before: Moment, after: Moment) -> list[str]:
@@ -27,16 +31,26 @@ def _members(old: ClusterStatistics, new: ClusterStatistics) -> Iterator[str]:
         if place not in now and not _is_finished(place, new):
             yield f"{place} (pid {pid}) is gone"
     for place, pid in now.items():
-        if place not in was:
-            yield f"{place} joined (pid {pid})"
-        elif was[place] != pid:
+        if was.get(place, pid) != pid:
             taken = place.startswith("server") and pid in old_pids(old, "standby")
             yield f"{place} is now pid {pid}{', its standby, which took over' if taken else ''}"
+    yield from _joined({place: pid for place, pid in now.items() if place not in was})
     for index in sorted(set(new.unreplicated) - set(old.unreplicated)):
         yield f"server {index} has no caught-up standby"
     for index in sorted(set(old.unreplicated) - set(new.unreplicated)):
         if f"standby {index}" in now:
             yield f"standby {index} has caught up"
+
+
+def _joined(places: dict[str, int]) -> Iterator[str]:
+    """A line each, and one for all workers where there are many."""
+    workers = [place for place in places if place.startswith("worker")]
+    many = set(workers) if len(workers) > _MANY else set()
+    for place, pid in places.items():
+        if place not in many:
+            yield f"{place} joined (pid {pid})"
+    if many:
+        yield f"{numbered('worker', [int(place.split()[1]) for place in workers])} joined"
 
 
 def _checkpoints(old: ClusterStatistics, new: ClusterStatistics) -> Iterator[str]:
@@ -47,8 +61,11 @@ def _checkpoints(old: ClusterStatistics, new: ClusterStatistics) -> Iterator[str
 
 
 def _ends(old: ClusterStatistics, new: ClusterStatistics) -> Iterator[str]:
-    for rank in sorted(set(new.finished) - set(old.finished)):
-        yield f"worker {rank} has finished"
+    ended = sorted(set(new.finished) - set(old.finished))
+    if len(ended) > _MANY:
+        yield f"{numbered('worker', ended)} have finished"
+    else:
+        yield from (f"worker {rank} has finished" for rank in ended)
 
 
 def _by_place(statistics: ClusterStatistics) -> dict[str, int]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from headwater.page.moment import Moment, WorkerRow
 from headwater.page.poller import Event, PageState
+from headwater.spec.words import numbered
 
 _EVENTS = 30
 _WAITS = 8
@@ -90,8 +91,8 @@ def tiles(moment: Moment) -> str:
         *(_tile(name, f"{value:.4g}") for name, value in list(moment.metrics.items())[:2]),
         _tile("mean staleness", f"{stale:.2f}"),
         _tile("time waiting", f"{waiting:.0%}"),
-        _tile("workers", f"{there} of {told.workers}", there),
-        _tile("servers", f"{servers} of {told.servers}", servers, f"{standbys} standbys" if standbys else ""),
+        _tile("workers", f"{there}/{told.workers}", there),
+        _tile("servers", f"{servers}/{told.servers}", servers, f"{standbys} standbys" if standbys else ""),
         _tile("last checkpoint", *checkpoint(moment)),
     ]
     return f'<dl class="tiles">{"".join(shown)}</dl>'
@@ -145,16 +146,14 @@ def checkpoint(moment: Moment) -> tuple[str, object, str]:
 
 
 def _named(members: Sequence[str]) -> str:
-    """`workers 0, 2, 3`; the first twelve by number."""
-    by_role: dict[str, list[str]] = {}
+    """`workers 0, 2, 3`."""
+    by_role: dict[str, list[int]] = {}
     for member in members:
         role, _, number = member.partition(" ")
-        by_role.setdefault(role, []).append(number)
-    parts = []
-    for role, numbers in by_role.items():
-        rest = f" and {len(numbers) - 12} more" if len(numbers) > 12 else ""
-        parts.append(f"{role}{'s' * (len(numbers) > 1)} {', '.join(numbers[:12])}{rest}")
-    return "; ".join(parts)
+        by_role.setdefault(role, []).append(int(number or 0))
+    return "; ".join(
+        role if role == "coordinator" else numbered(role, which) for role, which in by_role.items()
+    )
 
 
 def _table(caption: str, headings: Iterable[str], rows: Sequence[str]) -> str:

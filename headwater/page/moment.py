@@ -195,6 +195,7 @@ def _exposed(statistics: ClusterStatistics) -> tuple[tuple[int, dict[str, float]
     found = [
         (one.rank, {stage: one.exposed.get(stage, 0) / 1e9 for stage in STAGES}) for one in statistics.totals
     ]
+    found = [entry for entry in found if any(entry[1].values())]
     found.sort(key=lambda entry: (-sum(entry[1].values()), entry[0]))
     return tuple(found[:_CHARTED])
 

@@ -26,7 +26,7 @@ body, .nicegui-content { background: var(--back); color: var(--text);
   margin: 0 0 14px; }
 .tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
 .tile { padding: 12px 16px; margin: 0; }
-.tile dt { color: var(--soft); font-size: .82rem; } .tile dd { margin: 0; font-size: 1.5rem; font-weight: 620;
+.tile dt { color: var(--soft); font-size: .82rem; } .tile dd { margin: 0; font-size: 1.3rem; font-weight: 620;
   font-variant-numeric: tabular-nums; letter-spacing: -.02em; white-space: nowrap; overflow: hidden;
   text-overflow: ellipsis; }
 .tile dd.more { font-size: .82rem; font-weight: 400; color: var(--soft); letter-spacing: 0;
@@ -57,5 +57,5 @@ body, .nicegui-content { background: var(--back); color: var(--text);
 .quiet { color: var(--soft); margin: 0; }
 .events { list-style: none; margin: 0; padding: 0; } .events li { padding: 4px 0; }
 .events time { display: inline-block; min-width: 92px; color: var(--soft); font-size: .88rem; }
-@media (max-width: 640px) { .hw { padding: 14px 12px 32px; } .tile dd { font-size: 1.25rem; } }
+@media (max-width: 640px) { .hw { padding: 14px 12px 32px; } .hw td.state { max-width: 200px; } }
 """
