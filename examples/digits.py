@@ -41,11 +41,12 @@ def network() -> nn.Module:
 def train(worker: hw.Worker) -> float:
     """Train on this worker's part; returns the test accuracy of the final model."""
     epochs, lr = worker.settings.get("epochs", 10), worker.settings.get("lr", 3e-3)
-    torch.manual_seed(0)
+    seed = worker.settings.get("seed", 0)
+    torch.manual_seed(seed)
     images, labels, test_images, test_labels = data()
     net = network()
     opt = hw.torch.DistributedOptimizer(worker, net, hw.Adam(lr=lr))
-    for x, y in worker.batches((images, labels), batch_size=16, epochs=epochs, shuffle=True, seed=0):
+    for x, y in worker.batches((images, labels), batch_size=16, epochs=epochs, shuffle=True, seed=seed):
         opt.zero_grad()
         loss = functional.cross_entropy(net(x), y)
         loss.backward()

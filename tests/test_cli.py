@@ -666,7 +666,7 @@ def test_a_target_is_met_from_its_own_side():
     assert met(1.0, None, True) is None
 
 
-LONG = ["models", "observe", "programs", "rows", "safety", "soak", "splits", "steps", "table"]
+LONG = ["models", "observe", "predictions", "programs", "rows", "safety", "soak", "splits", "steps", "table"]
 """Suites whose cases take long to set up, however little is measured."""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import headwater as hw
+from headwater.bench.predictions import pace_while_all_train
 from headwater.cli.compare import repeated
 from headwater.comparison.comparison import Comparison, figures_of
 from headwater.comparison.experiment import Experiment
@@ -20,6 +21,7 @@ from headwater.comparison.measure import compare
 from headwater.comparison.prediction import Costs, predict
 from headwater.comparison.report import page, results
 from headwater.comparison.target import parse_target
+from headwater.comparison.text import lines
 from headwater.comparison.trials import TrialRun
 from headwater.comparison.verdict import pairs
 from headwater.errors import ConfigurationError, WorkerError
@@ -253,6 +255,28 @@ def test_a_target_that_is_not_reached_is_told():
     said = comparison(mixed).verdict
     assert "sync without stragglers did not reach it in 3 of 3 runs" in said
     assert "async without stragglers did not reach it in 1 of 3 runs" in said
+
+
+def test_a_terminal_shows_a_table_with_bars_in_eighty_columns():
+    slow = "slow:rank=0,factor=3"
+    runs = [noted("sync", seed, 8.0 + seed, stale=2) for seed in range(3)]
+    runs += [noted("async", seed, 4.0, reaches=seed > 0) for seed in range(3)]
+    runs += [noted("sync", seed, 8.0, reaches=False, straggler=slow) for seed in range(3)]
+    shown = list(lines(comparison(runs, stragglers=("none", slow))))
+    assert shown[0] == "without stragglers"
+    assert re.split(" {2,}| (?=waits|stale)", shown[1]) == [
+        "mode",
+        "seconds to loss ≤ 0.5",
+        "steps/s predicted",
+        "waits",
+        "stale",
+    ]
+    sync, other, missed = shown[2], shown[3], shown[7]
+    assert sync.split()[:6] == ["sync", "4.50", "(3.26", "to", "5.74)", "██████████"]
+    assert other.count("█") == 4
+    assert missed.split()[:3] == ["sync", "not", "reached"]
+    assert "–" in sync
+    assert max(map(len, shown)) <= 80
 
 
 def test_quality_is_compared_at_equal_samples():
@@ -497,15 +521,7 @@ def test_what_is_predicted_is_what_is_measured(workers):
     for one in found.predictions:
         (run,) = found.of(one.mode, one.straggler)
         # Until the first worker is at its end: from then on the measured cluster has fewer workers.
-        pace = _pace_while_all_train(found, run)
-        assert one.steps_per_s == pytest.approx(pace, rel=0.1), one
-
-
-def _pace_while_all_train(found, run):
-    """Steps a second of all workers, until one of them ends."""
-    per_rank = [rank.computing + rank.planted + rank.waiting for rank in run.ranks]
-    share = min(per_rank)
-    return sum(119 * share / own for own in per_rank) / share
+        assert one.steps_per_s == pytest.approx(pace_while_all_train(run), rel=0.1), one
 
 
 @pytest.mark.long
@@ -528,6 +544,8 @@ def test_the_command_writes_a_report(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "without stragglers: " in done.stdout
+    assert re.search(r"^sync +\d+\.\d\d .*█", done.stdout, re.MULTILINE)
+    assert max(map(len, done.stdout.splitlines())) <= 80 or "reaches" in done.stdout
     assert (tmp_path / "out" / "report.html").stat().st_size > 1_000_000
     told = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(told["runs"]) == 8

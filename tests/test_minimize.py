@@ -170,3 +170,22 @@ def test_a_server_that_is_killed_changes_no_bit(tmp_path):
     minimum = found(slowly, engine="local", workers=2, servers=2, replicas=1, watch=watch)
     assert killed
     assert (bits(minimum), minimum.report) == (bits(expected), expected.report)
+
+
+@pytest.mark.long
+def test_when_the_process_that_decides_dies_all_ends_and_says_so():
+    killed = []
+
+    def watch(statistics):
+        decides = [one for one in statistics.nodes if one.role == "worker" and one.rank == 2]
+        if not killed and statistics.version > 20 and decides:
+            killed.append(decides[0].pid)
+            os.kill(decides[0].pid, signal.SIGKILL)
+
+    def slowly(params, batch):
+        time.sleep(0.01)
+        return logistic(params, batch)
+
+    with pytest.raises(WorkerError, match="the process that decides what is evaluated died: begin anew"):
+        found(slowly, engine="local", workers=2, servers=1, watch=watch)
+    assert killed

@@ -249,7 +249,7 @@ def test_the_programs_of_the_readme_run():
 
 def commands():
     """Every `headwater …` of every page, as (page, words)."""
-    for page in PAGES:
+    for page in [*PAGES, *sorted((ROOT / "examples").glob("*.md"))]:
         for block in blocks(page, "bash"):
             for raw in block.replace("\\\n", " ").splitlines():
                 line = raw.split(" #")[0].replace(" &", "").replace(";", " ; ")

@@ -10,6 +10,7 @@ from headwater.bench.kernels import measure_kernels
 from headwater.bench.latency import measure_latency
 from headwater.bench.memory import measure_memory
 from headwater.bench.observe import measure_observe
+from headwater.bench.predictions import measure_predictions
 from headwater.bench.programs import measure_programs
 from headwater.bench.real_models import measure_models
 from headwater.bench.safety import measure_safety
@@ -29,6 +30,7 @@ SUITES: dict[str, Callable[[Effort], list[Figure]]] = {
     "kernels": measure_kernels,
     "memory": measure_memory,
     "models": measure_models,
+    "predictions": measure_predictions,
     "programs": measure_programs,
     "safety": measure_safety,
     "soak": measure_soak,

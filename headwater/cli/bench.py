@@ -36,8 +36,9 @@ def bench(
     update loops. programs: vectors of L-BFGS, and an evaluation in which a worker stands still.
     tcp, tls: the wire alone, against plain sockets. memory: what nodes keep resident. splits: who
     gets which data. safety: replicas, failover, checkpoints. soak: 100,000 small steps, at whose end
-    nothing may cost more than before. observe: what metrics and traces cost. lookup, table: the
-    loops of embedding tables. rows: tables in a cluster.
+    nothing may cost more than before. observe: what metrics and traces cost. predictions:
+    what `compare` predicts, beside real workers. lookup, table: the loops of embedding tables. rows:
+    tables in a cluster.
 
     [bold]Examples[/bold]
 

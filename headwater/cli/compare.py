@@ -14,6 +14,7 @@ from headwater.cli.options import command, configuration
 from headwater.cli.script import load_function
 from headwater.comparison import compare as compare_modes
 from headwater.comparison.measure import NO_OPTION
+from headwater.comparison.text import lines
 from headwater.spec.cluster import ClusterConfig
 from headwater.worker.plan import SplitKind
 
@@ -125,6 +126,9 @@ def compare(
         output=_say,
         **{name: value for name, value in options.items() if name not in NO_OPTION},
     )
+    print()
+    for line in lines(compared):
+        print(line)
     for sentence in compared.verdict.split("; "):
         print(sentence)
     print(f"report: {out / 'report.html'}")

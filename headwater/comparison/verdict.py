@@ -86,7 +86,7 @@ def verdict(comparison: Comparison) -> str:
         return f"no mode reached {target}: train longer, or compare with an easier target"
     found = list(pairs(comparison))
     said = [
-        f"{_under(straggler)}: {_sentence([one for one in found if one.straggler == straggler], comparison)}"
+        f"{under(straggler)}: {_sentence([one for one in found if one.straggler == straggler], comparison)}"
         for straggler in map(str, comparison.experiment.stragglers)
     ]
     return "; ".join([*said, *_misses(comparison)])
@@ -110,7 +110,8 @@ def _sentence(found: list[PairRatio], comparison: Comparison) -> str:
     )
 
 
-def _under(straggler: str) -> str:
+def under(straggler: str) -> str:
+    """`without stragglers`, or `under slow:…`."""
     return "without stragglers" if straggler == "none" else f"under {straggler}"
 
 
@@ -121,7 +122,7 @@ def _misses(comparison: Comparison) -> Iterator[str]:
             runs = comparison.of(mode, straggler)
             missed = sum(one.reached is None for one in runs)
             if missed:
-                yield f"{mode} {_under(straggler)} did not reach it in {missed} of {len(runs)} runs"
+                yield f"{mode} {under(straggler)} did not reach it in {missed} of {len(runs)} runs"
 
 
 def _exp(value: float) -> float:
