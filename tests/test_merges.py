@@ -315,7 +315,7 @@ def test_impossible_merges_are_refused_and_nothing_is_declared():
         model = worker.model("net", params, hw.SGD(lr=1.0), merge="rda")
         with pytest.raises(RegistrationError, match="merge='rda', got merge=None"):
             worker.model("net", params, hw.SGD(lr=1.0))
-        return model.spec.merge
+        return model.local.spec.merge
 
     assert run(work, workers=2).values == ["rda"] * 2
 

@@ -357,7 +357,7 @@ def test_a_page_of_a_hundred_workers_fits_wide_and_narrow_windows(tmp_path):
                 worker.step()
                 worker.log(loss=1.5)
         for worker in members:
-            worker._tell(now=True)
+            worker._progress.tell(now=True)
         window.until(lambda one: shown(one).get("version") == 2 * workers)
         window.until(lambda one: all(shown(one).get(f"steps-{rank}") == 2 for rank in range(workers)))
         for width, dark in ((1440, False), (1440, True), (420, False), (420, True)):
