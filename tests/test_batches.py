@@ -155,12 +155,12 @@ def test_the_end_waits_for_the_last_split_of_another_no_longer_than_the_deadline
             return
         assert held.wait(30)
         try:
-            with pytest.raises(StalledError, match=r"for 1 s: .* worker 1 has samples 0–0 of epoch 0"):
+            with pytest.raises(StalledError, match=r"for 3 s: .* worker 1 has samples 0–0 of epoch 0"):
                 list(reading)
         finally:
             over.set()
 
-    hw.run(work, engine="inline", sync="async", workers=2, patience=0.3, deadline=1)
+    hw.run(work, engine="inline", sync="async", workers=2, patience=0.3, deadline=3)
 
 
 def test_other_data_in_another_worker_is_refused_with_both_named():
@@ -412,8 +412,8 @@ class LengthUnknown(WithoutLength):
     ("dataset", "options", "text"),
     [
         (np.ones(4), {"batch_size": 2.5}, "batch_size must be an integer ≥ 1, got 2.5"),
-        (np.ones(4), {"seed": -1}, "seed=-1"),
-        (np.ones(4), {"splits": "half"}, "splits='half', expected 'static' or 'dynamic'"),
+        (np.ones(4), {"seed": -1}, "seed must be an integer ≥ 0, got -1"),
+        (np.ones(4), {"splits": "half"}, "splits must be 'static' or 'dynamic', got 'half'"),
         (np.ones(4), {"splits": "dynamic"}, "in synchronous mode"),
         (np.ones(0), {}, "has 0 samples"),
         ((), {}, "an empty tuple"),

@@ -87,9 +87,11 @@ def is_ready(statistics):
 @pytest.mark.parametrize(
     "mode",
     [
-        "sync",
         "async",
-        *(pytest.param(mode, marks=pytest.mark.long) for mode in ("ssp:2", "sync:quorum=2,grace=0.01")),
+        *(
+            pytest.param(mode, marks=pytest.mark.long)
+            for mode in ("sync", "ssp:2", "sync:quorum=2,grace=0.01")
+        ),
     ],
 )
 def test_whoever_is_killed_no_step_is_lost_or_counted_twice(mode, tmp_path, long):
@@ -127,7 +129,7 @@ def train_until_killed(folder, worker):
     return *began, worker.version
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("mode", ["sync", pytest.param("async", marks=pytest.mark.long)])
 def test_a_shard_lost_with_all_its_copies_rewinds_everything_to_the_last_checkpoint(mode, tmp_path):
     killed, folder = [], tmp_path / "checkpoints"
 

@@ -175,7 +175,7 @@ def halving(folder, worker):
     return steps
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_server_that_is_killed_leaves_no_trace_in_clipped_training(index, tmp_path):
     killed, began = [], time.monotonic()
 

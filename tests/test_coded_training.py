@@ -220,8 +220,8 @@ CODED = {"rule": hw.Adam(0.1), "checkpoints": 0, "meets": 0, "readers": 0}
 
 @pytest.mark.parametrize("mode", ["sync", "sync:quorum=1,late=carry"])
 def test_no_random_schedule_makes_of_a_codecs_bytes_what_they_are_not(mode, long, seed_base):
-    explore(mode, 300 if long else 12, seed=seed_base, codec="2bit:0.5", shares=False, **CODED)
-    explore(mode, 300 if long else 12, seed=seed_base, codec="q4", **CODED)
+    explore(mode, 300 if long else 6, seed=seed_base, codec="2bit:0.5", shares=False, **CODED)
+    explore(mode, 300 if long else 6, seed=seed_base, codec="q4", **CODED)
 
 
 def test_a_residual_that_is_lost_at_a_repeat_is_found(monkeypatch):

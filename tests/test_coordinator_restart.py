@@ -33,7 +33,12 @@ def total(steps):
 
 
 @pytest.mark.parametrize(
-    ("mode", "kind"), [("sync", "unix"), ("async", "unix"), ("sync", "tcp"), ("ssp:2", "tcp")]
+    ("mode", "kind"),
+    [
+        ("sync", "unix"),
+        ("ssp:2", "tcp"),
+        *(pytest.param(*one, marks=pytest.mark.long) for one in (("async", "unix"), ("sync", "tcp"))),
+    ],
 )
 def test_training_goes_on_without_a_coordinator_and_the_next_one_has_the_same_roster(mode, kind, tmp_path):
     with field(tmp_path, kind, sync=mode) as cluster:

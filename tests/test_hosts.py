@@ -91,7 +91,16 @@ def test_nodes_of_the_same_machine_share_memory_though_the_cluster_listens_beyon
 # ── mixtures ────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("mixture", [(NEAR, far, far), (far, NEAR, both), (far, far, far), (both, NEAR, far)])
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        (both, NEAR, far),
+        *(
+            pytest.param(mixture, marks=pytest.mark.long)
+            for mixture in ((NEAR, far, far), (far, NEAR, both), (far, far, far))
+        ),
+    ],
+)
 def test_a_mixture_of_shared_memory_and_tcp_ends_with_the_same_bits(mixture):
     security = Security(TOKEN)
     with field(security) as at:
@@ -143,7 +152,7 @@ class Turns:
             self._go_on.wait(60)
 
 
-@pytest.mark.parametrize("first", [NEAR, far], ids=["near", "far"])
+@pytest.mark.parametrize("first", [pytest.param(NEAR, marks=pytest.mark.long), far], ids=["near", "far"])
 def test_a_worker_follows_a_shard_from_shared_memory_to_tcp_and_back(first):
     security = Security(TOKEN)
     second = far(security) if first is NEAR else NEAR

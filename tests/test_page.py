@@ -490,4 +490,4 @@ def test_run_shows_a_page_for_as_long_as_it_trains(tmp_path):
         ran.wait()
         ran.stdout.close()
     with pytest.raises(OSError):
-        urllib.request.urlopen(url, timeout=5)
+        urllib.request.urlopen(url, timeout=30)

@@ -208,7 +208,7 @@ def test_a_stopped_worker_is_started_again_by_run_and_what_it_does_later_ends_no
             os.kill(os.getpid(), signal.SIGSTOP)
         return first
 
-    result = hw.run(train, workers=2, sync="async", lease=1.0, deadline=30, output=lambda line: None)
+    result = hw.run(train, workers=2, sync="async", lease=3.0, deadline=30, output=lambda line: None)
     assert result.values == [False, False]
     assert result.parameters["sums"]["a"].tolist() == [3.0] * 3
 
