@@ -114,7 +114,7 @@ def test_a_carried_change_that_is_counted_twice_is_found(monkeypatch):
     def applies(self, entry):
         steps = [(entry.ticket, self._step_of(entry.ticket))]
         for model, vector in self.vectors.items():
-            updates = self._inputs.updates(model, vector, steps)
+            updates = self.inputs.updates(model, vector, steps)
             if updates:
                 vector.apply(updates, PLAIN, [], self.version)
         return late(self, entry)

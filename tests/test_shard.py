@@ -78,7 +78,7 @@ def test_segments_partition_a_range_and_are_uniform(drawn, servers, workers, dat
     counts = np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(drawn), max_size=len(drawn))))
     for vector in vectors(spec, servers, np.zeros(layout.elements, np.float32)):
         vector.counts[:] = counts
-        segments = list(vector._segments(carried))
+        segments = list(vector.segments(carried))
         bounds = [vector.start, *(high for _, high, _ in segments)]
         assert [low for low, _, _ in segments] == bounds[:-1]
         assert bounds[-1] == vector.stop

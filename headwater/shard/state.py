@@ -17,25 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
-from headwater.errors import ConfigurationError, HeadwaterError, MeetingError, RegistrationError, UsageError
-from headwater.log.meetings import describe
+from headwater.errors import ConfigurationError, HeadwaterError, RegistrationError, UsageError
 from headwater.log.positions import Positions
 from headwater.log.programs import Programs
 from headwater.log.state import LogState
-from headwater.shard import portion_sums
 from headwater.shard.copies import Copies, found
 from headwater.shard.governed import GovernedRules
 from headwater.shard.ledger import Ledger
 from headwater.shard.merges import CommitMerges
-from headwater.shard.named_vectors import BroughtGradients
 from headwater.shard.outstanding import Members, Outstanding
+from headwater.shard.program_entries import ProgramEntries
 from headwater.shard.publications import Publications
 from headwater.shard.replica import EntryInputs
 from headwater.shard.snapshot import ShardSnapshot
 from headwater.shard.staging import Staging
 from headwater.shard.tables import Tables
 from headwater.shard.vector import Vector
-from headwater.shard.vector_work import perform, refusal
 from headwater.spec.declaration import model_difference
 from headwater.spec.layout import Layout
 from headwater.spec.rules import evaluated
@@ -56,6 +53,7 @@ class State:
         standings: as of `position`; positions: where the workers are in their data; programs: what their
             programs keep, and what their meetings came to.
         copies: memory for what members ask snapshots for. publications: copies for followers.
+        inputs: what comes with the entry that is processed.
     """
 
     def __init__(self, index: int, servers: int, reduce: Reduce, members: Members) -> None:
@@ -71,10 +69,11 @@ class State:
         self.programs = Programs()
         self.copies = Copies()
         self.publications = Publications(self.vectors, self.tables)
+        self._of_programs = ProgramEntries(self, members)
         self._reduce = reduce
         self._members = members
         self._ids: dict[str, int] = {}
-        self._inputs: EntryInputs
+        self.inputs: EntryInputs
         self._on_entry: dict[type, Callable[[Any], Answers]] = {
             m.Enrolled: self._enrolled,
             m.Registered: self._registered,
@@ -85,14 +84,14 @@ class State:
             m.Assigned: self._assigned,
             m.Activated: lambda entry: [],
             m.Retired: self._retired,
-            m.Met: self._met,
-            m.Operated: self._operated,
-            m.Opened: self._opened,
-            m.Counted: self._counted,
-            m.Handed: self._handed,
-            m.Stopped: lambda entry: self._answer(entry.ticket),
+            m.Met: self._of_programs.met,
+            m.Operated: self._of_programs.operated,
+            m.Opened: self._of_programs.opened,
+            m.Counted: self._of_programs.counted,
+            m.Handed: self._of_programs.handed,
+            m.Stopped: lambda entry: self.answer(entry.ticket),
             m.Stalled: self._stalled,
-            m.Checkpointed: lambda entry: self._answer(entry.ticket),
+            m.Checkpointed: lambda entry: self.answer(entry.ticket),
             m.Published: self._published,
         }
 
@@ -102,7 +101,7 @@ class State:
 
     def process(self, entry: m.AnyEntry, inputs: EntryInputs) -> Answers:
         """Do what the next entry says, with what `inputs` say besides; blocks for passes over memory."""
-        self._inputs = inputs
+        self.inputs = inputs
         self.position = entry.position
         answers = self._on_entry[type(entry)](entry)
         self.standings.apply(entry)
@@ -128,14 +127,14 @@ class State:
         return []
 
     def _registered(self, entry: m.Registered) -> Answers:
-        request = self._inputs.request(entry.source)
+        request = self.inputs.request(entry.source)
         if isinstance(request, m.RegisterTable):
             self.tables.create(request.spec)
         elif isinstance(request, m.Register):
             start, stop = self.range_of(Layout(request.spec.tensors))
-            initial = self._inputs.initial(entry.source)
+            initial = self.inputs.initial(entry.source)
             self._add(Vector(request.spec, start, stop, initial, self.version))
-        return self._answer(entry.source, **self._bring(entry.source, request))
+        return self.answer(entry.source, **self._bring(entry.source, request))
 
     def _committed(self, entry: m.Committed) -> Answers:
         self.version = entry.version
@@ -161,7 +160,7 @@ class State:
             staleness = entry.version - 1 - step.seen
             result = m.StepResult(entry.version, True, count, staleness, named, correlations=alike)
             self.ledger.record(ticket.member, step.step, result)
-            self._note_program(ticket, step)
+            self._of_programs.note(ticket, step)
         answers: Answers = []
         for ticket in entry.answered:
             answers += self._answer_step(ticket, tuple(asked[ticket.member]))
@@ -187,7 +186,7 @@ class State:
         for ticket, step in steps:
             if ticket not in entry.answered:
                 self.ledger.record(ticket.member, step.step, result)
-        return [one for ticket in entry.answered for one in self._answer(ticket, failure=_refused(error))]
+        return [one for ticket in entry.answered for one in self.answer(ticket, failure=_refused(error))]
 
     def _late(self, entry: m.Late) -> Answers:
         """Settings take effect all the same: they are orders to the rule, not part of the gradient."""
@@ -205,7 +204,7 @@ class State:
         return stagings if step.read else {}
 
     def _step_of(self, ticket: m.ExchangeId) -> m.Step:
-        request = self._inputs.request(ticket)
+        request = self.inputs.request(ticket)
         assert isinstance(request, m.Step)
         return request
 
@@ -251,9 +250,9 @@ class State:
         norms: dict[int, float],
         ratios: dict[tuple[int, int], float],
     ) -> None:
-        summed = self._inputs.summed
+        summed = self.inputs.summed
         for model, vector in self.vectors.items():
-            updates = self._inputs.updates(model, vector, steps)
+            updates = self.inputs.updates(model, vector, steps)
             answers = [stagings[model] for stagings in readers if model in stagings]
             if updates:
                 merge = merges.of(model, vector.spec)
@@ -262,21 +261,21 @@ class State:
                 vector.apply(updates, done, answers, self.version, norms.get(model), own)
             elif answers:
                 vector.write(answers)
-        if pushed := self._inputs.pushed(steps):
+        if pushed := self.inputs.pushed(steps):
             rows = merges.rows.summed() if summed else merges.rows
             self.tables.apply(pushed, rows, self.version)
 
     def _served(self, entry: m.Served) -> Answers:
         ticket = entry.ticket
-        request = self._inputs.request(ticket)
+        request = self.inputs.request(ticket)
         if ticket.number == self.ledger.last_number(ticket.member):
             return self._serve_again(ticket, request)
         try:
             brought = self._bring(ticket, request)
         except UsageError as error:
-            return self._answer(ticket, failure=_refused(error))
+            return self.answer(ticket, failure=_refused(error))
         if not isinstance(request, m.Step):
-            return self._answer(ticket, **brought)
+            return self.answer(ticket, **brought)
         return self._answer_step(ticket, **brought, may_stop=entry.kind == "step")
 
     def _serve_again(self, ticket: m.ExchangeId, request: m.Request) -> Answers:
@@ -298,10 +297,10 @@ class State:
         if reader is not None:
             self.tables.pull(reader.pulled(), self.version)
         if isinstance(request, m.Step):
-            return {"values": self._write(ticket, reader, self._read_by(ticket.member, request))}
+            return {"values": self.write(ticket, reader, self._read_by(ticket.member, request))}
         if isinstance(request, m.Pull):
             have = -1 if again else request.have
-            return {"values": self._write(ticket, reader, request.models, have)}
+            return {"values": self.write(ticket, reader, request.models, have)}
         if isinstance(request, m.Register):
             model = self._ids[request.spec.name]
             vector = self.vectors[model]
@@ -311,13 +310,14 @@ class State:
             rules = vector.governed.in_force(vector.updates, model=model, joins=True)
             return self._join(ticket, reader, model) | {"notice": notice, "rules": (rules,)}
         if isinstance(request, m.Meet):
-            return self._met_before(ticket, request.meeting) | self._read_after(ticket, request)
+            met = self._of_programs.met_before(ticket, request.meeting)
+            return met | self._of_programs.read_after(ticket, request)
         if isinstance(request, m.Operate):
-            return self._read_after(ticket, request)
+            return self._of_programs.read_after(ticket, request)
         if isinstance(request, m.NextPortion):
-            return {"values": self._write(ticket, reader, (request.model,))}
+            return {"values": self.write(ticket, reader, (request.model,))}
         if isinstance(request, m.Recall):
-            return {"recalled": self._recalled(ticket)}
+            return {"recalled": self._of_programs.recalled(ticket)}
         if isinstance(request, m.Attach):
             return self._join(ticket, reader, request.model)
         if isinstance(request, m.RegisterTable):
@@ -341,7 +341,7 @@ class State:
     def _published(self, entry: m.Published) -> Answers:
         answers: Answers = []
         for ticket in entry.tickets:
-            answers += self._answer(ticket, **self._bring(ticket, self._inputs.request(ticket)))
+            answers += self.answer(ticket, **self._bring(ticket, self.inputs.request(ticket)))
         return answers
 
     def _join(self, ticket: m.ExchangeId, reader: Outstanding | None, model: int) -> dict[str, Any]:
@@ -360,7 +360,7 @@ class State:
         rules = vector.governed.in_force(vector.updates, model=model)
         return {"states": tuple(vector.states), "counts": tuple(vector.counts.tolist()), "rules": (rules,)}
 
-    def _write(
+    def write(
         self, ticket: m.ExchangeId, reader: Outstanding | None, models: Iterable[int], have: int = -1
     ) -> tuple[int, ...]:
         """Write the models that changed after version `have`; return which."""
@@ -371,40 +371,40 @@ class State:
         return changed
 
     def _assigned(self, entry: m.Assigned) -> Answers:
-        request = self._inputs.request(entry.source)
+        request = self.inputs.request(entry.source)
         self.version = entry.version
         if isinstance(request, m.DeleteRows):
-            staged = self._inputs.named_rows(entry.source)
-            return self._answer(
+            staged = self.inputs.named_rows(entry.source)
+            return self.answer(
                 entry.source, count=self.tables[staged.table].delete(staged.ids, entry.version)
             )
         if isinstance(request, m.AssignRows):
-            staged = self._inputs.named_rows(entry.source)
+            staged = self.inputs.named_rows(entry.source)
             self.tables[staged.table].assign(staged.ids, staged.rows, request.state, entry.version)
-            return self._answer(entry.source)
+            return self.answer(entry.source)
         assert isinstance(request, m.Assign | m.LoadState)
         vector = self.vectors[request.carried.model]
         kind = "values" if isinstance(request, m.Assign) else "states"
         try:
             if request.written is not None and not vector.admits(kind, request.written, entry.source.member):
-                return self._answer(entry.source)
+                return self.answer(entry.source)
         except UsageError as error:
-            return self._answer(entry.source, failure=_refused(error))
-        source = self._inputs.assigned(entry.source, request.carried.model)
+            return self.answer(entry.source, failure=_refused(error))
+        source = self.inputs.assigned(entry.source, request.carried.model)
         tensors = vector.layout.unmask(request.carried.tensors)
         if isinstance(request, m.Assign):
             vector.assign(source, tensors, entry.version)
         else:
             vector.load_state(source.parameters, tensors, request.counts, request.updates, entry.version)
-        return self._answer(entry.source)
+        return self.answer(entry.source)
 
     def _retired(self, entry: m.Retired) -> Answers:
         answers: Answers = []
         if entry.answered is not None:
-            request = self._inputs.request(entry.answered)
+            request = self.inputs.request(entry.answered)
             if isinstance(request, m.End | m.Leave):
-                self._note_program(entry.answered, request)
-            answers = self._answer(entry.answered)
+                self._of_programs.note(entry.answered, request)
+            answers = self.answer(entry.answered)
         return answers
 
     def _forget(self, member: int) -> Answers:
@@ -413,162 +413,9 @@ class State:
         self.publications.forget(member)
         return [(member, None)] if self._members.forget(member) else []
 
-    def _met(self, entry: m.Met) -> Answers:
-        requests = [(ticket, self._meet_of(ticket)) for ticket in entry.tickets]
-        sums: dict[str, float] = {}
-        for _, request in requests:
-            for name, value in request.values.items():
-                sums[name] = sums.get(name, 0.0) + value
-        ranks = tuple(self._rank_of(ticket) for ticket in entry.tickets)
-        meeting = requests[0][1].meeting
-        gives = {meeting.root} if meeting.root >= 0 else set(ranks) if meeting.kind == "gather" else set()
-        data = tuple(
-            request.data for rank, (_, request) in zip(ranks, requests, strict=True) if rank in gives
-        )
-        failure, work = "", requests[0][1].work
-        if work is not None:
-            self.version = entry.version or self.version
-            failure = self._work(entry, requests, work)
-            data = (self.vectors[work.model].named.note,) if work.recall else ()
-        totals = () if failure else entry.totals
-        self.programs.record(m.MeetingResult(meeting, ranks, sums, data, totals, failure))
-        for ticket, request in requests:
-            self._note_program(ticket, request)
-        fields: dict[str, Any] = {"sums": sums, "ranks": ranks, "data": data, "totals": totals}
-        if failure:
-            fields = {"failure": m.Refused("UsageError", failure)}
-        return [
-            answer
-            for ticket, request in requests
-            for answer in self._answer(ticket, **fields, **self._read_after(ticket, request))
-        ]
-
-    def _work(self, entry: m.Met, requests: Sequence[tuple[m.ExchangeId, m.Meet]], work: m.VectorWork) -> str:
-        """Do what a meeting has the servers do with vectors; why that is refused, or ""."""
-        if failure := refusal(self.vectors, work):
-            return failure
-        if work.operations:
-            perform(self.vectors, work, self._inputs.gathered(work, requests), entry.version)
-        return ""
-
-    def _operate_of(self, ticket: m.ExchangeId) -> m.Operate:
-        request = self._inputs.request(ticket)
-        assert isinstance(request, m.Operate)
-        return request
-
-    def _operated(self, entry: m.Operated) -> Answers:
-        self.version = entry.version
-        request = self._operate_of(entry.source)
-        work, plan, portions = request.work, request.plan, self.standings.portions
-        vector = self.vectors[work.model]
-        failure = refusal(self.vectors, work)
-        if plan is not None and plan.out not in vector.named.arrays:
-            failure = failure or f"model {vector.spec.name!r}: vector {plan.out!r} is unknown"
-        if failure:
-            return self._answer(entry.source, failure=m.Refused("UsageError", failure))
-        sums = None
-        if plan is None:
-            perform(self.vectors, work, BroughtGradients(), entry.version)
-        else:
-            portion_sums.finish(vector.named, plan.count, plan.out)
-            sums = {"loss": portions.total}
-        read = self._read_after(entry.source, request)
-        return self._answer(entry.source, totals=entry.totals, sums=sums, **read)
-
-    def _opened(self, entry: m.Opened) -> Answers:
-        """What is refused is not done, and said when the evaluation is over."""
-        self.version = entry.version
-        work = self._operate_of(entry.source).work
-        portion_sums.begin(self.vectors[entry.model].named)
-        if not refusal(self.vectors, work):
-            perform(self.vectors, work, BroughtGradients(), entry.version)
-        return []
-
-    def _counted(self, entry: m.Counted) -> Answers:
-        portion = entry.done.portion
-        gradient = self._inputs.gradient(entry.source, portion.model)
-        portion_sums.add(self.vectors[portion.model].named, portion, gradient)
-        return []
-
-    def _handed(self, entry: m.Handed) -> Answers:
-        request = self._inputs.request(entry.ticket)
-        assert isinstance(request, m.NextPortion)
-        values: tuple[int, ...] = ()
-        if entry.portion is not None:
-            reader = self._members.reader(entry.ticket)
-            values = self._write(entry.ticket, reader, (request.model,), request.have)
-        return self._answer(entry.ticket, portion=entry.portion, values=values)
-
-    def _read_after(self, ticket: m.ExchangeId, request: m.Meet | m.Operate) -> dict[str, Any]:
-        """The values that work on vectors brings, for a member that can be answered here."""
-        if request.work is None or not request.work.read:
-            return {}
-        reader = self._members.reader(ticket)
-        return {"values": self._write(ticket, reader, (request.work.model,))}
-
-    def _meet_of(self, ticket: m.ExchangeId) -> m.Meet:
-        request = self._inputs.request(ticket)
-        assert isinstance(request, m.Meet)
-        return request
-
-    def _met_before(self, ticket: m.ExchangeId, meeting: m.Meeting) -> dict[str, Any]:
-        """What a meeting that has ended came to, for a rank that runs its program again, or that missed it.
-
-        Raises:
-            MeetingError: it was another meeting, or its result is kept no more.
-            UsageError: the servers refused its work on vectors.
-        """
-        rank, result = self._rank_of(ticket), self.programs.result(meeting.number)
-        if result is None:
-            raise MeetingError(
-                f"worker {rank} comes to {describe(meeting)} again, but its result is kept no more: "
-                f"loop over worker.epochs(n), so that a restarted worker begins at its epoch"
-            )
-        if result.meeting != meeting:
-            who = ", ".join(map(str, result.ranks))
-            raise MeetingError(
-                f"worker {rank} runs its program again and comes to {describe(meeting)}, where workers {who} "
-                f"were in {describe(result.meeting)}: make the same calls in the same order, or loop over "
-                f"worker.epochs(n), which begins where the rank was"
-            )
-        if result.failure:
-            raise UsageError(result.failure)
-        return {"sums": result.sums, "ranks": result.ranks, "data": result.data, "totals": result.totals}
-
-    # ── programs ────────────────────────────────────────────────────────────────────────────────
-
-    def _rank_of(self, ticket: m.ExchangeId) -> int:
-        return self.standings.standing(ticket.member).rank
-
-    def _note_program(self, ticket: m.ExchangeId, request: m.Step | m.Meet | m.End | m.Leave) -> None:
-        """Where the worker's program is from here on."""
-        rank = self._rank_of(ticket)
-        self.programs.keep(rank, request.kept)
-        position = request.position
-        if position is None:
-            return
-        before = self.positions.of(rank)
-        self.positions.record(position)
-        if position.loops and (before is None or before.loops != position.loops):
-            declared = set(range(self.standings.workers)) | self.standings.ranks
-            last = [self.positions.of(one) for one in sorted(declared)]
-            self.programs.forget_results(one.loops if one is not None else () for one in last)
-
-    def _recalled(self, ticket: m.ExchangeId) -> m.Recalled:
-        rank = self._rank_of(ticket)
-        history = self.standings.histories[rank]
-        return m.Recalled(
-            self.positions.of(rank),
-            history.steps,
-            self.standings.met,
-            history.incarnations > 1,
-            self.programs.kept(rank),
-            self.positions.recuts,
-        )
-
     def _stalled(self, entry: m.Stalled) -> Answers:
         failure = m.Refused("StalledError", entry.reason)
-        return [answer for ticket in entry.tickets for answer in self._answer(ticket, failure=failure)]
+        return [answer for ticket in entry.tickets for answer in self.answer(ticket, failure=failure)]
 
     # ── as plain arrays ─────────────────────────────────────────────────────────────────────────
 
@@ -611,9 +458,10 @@ class State:
         stopped = may_stop and self.standings.standing(ticket.member).stopping
         rules = self._news(self._step_of(ticket))
         result = self.ledger.result(ticket.member)
-        return self._answer(ticket, values=values, result=result, stopped=stopped, rules=rules)
+        return self.answer(ticket, values=values, result=result, stopped=stopped, rules=rules)
 
-    def _answer(self, ticket: m.ExchangeId, count: int | None = None, **fields: Any) -> Answers:
+    def answer(self, ticket: m.ExchangeId, count: int | None = None, **fields: Any) -> Answers:
+        """Answer an exchange of the version of now, with these fields; as `_emit`."""
         return self._emit(ticket, m.Answer(ticket.number, self.version, **fields), count)
 
     def _emit(self, ticket: m.ExchangeId, answer: m.Answer, count: int | None) -> Answers:
