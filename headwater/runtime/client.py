@@ -274,9 +274,7 @@ class Client:
         if waited_for is None:
             waited_for = list(range(len(self.channels)))
         try:
-            frames, self._frames = self._frames, ()  # a read that is asked again
-            number = self.machine.number
-            exchange(self.channels, frames, self._received, self._place, seconds, number, waited_for)
+            exchange(self.channels, (), self._received, self._place, seconds, self.machine.number, waited_for)
         except StalledError:
             return
         except ConnectionLostError as error:
