@@ -83,6 +83,33 @@ def test_they_are_their_definition_to_the_bit(program, wanted, blocks, seed, str
         assert np.array_equal(mine, other, equal_nan=True)
 
 
+def test_products_with_the_same_vector_are_read_side_by_side_and_no_others():
+    random = np.random.default_rng(7)
+    a, b, c, d = arrays = [random.standard_normal(3 * PAGE).astype(np.float32) for _ in range(4)]
+    pairs = [
+        (a, b),
+        (a, c),
+        (a, d),
+        (b, c),
+        (b, d),
+        (b, a),
+        (b, b),
+        (b, c),
+        (c, a),
+        (d, a),
+        (d, b),
+        (d, c),
+        (d, d),
+    ]
+    sums = [BlockSum(DOT, *pair) for pair in pairs]
+    sums[4:4] = [BlockSum(TOTAL, b, b), BlockSum(LARGEST, b, b)]
+    copies = [BlockSum(one.kind, 0, one.other) for one in sums if one.one is d]
+    scratch = [Combination(0, [d, a], [1.0, 0.5])]
+    assert np.array_equal(combine(3 * PAGE, (), sums), plain(arrays, (), sums))
+    mixed = [*sums, *copies]
+    assert np.array_equal(combine(3 * PAGE, scratch, mixed), plain(arrays, scratch, mixed))
+
+
 def test_arrays_that_do_not_fit_are_refused():
     good, short, wide = (np.zeros(PAGE, np.float32), np.zeros(3, np.float32), np.zeros(PAGE))
     for other in (short, wide):
