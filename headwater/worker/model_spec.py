@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -212,6 +213,8 @@ def check_weight(weight: Any) -> float:
     Raises:
         ConfigurationError: no number from 0 up that is finite.
     """
+    if type(weight) is float and 0.0 <= weight < math.inf:
+        return weight  # each step comes this way
     return real("weight, such as how many samples the gradient is of,", weight, zero=True)
 
 

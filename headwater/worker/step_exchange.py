@@ -42,7 +42,7 @@ class StepExchange:
         staged = {model: model.take_staged() for model in self._models}
         self._tables = list(tables)
         rows = {table: table.take_staged() for table in self._tables}
-        self.skip = any(skip for _, _, skip in staged.values()) or any(skip for *_, skip in rows.values())
+        self.skip = any([skip for _, _, skip in staged.values()] + [skip for *_, skip in rows.values()])
         self._carried: dict[LocalModel, m.Carried] = {}
         self._pushed: dict[LocalTable, RowSlice] = {}
         self._weight = weight or 1.0
@@ -60,10 +60,10 @@ class StepExchange:
             model.buffer.take(carried.tensors)
         self._coded_rows = {table: table.encode(place) for table, place in self._pushed.items()}
         self._pulled = {table: place for table, (_, place, *_) in rows.items() if place is not None}
-        self._settings = tuple(setting for _, settings, _ in staged.values() for setting in settings)
+        self._settings = tuple([setting for _, settings, _ in staged.values() for setting in settings])
         self._position: m.Position | None = None
         self._kept: bytes | None = None
-        self._table_settings = tuple(setting for *_, setting, _ in rows.values() if setting is not None)
+        self._table_settings = tuple([setting for *_, setting, _ in rows.values() if setting is not None])
 
     def take(
         self, step: int, read: bool | Sequence[LocalModel], position: m.Position | None, kept: bytes | None
@@ -152,7 +152,7 @@ class StepExchange:
             tuple(self._carried.values()),
             self._settings,
             read,
-            tuple(run for runs, _ in payload for run in runs),
+            tuple([run for runs, _ in payload for run in runs]),
             self._parts(self._pushed, server),
             self._parts(self._pulled, server),
             self._table_settings,
@@ -161,7 +161,7 @@ class StepExchange:
             known=self._known,
             known_tables=self._known_tables,
             kept=self._kept,
-            coded=tuple(piece for pieces, _ in coded for piece in pieces),
+            coded=tuple([piece for pieces, _ in coded for piece in pieces]),
             pace=self._pace,
         )
         arrays: list[Any] = [array for _, arrays in (*payload, *coded) for array in arrays]
@@ -177,10 +177,12 @@ class StepExchange:
         versions += [table.read_version for table in self._pushed]
         if self._since is not None:
             versions.append(self._since)
-        return min((version for version in versions if version >= 0), default=self._session.version)
+        return min([version for version in versions if version >= 0], default=self._session.version)
 
     def _parts(self, places: dict[LocalTable, RowSlice], server: int) -> tuple[m.Rows, ...]:
-        return tuple(self._memory.part(place, table.id, server) for table, place in places.items())
+        if not places:
+            return ()
+        return tuple([self._memory.part(place, table.id, server) for table, place in places.items()])
 
     def _places(self, server: int, answer: m.Answer) -> Sequence[Any]:
         values = self._session.machine.values(server, answer)
