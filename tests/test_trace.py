@@ -48,9 +48,10 @@ def traced(request, tmp_path_factory):
             train(worker)
 
     with hw.Cluster(workers=2, servers=2, sync=request.param, trace=path) as cluster:
+        collection, look = cluster._coordinator._machine.traces, cluster._coordinator._pump.look
+        wait_until(lambda: look(lambda: collection._collecting))
         threads = [threading.Thread(target=run, args=(cluster.worker(),)) for _ in range(2)]
-        collection = cluster._coordinator._machine.traces
-        wait_until(lambda: not collection.unheard)
+        wait_until(lambda: look(lambda: len(collection._recording) == 4 and not collection.unheard))
         for thread in threads:
             thread.start()
         for thread in threads:
