@@ -63,7 +63,7 @@ class Desk:
         said: messages in order, as (connection, message); kept: records; told, notes, tasks: in order.
         deaf: ids of hosts that answer nothing; unreachable: of those that cannot be dialled, and whether
             that is since nobody listens there.
-        recorded: what server 0 says that the log recorded.
+        recorded, enrolled: what server 0 says that the log recorded, and which workers are in it.
         beating: whether members say that they live whenever time passes.
     """
 
@@ -82,6 +82,7 @@ class Desk:
         self.deaf = set()
         self.unreachable = {}
         self.recorded = DataProgress()
+        self.enrolled = ()
         self.reachable = True
         self.ended = set()
         self._unheard = {}
@@ -225,7 +226,8 @@ class Desk:
     def _statistics(self, id):
         member = self.book.member(id)
         role, index = (member.role, member.index) if member is not None else ("server", 0)
-        return ServerStatistics(id, role, index, 3, 4, self.book.term, 0, (), (), {}, self.recorded)
+        known = (id, role, index, 3, 4, self.book.term, 0, (), (), {}, self.recorded)
+        return ServerStatistics(*known, enrolled=self.enrolled)
 
 
 def _is_roster(message):

@@ -237,6 +237,24 @@ def test_a_worker_waits_until_server_0_says_where_its_rank_is():
     assert worker.welcome.position == position
 
 
+def test_nobody_goes_on_in_the_place_of_a_worker_whose_last_step_may_still_be_applied():
+    """A standby is slow, so what the dead one has in the log is not recorded yet."""
+    desk = Desk(workers=1)
+    _, first = desk.running("worker")
+    desk.enrolled = (first.member.id,)
+    desk.recorded = DataProgress((Position(0, 0, (StaticProgress(1, 1, 9, 0, 1),)),))
+    first.hangs_up()
+    again = desk.joins("worker")
+    desk.passes(12.0)
+    assert again.welcome is None
+    assert again.waits == "waits until server 0 says where rank 0 is"
+    desk.enrolled = ()
+    position = Position(0, 0, (StaticProgress(1, 1, 9, 0, 2),))
+    desk.recorded = DataProgress((position,))
+    desk.passes(1.0)
+    assert again.welcome.position == position
+
+
 def test_an_entered_worker_that_waits_too_long_is_sent_away_and_its_rank_is_free():
     desk = Desk()
     (server,) = desk.running()

@@ -144,10 +144,12 @@ def embedding(me):
     for step in range(5):
         ids = [step, 10 + me.rank, 1 << 40, -step]
         me.push_rows(sorted(set(ids)), value=me.rank + step + 0.3)
-        yield me.step(pulled={0: np.arange(20)})
+        me.prefetch(0, np.arange(20))
+        yield me.step()
     yield me.end()
     yield me.barrier()
-    yield me.step(pulled={0: np.array([*range(-5, 20), 1 << 40])})
+    me.prefetch(0, np.array([*range(-5, 20), 1 << 40]))
+    yield me.step()
     yield me.end()
     yield me.leave()
     return {key: row.tobytes() for key, row in me.rows.items()}

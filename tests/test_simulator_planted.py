@@ -1,12 +1,15 @@
 """Faults put into what servers run are found: each within 200 schedules, by the invariant that it breaks."""
 
+import dataclasses
 from collections import deque
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
 from headwater import messages as m
 from headwater.log.pending import PendingExchanges
+from headwater.log.portions import Portions
 from headwater.log.positions import Positions
 from headwater.log.programs import Programs
 from headwater.log.state import LogState
@@ -15,12 +18,14 @@ from headwater.machines.actions import Close, Dial, Send
 from headwater.machines.applier import LogApplier
 from headwater.machines.coordinator.newcomers import Newcomers
 from headwater.machines.coordinator.state import State
+from headwater.machines.coordinator.trace_collection import TraceCollection
 from headwater.machines.current_read import CurrentRead
 from headwater.machines.exchange import Exchange
 from headwater.machines.log_host import SequencerMachine
 from headwater.machines.log_link import ReportLink
 from headwater.machines.own_standby import OwnStandby
 from headwater.machines.read_lease import ReadLease
+from headwater.machines.rows_ahead import RowsAhead
 from headwater.machines.server import ServerMachine
 from headwater.machines.standby_link import StandbyLink
 from headwater.machines.standby_receiver import StandbyReceiver
@@ -340,6 +345,44 @@ def test_a_position_in_the_data_that_is_not_recorded(mode, monkeypatch):
 def test_rows_that_are_not_deleted(mode, monkeypatch):
     monkeypatch.setattr(Table, "delete", lambda self, ids, step: 0)
     assert noticed(mode, rows=True, workers=2, steps=6) == "RowsOfTheirVersion"
+
+
+def test_rows_that_came_ahead_and_are_read_after_a_later_answer(monkeypatch, long):
+    """Others have pushed to them meanwhile, or deleted them."""
+    monkeypatch.setattr(
+        RowsAhead, "find", lambda self, given, version: self._there[0] if self._there else None
+    )
+    fixed = {} if long else {"rows": True, "workers": 3}
+    assert found_by_default("async", **fixed).invariant == "RowsOfTheirVersion"
+
+
+def test_a_portion_that_counts_for_everybody_who_computes_it(monkeypatch):
+    """Copies of the last ones are computed by several; the asker notices, or the log says it twice."""
+    monkeypatch.setattr(Portions, "counts", lambda self, done: done.portion.round == self.round)
+    assert found_by_default("async", program="portions").invariant in {"EachPortionOnce", *NOTICED}
+
+
+def test_a_standby_that_begins_without_what_is_in_the_vectors(monkeypatch):
+    """Its bits differ; or it takes over, and workers read other numbers."""
+    restores = Vector.restore.__func__
+
+    def forgets(cls, snapshot, changed):
+        empty = tuple(np.zeros_like(vector) for vector in snapshot.vectors)
+        return restores(cls, dataclasses.replace(snapshot, vectors=empty), changed)
+
+    monkeypatch.setattr(Vector, "restore", classmethod(forgets))
+    assert found_by_default("async", program="vectors").invariant in {"EqualReplicas", *NOTICED}
+
+
+def test_a_trace_of_which_parts_come_twice(monkeypatch, long):
+    passes = TraceCollection._pass_on
+
+    def twice(self, chunk):
+        passes(self, chunk)
+        passes(self, chunk)
+
+    monkeypatch.setattr(TraceCollection, "_pass_on", twice)
+    assert found_by_default("async", **({} if long else {"traces": 1})).invariant == "TracesEnd"
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])

@@ -12,6 +12,7 @@ from headwater.log.pending import (
     COMMITTED,
     MEETING,
     READY,
+    SCHEDULED,
     WORKING,
     PendingExchange,
     PendingExchanges,
@@ -51,6 +52,9 @@ class Waits:
         return f"{exchange.what} waits for {self._whom(exchange)}"
 
     def _whom(self, exchange: PendingExchange) -> str:
+        if exchange.stage is SCHEDULED and exchange.held is not None:
+            at = int(exchange.held.name or 0)
+            return f"version {at}, and {self.log.version} is reached" if self.log.version < at else "room"
         others = [other for other in self.pending.workers() if other is not exchange]
         active = [other for other in others if other.state.phase == "active"]
         if exchange.kind == "register":

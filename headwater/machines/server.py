@@ -494,6 +494,7 @@ class ServerMachine:
             tables=tuple(table.statistics() for table in shard.tables),
             waits=waits,
             recorded=shard.positions.recorded(),
+            enrolled=tuple(id for id, one in shard.standings.members.items() if one.rank >= 0),
             traffic=self.traffic(),
         )
 

@@ -67,7 +67,7 @@ class ServerStatistics(Message, frozen=True):
     """One server or standby. `waits` maps a member to whom its exchange waits for (server 0 only).
 
     `recorded`: where every rank is in its data, as of `position`. `traffic`: what the node has sent and
-    received.
+    received. `enrolled`: the workers that may still take steps after `position`, by id.
     """
 
     member: int
@@ -82,6 +82,7 @@ class ServerStatistics(Message, frozen=True):
     waits: dict[int, str]
     recorded: DataProgress = DataProgress()
     traffic: Traffic = Traffic()
+    enrolled: tuple[int, ...] = ()
 
 
 class NodeStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

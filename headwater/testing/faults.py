@@ -97,7 +97,14 @@ class Faults:
     coordinator: int = 1
 
     def plan(
-        self, chance: random.Random, *, workers: int, servers: int, replicas: int, until: float
+        self,
+        chance: random.Random,
+        *,
+        workers: int,
+        servers: int,
+        replicas: int,
+        until: float,
+        rewinds: bool = False,
     ) -> tuple[Fault, ...]:
         """The faults of one run, which without any would be over at about `until`."""
         nodes = [f"worker {rank}" for rank in range(workers)]
@@ -106,7 +113,8 @@ class Faults:
             hosts += [f"standby {index}" for index in range(servers)]
         faults: list[Fault] = []
         for _ in range(chance.randint(0, self.crashes)):
-            whom = [*nodes, *hosts, *3 * hosts[:servers]] if replicas else nodes  # servers have most to lose
+            # Servers have most to lose.
+            whom = [*nodes, *hosts, *3 * hosts[:servers]] if replicas or rewinds else nodes
             faults.append(Crash(_moment(chance, until), chance.choice(whom)))
         for _ in range(chance.randint(0, self.stops)):
             faults.append(_stop(chance, until, nodes, [*hosts, *3 * hosts[:servers]], replicas))
@@ -116,6 +124,10 @@ class Faults:
             group = chance.sample(nodes + hosts, chance.randint(1, 2))
             faults.append(
                 Partition(_moment(chance, until), tuple(sorted(group)), _while(chance, replicas > 0))
+            )
+        if rewinds and self.crashes:  # late, so that there is a checkpoint to begin anew from
+            faults.append(
+                Crash(round(chance.uniform(0.6, 1.1) * until, 5), f"server {chance.randrange(servers)}")
             )
         for _ in range(chance.randint(0, self.coordinator)):
             faults.append(Crash(_moment(chance, until), "coordinator"))

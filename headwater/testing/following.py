@@ -20,7 +20,7 @@ from headwater.spec.lifetime import AfterSteps, LeastRecentlyUsed
 from headwater.spec.placement import SLOTS, slots_of
 from headwater.spec.rules import Accumulate
 from headwater.spec.version import Version
-from headwater.testing.processes.client import Call, Client
+from headwater.testing.processes.client import Call, Client, Rest
 from headwater.testing.processes.member import Member
 from headwater.testing.workload import LEDGER, ROWS, Steps, Workload
 
@@ -93,8 +93,10 @@ class Following:
         """Take versions while training goes on, and leave."""
         assert isinstance(me, Member)
         self.member = me
+        while not me.is_declared:
+            yield Rest()
         machine, workload = self.machine, self._workload
-        machine.joined(0, self._copy)
+        machine.joined(me.timeline.generation, self._copy)
         for _ in range(2 * workload.steps):
             fill = machine.begin()
             if fill is None:

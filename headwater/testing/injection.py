@@ -92,6 +92,8 @@ def _may_fail(world: World, process: Process, fault: Fault) -> bool:
         return False  # what is known of the pair may be of before
     if world.coordinator.machine.stage == "forming" and isinstance(fault, Stop | Partition):
         return True  # nobody has anything yet
+    if world.disk is not None and isinstance(fault, Crash):
+        return world.coordinator.machine.stage == "running"  # from a checkpoint
     pair = [world.standby(process.index), *(host for host in world.serving if host.index == process.index)]
     names = {f"server {process.index}", f"standby {process.index}"}
     if isinstance(fault, Partition) and names <= set(fault.nodes):

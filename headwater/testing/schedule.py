@@ -10,7 +10,7 @@ from typing import Any
 from headwater.errors import ConfigurationError
 from headwater.spec.rules import Adam, Rule
 from headwater.spec.sync import Mode, parse_sync
-from headwater.testing.faults import Fault, Faults
+from headwater.testing.faults import Cut, Fault, Faults
 from headwater.testing.invariants import Invariant
 
 _STEP_S, _REST_S = 0.03, 0.12
@@ -30,12 +30,19 @@ class Schedule:
         shares: members share windows with servers; otherwise values travel as payload.
         splits: workers read splits that they lease, instead of parts of their own.
         meets, checkpoints: after this many steps there is a barrier, a checkpoint; 0: none.
+        traces: so many collect a trace meanwhile, at most 2.
+        program: what workers do: take "steps"; have servers work on "vectors"; or compute evaluations in
+            "portions", which the last of them asks for. What follows is of those that take steps.
         rule: a second model is trained with it, and compared, bit by bit, with one process.
         clip_norm: the largest norm of a gradient of that model.
         merge: how gradients of that model become one; None: as the mode says.
         outer: they are changes after local steps.
         codec: how they are represented.
         weighted: steps have weights in the mean.
+        spares: nodes more than are needed. rewinds: commits between two checkpoints, with the last of which
+            everything begins anew when a shard is lost with all its copies; 0: no shard is lost so. With
+            either, servers come by themselves and ask what they are to be.
+        asks: rank 0 has a checkpoint written after its every second step; only with `rewinds`.
         rows: a table is trained besides; keeps: ranks keep something; ahead: steps are begun and waited for
             later; verifies: readers have standbys compared with their servers.
         invariants: what must hold besides what always must.
@@ -65,6 +72,11 @@ class Schedule:
     keeps: bool = False
     ahead: bool = False
     verifies: bool = False
+    spares: int = 0
+    rewinds: int = 0
+    asks: bool = False
+    traces: int = 0
+    program: str = "steps"
     invariants: tuple[type[Invariant], ...] = ()
 
     def __post_init__(self) -> None:
@@ -76,6 +88,8 @@ class Schedule:
                 f"replicas={self.replicas}, min_workers={self.min_workers}: expected at least one of each of "
                 f"the first three, 0 or 1 replicas, and min_workers from 1 to workers"
             )
+        if self.program not in PROGRAMS:
+            raise ConfigurationError(f"Schedule: program={self.program!r}: choose from {', '.join(PROGRAMS)}")
 
     @property
     def mode(self) -> Mode:
@@ -92,7 +106,9 @@ class Schedule:
         return f"Schedule({', '.join(said)})"
 
 
+PROGRAMS = "steps", "vectors", "portions"
 _MERGES = ("mean", "sum", "rda", "rda", "median", "trimmed:1")
+_OF_ANY = {"workers", "servers", "replicas", "steps", "shares", "min_workers", "spares", "traces", "program"}
 _ALWAYS_SAID = ("sync", "workers", "servers", "steps", "seed")
 
 
@@ -128,11 +144,28 @@ def random_schedule(sync: str | Mode, seed: int, faults: Faults, **fixed: Any) -
         "keeps": chance.random() < 0.3,
         "ahead": chance.random() < 0.3,
         "verifies": chance.random() < 0.5,
+        "spares": random.Random(f"{seed} spares").choice((*[0] * 10, 1, 2)),
+        "rewinds": random.Random(f"{seed} rewinds").choice((*[0] * 13, 1, 2, 4)),
+        "asks": random.Random(f"{seed} asks").random() < 0.5,
+        "traces": random.Random(f"{seed} traces").choice((*[0] * 14, 1, 2)),
+        "program": _program(seed, fixed),
         **fixed,
     }
     if Schedule(sync).mode.rounds and "splits" not in fixed:
         drawn["splits"] = False  # a round waits for who has nothing to read
+    if drawn["rewinds"] and "steps" not in fixed:
+        drawn["steps"] += 3  # there is something to begin anew from
+    if drawn["program"] != "steps":
+        drawn |= {"readers": 0, "followers": 0, "rewinds": 0}
+    if drawn["program"] == "portions" and "workers" not in fixed:
+        drawn["workers"] += 1  # who asks computes nothing
     return with_faults(Schedule(sync, seed=seed, **drawn), faults, chance)
+
+
+def _program(seed: int, fixed: dict[str, Any]) -> str:
+    """Mostly steps; always where something of them is asked for."""
+    chance = random.Random(f"{seed} program").random()
+    return "steps" if fixed.keys() - _OF_ANY or chance < 0.92 else "vectors" if chance < 0.96 else "portions"
 
 
 def with_faults(schedule: Schedule, faults: Faults, chance: random.Random) -> Schedule:
@@ -142,6 +175,7 @@ def with_faults(schedule: Schedule, faults: Faults, chance: random.Random) -> Sc
         workers=schedule.workers,
         servers=schedule.servers,
         replicas=schedule.replicas,
+        rewinds=schedule.rewinds > 0,
         until=schedule.steps * _STEP_S + _REST_S,
     )
     of_followers = faults.of_followers(
@@ -150,5 +184,8 @@ def with_faults(schedule: Schedule, faults: Faults, chance: random.Random) -> Sc
         servers=schedule.servers,
         until=schedule.steps * _STEP_S + _REST_S,
     )
+    if schedule.program == "portions":  # who asks keeps what it asked for in its process
+        asker = f"worker {schedule.workers - 1}"
+        planned = tuple(one for one in planned if isinstance(one, Cut) or asker not in str(one))
     both = sorted((*planned, *of_followers), key=lambda fault: fault.at)
     return dataclasses.replace(schedule, faults=tuple(both))

@@ -15,10 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater import messages as m
+from headwater.errors import CheckpointError, ConnectionLostError, RefusedError
 from headwater.spec.initializers import Zeros
 from headwater.spec.layout import PAGE
 from headwater.spec.rules import Accumulate, Rule
-from headwater.testing.processes.client import Asked, AwaitAnswer, Call, Client, Question, SendAhead
+from headwater.testing.processes.client import (
+    Asked,
+    AwaitAnswer,
+    Call,
+    Client,
+    Question,
+    Rest,
+    SendAhead,
+    WriteNow,
+)
 
 if TYPE_CHECKING:
     from headwater.testing.following import FollowedRows
@@ -56,6 +66,7 @@ class Workload:
         keeps: each step has its rank keep something, which the log gives to the next incarnation.
         ahead: every second step is begun before it is waited for.
         verifies: readers have standbys compared with their servers.
+        asks: the first worker has a checkpoint written after every second step.
     """
 
     ranks: int
@@ -77,6 +88,7 @@ class Workload:
     keeps: bool = False
     ahead: bool = False
     verifies: bool = False
+    asks: bool = False
 
     # ── what is trained ─────────────────────────────────────────────────────────────────────────
 
@@ -176,6 +188,8 @@ class Workload:
 
     def reader(self, me: Client) -> Steps:
         """Read the ledger, as often as a worker takes steps, and leave."""
+        while not me.is_declared:
+            yield Rest()
         yield me.attach(m.ModelInfo(LEDGER, self.ledger()))
         for pull in range(self.steps):
             yield me.pull(have=me.version if pull % 2 else -1)
@@ -244,13 +258,16 @@ class Workload:
         if self.rows:
             sums = self.pushed(me.rank, contained)
             me.push_rows(list(sums), np.array(list(sums.values()), np.float32), self.counted)
-        pulled = {self.counted: np.array(self.keys(me.rank, step + 1))} if self.rows and step % 2 else {}
+            if step % 2:
+                me.prefetch(self.counted, np.array(self.keys(me.rank, step + 1)))
         kept = f"{me.rank} kept {step} of {me.id}".encode() if self.keeps else None
         weight, pace = self.weight(me.rank, step), self.pace(me.rank, step)
-        call = me.step(position=position, weight=weight, pace=pace, pulled=pulled, kept=kept)
+        call = me.step(position=position, weight=weight, pace=pace, kept=kept)
         answer = yield from self._ask(me, call, ahead=step % 2 == 0)
         late = answer.result is not None and not answer.result.applied
         me.late_steps = contained if late and self.carries else ()
+        if self.asks and me.rank == 0 and step % 2:
+            yield from self._take_checkpoint()
         if self.followed is not None and (ids := self.followed.deleted(me.rank, step)):
             yield me.delete_rows(ROWS, np.array(ids, np.int64))
         if answer.version % 5 == me.rank % 5:
@@ -265,8 +282,18 @@ class Workload:
             return (yield AwaitAnswer())
         return (yield call)
 
+    def _take_checkpoint(self) -> Steps:
+        """Have one written; a coordinator that is away, or a server that is lost meanwhile, prevents it."""
+        try:
+            yield WriteNow()
+        except (CheckpointError, ConnectionLostError, RefusedError):
+            pass
+
     def _look_at_rows(self, me: Client, step: int) -> Steps:
         """Read more of them than fitted into the member's memory before, and delete some."""
+        ids = np.array(self.keys(me.rank, step + 1))
+        if step % 2 and not me.read_ahead(self.counted, ids):
+            yield me.pull_rows({self.counted: ids})
         if (me.rank + step) % 3 == 0:
             yield from self._ask(me, me.pull_rows({self.counted: np.arange(4 * step)}), ahead=step % 2 == 1)
         gone = self.deleted(me.rank, step)

@@ -13,6 +13,7 @@ from typing import Any
 
 from headwater import messages as m
 from headwater.errors import HeadwaterError, ProtocolError
+from headwater.machines.coordinator import ChooseCheckpoint, CoordinatorRecord
 from headwater.machines.log_link import Policy
 from headwater.machines.roster import Departure
 from headwater.shard.replica import MaterializedEntry
@@ -21,14 +22,17 @@ from headwater.spec.cluster import ClusterConfig
 from headwater.spec.sync import Mode, parse_sync
 from headwater.testing.faults import Fault
 from headwater.testing.following import Following
-from headwater.testing.invariants import ALWAYS, COUNTED, FOLLOWED, Invariant
-from headwater.testing.invariants.accounts import Accounts
+from headwater.testing.generations import Generations
+from headwater.testing.invariants import ALWAYS, COUNTED, ENLISTED, FOLLOWED, REWOUND, TRACED, Invariant
 from headwater.testing.processes.agenda import Agenda
 from headwater.testing.processes.client import Call, Program
 from headwater.testing.processes.coordinator import Coordinator
+from headwater.testing.processes.disk import DIRECTORY
 from headwater.testing.processes.host import Host
+from headwater.testing.processes.machine_driver import Later
 from headwater.testing.processes.member import Member
 from headwater.testing.processes.network import SPEEDS_S, Network, Process
+from headwater.testing.processes.recruit import Recruit
 from headwater.testing.processes.shard import WatchedShard
 from headwater.testing.processes.times import (
     BEGIN_S,
@@ -40,6 +44,9 @@ from headwater.testing.processes.times import (
     SETTLED_S,
     START_S,
 )
+from headwater.testing.processes.trace_recording import TraceCollector
+from headwater.testing.replacements import Replacements
+from headwater.testing.timeline import Timeline
 from headwater.testing.workload import Workload
 
 
@@ -52,16 +59,20 @@ class World:
         beats: whether processes send heartbeats; needed only where they are stopped or parted.
         restarts: the program of a worker that died is run again with this, in a new process of the same rank.
         readers, followers: join, each for itself, when the first model is there.
+        spares: so many nodes more than are needed. rewinds: so many commits lie between two checkpoints, with
+            the last of which everything begins anew when a shard is lost with all its copies; 0: nothing
+            does. With either, servers come by themselves, and ask what they are to be.
+        traces: for how long each of those collects a trace who do.
         workload: what the members do; what holds of it is checked besides, and `invariants`.
 
     Attributes:
-        log, versions: every entry that was processed, and the version after it.
+        generations: of the log; disk: has the checkpoints that lie between them, if there are any.
+        replacements: starts all processes. collectors: of traces.
         members, hosts: all workers and readers, and all servers and standbys, there ever were.
         coordinator: the one of now; coordinators: how many there were.
         progress_s: when somebody was started, joined, was answered or died last.
         faults: that were done to it.
         snapshots: by member and exchange, what each server took for a checkpoint.
-        accounts: what the log says of the workload.
         trace: what happened, as (time, text), where somebody wants to know.
     """
 
@@ -81,6 +92,9 @@ class World:
         restarts: Program | None = None,
         readers: Sequence[Program] = (),
         followers: Sequence[Following] = (),
+        spares: int = 0,
+        rewinds: int = 0,
+        traces: Sequence[float] = (),
         workload: Workload | None = None,
         invariants: Iterable[type[Invariant]] = (),
         digest_every: int = 1,
@@ -92,25 +106,29 @@ class World:
         self.workers, self.servers, self.replicas, self.shares = workers, servers, replicas, shares
         self.digest_every = digest_every
         self.seed = seed
-        self.log: list[m.AnyEntry] = []
-        self.versions: list[int] = []
+        self.generations = Generations(self, workload, servers, rewinds)
+        self.disk = self.generations.disk
+        self.replacements = Replacements(self, bool(spares or rewinds), restarts)
         self.members: list[Member] = []
         self.hosts: list[Host] = []
         self.faults: list[Fault] = []
         self.snapshots: dict[tuple[int, int], dict[int, ShardSnapshot]] = defaultdict(dict)
         self.progress_s = 0.0
-        self._starting = 0
         self.followers = followers
         self._readers = [*readers, *(follower.program for follower in followers)]
         self.trace: list[tuple[float, str]] | None = [] if trace else None
         self.agenda = Agenda()
         self.network = Network(self.agenda, seed, speeds)
         self.random = random.Random(f"{seed} world")
-        self._thinks_s, self._beats, self._restarts = thinks_s, beats, restarts
+        self._thinks_s, self._beats = thinks_s, beats
         self._ids: dict[int, Member] = {}
         self._names: dict[str, int] = defaultdict(int)
-        self.accounts = None if workload is None else Accounts(self, workload)
         kinds = (*ALWAYS, *(COUNTED if workload is not None else ()), *(FOLLOWED if followers else ()))
+        kinds += (*(ENLISTED if spares or rewinds else ()), *(REWOUND if rewinds else ()))
+        kinds += TRACED if traces else ()
+        self.collectors = [TraceCollector(self.network, self, self.name("collector"), one) for one in traces]
+        for number, collector in enumerate(self.collectors, 1):
+            self.agenda.at(0.02 * number, collector.start)
         checked = [kind(self) for kind in (*kinds, *invariants)]
         self._told = {name: _who_hears(checked, name) for name in _EVENTS}
         self._settings = ClusterConfig(
@@ -122,21 +140,32 @@ class World:
             lease=LEASE_S if beats else NO_LEASE_S,
             replicas=replicas,
             min_workers=min_workers,
+            checkpoint=DIRECTORY if rewinds else "",
         )
-        self.coordinator = Coordinator(self.network, self, self._settings)
+        self.coordinator = self._coordinator(None)
         self.coordinators = 1
-        for role in ("server", "standby")[: 1 + replicas]:
-            for index in range(servers):
-                self._start_host(index, "server" if role == "server" else "standby")
+        self.replacements.start_hosts(servers, replicas, spares)
+        self.generations.take()
+
+    def _coordinator(self, record: CoordinatorRecord | None) -> Coordinator:
+        return Coordinator(self.network, self, self._settings, record, self.replacements.enlists)
 
     # ── who is there ────────────────────────────────────────────────────────────────────────────
 
-    def join(self, program: Program, role: m.Role = "worker", rank: int | None = None) -> Member:
+    def join(
+        self,
+        program: Program,
+        role: m.Role = "worker",
+        rank: int | None = None,
+        *,
+        waited_for: bool = True,
+        named: str = "reader",
+    ) -> Member:
         """A new member, which runs `program`; without a rank it is the next of the declared workers'."""
         if role == "worker" and rank is None:
             ranks = {member.wanted for member in self.members if member.role == "worker"}
             rank = next((rank for rank in range(self.workers) if rank not in ranks), None)
-        name = self._name(f"worker {'?' if rank is None else rank}" if role == "worker" else "reader")
+        name = self.name(f"worker {'?' if rank is None else rank}" if role == "worker" else named)
         member = Member(
             self.network,
             self,
@@ -147,32 +176,28 @@ class World:
             wanted=rank,
             shares=self.shares,
             thinks_s=self._thinks_s,
+            waited_for=waited_for,
         )
         self.members.append(member)
         self.progress_s = self.agenda.now
-        self._begin(member)
+        self.launch(member)
         return member
 
-    def _rejoin(self, program: Program, rank: int) -> None:
-        self._starting -= 1
-        self.join(program, rank=rank)
-
-    def _start_host(self, index: int, role: m.Role) -> None:
-        name = self._name(f"server {index}")
-        host = Host(self.network, self, name, index, role)
-        self.hosts.append(host)
-        self._begin(host)
-
-    def _begin(self, process: Member | Host) -> None:
+    def launch(self, process: Member | Host | Recruit) -> None:
         """It is under way; how long that takes nobody knows."""
         chance = random.Random(f"{self.seed} {process.name} start")
         process.after(chance.expovariate(1.0 / BEGIN_S), process.start)
 
-    def _name(self, name: str) -> str:
+    def name(self, name: str) -> str:
         """The second process in one place is called b, the third c."""
         self._names[name] += 1
         again = self._names[name] - 1
         return name + ("" if not again else chr(ord("a") + again) if again < 26 else f" no. {again + 1}")
+
+    @property
+    def log(self) -> list[m.AnyEntry]:
+        """Every entry that was processed in this generation."""
+        return self.generations.now.log
 
     @property
     def serving(self) -> list[Host]:
@@ -240,10 +265,19 @@ class World:
             return False
         if not self.coordinator.alive or self.coordinator.machine.state.away():
             return quiet > QUIET_S
-        return quiet > QUIET_S or not (self._starting or any(map(self._is_missed, self.members)))
+        if self.disk is not None and not (self.coordinator.machine.complete and self._all_serve()):
+            return quiet > QUIET_S
+        if any(collector.alive for collector in self.collectors):
+            return quiet > QUIET_S
+        return quiet > QUIET_S or not (self.replacements.starting or any(map(self._is_missed, self.members)))
+
+    def _all_serve(self) -> bool:
+        return all(host.alive for host in self.serving)
 
     def _is_missed(self, member: Member) -> bool:
         """Whether something follows of it: it goes on, or its death has not been noticed."""
+        if not member.waited_for:
+            return False
         if member.alive and not member.ended:
             return True
         return member.dead and self.coordinator.book.member(member.id) is not None
@@ -252,6 +286,9 @@ class World:
         """Let one thing happen; False where nothing will ever happen."""
         if not self.agenda.step():
             return False
+        if self.generations.begins_anew():
+            self.progress_s = self.agenda.now
+            self.replacements.begin_anew()
         for hears in self._told["happened"]:
             hears()
         return True
@@ -265,6 +302,8 @@ class World:
         process.kill(self.random)
         if process is self.coordinator:
             self.agenda.at(self.agenda.now + START_S, self._restart_coordinator)
+        else:
+            self.replacements.killed(process)
 
     def note(self, text: str) -> None:
         """Put it into the trace."""
@@ -279,17 +318,21 @@ class World:
 
     def _restart_coordinator(self) -> None:
         self.coordinators += 1
-        self.coordinator = Coordinator(self.network, self, self._settings, self.coordinator.record)
+        self.coordinator = self._coordinator(self.coordinator.record)
 
     def departed(self, departure: Departure) -> None:
         """A member ended without leaving: an engine starts another in its place."""
         member = departure.member
         self.note(f"{member.role} {member.index} (member {member.id}) is struck off")
-        if member.role == "worker" and self._restarts is not None:
-            self._starting += 1
-            self.agenda.at(self.agenda.now + START_S, self._rejoin, self._restarts, member.index)
-        elif member.role in ("server", "standby"):
-            self.agenda.at(self.agenda.now + START_S, self._start_host, member.index, "standby")
+        self.replacements.departed(departure)
+
+    def chosen(self, task: ChooseCheckpoint) -> str:
+        """With which checkpoint a generation begins."""
+        return self.generations.chosen(task)
+
+    def write_checkpoint(self) -> Later:
+        """Somebody wants a checkpoint of now."""
+        return self.generations.write()
 
     # ── as its processes see it ─────────────────────────────────────────────────────────────────
 
@@ -315,6 +358,7 @@ class World:
         for hears in self._told["answered"]:
             hears(member, call, answer)
         if isinstance(call.request, m.Register):
+            member.timeline.declared = True
             readers, self._readers = self._readers, []
             for program in readers:
                 self.join(program, role="observer")
@@ -329,12 +373,48 @@ class World:
         for hears in self._told["wakes"]:
             hears(member)
 
+    def read_ahead(self, member: Member, table: int, ids: Sequence[int]) -> None:
+        """It reads rows that came ahead."""
+        self.note(f"{member.name} reads rows {ids} that came ahead")
+        for hears in self._told["read_ahead"]:
+            hears(member, table, ids)
+
+    def collected(self, collector: TraceCollector, chunk: m.TraceChunk) -> None:
+        """A part of a trace is there."""
+        for hears in self._told["collected"]:
+            hears(collector, chunk)
+
+    def took_checkpoint(self, member: Member, path: str) -> None:
+        """It had one written."""
+        self.note(f"{member.name} is told of {path}")
+        for hears in self._told["took_checkpoint"]:
+            hears(member, path)
+
     def failed(self, member: Member, error: HeadwaterError) -> None:
         """Its program ended with an error: that is right where it was, or will be, declared dead."""
         self.note(f"{member.name} ends with {type(error).__name__}: {error}")
         known = self.coordinator.book.member(member.id) is not None and not member.is_cut_off()
         if known and not self.coordinator.lost:
             raise error
+        if self.generations.failed(member, error):
+            self.agenda.at(self.agenda.now + START_S, self.generations.take)
+        elif not self.coordinator.lost:
+            self.replacements.ended(member)
+
+    def timeline_of(self, generation: int, begins: str | None = None) -> Timeline:
+        """A generation of the log."""
+        return self.generations.of(generation, begins)
+
+    def host_joined(self, host: Host) -> None:
+        """A server or standby is a member."""
+        if host.role == "server":
+            host.timeline.declared |= bool(host.shard.vectors)
+            for hears in self._told["begins"]:
+                hears(host)
+
+    def host_parted(self, host: Host, error: HeadwaterError) -> None:
+        """It has lost its place."""
+        self.replacements.parted(host, error)
 
     def processed(self, host: Host, shard: WatchedShard, entry: m.AnyEntry) -> None:
         """An entry was processed."""
@@ -343,10 +423,10 @@ class World:
         for hears in self._told["processed"]:
             hears(host, shard, entry)
 
-    def prepared(self, shard: WatchedShard, resolved: MaterializedEntry) -> None:
+    def prepared(self, host: Host, shard: WatchedShard, resolved: MaterializedEntry) -> None:
         """What a standby must follow was collected."""
         for hears in self._told["prepared"]:
-            hears(shard, resolved)
+            hears(host, shard, resolved)
 
     def broke_protocol(self, member: int, connection_epoch: int, error: ProtocolError) -> None:
         """A member's connection ended with this: that is right only for one that nobody has any more."""
@@ -365,7 +445,10 @@ class World:
             hears()
 
 
-_EVENTS = ("processed", "prepared", "sends", "answered", "wakes", "took_snapshot", "happened", "over")
+_EVENTS = (
+    *("processed", "prepared", "sends", "answered", "wakes", "took_snapshot"),
+    *("collected", "read_ahead", "took_checkpoint", "begins", "happened", "over"),
+)
 
 
 def _who_hears(invariants: list[Invariant], event: str) -> list[Callable[..., None]]:

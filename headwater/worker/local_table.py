@@ -19,11 +19,12 @@ from headwater.kernels.ahead import compile_for_table
 from headwater.kernels.arrange import Ids, Plan, arrange, as_ids
 from headwater.loggers import logger
 from headwater.machines.row_buffer import RowBuffer, RowSlice
+from headwater.machines.rows_ahead import RowsAhead, same_ids
 from headwater.runtime.client import Client
 from headwater.spec.codecs import parse_row_codec
 from headwater.spec.declaration import table_difference
 from headwater.worker.model_spec import NonFinite, check_nonfinite
-from headwater.worker.pulls import Ahead, RowsAhead, pull_rows, pull_together, same_ids
+from headwater.worker.pulls import pull_rows, pull_together
 from headwater.worker.row_sums import RowSums
 from headwater.worker.rule_settings import RuleSettings
 
@@ -41,7 +42,7 @@ class LocalTable:
         buffer: where ids and rows of this worker's tables lie on their way.
         read_version: version of the rows last pulled; that of the worker before.
         settings: of its rule.
-        ahead: rows that came before they were asked for; wanted: ids whose rows the next step brings.
+        ahead: rows that came before they were asked for, and which the next step brings.
         pushed, sums: gradients that the next step carries: where they lie, or sums that more is added to.
         gradient_bytes: that the gradients of all steps so far take, as they are represented, without ids.
         nonfinite: what a gradient that is not finite does.
@@ -59,8 +60,7 @@ class LocalTable:
         self.nonfinite = nonfinite
         self.read_version = -1
         self.settings = RuleSettings(f"table {spec.name!r}", [spec.rule])
-        self.ahead = RowsAhead(session)
-        self.wanted: tuple[Ids, Plan] | None = None
+        self.ahead = RowsAhead()
         self.gradient_bytes = 0
         self._planned: deque[tuple[Ids, Plan]] = deque(maxlen=2)
         self.pushed: RowSlice | None = None
@@ -77,7 +77,7 @@ class LocalTable:
         """
         self.session.check_open("pull")
         given = self.asks(ids)
-        ahead = self.ahead.take(given)
+        ahead = self.ahead.take(given, self.session.version)
         if ahead is not None:
             self.read_version = ahead.version
             return ahead.plan, use(ahead.plan, ahead.rows)
@@ -97,8 +97,7 @@ class LocalTable:
     def asks(self, ids: Any) -> Ids:
         """`ids` as an array, which are about to be read, so that the next step need not bring them."""
         given = as_ids(ids)
-        if self.wanted is not None and same_ids(self.wanted[0], given):
-            self.wanted = None
+        self.ahead.asked(given)
         return given
 
     def bring(self, wanted: Sequence[tuple[LocalTable, Any]]) -> None:
@@ -202,11 +201,11 @@ class LocalTable:
     def take_staged(self) -> tuple[RowSlice | None, RowSlice | None, m.TableSetting | None, bool]:
         """What the next step pushes and brings, its settings, and whether it must be an empty turn."""
         pushed, skip = self._placed(), self._skip
-        wanted = None if self.wanted is None else self.buffer.take(self.wanted[1], self.dim)
+        plan = self.ahead.leaves()
+        wanted = None if plan is None else self.buffer.take(plan, self.dim)
         governs = self.settings.governs
         settings = [m.TableSetting(self.id, values, governs) for _, values in self.settings.take()]
         self.discard()
-        self.ahead.clear()
         self._skip = False
         return pushed, wanted, settings[0] if settings else None, skip
 
@@ -228,9 +227,7 @@ class LocalTable:
 
     def brought(self, place: RowSlice) -> None:
         """Note that a step brought the rows that `prefetch` wanted."""
-        assert self.wanted is not None
-        (given, _), self.wanted = self.wanted, None
-        self.ahead.put(Ahead(place.plan, given, self.buffer.rows(place).copy(), self.session.version))
+        self.ahead.brought(place.plan, self.buffer.rows(place).copy(), self.session.version)
 
     # ── registration ────────────────────────────────────────────────────────────────────────────────────
 

@@ -2,8 +2,7 @@
 
 Invariants:
 - Whatever is asked for together is of one version, on all servers.
-- Rows that came ahead are used once, for the ids that they were asked for, and only as long as they are of
-  the version of this worker's last answer: so a read never goes back behind what the worker has seen.
+- Which rows that came ahead may be used `headwater.machines.rows_ahead` says.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from headwater import messages as m
 from headwater.kernels.arrange import Ids, Plan, arrange
 from headwater.machines.current_read import is_large
 from headwater.machines.row_buffer import RowBuffer, RowSlice
+from headwater.machines.rows_ahead import Ahead
 from headwater.runtime.client import Client
 from headwater.wire.channel import Outgoing
 
@@ -29,64 +29,6 @@ Array = NDArray[np.float32]
 
 Asked = Sequence[tuple["LocalTable", Plan]]
 """Tables, each of which may be there several times, and the plans of the ids that are wanted of them."""
-
-_FEW = 2048
-"""Ids up to which comparing copies of their bytes is quicker than NumPy's comparison."""
-
-_GLANCE = 64
-"""Ids compared first: batches that differ nearly always differ there."""
-
-
-def same_ids(one: Ids, other: Ids) -> bool:
-    """Whether both have the same shape and ids."""
-    if one is other:
-        return True
-    if one.shape != other.shape:
-        return False
-    if one.size <= _FEW:
-        return one.tobytes() == other.tobytes()
-    return np.array_equal(one.ravel()[:_GLANCE], other.ravel()[:_GLANCE]) and np.array_equal(one, other)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Ahead:
-    """Rows that came before they were asked for: float32[u, dim] of a plan, as of `version`."""
-
-    plan: Plan
-    given: Ids
-    rows: Array
-    version: int
-
-
-class RowsAhead:
-    """Of one table: what came ahead, each for other ids."""
-
-    def __init__(self, session: Client) -> None:
-        self._session = session
-        self._there: list[Ahead] = []
-
-    def put(self, ahead: Ahead) -> None:
-        """These came."""
-        self._there.append(ahead)
-
-    def take(self, given: Ids) -> Ahead | None:
-        """The rows of these ids, once; None where there are none that are current."""
-        found = self.find(given)
-        if found is not None:
-            self._there.remove(found)
-        return found
-
-    def find(self, given: Ids) -> Ahead | None:
-        """As `take`, but leave them there."""
-        version = self._session.version
-        for one in self._there:
-            if one.version == version and same_ids(one.given, given):
-                return one
-        return None
-
-    def clear(self) -> None:
-        """Forget them all."""
-        self._there.clear()
 
 
 def pull_rows(
@@ -165,7 +107,7 @@ def pull_together(
 
     What all came ahead is there; otherwise they are pulled in one exchange. Raises as `Client.call`.
     """
-    there = _all_ahead(wanted)
+    there = _all_ahead(wanted, session.version)
     if there is None:
         asked = [(table, table.planned(given)) for table, given in wanted]
         rows = [np.empty((len(plan.ids), table.dim), dtype=np.float32) for table, plan in asked]
@@ -188,14 +130,14 @@ def pull_together(
     return there
 
 
-def _all_ahead(wanted: Sequence[tuple[LocalTable, Ids]]) -> list[Ahead] | None:
+def _all_ahead(wanted: Sequence[tuple[LocalTable, Ids]], version: int) -> list[Ahead] | None:
     """What came ahead for each of these, once; None where some did not, and all is left there."""
     there = []
     for table, given in wanted:
-        found = table.ahead.find(given)
+        found = table.ahead.find(given, version)
         if found is None:
             return None
         there.append(found)
     for (table, given), _ in zip(wanted, there, strict=True):
-        table.ahead.take(given)
+        table.ahead.take(given, version)
     return there

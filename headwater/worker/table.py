@@ -95,8 +95,7 @@ class Table:
         """
         self._session.check_open("prefetch")
         given, plan = self.local.plan(ids)
-        self.local.ahead.clear()
-        self.local.wanted = (given, plan) if len(plan.ids) else None
+        self.local.ahead.want(given, plan)
 
     def scan(self, batch: int = 65_536) -> Iterator[tuple[NDArray[np.int64], Array]]:
         """All rows as of one version: int64[n] ids and float32[n, dim], `batch` at a time, new arrays.

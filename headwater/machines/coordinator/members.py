@@ -238,7 +238,9 @@ class Members:
         state = self._state
         if generation != state.book.generation:
             return
-        if answer is None:
+        # A step of a worker that is gone may be in the log and not applied yet, as where a standby is slow:
+        # nobody goes on in its place before that is recorded.
+        if answer is None or any(state.book.member(id) is None for id in answer.enrolled):
             self.reading.unanswered()
             self._ask_again = state.now + AGAIN_S
             return

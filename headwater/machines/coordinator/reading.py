@@ -2,7 +2,7 @@
 
 What the log recorded of everybody's reading is server 0's to say, and takes a question: whatever depends on
 it waits here. An answer counts for what waited when the question was asked, never for what came later: the
-answer may be older than that.
+answer may be older than that. Nor does one count in which a worker that is gone may still take a step.
 
 - The book of leases is opened with what is recorded when the first worker asks: by then a restored server
   knows what is done, and so does one that went on while there was no coordinator.

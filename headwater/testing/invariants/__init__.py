@@ -1,8 +1,21 @@
 """What must hold, and how it is told that it does not."""
 
-from headwater.testing.invariants.always import ALWAYS
+from headwater.testing.invariants.always import ALWAYS, EachPortionOnce
 from headwater.testing.invariants.counted import COUNTED
 from headwater.testing.invariants.invariant import Invariant, Violation, explained
+from headwater.testing.invariants.rewinds import ENLISTED, REWOUND
+from headwater.testing.invariants.traced import TRACED
 from headwater.testing.invariants.views import FOLLOWED
 
-__all__ = ["ALWAYS", "COUNTED", "FOLLOWED", "Invariant", "Violation", "explained"]
+__all__ = [
+    "ALWAYS",
+    "COUNTED",
+    "ENLISTED",
+    "FOLLOWED",
+    "REWOUND",
+    "TRACED",
+    "EachPortionOnce",
+    "Invariant",
+    "Violation",
+    "explained",
+]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from headwater.log.norms import Node, norm, total
 from headwater.log.rda import coefficients
 from headwater.shard.gradient_sums import pair_products, squares, step_lengths
 from headwater.shard.merges import Merge
+from headwater.shard.snapshot import ModelSnapshot
 from headwater.shard.staging import Staging, Update
 from headwater.shard.vector import Vector
 from headwater.testing.processes.client import Floats
@@ -28,8 +30,24 @@ if TYPE_CHECKING:
     from headwater.testing.world import World
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What the steps added up to at one version, for a generation that begins with it.
+
+    `taken`: how many were applied; `lost`: whether any was late; `trained`: the trained model, if there.
+    """
+
+    version: int = 0
+    counts: Floats | None = None
+    rows: dict[int, tuple[int, int]] = field(default_factory=dict)
+    keeps: dict[int, bytes] = field(default_factory=dict)
+    taken: int = 0
+    lost: bool = False
+    trained: ModelSnapshot | None = None
+
+
 class Accounts:
-    """The log of a run of `workload`, entry by entry.
+    """The log of a generation of a run of `workload`, entry by entry, from what was `saved` on.
 
     Attributes:
         position: of the last entry read.
@@ -40,28 +58,33 @@ class Accounts:
         rows: version → what the rows of the table say, by id; of those that were deleted nothing.
         recalled: by (member, number of the exchange), what its rank had kept whenever that was served.
         requests: by (member, number of the exchange), what was asked.
+        saved: what a later generation may begin with, by the version of the checkpoint.
     """
 
-    def __init__(self, world: World, workload: Workload, kept: int = 4096) -> None:
+    def __init__(self, world: World, workload: Workload, begins: Saved = Saved(), kept: int = 4096) -> None:
         self.world = world
         self.workload = workload
         self.position = 0
-        self.version = 0
-        self.counts = np.zeros(2 * workload.ranks, np.float32)
-        self.at: dict[int, Floats] = {0: self.counts}
+        self.version = begins.version
+        self.counts = np.zeros(2 * workload.ranks, np.float32) if begins.counts is None else begins.counts
+        self.at: dict[int, Floats] = {self.version: self.counts}
         self.trained: dict[int, Floats] = {}
         self.applied: dict[tuple[int, int], int] = {}
         self.late: dict[tuple[int, int], int] = {}
         self.steps: dict[tuple[int, int], int] = {}
         self.decided: dict[int, int] = {}
         self.clocks: dict[int, int] = {}
-        self.rows: dict[int, dict[int, tuple[int, int]]] = {0: {}}
+        self.rows: dict[int, dict[int, tuple[int, int]]] = {self.version: begins.rows}
         self.recalled: defaultdict[tuple[int, int], set[bytes]] = defaultdict(set)
-        self.requests: dict[tuple[int, int], m.Request | m.Compare] = {}
+        self.requests: dict[tuple[int, int], m.Request | m.Compare | m.Store] = {}
+        self.saved: dict[int, Saved] = {}
+        self._begins = begins
         self._kept = kept
-        self._keeps: dict[int, bytes] = {}
+        self._keeps = dict(begins.keeps)
         self._carried: dict[int, tuple[int, ...]] = {}
-        self._vector: Vector | None = None
+        self._vector = None if begins.trained is None else Vector.restore(begins.trained, self.version)
+        if self._vector is not None:
+            self.trained[self.version] = self._vector.values.copy()
         self._phases: dict[type, Callable[[Any], None]] = {
             m.Activated: self._activated,
             m.Retired: lambda entry: self._inactive(entry.member),
@@ -72,6 +95,7 @@ class Accounts:
             m.Assigned: self._assigned,
             m.Late: self._came_late,
             m.Served: self._served,
+            m.Checkpointed: self._checkpointed,
         }
 
     def read(self, entry: m.AnyEntry) -> bool:
@@ -83,6 +107,16 @@ class Accounts:
         if read is not None:
             read(entry)
         return True
+
+    @property
+    def taken(self) -> int:
+        """How many steps were applied, those before the checkpoint that this began with included."""
+        return self._begins.taken + len(self.applied)
+
+    @property
+    def lost(self) -> bool:
+        """Whether a step came too late."""
+        return self._begins.lost or bool(self.late)
 
     def step_of(self, ticket: m.ExchangeId) -> tuple[int, int]:
         """The member and its step that an entry names."""
@@ -139,6 +173,18 @@ class Accounts:
             kept = self._keeps.get(self.rank_of(ticket.member), b"")
             self.recalled[ticket.member, ticket.number].add(kept)
 
+    def _checkpointed(self, entry: m.Checkpointed) -> None:
+        vector = self._vector
+        self.saved[self.version] = Saved(
+            self.version,
+            self.counts,
+            self.rows[self.version],
+            dict(self._keeps),
+            self.taken,
+            self.lost,
+            None if vector is None else vector.snapshot(),
+        )
+
     def _came_late(self, entry: m.Late) -> None:
         member, step = self.step_of(entry.ticket)
         self.late[member, step] = self.version
@@ -162,7 +208,7 @@ class Accounts:
 
     def _registered(self, entry: m.Registered) -> None:
         rule = self.workload.rule
-        if rule is not None and entry.name == "trained":
+        if rule is not None and entry.name == "trained" and self._vector is None:
             spec = self.workload.trained(rule)
             initial = Vector(spec, 0, 0, np.zeros(0, np.float32), 0)
             values = np.zeros(initial.layout.elements, np.float32)

@@ -28,7 +28,7 @@ class OneOrder(Invariant):
 
     def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
         """The first one says what the log is."""
-        log, versions = self.world.log, self.world.versions
+        log, versions = host.timeline.log, host.timeline.versions
         position = entry.position
         if position == len(log) + 1:
             log.append(entry)
@@ -47,7 +47,7 @@ class EqualReplicas(Invariant):
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        self._digests: dict[tuple[int, int], int] = {}
+        self._digests: dict[tuple[int, int, int], int] = {}
 
     def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
         """Compare with who was there before."""
@@ -55,7 +55,7 @@ class EqualReplicas(Invariant):
             self._compare(host, shard)
 
     def _compare(self, host: Host, shard: Shard) -> None:
-        place = shard.index, shard.position
+        place = host.timeline.generation, shard.index, shard.position
         own = digest(shard)
         if self._digests.setdefault(place, own) != own:
             self.fail(
@@ -98,17 +98,17 @@ class GrowingVersions(Invariant):
 class CurrentAnswers(Invariant):
     """Whatever is answered is of a version not older than any that a member knew when it was asked for.
 
-    So reads are linearizable: whoever asks after another was told sees it, also itself.
+    So reads are linearizable: whoever asks after another was told sees it, also itself. Of one generation.
     """
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        self._newest = 0
+        self._newest: dict[int, int] = {}
         self._asked: dict[Member, int] = {}
 
     def sends(self, member: Member, call: Call) -> None:
         """What has been told so far."""
-        self._asked[member] = self._newest
+        self._asked[member] = self._newest.get(member.timeline.generation, 0)
 
     def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
         """Against that."""
@@ -117,7 +117,8 @@ class CurrentAnswers(Invariant):
                 f"{member.name} is answered {call} with version {answer.version}, but version "
                 f"{self._asked[member]} had been told when it asked"
             )
-        self._newest = max(self._newest, answer.version)
+        generation = member.timeline.generation
+        self._newest[generation] = max(self._newest.get(generation, 0), answer.version)
 
 
 class QuietMemory(Invariant):
@@ -174,11 +175,25 @@ class NobodyWaitsForEver(Invariant):
         """Except where a shard was lost with all its copies."""
         if self.world.coordinator.lost:
             return
-        waiting = {
-            member.name: member.call for member in self.world.members if not member.ended and member.alive
-        }
+        waiting = {member.name: member.call for member in self.world.living() if member.waited_for}
         if waiting:
             self.fail(f"{waiting} wait for ever: {self.world.waits() or 'nobody is told why'}")
+
+
+class EachPortionOnce(Invariant):
+    """Each portion of an evaluation is in the log once; the sums that it adds up to its asker compares."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self._counted: dict[tuple[int, int, int], int] = {}
+
+    def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
+        """Whoever brought it, and however many computed it."""
+        if isinstance(entry, m.Counted):
+            portion = entry.done.portion
+            place = host.timeline.generation, portion.round, portion.index
+            if self._counted.setdefault(place, entry.position) != entry.position:
+                self.fail(f"{entry} counts a portion that entry {self._counted[place]} has counted")
 
 
 ALWAYS: tuple[type[Invariant], ...] = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,18 +18,20 @@ from headwater.testing.processes.client import Call, Floats
 from headwater.testing.workload import LEDGER, TRAINED
 
 if TYPE_CHECKING:
+    from headwater.testing.invariants.accounts import Accounts
     from headwater.testing.processes.host import Host
     from headwater.testing.processes.member import Member
     from headwater.testing.world import World
 
 
 class _Accounting(Invariant):
-    """Shares the accounts of its world."""
+    """Of a world whose members do what a workload says."""
 
-    def __init__(self, world: World) -> None:
-        super().__init__(world)
-        assert world.accounts is not None
-        self.accounts = world.accounts
+    def accounts(self, who: Host | Member) -> Accounts:
+        """Of the generation that this process is of."""
+        accounts = who.timeline.accounts
+        assert accounts is not None
+        return accounts
 
 
 class EachUpdateOnce(_Accounting):
@@ -37,32 +39,33 @@ class EachUpdateOnce(_Accounting):
 
     def sends(self, member: Member, call: Call) -> None:
         """A step begins."""
-        request = call.request
-        self.accounts.requests[member.id, request.number] = request
-        self.accounts.steps[member.id, request.number] = (
-            request.step if isinstance(request, m.Step) else member.steps
-        )
+        request, accounts = call.request, self.accounts(member)
+        accounts.requests[member.id, request.number] = request
+        step = request.step if isinstance(request, m.Step) else member.steps
+        accounts.steps[member.id, request.number] = step
 
     def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
         """Who decides the next step of a member, decides the one after its last."""
-        if entry.position <= self.accounts.position:
+        accounts = self.accounts(host)
+        if entry.position <= accounts.position:
             return
         tickets = entry.updates if isinstance(entry, m.Committed) else ()
         for ticket in (entry.ticket,) if isinstance(entry, m.Late) else tickets:
-            member, step = self.accounts.step_of(ticket)
-            last = self.accounts.decided.get(member, 0)
+            member, step = accounts.step_of(ticket)
+            last = accounts.decided.get(member, 0)
             if step != last + 1:
                 self.fail(
                     f"{entry} decides step {step} of {self.world.member(member).name} after step {last}"
                 )
-            self.accounts.decided[member] = step
-        self.accounts.read(entry)
+            accounts.decided[member] = step
+        accounts.read(entry)
 
     def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
         """It is where the answer says."""
         if answer.result is None or not isinstance(call.request, m.Step):
             return
-        known = self.accounts.applied if answer.result.applied else self.accounts.late
+        accounts = self.accounts(member)
+        known = accounts.applied if answer.result.applied else accounts.late
         version = known.get((member.id, call.request.step))
         if version is None or (answer.result.applied and version != answer.result.version):
             self.fail(
@@ -75,29 +78,30 @@ class ValuesOfTheirVersion(_Accounting):
 
     def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
         """In a copy of a shard."""
+        accounts = self.accounts(host)
         vector = shard.vectors.get(LEDGER)
-        if vector is not None and (wrong := self.accounts.difference(vector.values, shard.version)):
+        if vector is not None and (wrong := accounts.difference(vector.values, shard.version)):
             self.fail(f"{host.name}: {wrong}")
         trained = shard.vectors.get(TRAINED)
         if trained is not None:
-            self._compare(host.name, trained.values, trained.start, trained.stop, shard.version)
+            self._compare(host, trained.values, trained.start, trained.stop, shard.version)
 
     def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
         """In what a member reads."""
         window = member.windows.get(LEDGER)
         if window is not None and LEDGER in answer.values:
-            wrong = self.accounts.difference(window.parameters, answer.version)
+            wrong = self.accounts(member).difference(window.parameters, answer.version)
             if wrong:
                 self.fail(f"{member.name} reads: {wrong}")
         window = member.windows.get(TRAINED)
         if window is not None and TRAINED in answer.values:
-            self._compare(member.name, window.parameters, 0, len(window.parameters), answer.version)
+            self._compare(member, window.parameters, 0, len(window.parameters), answer.version)
 
-    def _compare(self, name: str, values: Floats, start: int, stop: int, version: int) -> None:
-        expected = self.accounts.trained.get(version)
+    def _compare(self, who: Host | Member, values: Floats, start: int, stop: int, version: int) -> None:
+        expected = self.accounts(who).trained.get(version)
         if expected is not None and values.tobytes() != expected[start:stop].tobytes():
             self.fail(
-                f"{name}: at version {version} the trained model has other bits than one process would get"
+                f"{who.name}: at version {version} the trained model has other bits than one process gets"
             )
 
 
@@ -106,16 +110,25 @@ class RowsOfTheirVersion(_Accounting):
 
     def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
         """The rows that it brought."""
-        expected = self.accounts.rows.get(answer.version)
-        if not call.rows or expected is None:
+        if call.rows:
+            self._compare(member, call.pulled, answer.version)
+
+    def read_ahead(self, member: Member, table: int, ids: Sequence[int]) -> None:
+        """Those that came before they were asked for are of the last answer's version too."""
+        self._compare(member, [(table, id) for id in ids], member.version)
+
+    def _compare(self, member: Member, read: Sequence[tuple[int, int]], version: int) -> None:
+        accounts = self.accounts(member)
+        expected = accounts.rows.get(version)
+        if expected is None:
             return
-        for table, id in call.pulled:
-            if table != self.accounts.workload.counted:
+        for table, id in read:
+            if table != accounts.workload.counted:
                 continue
             row = tuple(int(x) for x in member.rows[table, id])
             if row != expected.get(id, (0, 0)):
                 self.fail(
-                    f"{member.name} reads {row} of row {id} at version {answer.version}, the log has "
+                    f"{member.name} reads {row} of row {id} at version {version}, the log has "
                     f"{expected.get(id, (0, 0))}"
                 )
 
@@ -127,7 +140,7 @@ class KeptIsKnown(_Accounting):
         """As the log says."""
         if answer.recalled is None:
             return
-        kept = self.accounts.recalled[member.id, call.request.number]
+        kept = self.accounts(member).recalled[member.id, call.request.number]
         if answer.recalled.kept not in kept:
             self.fail(f"{member.name} is told that its rank keeps {answer.recalled.kept!r}, it kept {kept}")
 
@@ -141,7 +154,7 @@ class LateUpdatesAreNowhere(_Accounting):
 
     def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
         """Values are compared elsewhere: here, the version."""
-        if isinstance(entry, m.Late) and shard.version != self.world.versions[entry.position - 2]:
+        if isinstance(entry, m.Late) and shard.version != host.timeline.versions[entry.position - 2]:
             self.fail(f"{host.name} has version {shard.version} after {entry}")
 
     def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
@@ -156,15 +169,15 @@ class BoundedStaleness(_Accounting):
 
     def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
         """At the entry that answers it."""
-        sync = self.world.sync
-        if entry.position != self.accounts.position:
+        sync, accounts = self.world.sync, self.accounts(host)
+        if entry.position != accounts.position:
             return
         tickets: tuple[m.ExchangeId, ...] = ()
         if isinstance(entry, m.Committed):
             tickets = entry.answered
         elif isinstance(entry, m.Served) and entry.kind == "step":
             tickets = (entry.ticket,)
-        clocks = self.accounts.clocks
+        clocks = accounts.clocks
         for ticket in tickets:
             clock = clocks.get(ticket.member)
             if clock is None:
@@ -209,19 +222,20 @@ class CompleteRounds(_Accounting):
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        self._position = 0
+        self._positions: dict[int, int] = {}
 
     def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
         """A commit does not change who is active."""
+        generation = host.timeline.generation
         if (
             not self.world.sync.rounds
             or not isinstance(entry, m.Committed)
-            or entry.position <= self._position
+            or entry.position <= self._positions.get(generation, 0)
         ):
             return
-        self._position = entry.position
+        self._positions[generation] = entry.position
         took = {ticket.member for ticket in entry.updates}
-        active = set(self.accounts.clocks)
+        active = set(self.accounts(host).clocks)
         if not took <= active or not self._is_complete(took, active):
             self.fail(f"{entry} has the updates of members {sorted(took)}, active are {sorted(active)}")
 
@@ -239,15 +253,17 @@ class ConsistentCut(_Accounting):
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        self._inputs: dict[tuple[int, int], MaterializedEntry] = {}
-        self._doubles: dict[int, Shard] = {}
+        self._inputs: dict[tuple[int, int, int], MaterializedEntry] = {}
+        self._doubles: dict[tuple[int, int], Shard] = {}
 
     def took_snapshot(self, member: int, number: int, snapshot: ShardSnapshot) -> None:
         """Against the log; what is restored from it follows the same entries from now on."""
+        asked = self.world.member(member)
         ledger = next((model for model in snapshot.models if model.spec.name == "ledger"), None)
-        if ledger is not None and (wrong := self.accounts.difference(ledger.values, snapshot.version)):
+        if ledger is not None and (wrong := self.accounts(asked).difference(ledger.values, snapshot.version)):
             self.fail(f"the part of server {snapshot.index}: {wrong}")
-        self._doubles[snapshot.index] = Shard.restore(snapshot, self.world.sync.reduce)
+        place = asked.timeline.generation, snapshot.index
+        self._doubles[place] = Shard.restore(snapshot, self.world.sync.reduce)
 
     def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
         """All parts are there."""
@@ -264,19 +280,21 @@ class ConsistentCut(_Accounting):
                 f"{len(parts)} parts of positions and versions {places}, answered with {answer.version}"
             )
 
-    def prepared(self, shard: Shard, resolved: MaterializedEntry) -> None:
+    def prepared(self, host: Host, shard: Shard, resolved: MaterializedEntry) -> None:
         """What a standby is sent, a double will follow."""
-        if self.accounts.workload.checkpoints:
-            self._inputs[shard.index, resolved.inputs.entry.position] = resolved
+        if self.accounts(host).workload.checkpoints or self.world.disk is not None:
+            place = host.timeline.generation, shard.index, resolved.inputs.entry.position
+            self._inputs[place] = resolved
 
     def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
         """The double of this shard does the same; where no standby was sent its inputs, it ends."""
-        double = self._doubles.get(shard.index)
+        place = host.timeline.generation, shard.index
+        double = self._doubles.get(place)
         if double is None or entry.position != double.position + 1:
             return
-        resolved = self._inputs.get((shard.index, entry.position))
+        resolved = self._inputs.get((*place, entry.position))
         if resolved is None or resolved.inputs.entry != entry:
-            del self._doubles[shard.index]
+            del self._doubles[place]
             return
         # A standby that took over ships again, in the term that its new standby begins with.
         double.follow(owned(restamped(resolved, double.term)))
@@ -286,31 +304,37 @@ class ConsistentCut(_Accounting):
 
     def over(self) -> None:
         """At the end, once more."""
-        for index, double in self._doubles.items():
+        for place, double in self._doubles.items():
             for host in self.world.hosts:
                 shard = host.shard
-                same = host.alive and shard.index == index and shard.position == double.position
-                if same and digest(double) != digest(shard):
+                same = place == (host.timeline.generation, shard.index) and shard.position == double.position
+                if host.alive and same and digest(double) != digest(shard):
                     self.fail(f"a shard restored from a checkpoint differs from {host.name} at the end")
 
 
 class EverySample(_Accounting):
-    """What was to be read was read, and exactly once where nobody died, the coordinator included."""
+    """What was to be read was read: exactly once in parts of one's own, and in splits where nobody died, the
+    coordinator included."""
 
     def over(self) -> None:
         """By what the log recorded."""
-        workload, world = self.accounts.workload, self.world
-        if world.coordinator.lost or any(not member.ended for member in world.members):
+        world = self.world
+        accounts = world.generations.now.accounts
+        assert accounts is not None
+        workload = accounts.workload
+        if world.coordinator.lost or any(member.waited_for for member in world.living()):
             return
         recorded = world.shards[0].positions.recorded()
         if not workload.splits:
             done = {position.rank: place.done for position in recorded.last for place in position.places}
             wanted = dict.fromkeys(range(workload.ranks), workload.steps)
-            if done != wanted and not self.accounts.late:
+            if done != wanted and not accounts.lost:
                 self.fail(f"samples done by rank are {done}, expected {wanted}")
+            elif accounts.taken != workload.steps * workload.ranks and not accounts.lost:
+                self.fail(f"{accounts.taken} samples were read of {workload.steps * workload.ranks}")
             return
         deaths = any(member.dead for member in world.members) or world.coordinators > 1
-        taken = len(self.accounts.applied)
+        taken = accounts.taken
         if taken < workload.steps * workload.ranks or (
             not deaths and taken > workload.steps * workload.ranks
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from headwater import messages as m
@@ -13,6 +14,7 @@ from headwater.testing.processes.client import Call
 if TYPE_CHECKING:
     from headwater.testing.processes.host import Host
     from headwater.testing.processes.member import Member
+    from headwater.testing.processes.trace_recording import TraceCollector
     from headwater.testing.schedule import Schedule
     from headwater.testing.world import World
 
@@ -67,8 +69,20 @@ class Invariant:
     def took_snapshot(self, member: int, number: int, snapshot: ShardSnapshot) -> None:
         """A server took its part of a checkpoint."""
 
-    def prepared(self, shard: Shard, resolved: MaterializedEntry) -> None:
+    def prepared(self, host: Host, shard: Shard, resolved: MaterializedEntry) -> None:
         """A server has collected what its standby must follow."""
+
+    def begins(self, host: Host) -> None:
+        """A server has joined, with what it begins with."""
+
+    def read_ahead(self, member: Member, table: int, ids: Sequence[int]) -> None:
+        """A member reads rows that came before it asked for them, as of its last answer."""
+
+    def collected(self, collector: TraceCollector, chunk: m.TraceChunk) -> None:
+        """A part of a trace is there."""
+
+    def took_checkpoint(self, member: Member, path: str) -> None:
+        """A member had one written, and it is on disk."""
 
     def happened(self) -> None:
         """Something happened, anywhere; called after each."""

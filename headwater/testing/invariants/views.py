@@ -26,9 +26,9 @@ class ViewsOfTheirVersion(Invariant):
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        self._values: dict[tuple[int, int], Floats] = {}
-        self._rows: dict[tuple[int, int], dict[int, bytes]] = {}
-        self._recorded: dict[int, m.DataProgress] = {}
+        self._values: dict[tuple[int, int, int], Floats] = {}
+        self._rows: dict[tuple[int, int, int], dict[int, bytes]] = {}
+        self._recorded: dict[tuple[int, int], m.DataProgress] = {}
         self._shown: dict[int, tuple[Slot, Version]] = {}
 
     def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
@@ -36,11 +36,11 @@ class ViewsOfTheirVersion(Invariant):
         repeats = isinstance(entry, m.Served) and entry.kind == "publish"
         if not (repeats or isinstance(entry, m.Published)):
             return
-        place = shard.index, entry.position
+        place = shard.index, host.timeline.generation, entry.position
         self._values[place] = shard.vectors[LEDGER].values.copy()
         snapshot = shard.tables[ROWS].snapshot(shard.version)
         self._rows[place] = _by_id(snapshot.ids, snapshot.values)
-        self._recorded[entry.position] = shard.positions.recorded()
+        self._recorded[host.timeline.generation, entry.position] = shard.positions.recorded()
 
     def happened(self) -> None:
         """A newer version may be shown."""
@@ -79,7 +79,7 @@ class ViewsOfTheirVersion(Invariant):
         copy = slot.copy
         rows: dict[int, bytes] = {}
         for server, (start, stop) in enumerate(copy.layouts[LEDGER].cut(copy.servers)):
-            place = server, copy.position
+            place = server, version.generation, copy.position
             if place not in self._values:
                 self.fail(f"{version} is shown as of entry {copy.position}, where nothing was copied")
             if not np.array_equal(copy.vectors[LEDGER][start:stop], self._values[place]):
@@ -90,7 +90,7 @@ class ViewsOfTheirVersion(Invariant):
             self.fail(
                 f"{version} has rows {sorted(*scanned)}, the servers had {sorted(rows)}, or other values"
             )
-        if copy.recorded != self._recorded[copy.position]:
+        if copy.recorded != self._recorded[version.generation, copy.position]:
             self.fail(f"{version} has other positions in the data than the log")
 
 

@@ -22,10 +22,11 @@ from headwater.machines.connections import Frame, Outgoing
 from headwater.machines.exchange import AnyAnswer
 from headwater.machines.model_buffer import ModelBuffer
 from headwater.machines.row_buffer import RowBuffer, RowSlice
+from headwater.machines.rows_ahead import RowsAhead
 from headwater.spec.layout import Layout
 from headwater.testing.processes.memory import ScratchArray, WindowArrays
 
-Asked: TypeAlias = "Call | SendAhead | AwaitAnswer | Question"
+Asked: TypeAlias = "Call | SendAhead | AwaitAnswer | Question | Rest | WriteNow"
 
 Program: TypeAlias = Callable[["Client"], Generator[Asked, Any, Any]]
 """What a member does: given its client, yields calls."""
@@ -84,7 +85,7 @@ class Call:
         expects: the class of the answers.
     """
 
-    request: m.Request | m.Compare
+    request: m.Request | m.Compare | m.Store
     frame: Callable[[int, int], Outgoing] | None = None
     place: Callable[[int, Any], Sequence[Any]] | None = None
     brought: Callable[[m.Answer], None] | None = None
@@ -110,6 +111,16 @@ class AwaitAnswer:
 
 
 @dataclass(frozen=True)
+class Rest:
+    """Do nothing for a while."""
+
+
+@dataclass(frozen=True)
+class WriteNow:
+    """Have the cluster write a checkpoint; its path, once it is on disk."""
+
+
+@dataclass(frozen=True)
 class Question:
     """To the coordinator; its answer is Leased or Unleased. `lease` None: to wait on, when told to."""
 
@@ -124,7 +135,8 @@ class Client:
         id: of its membership, 0 before it has one; rank: -1 for readers.
         number, steps, version: of the last exchange, step and answer; meetings: begun so far.
         windows: its models, by id; tables: dim of each table, by id.
-        rows: what was last pulled, by (table, id).
+        rows: what was last pulled, by (table, id). ahead: by table, rows that came before they were asked
+            for.
         recorded: where the log had its rank, when it joined.
         late_steps: those whose gradients the next step carries again.
         memory: where rows lie on their way; `scratch`: what servers are told of it.
@@ -138,6 +150,7 @@ class Client:
         self.windows: dict[int, Window] = {}
         self.tables: dict[int, int] = {}
         self.rows: dict[tuple[int, int], Floats] = {}
+        self.ahead: dict[int, RowsAhead] = {}
         self.recorded: m.Position | None = None
         self._shares = shares
         self._staged: dict[int, set[str]] = {}
@@ -151,6 +164,11 @@ class Client:
         self.machine = machine
         self.memory = ScratchArray(self._shares)
         self.scratch = RowBuffer(machine, self.memory)
+
+    @property
+    def is_declared(self) -> bool:
+        """Whether there is a model to read; after everything has begun anew there may be none yet."""
+        return True
 
     # ── calls to yield ──────────────────────────────────────────────────────────────────────────
 
@@ -191,21 +209,21 @@ class Client:
         read: bool | tuple[int, ...] = True,
         settings: Iterable[m.Setting] = (),
         step: int | None = None,
-        pulled: Mapping[int, NDArray[np.int64]] | None = None,
         position: m.Position | None = None,
         weight: float = 1.0,
         pace: m.Pace | None = None,
         kept: bytes | None = None,
     ) -> Call:
-        """What was pushed leaves; `step` other than the next one is a repeat, or an error.
-
-        `pulled`: by table the ids whose rows come with the answer, to `rows`.
-        """
+        """What was pushed leaves; `step` other than the next one is a repeat, or an error."""
         if step is None:
             self.steps += 1
         carried = {id: self.windows[id].layout.mask(names) for id, names in self._staged.items()}
         pushed, self._staged_rows = self._staged_rows, {}
-        places = {table: self._taken(table, ids) for table, ids in (pulled or {}).items()}
+        places = {
+            table: self.scratch.take(plan, self.tables[table])
+            for table, ahead in self.ahead.items()
+            if (plan := ahead.leaves()) is not None
+        }
         self._staged = {}
         for id, mask in carried.items():
             self.windows[id].buffer.take(mask)
@@ -247,9 +265,25 @@ class Client:
 
         def brought(answer: m.Answer) -> None:
             self._read_rows(places)
+            for table, place in places.items():
+                self.ahead[table].brought(place.plan, self.scratch.rows(place).copy(), answer.version)
             self.scratch.reset()
 
         return Call(request, frame, place, brought, bool(pushed or places), _wanted(places))
+
+    def prefetch(self, table: int, ids: NDArray[np.int64]) -> None:
+        """Have the next step bring these rows."""
+        self.ahead.setdefault(table, RowsAhead()).want(ids, arrange(ids, self.machine.servers))
+
+    def read_ahead(self, table: int, ids: NDArray[np.int64]) -> bool:
+        """Whether rows that came ahead may be read; they are in `rows` then. Else they are to be pulled."""
+        kept = self.ahead.setdefault(table, RowsAhead())
+        kept.asked(ids)
+        ahead = kept.take(ids, self.version)
+        if ahead is not None:
+            ids = ahead.plan.ids
+            self.rows.update({(table, int(id)): row for id, row in zip(ids, ahead.rows, strict=True)})
+        return ahead is not None
 
     def _taken(self, table: int, ids: NDArray[np.int64]) -> RowSlice:
         return self.scratch.take(arrange(ids, self.machine.servers), self.tables[table])
@@ -362,9 +396,13 @@ class Client:
         """Go for good."""
         return Call(m.Leave(self._next()))
 
-    def checkpoint(self) -> Call:
-        """Have every server take a snapshot."""
-        return Call(m.Checkpoint(self._next()))
+    def checkpoint(self, at: int = 0) -> Call:
+        """Have every server take a snapshot, at this version or later."""
+        return Call(m.Checkpoint(self._next(), at))
+
+    def store(self, directory: str, generation: int, version: int) -> Call:
+        """Have every server write its part of a checkpoint."""
+        return Call(m.Store(self._next(), directory, generation, version), expects=m.Stored)
 
     def lease(self, call: int, epochs: int, size: int, batch: int, pending: int) -> Question:
         """Ask for the next split of a call that all workers make."""

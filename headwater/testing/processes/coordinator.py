@@ -9,14 +9,16 @@ from typing import Any, Protocol
 from headwater.machines.actions import Action, Tell
 from headwater.machines.coordinator import (
     CheckAddresses,
+    ChooseCheckpoint,
     CoordinatorMachine,
     CoordinatorRecord,
     Ended,
     Identity,
+    WriteCheckpoint,
 )
 from headwater.machines.roster import Departure, RosterBook
 from headwater.spec.cluster import ClusterConfig
-from headwater.testing.processes.machine_driver import MachineDriver, Node
+from headwater.testing.processes.machine_driver import Later, MachineDriver, Node
 from headwater.testing.processes.network import End, Network
 from headwater.testing.processes.times import ANSWER_S
 
@@ -30,6 +32,12 @@ class Surroundings(Protocol):
 
     def departed(self, departure: Departure) -> None:
         """A member ended without leaving."""
+
+    def chosen(self, task: ChooseCheckpoint) -> str:
+        """Path of the checkpoint that a generation begins with; "" for none."""
+
+    def write_checkpoint(self) -> Later:
+        """Begin to write a checkpoint of now; its path, later."""
 
     def coordinator_dies(self) -> None:
         """Its process ends here and now."""
@@ -52,9 +60,10 @@ class Coordinator(Node):
         world: Surroundings,
         settings: ClusterConfig,
         record: CoordinatorRecord | None = None,
+        enlists: bool = False,
     ) -> None:
         self.machine = CoordinatorMachine(
-            settings, IDENTITY, network.agenda.now, record=record, answer_s=ANSWER_S
+            settings, IDENTITY, network.agenda.now, record=record, enlists=enlists, answer_s=ANSWER_S
         )
         super().__init__(network, NAME)
         self.driver = MachineDriver(self, self.machine, waits=self.machine.is_waited_for)
@@ -88,8 +97,13 @@ class Coordinator(Node):
             self.lost = event.refusal.reason if event.refusal is not None else "training has finished"
 
     def perform(self, task: Any) -> Any:
-        """Everybody is reached."""
+        """Everybody is reached; checkpoints are the world's."""
+        if isinstance(task, ChooseCheckpoint):
+            return self._world.chosen(task)
+        if isinstance(task, WriteCheckpoint):
+            return self._world.write_checkpoint()
         assert isinstance(task, CheckAddresses)
+        return None
 
     def dies(self, undone: Sequence[Action]) -> None:
         """Between two actions. Whoever starts processes sees their ends without being told."""

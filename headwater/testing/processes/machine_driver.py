@@ -54,6 +54,13 @@ class Unpacking(Protocol):
     def unpack(self, conn: Conn, message: m.AnyMessage, given: list[Any]) -> Any: ...
 
 
+class Later:
+    """What comes of a task that takes its time; whoever does it says it to `then`."""
+
+    def __init__(self) -> None:
+        self.then: Callable[[Any], None] = lambda result: None
+
+
 class Node(Process):
     """A process that runs machines, and what it does for them."""
 
@@ -70,7 +77,7 @@ class Node(Process):
         raise AssertionError(f"{self.name} keeps nothing, and was given {record}")
 
     def perform(self, task: Any) -> Any:
-        """What comes of a task; it may raise an error of Headwater's."""
+        """What comes of a task, or `Later`; it may raise an error of Headwater's."""
         return task()
 
     def broke_protocol(self, driver: MachineDriver, conn: Conn, error: HeadwaterError) -> None:
@@ -320,12 +327,18 @@ class MachineDriver:
             self.connect(end, dial.tag)
 
     def _perform(self, perform: Perform) -> None:
-        machine = cast(Performing, self._machine)
         try:
             result: Any = self.node.perform(perform.task)
         except HeadwaterError as error:
             result = error
-        self.do(lambda now: machine.performed(perform.tag, result, now))
+        if isinstance(result, Later):
+            result.then = lambda found: self._soon(self._performed, perform.tag, found)
+        else:
+            self._performed(perform.tag, result)
+
+    def _performed(self, tag: str, result: Any) -> None:
+        machine = cast(Performing, self._machine)
+        self.do(lambda now: machine.performed(tag, result, now))
 
 
 _STOPS = {Pause, Close, HandOver}

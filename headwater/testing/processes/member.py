@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from headwater import messages as m
 from headwater.errors import ConnectionLostError, HeadwaterError
@@ -16,17 +20,32 @@ from headwater.machines.actions import Actions, Conn, Send
 from headwater.machines.client import Asked, ClientMachine, Failed, Settled
 from headwater.machines.client import Call as Exchange
 from headwater.machines.connections import Connected, Frame, Renewal
-from headwater.machines.membership import Joined
+from headwater.machines.membership import Joined, TraceAsked
 from headwater.machines.split_request import SplitAnswer
 from headwater.testing.processes import coordinator
-from headwater.testing.processes.client import AwaitAnswer, Call, Client, Program, Question, SendAhead
+from headwater.testing.processes.asker import Asker
+from headwater.testing.processes.client import (
+    AwaitAnswer,
+    Call,
+    Client,
+    Program,
+    Question,
+    Rest,
+    SendAhead,
+    WriteNow,
+)
 from headwater.testing.processes.machine_driver import MachineDriver, Node
 from headwater.testing.processes.network import End, Network
 from headwater.testing.processes.times import START_S
+from headwater.testing.processes.trace_recording import ToldEvents
+from headwater.testing.timeline import Timeline
 
 
 class World(Protocol):
     """What a member tells the world."""
+
+    def timeline_of(self, generation: int, begins: str | None = None) -> Timeline:
+        """A generation of the log."""
 
     def joined(self, member: Member) -> None:
         """It knows its id now."""
@@ -43,6 +62,12 @@ class World(Protocol):
     def wakes(self, member: Member) -> None:
         """Between two exchanges, its program goes on."""
 
+    def read_ahead(self, member: Member, table: int, ids: Sequence[int]) -> None:
+        """It reads rows that came ahead."""
+
+    def took_checkpoint(self, member: Member, path: str) -> None:
+        """It had one written."""
+
     def failed(self, member: Member, error: HeadwaterError) -> None:
         """Its program ended with an error."""
 
@@ -57,6 +82,8 @@ class Member(Client, Node):
         role, wanted: as what it joins, and with which rank (None: the next free one).
         call: its last one; outstanding: whether that is without an answer.
         ended: its program is over; `value` is what it returned. dead: it was killed.
+        timeline: the generation that it is of.
+        waited_for: whether the run is over only once its program is.
     """
 
     def __init__(
@@ -71,9 +98,12 @@ class Member(Client, Node):
         wanted: int | None = None,
         shares: bool = True,
         thinks_s: float = 0.0,
+        waited_for: bool = True,
     ) -> None:
         Node.__init__(self, network, name)
         self.world = world
+        self.waited_for = waited_for
+        self.timeline = world.timeline_of(0)
         self.role, self.wanted = role, wanted
         self._join = m.Join(role, wanted, self.pid, "here")
         Client.__init__(self, self._machine(), shares=shares)
@@ -83,6 +113,10 @@ class Member(Client, Node):
         self.value: Any = None
         self._program = program(self)
         self._begun = self._ahead = False
+        self._recorder = ToldEvents(
+            self, lambda told: self.driver.do(lambda now: self.machine.membership.tell(told))
+        )
+        self._asked = 0
         self._outcome: Any = None
         self._chance = chance
         self._thinks_s = thinks_s
@@ -96,6 +130,11 @@ class Member(Client, Node):
     def connection_epoch(self) -> int:
         """Of its connections."""
         return self.machine.connections.epoch
+
+    @property
+    def is_declared(self) -> bool:
+        """Whether there is a model to read."""
+        return self.timeline.declared
 
     def is_cut_off(self) -> bool:
         """Whether it is no member any more, whether it knows that or not."""
@@ -158,12 +197,15 @@ class Member(Client, Node):
         elif isinstance(event, Joined):
             welcome = event.welcome
             self.id, self.rank, self.recorded = welcome.member.id, welcome.member.index, welcome.position
+            self.timeline = self.world.timeline_of(welcome.generation)
             self.world.joined(self)
         elif isinstance(event, Connected):
             self._connected()
         elif isinstance(event, Renewal):
             for buffer in self.machine.connections.buffers:
                 buffer.renew()
+        elif isinstance(event, TraceAsked):
+            self._recorder.obey(event.asked)
         elif isinstance(event, Failed):
             self._failed(event.error)
 
@@ -217,6 +259,13 @@ class Member(Client, Node):
         else:
             self._fail(error)
 
+    def read_ahead(self, table: int, ids: NDArray[np.int64]) -> bool:
+        """As a client does."""
+        found = super().read_ahead(table, ids)
+        if found:
+            self.world.read_ahead(self, table, ids.tolist())
+        return found
+
     def lose(self) -> None:
         """Have its connections break, here and now, as if it had found one broken."""
         links = list(self.machine.connections.links)
@@ -251,6 +300,11 @@ class Member(Client, Node):
             self._ask(call)
         elif isinstance(call, AwaitAnswer):
             self._finish()
+        elif isinstance(call, Rest):
+            self._go_on_with(self.machine.membership.error)
+        elif isinstance(call, WriteNow):
+            self._asked += 1
+            Asker(self.network, f"{self.name} asks #{self._asked}", self._hear_of_checkpoint)
         elif isinstance(call, SendAhead):
             self._ahead = True
             exchange = self._exchange(call.call)
@@ -300,6 +354,11 @@ class Member(Client, Node):
             if not isinstance(reply, m.Unleased) or reply.over:
                 self.machine.splits.taken()
             self._go_on_with(reply)
+
+    def _hear_of_checkpoint(self, outcome: str | HeadwaterError) -> None:
+        if self.alive and isinstance(outcome, str):
+            self.world.took_checkpoint(self, outcome)
+        self._go_on_with(outcome)
 
     def _go_on_with(self, outcome: Any) -> None:
         self._outcome = outcome

@@ -17,17 +17,19 @@ from headwater.machines.memory import Bytes, CheckpointPlace, Given, ScratchPart
 from headwater.messages import PartRecord
 from headwater.shard import Staging
 from headwater.shard.snapshot import ShardSnapshot
+from headwater.testing.processes.disk import Disk
 
 _LINE = 64
 
 
 class SharedArrays:
-    """A `ServerMemory`; `shared`: whether memory travels at all."""
+    """A `ServerMemory`; `shared`: whether memory travels at all; `disk`: where checkpoints go."""
 
     smallest_chunk = 512
 
-    def __init__(self, shared: bool) -> None:
+    def __init__(self, shared: bool, disk: Disk | None = None) -> None:
         self._shared = shared
+        self._disk = disk
 
     def shares(self, conn: Conn) -> bool:
         """Whether memory can travel over this connection."""
@@ -64,7 +66,9 @@ class SharedArrays:
         return chunk
 
     def write_part(self, place: CheckpointPlace, snapshot: ShardSnapshot) -> PartRecord:
-        """Nothing is written."""
+        """To the simulated disk, where there is one."""
+        if self._disk is not None:
+            self._disk.put(place, snapshot)
         return PartRecord(snapshot.index, (), ())
 
 

@@ -179,6 +179,12 @@ class End:
         if join is None or request or buffers or descriptors or not self._way.joins(frame, join):
             self._way.put(frame)
 
+    def give(self, process: Process) -> None:
+        """It is another process's from now on, as where one becomes the other."""
+        self.process.ends.discard(self)
+        self.process = self._way.source = process
+        process.ends.add(self)
+
     def close(self) -> None:
         """Say and hear no more; the other end hears what was sent, and that this is all. Idempotent."""
         if self.closed:
@@ -203,12 +209,12 @@ class End:
 class _Way:
     """From one end to the other."""
 
-    __slots__ = ("_agenda", "_chance", "_frames", "_last", "_mean", "_network", "_source", "_target")
+    __slots__ = ("_agenda", "_chance", "_frames", "_last", "_mean", "_network", "_target", "source")
 
     def __init__(self, network: Network, source: Process, target: End, stream: str) -> None:
         self._network = network
         self._agenda = network.agenda
-        self._source = source
+        self.source = source
         self._target = target
         self._chance = random.Random(stream)
         self._mean = self._chance.choice(network.speeds)
@@ -217,7 +223,7 @@ class _Way:
 
     def earliest(self) -> float:
         """When what is sent now leaves: one that is stopped in the middle of something says it later."""
-        now, until = self._agenda.now, self._source.stopped_until
+        now, until = self._agenda.now, self.source.stopped_until
         return until if until > now else now
 
     def joins(self, frame: Frame, join: Join) -> bool:
@@ -246,13 +252,13 @@ class _Way:
         network, target = self._network, self._target
         until = target.process.stopped_until
         if network.parted:
-            until = max(until, network.parted_until(self._source, target.process))
+            until = max(until, network.parted_until(self.source, target.process))
         if until > self._agenda.now and target.process.alive:
             self._agenda.at(until, self._arrive)
             return
         frame = self._frames.popleft()
         if network.on_delivery is not None and frame.message is not None and target.process.alive:
-            network.on_delivery(self._source, target.process, frame.message)
+            network.on_delivery(self.source, target.process, frame.message)
         target.arrived(frame)
 
     def lose(self, chance: random.Random) -> None:
