@@ -13,6 +13,7 @@ from headwater.spec.stages import STAGES
 COLOURS = ("#2f81f7", "#e3893b", "#3fb37f", "#b07cd8", "#d9b13b", "#4fc3d9", "#e06c8a", "#8a97a5")
 _STAGE_COLOURS = dict(zip(STAGES, ("#4fc3d9", "#3fb37f", "#d9b13b", "#b07cd8", "#2f81f7"), strict=True))
 _TEXT, _LINE = "#8793a1", "#8793a133"
+_SECONDS = {"formatter": "{value} s", "color": _TEXT, "hideOverlap": True}
 _SHOWN = 300
 """Points that a curve is drawn with at most."""
 
@@ -43,9 +44,7 @@ def pace(points: Sequence[CurvePoint]) -> dict[str, Any]:
     """Steps a second of all workers over the time of the page."""
     data = [[round(one.time, 1), round(one.steps_per_s, 2)] for one in _thinned(points)]
     return _frame(
-        xAxis=_axis(
-            "value", min="dataMin", max="dataMax", axisLabel={"formatter": "{value} s", "color": _TEXT}
-        ),
+        xAxis=_axis("value", min="dataMin", max="dataMax", axisLabel=_SECONDS),
         yAxis=_axis("value", min=0),
         series=[_line("steps/s", data, filled=True)],
     )
@@ -67,9 +66,7 @@ def metrics(points: Sequence[CurvePoint]) -> dict[str, Any]:
         for name in names
     ]
     return _frame(
-        xAxis=_axis(
-            "value", min="dataMin", max="dataMax", axisLabel={"formatter": "{value} s", "color": _TEXT}
-        ),
+        xAxis=_axis("value", min="dataMin", max="dataMax", axisLabel=_SECONDS),
         yAxis=_axis("value", scale=True),
         series=series,
     )
@@ -83,13 +80,14 @@ def exposed(moment: Moment) -> dict[str, Any]:
             "name": stage,
             "type": "bar",
             "stack": "all",
+            "barMaxWidth": 28,
             "itemStyle": {"color": _STAGE_COLOURS[stage]},
             "data": [round(seconds[stage], 3) for _, seconds in ranks],
         }
         for stage in STAGES
     ]
     return _frame(
-        xAxis=_axis("value", axisLabel={"formatter": "{value} s", "color": _TEXT}),
+        xAxis=_axis("value", axisLabel=_SECONDS),
         yAxis=_axis("category", data=[f"worker {rank}" for rank, _ in ranks]),
         series=series,
     )
