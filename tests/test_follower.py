@@ -182,7 +182,7 @@ def test_a_read_that_cannot_be_young_enough_says_why(training):
         held = follower.pin()
         training.step()
         with pytest.raises(StalledError, match=r"1 versions behind, max_behind is 0.*1 versions pinned"):
-            follower.pin(deadline=0.5)
+            follower.pin(deadline=2)
         held.close()
 
 

@@ -122,7 +122,7 @@ def test_a_listener_that_never_answers_is_given_up_in_time():
             with pytest.raises(
                 ConnectionLostError, match="no answer to the handshake in time: is it a Headwater"
             ):
-                dial(address, timeout=0.1, security=security)
+                dial(address, timeout=0.5, security=security)
 
 
 # ── eavesdroppers and men in the middle ─────────────────────────────────────────────────────────
