@@ -75,7 +75,7 @@ def test_a_schedule_run_again_is_the_same_run_message_by_message(mode):
 
 def test_schedules_have_something_of_everything():
     schedules = [random_schedule("async", seed, Faults()) for seed in range(100)]
-    results = [run(schedule) for schedule in schedules]
+    results = [run(schedule) for schedule in schedules[:60]]
     done = {type(fault) for result in results for fault in result.faults}
     assert done == {Crash, Stop, Cut, Partition}
     nodes = {fault.node for result in results for fault in result.faults if isinstance(fault, Crash)}
@@ -161,8 +161,8 @@ class NothingIsDropped(Invariant):
 
 
 def test_a_mode_of_ones_own_is_explored_like_any_other():
-    assert explore(Pairs(wanted=1000), 60).schedules == 60  # everybody's updates: like `sync`
-    assert explore(Pairs(wanted=1000), 20, rule=Adam()).schedules == 20
+    assert explore(Pairs(wanted=1000), 20).schedules == 20  # everybody's updates: like `sync`
+    assert explore(Pairs(wanted=1000), 10, rule=Adam()).schedules == 10
 
 
 def test_a_mode_that_lets_everybody_wait_for_ever_is_found_and_shrunk_to_nothing():

@@ -52,23 +52,35 @@ NOTICED = {"NobodyWaitsForEver", "ProtocolError", "AssertionError", "KeyError"}
 """Servers and members themselves find it impossible, or nothing goes on."""
 
 
+@pytest.fixture(autouse=True)
+def _shrinks(long):
+    """Only with --long is what was found shrunk, which takes most of the time."""
+    SHRINKS[:] = [long]
+
+
+SHRINKS = [False]
+
+
 def found(mode, **fixed):
     """The violation that 200 schedules find; what is printed of it makes it happen again."""
     # Little is left to chance that costs time and shows nothing of these: rules, checkpoints, meetings.
-    plain = {"rule": None, "checkpoints": 0, "meets": 0, "readers": 0, **fixed}
-    with pytest.raises(Violation) as caught:
-        explore(mode, 200, **plain)
-    violation = caught.value
+    plain = {"rule": None, "checkpoints": 0, "meets": 0, "readers": 0, "rewinds": 0, "traces": 0, **fixed}
+    if SHRINKS == [False]:
+        violation = found_by_default(mode, **plain)
+    else:
+        with pytest.raises(Violation) as caught:
+            explore(mode, 200, **plain)
+        violation = caught.value
     assert violation.schedule is not None
     assert f"run({violation.schedule}" in str(violation)
     return violation
 
 
-def found_by_default(mode, **fixed):
+def found_by_default(mode, faults=None, **fixed):
     """As `found`, with whatever chance says of all else; it is not shrunk."""
     for seed in range(200):
         try:
-            run(random_schedule(mode, seed, Faults(), **fixed))
+            run(random_schedule(mode, seed, faults or Faults(), **fixed))
         except Violation as violation:
             return violation
     raise AssertionError("none of 200 schedules finds it")

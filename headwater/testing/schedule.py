@@ -10,7 +10,7 @@ from typing import Any
 from headwater.errors import ConfigurationError
 from headwater.spec.rules import Adam, Rule
 from headwater.spec.sync import Mode, parse_sync
-from headwater.testing.faults import Cut, Fault, Faults
+from headwater.testing.faults import Fault, Faults
 from headwater.testing.invariants import Invariant
 
 _STEP_S, _REST_S = 0.03, 0.12
@@ -145,7 +145,7 @@ def random_schedule(sync: str | Mode, seed: int, faults: Faults, **fixed: Any) -
         "ahead": chance.random() < 0.3,
         "verifies": chance.random() < 0.5,
         "spares": random.Random(f"{seed} spares").choice((*[0] * 10, 1, 2)),
-        "rewinds": random.Random(f"{seed} rewinds").choice((*[0] * 13, 1, 2, 4)),
+        "rewinds": random.Random(f"{seed} rewinds").choice((*[0] * 14, 2, 4)),
         "asks": random.Random(f"{seed} asks").random() < 0.5,
         "traces": random.Random(f"{seed} traces").choice((*[0] * 14, 1, 2)),
         "program": _program(seed, fixed),
@@ -186,6 +186,6 @@ def with_faults(schedule: Schedule, faults: Faults, chance: random.Random) -> Sc
     )
     if schedule.program == "portions":  # who asks keeps what it asked for in its process
         asker = f"worker {schedule.workers - 1}"
-        planned = tuple(one for one in planned if isinstance(one, Cut) or asker not in str(one))
+        planned = tuple(one for one in planned if asker not in str(one))
     both = sorted((*planned, *of_followers), key=lambda fault: fault.at)
     return dataclasses.replace(schedule, faults=tuple(both))
