@@ -3,7 +3,8 @@
 import pytest
 
 from headwater import messages as m
-from headwater.log.sequencer import ROOM, Sequencer
+from headwater.log.sequencer import Sequencer
+from headwater.log.snapshot_schedule import ROOM
 from headwater.log.state import LogState
 from headwater.machines.roster import RosterBook
 from headwater.spec.sync import parse_sync

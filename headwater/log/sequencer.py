@@ -22,7 +22,7 @@ Stages of an exchange (`log/pending.py`), with what moves it from one to the nex
     ARRIVING ── the last server holds it ──→ COMPLETE ── its answer's entry is written ──→ IDLE
     COMPLETE ──→ DECLARING   a registration, until the lowest active rank has declared the model
              ──→ MEETING     a barrier, sum, gather or broadcast, until all workers are at the same one
-             ──→ SCHEDULED   a checkpoint or publication, until its version is reached (and there is room)
+             ──→ SCHEDULED   a checkpoint or publication, when its version is reached (`snapshot_schedule.py`)
              ──→ WORKING     work on vectors, until it is measured or evaluated (`log/evaluations.py`)
              ──→ ASKING      a worker that computes portions, until there is one for it
              ──→ RESUMING    a step after its worker's last batch, until nobody is active      ──→ READY
@@ -69,19 +69,16 @@ from headwater.log.pending import (
     MEETING,
     READY,
     RESUMING,
-    SCHEDULED,
     WORKING,
     PendingExchange,
     ids,
 )
 from headwater.log.recovery import find
+from headwater.log.snapshot_schedule import SnapshotSchedule
 from headwater.log.state import UNFINISHED, LogState
 from headwater.log.waits import Waits
 from headwater.log.writer import LogWriter
 from headwater.spec.sync import Mode
-
-ROOM = 2
-"""Followers that servers keep a publication for at a time; the others wait."""
 
 
 class Sequencer:
@@ -119,7 +116,8 @@ class Sequencer:
         self._now = 0.0
         self._writer = LogWriter(servers, self.standings)
         self._pending = self._writer.pending
-        self._steps = Committer(self._writer, sync, enough=self._enough, committed=self._take_snapshots)
+        self._snapshots = SnapshotSchedule(self._writer)
+        self._steps = Committer(self._writer, sync, enough=self._enough, committed=self._snapshots.take_ready)
         self._evaluations = Evaluations(self._writer)
         self._on_held: dict[str, Callable[[PendingExchange], None]] = {
             "register": self._register,
@@ -142,9 +140,9 @@ class Sequencer:
             "end": self._end,
             "stop": self._stop,
             "leave": self._leave,
-            "checkpoint": self._schedule,
+            "checkpoint": self._snapshots.schedule,
             "verify": self._serve,
-            "publish": self._schedule,
+            "publish": self._snapshots.schedule,
             "taken": self._serve,
         }
 
@@ -324,7 +322,7 @@ class Sequencer:
         if self.standings.started:
             self._writer.write(m.Assigned(self._writer.next, self.version + 1, exchange.id))
             self._writer.done(exchange)
-            self._take_snapshots()
+            self._snapshots.take_ready()
 
     def _meet(self, exchange: PendingExchange) -> None:
         assert exchange.held is not None
@@ -363,10 +361,6 @@ class Sequencer:
         assert exchange.held is not None
         finished = exchange.held.name != UNFINISHED
         self._remove(exchange, "it left" if finished else f"it left {UNFINISHED}", exchange.id, finished)
-
-    def _schedule(self, exchange: PendingExchange) -> None:
-        self._pending.move(exchange, SCHEDULED)
-        self._take_snapshots()
 
     # ── membership ──────────────────────────────────────────────────────────────────────────────
 
@@ -412,7 +406,7 @@ class Sequencer:
             self._steps.commit_ready(self._now)
             self._steps.release()
             self._evaluations.settle()
-            self._take_snapshots()
+            self._snapshots.take_ready()
             for exchange in self._pending.at(DECLARING):
                 if exchange.stage is DECLARING:  # the one before it may have declared for it
                     self._register(exchange)
@@ -422,42 +416,12 @@ class Sequencer:
                 self._end_meeting()
             if self._pending.all_wait() and self.due is None and not self._writer.measures and self._enough():
                 self._fail_stalled()
-        self._take_snapshots()  # a follower that has received its publication, or is gone, leaves room
+        self._snapshots.take_ready()  # a follower that has received its publication, or is gone, leaves room
         return self._writer.take()
 
     def _enough(self) -> bool:
         """Whether enough workers are present to train."""
         return self._pending.present + len(self.standings.finished) >= self._min_workers
-
-    def _take_snapshots(self) -> None:
-        """At the first version that each who asked for one waits for."""
-        ready: list[PendingExchange] = []
-        for exchange in self._pending.at(SCHEDULED):
-            assert exchange.held is not None
-            if self.version < int(exchange.held.name or 0):
-                continue
-            if exchange.held.kind == "publish":
-                ready.append(exchange)
-            else:
-                self._writer.write(m.Checkpointed(self._writer.next, exchange.id))
-                self._writer.done(exchange)
-        if ready:
-            self._publish(ready)
-
-    def _publish(self, ready: list[PendingExchange]) -> None:
-        """To as many followers as servers have room for; those who have waited for longest come first.
-
-        Workers do not wait for followers.
-        """
-        room = ROOM - len(self.standings.receiving())
-        chosen = [exchange for exchange in ready if exchange.rank >= 0]
-        others = [exchange for exchange in ready if exchange.rank < 0]
-        others.sort(key=lambda exchange: (exchange.since, exchange.member))
-        chosen += others[: max(0, room)]
-        if chosen:
-            self._writer.write(m.Published(self._writer.next, ids(chosen)))
-            for exchange in chosen:
-                self._writer.done(exchange)
 
     def _end_meeting(self) -> None:
         """All wait, nobody is active: end the meeting that all are in, or let the rest resume.
@@ -490,7 +454,7 @@ class Sequencer:
             self._writer.write(m.Met(self._writer.next, ids(workers), number, version, totals))
             for exchange in workers:
                 self._writer.done(exchange)
-            self._take_snapshots()
+            self._snapshots.take_ready()
 
     def _fail_stalled(self) -> None:
         """Everybody waits and nothing followed: nothing will, unless a rank comes back that is needed."""
