@@ -199,7 +199,7 @@ class Desk:
             conn = self.hello(id, term=2)
             gradients, parameters = np.zeros(PAGE, np.float32), np.zeros(PAGE, np.float32)
             if window:
-                self.says(conn, m.Register(1, SPEC, m.WindowSpec(0, 0)), given=[gradients, parameters])
+                self.says(conn, m.Register(1, SPEC, m.WindowSpec(0)), given=[gradients, parameters])
             else:
                 self.says(conn, m.Register(1, SPEC, None), buffers=[parameters])
             conns.append(conn)

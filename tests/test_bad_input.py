@@ -554,7 +554,7 @@ def _broken_requests():
         msgspec.structs.replace(step, settings=(m.Setting(7, 0, {"lr": 1.0}),)),
     )
     yield "attach to an unknown model", m.Attach(1, 7, None)
-    yield "a window without descriptor", m.Attach(1, 0, m.WindowSpec(1, 8192))
+    yield "a window without descriptor", m.Attach(1, 0, m.WindowSpec(8192))
     yield "a message no member sends", m.Entries(())
     yield "a barrier of an observer", m.Meet(1, "barrier", {})
     yield "a step of an observer", step
@@ -575,7 +575,7 @@ def test_a_request_that_breaks_the_protocol_ends_its_connection_only(cluster, wo
 def test_a_window_that_is_not_as_large_as_it_claims_ends_its_connection_only(cluster, worker, model, claim):
     window = Window(1024)
     with _Attacker(cluster) as attacker:
-        assert attacker.is_hung_up_on(m.Attach(1, 0, m.WindowSpec(1, claim)), descriptors=[window.descriptor])
+        assert attacker.is_hung_up_on(m.Attach(1, 0, m.WindowSpec(claim)), descriptors=[window.descriptor])
     window.release()
     assert (model.pull()["w"] == 1).all()
 
@@ -584,7 +584,7 @@ def test_a_descriptor_that_is_no_window_ends_its_connection_only(cluster, worker
     (tmp_path / "file").write_bytes(bytes(8192))
     descriptor = os.open(tmp_path / "file", os.O_RDWR)
     with _Attacker(cluster) as attacker:
-        assert attacker.is_hung_up_on(m.Attach(1, 0, m.WindowSpec(1, 8192)), descriptors=[descriptor])
+        assert attacker.is_hung_up_on(m.Attach(1, 0, m.WindowSpec(8192)), descriptors=[descriptor])
     os.close(descriptor)
     assert (model.pull()["w"] == 1).all()
 

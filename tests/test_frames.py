@@ -24,7 +24,7 @@ REGISTER = messages.Register(
             messages.RuleSpec("SGD", {"lr": 0.5, "nesterov": True, "note": None}),
         ),
     ),
-    window=messages.WindowSpec(generation=2, size=8192),
+    window=messages.WindowSpec(size=8192),
 )
 FRAME = encode(REGISTER, request=9, payload_length=123, flags=1)
 

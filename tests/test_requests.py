@@ -33,7 +33,7 @@ def with_table(shares=True):
     desk.says(conn, m.RegisterTable(2, TABLE))
     scratch = np.zeros(1 << 12, np.uint8)
     if shares:
-        desk.says(conn, m.Scratch(m.WindowSpec(0, len(scratch))), given=[scratch])
+        desk.says(conn, m.Scratch(m.WindowSpec(len(scratch))), given=[scratch])
     return desk, conn, scratch
 
 
@@ -136,7 +136,7 @@ def test_a_renewed_window_takes_the_place_of_the_older_one():
     desk, _, (gradients, parameters) = one()
     fresh = [gradients.copy(), parameters.copy()]
     fresh[0][:3] = 4
-    conn = renewed(desk, m.Renew(0, m.WindowSpec(0, 0)), fresh)
+    conn = renewed(desk, m.Renew(0, m.WindowSpec(0)), fresh)
     desk.says(conn, step(2))
     assert fresh[1][:3].tolist() == [4, 4, 4]
     assert not parameters.any()
@@ -170,7 +170,7 @@ def test_a_model_that_was_never_given_memory_gets_a_private_buffer():
 @pytest.mark.parametrize(
     ("message", "given", "why"),
     [
-        (m.Register(2, SPEC, m.WindowSpec(0, 0)), [], "a window came as 0 arrays"),
+        (m.Register(2, SPEC, m.WindowSpec(0)), [], "a window came as 0 arrays"),
         (m.Register(2, SPEC, None), [1], "without a window came with a descriptor"),
         (m.Renew(7, None), [], "there is no model 7"),
         (m.Attach(2, 7, None), [], "there is no model 7"),

@@ -27,7 +27,7 @@ class ModelMemory(Protocol):
 
     Attributes:
         shared: whether others can be given it.
-        generation: counts `renew`. size: bytes, of both. descriptors: what travels to give it to others.
+        size: bytes, of both. descriptors: what travels to give it to others.
     """
 
     @property
@@ -36,8 +36,6 @@ class ModelMemory(Protocol):
     def parameters(self) -> Array: ...
     @property
     def shared(self) -> bool: ...
-    @property
-    def generation(self) -> int: ...
     @property
     def size(self) -> int: ...
     @property
@@ -54,7 +52,6 @@ class PrivateMemory:
     """A `ModelMemory` that is not shared."""
 
     shared = False
-    generation = 0
     size = 0
     descriptors = ()
 
@@ -215,7 +212,7 @@ class ModelBuffer:
     def _window(self, shared: bool) -> tuple[m.WindowSpec | None, Sequence[Any]]:
         if not shared or not self.memory.shared:
             return None, ()
-        return m.WindowSpec(self.memory.generation, self.memory.size), self.memory.descriptors
+        return m.WindowSpec(self.memory.size), self.memory.descriptors
 
     def _runs(self, server: int, mask: bytes, memory: Array) -> tuple[tuple[m.Run, ...], list[Array]]:
         if self._is_shared(server):

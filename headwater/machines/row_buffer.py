@@ -161,7 +161,7 @@ class RowBuffer:
         if not shared or not self._scratch.shared or self._given.get(server, 0) == generation:
             return None
         self._given[server] = generation
-        window = m.WindowSpec(generation, len(self._scratch.memory))
+        window = m.WindowSpec(len(self._scratch.memory))
         return Frame(m.Scratch(window), (), self._scratch.descriptors)
 
     def _is_shared(self, server: int) -> bool:

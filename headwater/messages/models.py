@@ -69,7 +69,6 @@ class TableSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A descriptor that travels with the message: a window of `size` bytes, laid out as the message says."""
 
-    generation: int
     size: int
 
 

@@ -126,14 +126,14 @@ class QuietMemory(Invariant):
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
-        self._left: dict[Member, list[tuple[Window, int, Floats, Floats]]] = {}
+        self._left: dict[Member, list[tuple[Window, Floats, Floats]]] = {}
         self._rows: dict[Member, tuple[int, Bytes]] = {}
 
     def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
         """From here on nobody may."""
         if self.world.shares:
             self._left[member] = [
-                (window, window.generation, window.gradients.copy(), window.parameters.copy())
+                (window, window.gradients.copy(), window.parameters.copy())
                 for window in member.windows.values()
             ]
             scratch = member.memory
@@ -141,7 +141,7 @@ class QuietMemory(Invariant):
 
     def wakes(self, member: Member) -> None:
         """Until the program goes on."""
-        for window, _, gradients, parameters in self._left.pop(member, ()):
+        for window, gradients, parameters in self._left.pop(member, ()):
             same = np.array_equal(window.gradients, gradients, equal_nan=True)
             if not same or not np.array_equal(window.parameters, parameters, equal_nan=True):
                 self.fail(f"the memory of {member.name} was touched while it had no exchange outstanding")

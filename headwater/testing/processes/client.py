@@ -48,11 +48,6 @@ class Window:
         self.buffer = ModelBuffer(machine, spec, self.memory)
 
     @property
-    def generation(self) -> int:
-        """Counts how often the memory was renewed."""
-        return self.memory.generation
-
-    @property
     def gradients(self) -> Floats:
         """float32[elements]."""
         return self.memory.gradients

@@ -79,7 +79,6 @@ class WindowArrays:
         self.gradients = np.zeros(elements, np.float32)
         self.parameters = np.zeros(elements, np.float32)
         self.shared = shared
-        self.generation = 0
 
     @property
     def size(self) -> int:
@@ -95,7 +94,6 @@ class WindowArrays:
         """As `ModelMemory.renew`, but at other addresses; what is not shared nobody else ever has."""
         if self.shared:
             self.gradients, self.parameters = self.gradients.copy(), self.parameters.copy()
-            self.generation += 1
 
     def release(self) -> None:
         """Nothing is to be given back."""
