@@ -192,3 +192,18 @@ def _remove(hooks: list[RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()
     hooks.clear()
+
+
+def check_frozen(worker: Worker, frozen: Parameters) -> None:
+    """Refuse to go on where a parameter is to be trained that was frozen when its optimizer was made.
+
+    Raises:
+        UsageError: there is one that no other optimizer trains; names it.
+    """
+    for name, parameter in frozen.items():
+        if parameter.requires_grad and not is_bound(worker, parameter):
+            raise UsageError(
+                f"parameter {name!r} needs a gradient now, but was frozen when the DistributedOptimizer "
+                f"was made and would not be trained: make the optimizer while it needs one and freeze it "
+                f"afterwards, or make another DistributedOptimizer for it with another name"
+            )

@@ -18,6 +18,7 @@ from headwater.loggers import logger
 from headwater.spec.rules import Rule
 from headwater.spec.schedules import Schedule
 from headwater.spec.settings import field_types
+from headwater.worker.model import Model
 from headwater.worker.rule_settings import RuleSettings
 
 _log = logger("headwater.torch")
@@ -208,3 +209,28 @@ def plain(value: Any) -> Any:
 
 def _described(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def send_settings(model: Model, known: Sequence[ParameterGroup], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Have the next step carry what somebody changed in torch's groups of a model."""
+    settings = model.local.settings
+    for one, group in zip(known, groups, strict=False):
+        if one.index is not None:
+            changes = one.take_changes(group, settings, _what(model, one.index))
+            if changes:
+                model.set(group=one.index, **changes)
+
+
+def show_settings(model: Model, known: Sequence[ParameterGroup], groups: Sequence[dict[str, Any]]) -> None:
+    """Have torch's groups of a model show what the servers used."""
+    settings = model.local.settings
+    for one, group in zip(known, groups, strict=False):
+        if one.index is not None:
+            settings.first = None
+            one.arrived(group, settings, _what(model, one.index))
+
+
+def _what(model: Model, group: int) -> str:
+    """A group, for messages."""
+    of = f"group {group} of " if len(model.local.settings.rules) > 1 else ""
+    return f"{of}model {model.name!r}"

@@ -23,9 +23,10 @@ from headwater.messages import StepResult
 from headwater.spec.amounts import shown as told
 from headwater.spec.amounts import text, whole
 from headwater.spec.rules import Rule
-from headwater.torch.binding import Binding, is_bound
+from headwater.torch.binding import Binding, check_frozen
 from headwater.torch.buffers import BufferMode, SharedBuffers, check_mode
-from headwater.torch.groups import make_groups, shown
+from headwater.torch.groups import make_groups, send_settings, show_settings, shown
+from headwater.torch.optimizer_arguments import check_arguments, check_periods
 from headwater.torch.parameters import BoundParameter, find_parameters, tied_names, wait_for_copies
 from headwater.torch.saved_state import RULE, UPDATES, to_tensors
 from headwater.torch.saved_state import read as read_saved
@@ -113,7 +114,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         nonfinite: NonFinite = "raise",
     ) -> None:
         module = getattr(module, "_orig_mod", module)  # what torch.compile wraps: names must not depend on it
-        _check_arguments(worker, module)
+        check_arguments(worker, module)
         check_mode(buffers)
         check_nonfinite(nonfinite)
         clip_norm = check_clip_norm(clip_norm)
@@ -127,7 +128,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if groups is not None and not isinstance(groups, list | tuple):
             raise ConfigurationError(f"groups must be a list of dicts as torch's, got {told(groups)}")
         name = text("name", name)
-        self._accumulates = _check_periods(worker, rule, push_every, pull_every)
+        self._accumulates = check_periods(worker, rule, push_every, pull_every)
         trained = find_parameters(module)
         self._every = [one for one, _ in module.named_parameters()]
         self._frozen = {one: p for one, p in module.named_parameters() if not p.requires_grad}
@@ -354,28 +355,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return False
 
     def _send_settings(self) -> None:
-        for known, group in zip(self._groups, self.param_groups, strict=False):
-            if known.index is not None:
-                assert self._model is not None
-                changes = known.take_changes(group, self._model.local.settings, self._what(known.index))
-                if changes:
-                    self._model.set(group=known.index, **changes)
+        if self._model is not None:
+            send_settings(self._model, self._groups, self.param_groups)
         self._tables.send_settings(self.param_groups[len(self._groups) :])
 
     def _show_settings(self) -> None:
         """Have `param_groups` show what the servers used."""
-        for known, group in zip(self._groups, self.param_groups, strict=False):
-            if known.index is not None:
-                assert self._model is not None
-                self._model.local.settings.first = None
-                known.arrived(group, self._model.local.settings, self._what(known.index))
+        if self._model is not None:
+            show_settings(self._model, self._groups, self.param_groups)
         self._tables.show_settings(self.param_groups[len(self._groups) :])
-
-    def _what(self, group: int) -> str:
-        """A group, for messages."""
-        assert self._model is not None
-        of = f"group {group} of " if len(self._model.local.settings.rules) > 1 else ""
-        return f"{of}model {self._model.name!r}"
 
     # ── steps on the local copy (DistBelief) ────────────────────────────────────────────────────
 
@@ -493,54 +481,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._tables.check()
         if self._binding is not None:
             self._binding.check(self)
-        self._check_frozen()
-
-    def _check_frozen(self) -> None:
-        """Refuse to go on where a parameter is to be trained that was frozen when this was made.
-
-        Raises:
-            UsageError: there is one that no other optimizer trains; names it.
-        """
-        for name, parameter in self._frozen.items():
-            if parameter.requires_grad and not is_bound(self._worker, parameter):
-                raise UsageError(
-                    f"parameter {name!r} needs a gradient now, but was frozen when the DistributedOptimizer "
-                    f"was made and would not be trained: make the optimizer while it needs one and freeze it "
-                    f"afterwards, or make another DistributedOptimizer for it with another name"
-                )
-
-
-def _check_arguments(worker: Any, module: Any) -> None:
-    """Raise ConfigurationError unless these are a worker and a module; says what to pass."""
-    if not isinstance(worker, Worker):
-        raise ConfigurationError(
-            f"DistributedOptimizer takes the worker first, got {type(worker).__name__}: pass "
-            f"DistributedOptimizer(worker, module, rule)"
-        )
-    if not isinstance(module, torch.nn.Module):
-        raise ConfigurationError(
-            f"DistributedOptimizer takes the module itself, got {type(module).__name__}: pass "
-            f"DistributedOptimizer(worker, net, rule) where torch's optimizers take net.parameters(); "
-            f"parameters with settings of their own go into groups=[{{'params': …, 'lr': …}}]"
-        )
-
-
-def _check_periods(worker: Worker, rule: Rule | None, push_every: int, pull_every: int) -> bool:
-    """Whether there are steps on the local copy alone.
-
-    Raises:
-        ConfigurationError: the periods are impossible, here or at all.
-    """
-    if push_every == pull_every == 1:
-        return False
-    if worker.mode.rounds:
-        raise ConfigurationError(
-            f"push_every={push_every}, pull_every={pull_every} need sync='async' or 'ssp:N': synchronous "
-            f"workers have one version, which local steps would leave"
-        )
-    if not hasattr(rule, "lr"):
-        raise ConfigurationError(f"push_every and pull_every need a rule with lr, got {rule!r}")
-    return True
+        check_frozen(self._worker, self._frozen)
 
 
 def _before_first_forward(module: torch.nn.Module, optimizer: DistributedOptimizer) -> RemovableHandle:
