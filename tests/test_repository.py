@@ -229,6 +229,28 @@ def test_one_name_is_one_thing():
     assert not {name: shared_classes[name] for name in shared_classes.keys() - set(SHARED_CLASSES.split())}
 
 
+LONGEST = 500
+"""Lines of a module: whoever opens one reads all of it. Most have fewer than 150."""
+
+LONG_MODULES = {
+    "worker/worker.py": "all that a user calls of a worker; two fifths are docstrings, and methods hand on",
+    "machines/server.py": "one machine: each message to a server, and what couples its parts",
+    "machines/fan_out.py": "one machine: each message between the holder of a copy and its readers",
+    "runtime/client.py": "one thread's exchanges: sending, waiting and repeating share what is under way",
+    "runtime/pump.py": "the threads of one node, whose order of locks is seen as a whole",
+    "shard/state.py": "one state machine: a method for each kind of entry",
+}
+"""Modules that are longer, and why they are one idea all the same. None is added for want of a seam."""
+
+
+def test_no_module_is_so_long_that_nobody_reads_it():
+    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in _modules()}
+    long = {name for name, lines in lengths.items() if lines > LONGEST}
+    assert not long - LONG_MODULES.keys(), "split it where one idea ends and another begins"
+    assert not LONG_MODULES.keys() - long, "it need not be named any more"
+    assert max(lengths.values()) < 700
+
+
 def test_no_decision_reads_a_clock_that_can_jump():
     """Dates are written into manifests, certificates and what is exported; everything that waits counts
     monotonic seconds."""
