@@ -260,6 +260,14 @@ def test_no_decision_reads_a_clock_that_can_jump():
         assert not jumps or path.name in dates or path.parent.name == "bench", (path, jumps)
 
 
+def test_the_page_on_architecture_names_modules_that_exist_and_few_for_one_gradient():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?!headwater/)[a-z_]+/[a-z_/]*(?:\.py)?)`", page))
+    assert not {name for name in named if not (PACKAGE / name).exists()}
+    walk = page[page.index("## One exchange") : page.index("## A read")]
+    assert 15 < len(set(re.findall(r"`([a-z_]+/[a-z_]*(?:\.py)?)`", walk))) < 25
+
+
 def test_importing_headwater_loads_neither_torch_nor_ray_nor_jax_nor_the_compiler():
     code = "import sys, headwater; print([m for m in ('torch', 'ray', 'jax', 'numba') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
