@@ -238,7 +238,6 @@ LONG_MODULES = {
     "machines/fan_out.py": "one machine: each message between the holder of a copy and its readers",
     "runtime/client.py": "one thread's exchanges: sending, waiting and repeating share what is under way",
     "runtime/pump.py": "the threads of one node, whose order of locks is seen as a whole",
-    "shard/state.py": "one state machine: a method for each kind of entry",
 }
 """Modules that are longer, and why they are one idea all the same. None is added for want of a seam."""
 

@@ -275,7 +275,7 @@ def test_entries_that_were_trimmed_before_they_were_read_are_an_error(redis):
         stream.read("trimmed", ids[1], 9)
     assert [event.value["id"] for event in stream.read("trimmed", ids[3], 9)] == [4, 5, 6, 7]
     client.delete("trimmed")
-    with pytest.raises(DataError, match="exists no more"):
+    with pytest.raises(DataError, match="no longer exists"):
         stream.read("trimmed", ids[4], 9)
     stream.close()
     gone = hw.data.RedisStream("unix:///nowhere/redis", "a")

@@ -85,7 +85,7 @@ class RedisStream:
         if not client.exists(key):
             if offset == BEGINNING:
                 return 0
-            raise DataError(f"stream {key!r} at {self.url} was read up to {offset}, and exists no more")
+            raise DataError(f"stream {key!r} at {self.url} was read up to {offset}, and no longer exists")
         about = client.xinfo_stream(key)
         return int(about["entries-added"]) - int(about["length"])
 

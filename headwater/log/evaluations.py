@@ -16,7 +16,7 @@ from headwater.log.writer import LogWriter
 
 
 class Evaluations:
-    """For a sequencer."""
+    """Writes the entries of work on vectors and of portions."""
 
     def __init__(self, writer: LogWriter) -> None:
         self._writer = writer

@@ -186,12 +186,12 @@ class Sequencer:
 
     @property
     def version(self) -> int:
-        """Of the last commit."""
+        """The number of the last commit."""
         return self.standings.version
 
     @property
     def position(self) -> int:
-        """Of the last entry; the first is 1."""
+        """The number of the last entry; the first is 1."""
         return self.standings.position
 
     @property
@@ -474,7 +474,7 @@ class Sequencer:
     # ── what a person sees ──────────────────────────────────────────────────────────────────────
 
     def waits(self) -> dict[int, str]:
-        """For each member that waits, by id: for what and for whom."""
+        """For what and for whom each member waits that does, by its id."""
         return Waits(
             self._pending,
             self.standings,

@@ -18,7 +18,7 @@ ROOM = 2
 
 
 class SnapshotSchedule:
-    """For a sequencer."""
+    """Keeps what was asked for, and writes its entry when its version is reached."""
 
     def __init__(self, writer: LogWriter) -> None:
         self._writer = writer

@@ -53,7 +53,7 @@ class Metric:
 
     @property
     def exposed_name(self) -> str:
-        """As it is scraped."""
+        """The name that scrapers see."""
         return f"{self.name}_total" if self.kind == "counter" else self.name
 
 

@@ -107,7 +107,7 @@ class Vector:
 
     @property
     def rules(self) -> list[Rule]:
-        """Of each parameter group."""
+        """The rule of each parameter group."""
         return self.governed.rules
 
     def declared(self, spec: ModelSpec) -> str:

@@ -85,5 +85,5 @@ def _check_text(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:  # a lone surrogate, as names of files may have
         raise ConfigurationError(
-            f"{where}: {text!r} cannot be encoded as UTF-8, and so not travel"
+            f"{where}: {text!r} cannot be encoded as UTF-8, so it cannot travel"
         ) from error

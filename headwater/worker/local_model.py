@@ -42,7 +42,7 @@ class Adapter(Protocol):
 
 
 class LocalModel:
-    """Of one worker. Not thread-safe.
+    """One worker's side of a model. Not thread-safe.
 
     Attributes:
         name, spec, layout: as registered.
@@ -87,7 +87,7 @@ class LocalModel:
 
     @property
     def id(self) -> int:
-        """Of the model; -1 until servers know it."""
+        """The model's number in the cluster; -1 until servers know it."""
         return self.buffer.id
 
     # ── staged gradients ────────────────────────────────────────────────────────────────────────────────
@@ -134,7 +134,7 @@ class LocalModel:
         self.staged |= {name for name, keep in zip(names, kept, strict=True) if keep}
 
     def checked(self, values: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-        """As arrays of the tensors' shapes. Raises GradientError."""
+        """Values as arrays of the tensors' shapes. Raises GradientError."""
         if not isinstance(values, Mapping):
             raise GradientError(
                 f"model {self.name!r} takes a dict of tensor names and arrays, got a {type(values).__name__}"

@@ -35,7 +35,7 @@ Used = TypeVar("Used")
 
 
 class LocalTable:
-    """Of one worker. Not thread-safe.
+    """One worker's side of a table. Not thread-safe.
 
     Attributes:
         name, dim, spec: as registered; id: -1 until servers know it.
@@ -44,7 +44,7 @@ class LocalTable:
         settings: of its rule.
         ahead: rows that came before they were asked for, and which the next step brings.
         pushed, sums: gradients that the next step carries: where they lie, or sums that more is added to.
-        gradient_bytes: that the gradients of all steps so far take, as they are represented, without ids.
+        gradient_bytes: bytes that the gradients of all steps so far take, without ids.
         nonfinite: what a gradient that is not finite does.
     """
 

@@ -35,7 +35,7 @@ def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 class LoggedMetrics:
-    """Of one worker.
+    """Keeps what one worker logs.
 
     Attributes:
         newest: value of each metric, by name.

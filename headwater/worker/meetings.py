@@ -54,7 +54,7 @@ class Gathered(dict[str, list[NDArray[Any]]]):
 
 
 class Meetings:
-    """Of one worker.
+    """Takes one worker to its meetings with the others.
 
     Args:
         before: what to do before this worker waits for others. after: what to do once it has.

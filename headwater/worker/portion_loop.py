@@ -68,7 +68,7 @@ class PortionCarrier:
 
 
 def minimise(model: Model, method: LBFGS, count: int, backup: bool) -> Report:
-    """From the present parameters, with evaluations in `count` portions; blocks until it has ended."""
+    """Minimise from the present parameters, with evaluations in `count` portions; blocks until done."""
     carrier = PortionCarrier(model, count, backup)
     carrier.create([named(name) for name in vectors(method.history_size)])
     return LBFGSRun(carrier).step(method)

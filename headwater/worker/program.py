@@ -33,7 +33,7 @@ class Calls(Protocol):
 
 
 class Program:
-    """Of one incarnation, which `recalled` tells what the log knows of its rank.
+    """Follows the program of one incarnation; `recalled` tells it what the log knows of its rank.
 
     Attributes:
         restarted: an earlier incarnation of this rank has taken part.

@@ -22,20 +22,20 @@ class WorkerStatistics:
 
     Attributes:
         rank: which worker it is.
-        steps: that it has finished.
-        skipped: steps that were empty turns because a gradient was not finite.
-        version: of the last answer, in commits.
-        samples: that its `batches` have handed out.
+        steps: how many it has finished.
+        skipped: how many of them were empty turns because a gradient was not finite.
+        version: that of the last answer, in commits.
+        samples: how many its `batches` have handed out.
         waiting: seconds spent in exchanges with the servers.
         elapsed: seconds since it joined.
-        sent, received: bytes over its connections to the servers; memory that is shared is none.
-        gradient_bytes: that the gradients of its steps take as they are represented, shared or sent.
+        sent, received: bytes over its connections to the servers; shared memory is not counted.
+        gradient_bytes: bytes that the gradients of its steps take as they are represented, shared or sent.
         staleness: commits between the version that a gradient was computed on and its own → number of steps.
         metrics: what `log` was last told, by name.
         results: finished steps by what became of them: "applied", "late", "carried", "skipped".
         stages: seconds that a turn took, by stage: data, compute, push, wait, pull.
-        norms: gradient norm of the last commit by model, where the servers measure it.
-        dropped: names of metrics that `log` was told and that are not kept.
+        norms: the last commit's gradient norm by model, where the servers measure it.
+        dropped: how many names of metrics `log` was told that are not kept.
     """
 
     rank: int
@@ -57,10 +57,10 @@ class WorkerStatistics:
 
 
 class WorkerProgress:
-    """Of one worker.
+    """Counts what one worker does, and tells the coordinator of it.
 
     Attributes:
-        steps: that it has finished.
+        steps: how many it has finished.
         logged: what `Worker.log` was told.
         told: what the coordinator was told last; None before the first time. From any thread.
     """

@@ -13,7 +13,7 @@ from headwater.worker.table import Table
 
 
 class Registrations:
-    """Of one worker.
+    """Holds what one worker has registered.
 
     Attributes:
         models, tables: handles by name.

@@ -38,7 +38,7 @@ class RuleSettings:
 
     @property
     def rules(self) -> list[Rule]:
-        """By group, with the settings in force as of the last answer."""
+        """The rule of each group, with the settings that were in force at the last answer."""
         if self._rules is None:
             self._rules = [from_spec(spec) for spec in self._specs]
         return self._rules

@@ -98,7 +98,7 @@ class TrialOver(BaseException):
 
 
 class Trial:
-    """Of one worker; made when its training function is about to be called."""
+    """Delays one worker as planned, and notes its steps, from before its training function is called."""
 
     def __init__(self, worker: Worker, plan: TrialPlan) -> None:
         self._worker, self._plan = worker, plan

@@ -155,7 +155,7 @@ class Vectors:
 
 
 def combination(out: str, terms: Terms) -> m.CombineVectors:
-    """As an operation. Raises UsageError."""
+    """The operation that makes `out` of `terms`. Raises UsageError."""
     if not isinstance(terms, Mapping):
         raise UsageError(f"combine: got terms {shown(terms)}, expected {{name: coefficient}}")
     pairs = tuple((_name(name), _finite(f"the coefficient of {name!r}", c)) for name, c in terms.items())

@@ -100,7 +100,7 @@ class Worker:
 
     @property
     def generation(self) -> int:
-        """Counts the times that training began anew from a checkpoint: versions are those of a generation."""
+        """How often training began anew from a checkpoint; versions count within a generation."""
         return self._session.welcome.generation
 
     @property
@@ -115,7 +115,7 @@ class Worker:
 
     @property
     def pace(self) -> m.Pace | None:
-        """Of local steps, which the next step reports; None where there are none."""
+        """The pace of local steps, which the next step reports; None where there are none."""
         return self._steps.pace
 
     @pace.setter

@@ -19,10 +19,10 @@ from headwater.worker.trial import Trial
 
 
 class WorkerSteps:
-    """Of one worker.
+    """Takes the steps of one worker.
 
     Attributes:
-        pace: of local steps, which the next step reports; None where there are none.
+        pace: the pace of local steps, which the next step reports; None where there are none.
         trial: delays and notes each step; None outside of a comparison of modes.
     """
 
@@ -46,7 +46,7 @@ class WorkerSteps:
         self._carried_since: int | None = None
 
     def take(self, read: bool | Sequence[LocalModel], weight: float) -> m.StepResult:
-        """As `Worker.step`."""
+        """Do what `Worker.step` says."""
         client = self._client
         exchange = self._exchange(read, weight)
         position, kept = self._reader.position(), self._program.unsent()
@@ -56,7 +56,7 @@ class WorkerSteps:
         return self._took(exchange, position, kept, result, stopped)
 
     def begin(self, read: bool | Sequence[LocalModel], weight: float) -> PendingStep:
-        """As `Worker.begin_step`."""
+        """Do what `Worker.begin_step` says."""
         client = self._client
         exchange = self._exchange(read, weight)
         position, kept = self._reader.position(), self._program.unsent()

@@ -39,7 +39,7 @@ class Adagrad(RatedRule):
     eps: float = 1e-10
 
     def check(self) -> None:
-        """As torch refuses."""
+        """Refuse what torch refuses."""
         check_lr(self, self.lr)
         check_not_negative(self, "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
 
@@ -53,7 +53,7 @@ class Adagrad(RatedRule):
 
     @property
     def counted(self) -> bool:
-        """Where lr decays with the count."""
+        """True where lr decays with the count."""
         return bool(self.lr_decay)
 
     def scalars(self, updates: int, count: int) -> tuple[float, ...]:
@@ -82,7 +82,7 @@ class RowwiseAdagrad(RatedRule):
     eps: float = 1e-10
 
     def check(self) -> None:
-        """As Adagrad."""
+        """Refuse what Adagrad refuses."""
         check_lr(self, self.lr)
         check_not_negative(self, "initial_accumulator_value", "eps")
 
@@ -96,7 +96,7 @@ class RowwiseAdagrad(RatedRule):
 
     @property
     def counted(self) -> bool:
-        """Never."""
+        """Never: its scalars are the same for every count."""
         return False
 
     def scalars(self, updates: int, count: int) -> tuple[float, ...]:
@@ -129,7 +129,7 @@ class RMSprop(RatedRule):
     centered: bool = False
 
     def check(self) -> None:
-        """As torch refuses, and an average stays an average."""
+        """Refuse what torch refuses, and an average that is none."""
         check_lr(self, self.lr)
         check_not_negative(self, "eps", "weight_decay", "momentum")
         require(0 <= self.alpha <= 1, self, "alpha", "from 0 to 1")
@@ -148,7 +148,7 @@ class RMSprop(RatedRule):
 
     @property
     def counted(self) -> bool:
-        """Never."""
+        """Never: its scalars are the same for every count."""
         return False
 
     def scalars(self, updates: int, count: int) -> tuple[float, ...]:
@@ -182,7 +182,7 @@ class Ftrl(RatedRule):
     beta: float = 0.0
 
     def check(self) -> None:
-        """The rate divides, so it stays above 0."""
+        """Refuse a rate that is not above 0, for it divides."""
         lowest = self.lr.lowest if isinstance(self.lr, Schedule) else self.lr
         require(lowest > 0, self, "lr", "above 0, or a schedule that ends above 0")
         check_not_negative(self, "l1", "l2", "initial_accumulator", "beta")
@@ -197,7 +197,7 @@ class Ftrl(RatedRule):
 
     @property
     def counted(self) -> bool:
-        """Never."""
+        """Never: its scalars are the same for every count."""
         return False
 
     def scalars(self, updates: int, count: int) -> tuple[float, ...]:

@@ -35,7 +35,7 @@ class SGD(RatedRule):
     nesterov: bool = False
 
     def check(self) -> None:
-        """As torch refuses."""
+        """Refuse what torch refuses."""
         check_lr(self, self.lr)
         check_not_negative(self, "momentum", "weight_decay")
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):

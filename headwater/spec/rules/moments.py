@@ -38,7 +38,7 @@ class Adam(RatedRule):
     amsgrad: bool = False
 
     def check(self) -> None:
-        """As torch refuses."""
+        """Refuse what torch refuses."""
         check_lr(self, self.lr)
         check_not_negative(self, "eps", "weight_decay")
         check_betas(self, self.betas)
@@ -110,7 +110,7 @@ class Yogi(RatedRule):
     initial_accumulator: float = 1e-6
 
     def check(self) -> None:
-        """As Adam."""
+        """Refuse what Adam refuses."""
         check_lr(self, self.lr)
         check_not_negative(self, "eps", "weight_decay", "initial_accumulator")
         check_betas(self, self.betas)
@@ -125,7 +125,7 @@ class Yogi(RatedRule):
 
     @property
     def counted(self) -> bool:
-        """Never."""
+        """Never: its scalars are the same for every count."""
         return False
 
     def scalars(self, updates: int, count: int) -> tuple[float, ...]:
@@ -162,7 +162,7 @@ class Lamb(RatedRule):
     weight_decay: float = 0.0
 
     def check(self) -> None:
-        """As Adam."""
+        """Refuse what Adam refuses."""
         check_lr(self, self.lr)
         check_not_negative(self, "eps", "weight_decay")
         check_betas(self, self.betas)
@@ -202,7 +202,7 @@ class Lion(RatedRule):
     weight_decay: float = 0.0
 
     def check(self) -> None:
-        """As Adam."""
+        """Refuse what Adam refuses."""
         check_lr(self, self.lr)
         check_not_negative(self, "weight_decay")
         check_betas(self, self.betas)
@@ -217,7 +217,7 @@ class Lion(RatedRule):
 
     @property
     def counted(self) -> bool:
-        """Never."""
+        """Never: its scalars are the same for every count."""
         return False
 
     def scalars(self, updates: int, count: int) -> tuple[float, ...]:
