@@ -5,7 +5,7 @@ import numpy as np
 from headwater.messages import TableSpec
 from headwater.shard.table import Table
 from headwater.spec.initializers import Zeros
-from headwater.spec.placement import SLOTS, slots_of
+from headwater.spec.placement import SLOTS, slot_bounds, slots_of
 from headwater.spec.rules import Accumulate
 
 INT64 = np.iinfo(np.int64)
@@ -14,6 +14,11 @@ TWO_SLOTS = range(5, 7)
 _pool = np.concatenate([np.arange(-400_000, 400_000), [INT64.min, INT64.max, INT64.min + 1, INT64.max - 1]])
 POOL = _pool[np.isin(slots_of(_pool), TWO_SLOTS)]
 """About 400 ids of two slots: one slot then grows several times."""
+
+
+def servers_of(ids, servers):
+    """int64[...]: the server that holds each id."""
+    return np.searchsorted(slot_bounds(servers), slots_of(ids), side="right") - 1
 
 
 def spec(rule, dim=2, initializer=None, admission=None, expiry=None, seed=3):

@@ -679,7 +679,7 @@ def _anything(alone, chance):
             lambda link=link: alone.loses(link),
             lambda index=index: alone.server_says(index, m.Waiting(machine.number, "why")),
         ]
-        if machine._exchange is not None and not machine._exchange.has_answered(index):
+        if machine._exchange is not None and index in machine._exchange.unanswered():
             happens.append(lambda index=index: alone.answer(index, version=3))
     if alone.membership.conn is not None:
         happens.append(lambda: alone.loses(alone.membership.conn))

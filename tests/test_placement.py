@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_tables import servers_of
 
 from headwater.errors import UsageError
 from headwater.kernels.arrange import arrange, trace, unite
-from headwater.spec.placement import SLOTS, mix, servers_of, slot_bounds, slots_of, slots_of_server
+from headwater.spec.placement import SLOTS, mix, slot_bounds, slots_of, slots_of_server
 
 INT64 = np.iinfo(np.int64)
 ids_lists = st.lists(

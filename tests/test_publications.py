@@ -5,7 +5,7 @@ import pytest
 from clusters import model_spec
 from hypothesis import given
 from hypothesis import strategies as st
-from small_tables import INT64, make, pull, push, spec
+from small_tables import INT64, make, pull, push, servers_of, spec
 
 from examples import examples
 from headwater import messages as m
@@ -21,7 +21,7 @@ from headwater.shard.version_copy import VersionCopy
 from headwater.spec.initializers import Uniform
 from headwater.spec.layout import Layout
 from headwater.spec.lifetime import AfterCount, AfterSteps, LeastRecentlyUsed
-from headwater.spec.placement import SLOTS, servers_of, slots_of, slots_of_server
+from headwater.spec.placement import SLOTS, slots_of, slots_of_server
 from headwater.spec.rules import Accumulate
 from headwater.weights.bfloat16 import to_bfloat16
 

@@ -14,12 +14,17 @@ from examples import examples
 from headwater import messages as m
 from headwater.errors import ConfigurationError, ProtocolError
 from headwater.log.positions import Positions
-from headwater.machines.splits import LeaseBook, Order, batches_of, part_of, unvisited_parts
+from headwater.machines.splits import LeaseBook, Order, part_of, unvisited_parts
 
 lengths = st.integers(0, 200)
 small = st.integers(1, 8)
 seeds = st.integers(0, 2**40)
 group_sizes = st.lists(st.integers(1, 30), min_size=1, max_size=8).map(tuple)
+
+
+def batches_of(positions, size):
+    """Cut into batches; the last one may be smaller."""
+    return [positions[start : start + size] for start in range(0, len(positions), size)]
 
 
 def order(length, *, shuffle=True, seed=0, epoch=0, groups=None):

@@ -69,10 +69,6 @@ class Exchange:
             raise ProtocolError(f"server {server} answered {type(message).__name__}, expected {wanted}")
         raise ProtocolError(f"server {server} sent {message!r} during exchange {self.number}")
 
-    def has_answered(self, server: int) -> bool:
-        """Whether this server has."""
-        return self._answers[server] is not None
-
     def unanswered(self) -> list[int]:
         """The servers whose answer is still out."""
         return [i for i, answer in enumerate(self._answers) if answer is None]

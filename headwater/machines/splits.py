@@ -133,12 +133,6 @@ def part_of_rest(left: Places, rank: int, workers: int, *, grouped: bool) -> Pla
     return left[part.start : part.stop : part.step]
 
 
-def batches_of(positions: range, batch_size: int) -> Iterator[range]:
-    """Cut into batches; the last one may be smaller."""
-    for start in range(0, len(positions), batch_size):
-        yield positions[start : start + batch_size]
-
-
 # ── splits leased on demand ─────────────────────────────────────────────────────────────────────
 
 

@@ -35,8 +35,3 @@ def slots_of_server(index: int, servers: int) -> range:
 def slot_bounds(servers: int) -> NDArray[np.int64]:
     """int64[servers + 1]: server i holds slots [bounds[i], bounds[i + 1])."""
     return np.arange(servers + 1, dtype=np.int64) * SLOTS // servers
-
-
-def servers_of(ids: NDArray[np.int64], servers: int) -> NDArray[np.int64]:
-    """int64[...]: the server that holds each id."""
-    return np.searchsorted(slot_bounds(servers), slots_of(ids), side="right") - 1

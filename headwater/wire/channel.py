@@ -14,7 +14,6 @@ from __future__ import annotations
 import array
 import contextlib
 import math
-import select
 import socket
 import threading
 import time
@@ -38,7 +37,6 @@ _UNIX_BUFFER = 512 << 10  # bytes; some 10 % faster than the default. TCP tunes 
 # Plain numbers: the socket module's flags are enums, and each operation on one costs most of a microsecond.
 _NO_SIGNAL = int(getattr(socket, "MSG_NOSIGNAL", 0))
 NO_WAIT = int(socket.MSG_DONTWAIT)
-_HANGS_UP = int(getattr(select, "POLLRDHUP", 0))  # Linux tells half-closed ones too
 
 
 @dataclass(slots=True)
@@ -92,15 +90,6 @@ class Channel:
     def received(self) -> int:
         """Bytes so far, as `sent`."""
         return self._incoming.count
-
-    def hung_up(self) -> bool:
-        """Whether the peer has ended the connection, as far as the kernel knows; does not block or read."""
-        descriptor = self.fileno()
-        if descriptor < 0:
-            return True
-        poller = select.poll()
-        poller.register(descriptor, _HANGS_UP)
-        return bool(poller.poll(0))
 
     def send(
         self,
