@@ -37,7 +37,7 @@ def explore(
     faults: Faults | None = None,
     **fixed: Any,
 ) -> Exploration:
-    """Run so many random schedules, of the seeds from `seed` on; blocks, about 20 ms for each.
+    """Run so many random schedules, of the seeds from `seed` on; blocks, some 50 ms for each.
 
     Args:
         sync: a training mode as text, or an object that is one (docs/testing.md).
