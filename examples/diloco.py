@@ -8,13 +8,14 @@ The text is plain or .gz; the model a transformer over its characters. Methods:
 
 - ddp: synchronous gradients, AdamW on the servers.
 - diloco: AdamW on each worker, and every `every` steps Nesterov momentum on the servers (arXiv 2311.08105).
-- decoupled: as before, but by a quorum, while training goes on, weighted by tokens, four bits an element, and
-  what misses its round goes out with the next one (arXiv 2604.21428).
+- decoupled: as before, but by a quorum, in four fragments, while training goes on, weighted by tokens, four
+  bits an element, and what misses its round counts in the next one (arXiv 2604.21428).
 - async: as diloco, but each worker's change is applied as it comes.
 
-`--outer-lr` 0 is 0.7, and 0.3 under a quorum, whose late changes add up. Prints the loss on the last
-twentieth of the text, which nobody trains on, and what was sent. `--slow RANK` makes a worker three times
-as slow, `--kill RANK` ends its process in the middle; another takes its place.
+`--outer-lr` 0 is 0.7, `--fragments` 0 is what the method has. Prints the loss on the last twentieth of the
+text, which nobody trains on, and what was sent. `--slow RANK` makes a worker three times as slow; where
+nobody waits for it, it makes a third of the steps of each other one, and all together as many as before.
+`--kill RANK` ends a worker's process in the middle; another takes its place.
 """
 
 import argparse
@@ -37,7 +38,7 @@ SYNC = {
     "async": "async",
 }
 DEFAULTS = {
-    "text": "", "method": "diloco", "steps": 480, "every": 24, "fragments": 1, "overlap": 8, "batch": 8,
+    "text": "", "method": "diloco", "steps": 480, "every": 24, "fragments": 0, "overlap": 2, "batch": 8,
     "context": 64, "dim": 160, "layers": 4, "lr": 2e-3, "outer_lr": 0.0, "slow": -1, "kill": -1, "seed": 0,
 }  # fmt: skip
 
@@ -96,16 +97,16 @@ def train(worker: hw.Worker) -> dict[str, float]:
     torch.manual_seed(chosen["seed"])  # the lowest rank's values count
     net = LanguageModel(characters, context, chosen["dim"], chosen["layers"])
     step, finish = optimizer(worker, net, chosen)
-    first, began = worker.kept.get("made", 0), time.monotonic()
+    first, began, steps = worker.kept.get("made", 0), time.monotonic(), share(worker, chosen)
     correlations: list[float] = []
-    for made in range(first, chosen["steps"]):
+    for made in range(first, steps):
         at = time.monotonic()
         numbers = np.random.default_rng([chosen["seed"], worker.rank, made])
         loss = net.loss(text, numbers.integers(0, cut - context - 1, chosen["batch"]), context)
         loss.backward()
         if worker.rank == chosen["slow"]:
             time.sleep(2 * (time.monotonic() - at))
-        if worker.rank == chosen["kill"] and not worker.restarted and 2 * made >= chosen["steps"]:
+        if worker.rank == chosen["kill"] and not worker.restarted and 2 * made >= steps:
             os.kill(os.getpid(), signal.SIGKILL)
         if method != "ddp" or not made % 24:
             worker.keep(made=made + 1)
@@ -115,9 +116,9 @@ def train(worker: hw.Worker) -> dict[str, float]:
     own = worker.statistics()
     finish()
     total = worker.sum(
-        tokens=(chosen["steps"] - first) * chosen["batch"] * context,
+        tokens=(steps - first) * chosen["batch"] * context,
         bytes=own.gradient_bytes,
-        rate=(chosen["steps"] - first) * chosen["batch"] * context / seconds,
+        rate=(steps - first) * chosen["batch"] * context / seconds,
     )
     starts = np.arange(cut, len(text) - context - 1, max((len(text) - cut) // 400, context))
     with torch.no_grad():
@@ -130,6 +131,14 @@ def train(worker: hw.Worker) -> dict[str, float]:
         if correlations
         else float("nan"),
     }
+
+
+def share(worker: hw.Worker, chosen: dict) -> int:
+    """Steps of a worker, of `steps` for each: by how fast it is, where rounds do not wait for everybody."""
+    if chosen["slow"] < 0 or chosen["method"] in ("ddp", "diloco"):
+        return chosen["steps"]
+    slow = round(chosen["steps"] * worker.workers / (3 * worker.workers - 2))
+    return slow if worker.rank == chosen["slow"] else 3 * slow
 
 
 def optimizer(worker: hw.Worker, net: LanguageModel, chosen: dict):
@@ -147,15 +156,14 @@ def optimizer(worker: hw.Worker, net: LanguageModel, chosen: dict):
     decoupled = method == "decoupled"
     inner = torch.optim.AdamW(net.parameters(), chosen["lr"], weight_decay=0.1)
     alone = method == "async"
-    usual = 0.7 / worker.workers if alone else 0.3 if decoupled else 0.7
-    rate = chosen["outer_lr"] or usual
+    rate = chosen["outer_lr"] or (0.7 / worker.workers if alone else 0.7)
     outer = hw.torch.OuterOptimizer(
         worker,
         net,
         inner,
         hw.SGD(rate) if alone else hw.SGD(rate, 0.9, nesterov=True),
         every=chosen["every"],
-        fragments=chosen["fragments"],
+        fragments=chosen["fragments"] or (4 if decoupled else 1),
         overlap=chosen["overlap"] if decoupled else 0,
         weight="tokens",
         codec="q4" if decoupled else None,

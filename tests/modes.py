@@ -15,14 +15,19 @@ class Step:
     missed: int = 0
     since: float = 0.0
     pace: Pace | None = None
+    fragment: int = -1
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Pending steps of `active` workers."""
+    """Pending steps of `active` workers, of whom `fresh[fragment]` have that fragment's last values."""
 
     active: int
     steps: list[Step] = field(default_factory=list)
+    fresh: dict[int, int] = field(default_factory=dict)
+
+    def current(self, fragment):
+        return self.fresh.get(fragment, 0)
 
     def __len__(self):
         return len(self.steps)

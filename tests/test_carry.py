@@ -8,6 +8,7 @@ import pytest
 import headwater as hw
 from headwater import messages as m
 from headwater.errors import ConfigurationError
+from headwater.log.pending import PendingExchange
 from headwater.shard.merges import PLAIN
 from headwater.shard.state import State
 from headwater.spec.sync import Synchronous, parse_sync
@@ -105,6 +106,20 @@ def test_no_random_schedule_loses_or_doubles_what_is_carried(mode, long):
     results = [simulate(mode, workers=3, seed=seed) for seed in range(5)]
     if mode == CARRY:
         assert any(isinstance(entry, m.Late) for result in results for entry in result.log)
+
+
+@pytest.mark.parametrize(
+    "mode", ["sync:quorum=2,late=carry", pytest.param("sync:quorum=2,grace=0.002", marks=pytest.mark.long)]
+)
+def test_no_random_schedule_loses_or_doubles_changes_of_fragments(mode):
+    assert explore(mode, 25, workers=3, fragments=True).schedules == 25
+
+
+def test_a_quorum_that_counts_changes_from_older_values_is_found(monkeypatch):
+    """Rounds would follow each other faster than anybody makes local steps."""
+    monkeypatch.setattr(PendingExchange, "missed", property(lambda self: 0))
+    with pytest.raises(Violation, match="QuorumRounds"):
+        explore("sync:quorum=2,late=carry", 200, workers=3, fragments=True, steps=6)
 
 
 def test_a_carried_change_that_is_counted_twice_is_found(monkeypatch):

@@ -377,3 +377,33 @@ def test_codecs_outlive_a_checkpoint_and_may_be_others_afterwards(tmp_path, capl
     assert run(work("2bit:1.0"), **kept).values == [[1.0, 1.0, -1.0, 0.0]]
     assert run(work("bf16"), resume=True, **kept).values == [[2.5, 3.0, -3.0, 0.25]]
     assert "codec was 2bit:1.0 in the checkpoint and is bf16 from now on" in caplog.text
+
+
+def softmax_regression(images, labels, codec):
+    """Accuracy on a fifth that nobody trains on; decided by the arguments, as rounds have everybody."""
+
+    def work(worker):
+        test = np.arange(len(labels)) % 5 == 0
+        x, y = images[~test][worker.rank :: 2], labels[~test][worker.rank :: 2]
+        model = worker.model("net", {"w": np.zeros((64, 10), np.float32)}, hw.SGD(0.5), codec=codec)
+        for _ in range(60):
+            scores = x @ model.pull()["w"]
+            likely = np.exp(scores - scores.max(1, keepdims=True))
+            likely /= likely.sum(1, keepdims=True)
+            likely[np.arange(len(y)), y] -= 1
+            model.push({"w": x.T @ likely / len(y)})
+            worker.step()
+        return float((np.argmax(images[test] @ model.pull()["w"], 1) == labels[test]).mean())
+
+    return run(work, workers=2, servers=2, transport="tcp").values[0]
+
+
+@pytest.mark.long
+def test_digits_are_told_apart_as_well_within_half_a_point_with_codecs():
+    datasets = pytest.importorskip("sklearn.datasets", reason="needs scikit-learn")
+    digits = datasets.load_digits()
+    images, labels = (digits.data / 16).astype(np.float32), digits.target
+    plain = softmax_regression(images, labels, None)
+    assert plain > 0.9
+    for codec in ("bf16", "int8", "q4"):
+        assert abs(softmax_regression(images, labels, codec) - plain) <= 0.005, codec

@@ -285,3 +285,53 @@ def test_clocks_are_a_multiset_that_knows_its_smallest(changes):
             assert clocks.slowest_after(plain[:done]) == min(after)
         assert len(clocks) == len(plain)
         assert clocks.slowest == min(plain, default=0)
+
+
+# ── outer steps ─────────────────────────────────────────────────────────────────────────────────
+
+
+def outer(rank, fragment=0, missed=0, since=0.0, pace=None):
+    return Step(rank, missed=missed, since=since, pace=pace, fragment=fragment)
+
+
+def test_a_change_from_older_values_is_in_the_round_but_not_in_its_quorum():
+    mode = Synchronous(quorum=2, late="carry")
+    fresh, stale, other = outer(0), outer(1, missed=3), outer(2)
+    some = Steps(4, [fresh, stale], {0: 3})
+    assert mode.next(some, 9.0) == Wait(
+        "2 of 2 updates of this round have arrived, 1 of 2 that began from the last one"
+    )
+    assert mode.next(Steps(4, [fresh, stale, other], {0: 3}), 9.0) == Commits(((fresh, stale, other),))
+
+
+def test_where_fewer_than_the_quorum_have_the_last_values_the_others_fill_it():
+    mode = Synchronous(quorum=3, late="carry")
+    one, two, three = outer(0), outer(1, missed=1), outer(2, missed=2)
+    assert isinstance(mode.next(Steps(4, [one, two], {0: 1}), 9.0), Wait), "a round has its quorum still"
+    assert mode.next(Steps(4, [one, two, three], {0: 1}), 9.0) == Commits(((one, two, three),))
+    lost = Steps(4, [two, three, outer(3, missed=1)], {0: 0})  # all who had them are gone
+    assert mode.next(lost, 9.0) == Commits((tuple(lost),))
+
+
+def test_fragments_have_rounds_of_their_own_and_steps_that_are_none_too():
+    mode = Synchronous(quorum=2, late="carry")
+    apart = [outer(0, 0), outer(1, 1), outer(2, 1), Step(3)]
+    assert mode.next(Steps(5, apart, {0: 5, 1: 5}), 0.0) == Commits(((apart[1], apart[2]),))
+    waits = mode.next(Steps(5, [apart[0], apart[1], apart[3]], {0: 5, 1: 5}), 0.0)
+    assert waits.reason.count("1 of 2 updates of this round have arrived") == 3
+
+
+def test_where_everybody_waits_in_another_fragment_the_largest_round_goes_first():
+    mode = Synchronous(quorum=3, grace_s=5.0, late="carry")
+    first, early, late = outer(0, 1, since=1.0), outer(1, 0, since=3.0), outer(2, 2, missed=4, since=2.0)
+    assert mode.next(Steps(3, [first, early, late], {0: 3, 1: 3, 2: 2}), 3.0) == Commits(((first,),))
+    pair = outer(3, 2, since=3.0)
+    everybody = Steps(4, [first, early, late, pair], {0: 4, 1: 4, 2: 3})
+    assert mode.next(everybody, 3.0) == Commits(((late, pair),))
+
+
+def test_grace_is_counted_from_the_quorum_of_those_that_count():
+    mode = Synchronous(quorum=2, grace_s=2.0, late="carry")
+    some = Steps(4, [outer(0, since=5.0), outer(1, missed=1, since=9.0), outer(2, since=6.0)], {0: 3})
+    assert mode.next(some, 7.0) == Wait("the round stays open for the other 1 for 2 s", 8.0)
+    assert mode.next(some, 8.0) == Commits((tuple(some),))

@@ -47,11 +47,16 @@ class Committer:
     # ── steps that every server holds ───────────────────────────────────────────────────────────
 
     def admit(self, step: PendingExchange) -> None:
-        """Have an active worker's step committed in time, or tell it that it is late."""
-        if counts := self._mode.may_count(step.missed):
+        """Have an active worker's step committed in time, or tell it that it is late.
+
+        A change after local steps is relative to what its worker was given last, however long ago that was:
+        a mode that carries late steps has it count in the fragment's open round.
+        """
+        carried = step.fragment >= 0 and self._mode.late == "carry"
+        if carried or (counts := self._mode.may_count(step.missed)):
             self._pending.move(step, READY)
         else:
-            self._writer.write(m.Late(self._writer.next, step.id, counts.reason))
+            self._writer.write(m.Late(self._writer.next, step.id, counts.reason, step.fragment))
             self._writer.done(step)
 
     def recovered(self, step: PendingExchange) -> None:
@@ -113,7 +118,7 @@ class Committer:
         self._writer.write(
             m.Committed(
                 *(self._writer.next, version, updates, told, found.norms, weights_of(steps), found.scales),
-                *(found.correlations, found.ratios),
+                *(found.correlations, found.ratios, self._fragments(steps)),
             )
         )
         for step in answered:
@@ -121,6 +126,11 @@ class Committer:
         if told is not updates:
             self._withhold(steps)
         self._committed()
+
+    def _fragments(self, steps: list[PendingExchange]) -> tuple[int, ...]:
+        """Of each of these; empty where nobody can have missed a commit of one."""
+        found = tuple([step.fragment for step in steps]) if self._mode.leaves_out else ()
+        return found if any(fragment >= 0 for fragment in found) else ()
 
     def _withhold(self, steps: list[PendingExchange]) -> None:
         """Those of them that were committed and not answered wait for their answers."""

@@ -118,6 +118,11 @@ class PendingExchange:
         return self.held.pace if self.held is not None else None
 
     @property
+    def fragment(self) -> int:
+        """The model whose change the outstanding step sends; -1 where it is no outer one."""
+        return self.held.fragment if self.held is not None else -1
+
+    @property
     def waits(self) -> bool:
         """Whether the exchange is complete and has no answer yet."""
         return self.stage > ARRIVING
@@ -132,7 +137,10 @@ class PendingExchange:
 
     @property
     def missed(self) -> int:
-        return self.log.rounds - self.state.round
+        fragment = self.fragment
+        if fragment < 0:
+            return self.log.rounds - self.state.round
+        return missed_of(fragment, self.state, self.log)
 
 
 class PendingExchanges:
@@ -273,11 +281,21 @@ class ReadySteps:
     def active(self) -> int:
         return len(self._log.clocks)
 
+    def current(self, fragment: int) -> int:
+        """How many active workers have the values of the fragment's last commit."""
+        active = (state for state in self._log.members.values() if state.phase == "active")
+        return sum(not missed_of(fragment, state, self._log) for state in active)
+
     def __len__(self) -> int:
         return self._exchanges.count(READY)
 
     def __iter__(self) -> Iterator[PendingExchange]:
         return iter(self._exchanges.at(READY))
+
+
+def missed_of(fragment: int, state: MemberState, log: LogState) -> int:
+    """Commits of a fragment since a member got its values last."""
+    return log.fragments.get(fragment, 0) - state.fragments.get(fragment, 0)
 
 
 def by_rank(exchanges: Iterable[PendingExchange]) -> list[PendingExchange]:

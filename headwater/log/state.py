@@ -11,7 +11,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any
 
@@ -37,6 +37,7 @@ class MemberState:
     round: int = 0
     stopping: bool = False
     receiving: bool = False
+    fragments: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -58,7 +59,8 @@ class LogState:
 
     Attributes:
         version, position: of the last entry that changed values; of the last entry.
-        rounds: commits so far.
+        rounds: commits so far; fragments: those of each fragment, by model, where its rounds leave workers
+            out.
         late: steps that came too late for their round so far.
         workers: how many the cluster declared; newest: the largest id ever enrolled.
         started: all declared workers have joined, so that something may be committed.
@@ -86,6 +88,7 @@ class LogState:
         self.histories: dict[int, RankState] = {}
         self.stopping: set[int] = set()
         self.portions = Portions()
+        self.fragments: dict[int, int] = {}
         self._on_entry: dict[type, Callable[[Any], None]] = {
             m.Enrolled: self._enrolled,
             m.Registered: self._registered,
@@ -165,8 +168,11 @@ class LogState:
             self.rounds,
         )
         standing.receiving = False
+        if self.fragments:
+            standing.fragments = dict(self.fragments)
 
-    def _answered_step(self, ticket: m.ExchangeId) -> None:
+    def _answered_step(self, ticket: m.ExchangeId, fragment: int = -1) -> None:
+        """An outer step brings its fragment's values, any other those of all models that its worker reads."""
         standing = self.members.get(ticket.member) or self.standing(ticket.member)
         standing.answered, standing.connection_epoch, standing.round = (
             ticket.number,
@@ -174,6 +180,11 @@ class LogState:
             self.rounds,
         )
         standing.stopping = False
+        if fragment >= 0:
+            # Never in place: records of this state have the mapping too.
+            standing.fragments = {**standing.fragments, fragment: self.fragments.get(fragment, 0)}
+        elif self.fragments:
+            standing.fragments = dict(self.fragments)
 
     def _finished_step(self, ticket: m.ExchangeId) -> None:
         standing = self.members.get(ticket.member) or self.standing(ticket.member)
@@ -212,8 +223,18 @@ class LogState:
         self.rounds += 1
         for ticket in entry.updates:
             self._finished_step(ticket)
+        if entry.fragments:
+            self._committed_fragments(entry)
+            return
         for ticket in entry.answered:
             self._answered_step(ticket)
+
+    def _committed_fragments(self, entry: m.Committed) -> None:
+        for model in {one for one in entry.fragments if one >= 0}:
+            self.fragments[model] = self.fragments.get(model, 0) + 1
+        of = dict(zip(entry.updates, entry.fragments, strict=True))
+        for ticket in entry.answered:
+            self._answered_step(ticket, of[ticket])
 
     def _served(self, entry: m.Served) -> None:
         first = entry.ticket.number > self.standing(entry.ticket.member).answered
@@ -231,7 +252,7 @@ class LogState:
     def _late(self, entry: m.Late) -> None:
         self.late += 1
         self._finished_step(entry.ticket)
-        self._answered_step(entry.ticket)
+        self._answered_step(entry.ticket, entry.fragment)
 
     def _assigned(self, entry: m.Assigned) -> None:
         self.version = entry.version
@@ -243,6 +264,7 @@ class LogState:
 
     def _count_in(self, standing: MemberState, clock: int) -> None:
         standing.phase, standing.clock, standing.over, standing.round = "active", clock, False, self.rounds
+        standing.fragments = dict(self.fragments)
         self.clocks.add(clock)
 
     def _count_out(self, standing: MemberState, phase: m.Phase) -> None:
@@ -323,6 +345,7 @@ class LogState:
             ),
             stopping=tuple(sorted(self.stopping)),
             portions=self.portions.record(),
+            fragments=dict(self.fragments),
         )
 
     @classmethod
@@ -337,6 +360,7 @@ class LogState:
         standings.names = set(record.names)
         standings.met, standings.stopping = record.met, set(record.stopping)
         standings.portions = Portions(record.portions)
+        standings.fragments = dict(record.fragments)
         standings.histories = {
             one.rank: RankState(one.incarnations, one.steps, one.over) for one in record.histories
         }

@@ -79,6 +79,9 @@ class Waits:
             return f"{who} to ask for an evaluation, or for a portion to be counted"
         if exchange.stage is READY:
             missing_steps = [other for other in active if other.stage is not READY]
+            measured = [other for other in active if self.measures.missing(other)]
+            if measured and not missing_steps:
+                return f"{_named(measured)}, whose round is measured first"
             named = _named(missing_steps) + self._never_stepped(missing_steps)
             return f"{named}: {self.reason}" if self.reason else named
         going_on = [other for other in others if not other.waits]

@@ -119,7 +119,8 @@ class Step(Message, frozen=True):
     what its gradients count in a mean over the contributors, > 0. `known`, `known_tables`: the fingerprint of
     the rules that the member knows to be in force, by model and table; the answer has those that are others.
     `kept`: what its rank keeps from then on, encoded; None where that has not changed. `pace`: of an outer
-    step, how fast local ones are made.
+    step, how fast local ones are made. `fragment`: of an outer step, the model whose change it sends; -1 of
+    any other.
     """
 
     number: int
@@ -139,6 +140,7 @@ class Step(Message, frozen=True):
     kept: bytes | None = None
     coded: tuple[Coded, ...] = ()
     pace: Pace | None = None
+    fragment: int = -1
 
 
 class Pull(Message, frozen=True):

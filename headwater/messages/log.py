@@ -60,7 +60,8 @@ class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model is clipped or merged by lengths; or it is a meeting whose work on vectors has reductions. `weight`:
     of a step, what its gradients count in a mean. `meeting`: the place of a meeting. `pace`: of the worker,
     where its step says so. `plan`: of work that an evaluation follows. `done`: the portion that is brought.
-    `current`: what is measured depends on the model too, so it is void after any other commit.
+    `current`: what is measured depends on the model too, so it is void after any other commit. `fragment`: of
+    an outer step, the model whose change it sends; -1 otherwise.
     """
 
     member: int
@@ -75,6 +76,7 @@ class Held(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     plan: PortionPlan | None = None
     done: PortionResult | None = None
     current: bool = False
+    fragment: int = -1
 
 
 class Sum(msgspec.Struct, frozen=True, array_like=True):
@@ -197,7 +199,8 @@ class Committed(Entry, frozen=True):
     carry. `weights`: what each update counts in a mean; empty where all count the same, 1. `scales`: of each
     tensor that is merged by lengths and that they carry. `correlations`: (model, cosine) of the merged
     gradient and that of the commit before, of each model that says `outer`. `ratios`: of each tensor that
-    they carry of a model whose rule is layerwise.
+    they carry of a model whose rule is layerwise. `fragments`: of each update the model whose change it is,
+    -1 for none; empty where all are -1, and in modes that leave nobody out.
     """
 
     version: int
@@ -208,6 +211,7 @@ class Committed(Entry, frozen=True):
     scales: tuple[Scales, ...] = ()
     correlations: tuple[tuple[int, float], ...] = ()
     ratios: tuple[Ratio, ...] = ()
+    fragments: tuple[int, ...] = ()
 
 
 class Served(Entry, frozen=True):
@@ -220,11 +224,12 @@ class Served(Entry, frozen=True):
 class Late(Entry, frozen=True):
     """This step came after its round was closed: it is answered, but its gradients are not applied.
 
-    `reason`: of the mode, for a user.
+    `reason`: of the mode, for a user. `fragment`: as of `Held`.
     """
 
     ticket: ExchangeId
     reason: str = ""
+    fragment: int = -1
 
 
 class Assigned(Entry, frozen=True):
@@ -368,6 +373,7 @@ class MemberRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     exchange;
     `committed`: the exchange of its last step that was; `round`: commits before its last answer;
     `stopping`: its next step is told to end its batches. `receiving`: its publication is on its way.
+    `fragments`: of each fragment the commits before its last answer that had its values.
     """
 
     member: int
@@ -381,6 +387,7 @@ class MemberRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     round: int
     stopping: bool
     receiving: bool = False
+    fragments: dict[int, int] = {}
 
 
 class RankRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -400,7 +407,8 @@ class LogStateRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `newest`: the largest id enrolled; `ranks`: ever taken; `finished`: ranks that left by themselves;
     `names`: (kind, name) of what was registered. `met`: meetings that have ended. `histories`: by rank, over
-    all generations. `stopping`: ranks whose next worker is told to end its batches.
+    all generations. `stopping`: ranks whose next worker is told to end its batches. `fragments`: commits of
+    each fragment, by model, in a mode that leaves workers out.
     """
 
     version: int
@@ -417,6 +425,7 @@ class LogStateRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     histories: tuple[RankRecord, ...] = ()
     stopping: tuple[int, ...] = ()
     portions: PortionsRecord = PortionsRecord()
+    fragments: dict[int, int] = {}
 
 
 LogMessage: TypeAlias = Reports | Entries | Explain | Reasons

@@ -146,6 +146,8 @@ class Checks:
             raise ProtocolError(f"member {member} sent a step of weight {step.weight}, expected a number > 0")
         if step.pace is not None:
             _check_pace(member, step.pace)
+        if step.fragment != -1:
+            self._members.staging(member, step.fragment)
         if rows:
             self._tables.check(rows[: len(step.pushed)])
             self._tables.check(rows[len(step.pushed) :])

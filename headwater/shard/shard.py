@@ -160,11 +160,11 @@ class Shard:
             raise ProtocolError(f"member {member} sent exchange {request.number}, but {last} was answered")
         self._checks.check(member, request, rows)
         kind = self._kind(member, request)
-        measured, weight, meeting, pace, current = False, 1.0, None, None, False
+        measured, weight, meeting, pace, current, fragment = False, 1.0, None, None, False, -1
         if isinstance(request, m.Step):
             measured = kind == "step" and self._measures.needed(request)
             current = measured and self._measures.depends_on_models(request)
-            weight, pace = request.weight, request.pace
+            weight, pace, fragment = request.weight, request.pace, request.fragment
         elif isinstance(request, m.Meet):
             meeting = request.meeting
             measured = request.work is not None and bool(request.work.reductions)
@@ -183,6 +183,7 @@ class Shard:
             plan=request.plan if isinstance(request, m.Operate) else None,
             done=request.done if isinstance(request, m.NextPortion) else None,
             current=current,
+            fragment=fragment,
         )
         self._members.hold(Outstanding(held, request, staging, rows))
         self.exchanges += 1

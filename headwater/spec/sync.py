@@ -58,7 +58,9 @@ class ReadyStep(Protocol):
     Attributes:
         rank: of its worker.
         clock: steps that its worker had finished before.
-        missed: commits since its worker was answered last.
+        missed: commits since its worker was answered last; of an outer step, those of its fragment since its
+            worker got that fragment's values last.
+        fragment: of an outer step, the model whose change it sends; -1 of any other.
         since: when every server held it, in seconds of the clock that `Mode.next` is told.
         pace: how fast its worker makes local steps, where it has said so.
     """
@@ -70,6 +72,8 @@ class ReadyStep(Protocol):
     @property
     def missed(self) -> int: ...
     @property
+    def fragment(self) -> int: ...
+    @property
     def since(self) -> float: ...
     @property
     def pace(self) -> Pace | None: ...
@@ -80,10 +84,12 @@ class Pending(Protocol):
 
     Attributes:
         active: how many workers take steps: nobody ends, leaves, dies or waits in a barrier among them.
+        current: of these, how many have the values of a fragment's last commit.
     """
 
     @property
     def active(self) -> int: ...
+    def current(self, fragment: int) -> int: ...
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[ReadyStep]: ...
 
@@ -253,13 +259,18 @@ class Synchronous(Mode):
     updates have arrived, or all active workers' where there are fewer. An update that comes later than
     that is late: its step is answered with `applied=False` and current values.
 
+    Outer steps (`OuterOptimizer`) have rounds of each fragment, side by side. To the quorum of one count only
+    changes that began from the fragment's last commit, so rounds follow each other no faster than that many
+    workers make their local steps. Other changes are late; under "carry" they are in the round that is open.
+
     Args:
         quorum: how many updates close a round; None: those of all active workers.
         grace_s: seconds that a round is held open for more after the quorum's last update; "slack": for as
             long as that makes nobody wait, as far as workers report how long their local steps take (see
             `headwater.spec.slack`).
         reduce: how the gradients of a round are combined, "mean" over the contributors or "sum".
-        late: what becomes of a late update, "drop", or "carry": its worker sends it with the next one.
+        late: what becomes of a late update, "drop", or "carry": its worker sends it with the next one, and a
+            change after local steps counts in the next round by itself.
         cap_s: longest grace under "slack", in seconds.
 
     Raises:
@@ -313,17 +324,52 @@ class Synchronous(Mode):
 
     def next(self, pending: Pending, now: float) -> Commits | Wait:
         """The round, once it is complete: everybody's, or the quorum's after the grace."""
-        held, needed = len(pending), self.needed(pending.active)
-        if held < needed:
-            return Wait(f"{held} of {needed} updates of this round have arrived")
-        if held < pending.active and self.grace_s:
-            quorum = sorted(pending, key=lambda step: step.since)[:needed]
+        held = len(pending)
+        if self.quorum is None:
+            if held < pending.active:
+                return Wait(f"{held} of {pending.active} updates of this round have arrived")
+            return Commits((tuple(pending),))
+        rounds: dict[int, list[ReadyStep]] = {}
+        for step in pending:
+            rounds.setdefault(step.fragment, []).append(step)
+        waits = []
+        for fragment, steps in rounds.items():
+            choice = self._round(fragment, steps, pending, now)
+            if isinstance(choice, Commits):
+                return choice
+            waits.append(choice)
+        if held == pending.active:
+            # Nobody else can come, so a smaller round must do: the largest, or of those the oldest.
+            largest = max(len(steps) for steps in rounds.values())
+            alike = [steps for steps in rounds.values() if len(steps) == largest]
+            oldest = min(alike, key=lambda steps: steps[0].since)
+            return Commits((tuple(oldest),))
+        due = min((wait.due for wait in waits if wait.due is not None), default=None)
+        return Wait("; ".join(wait.reason for wait in waits), due)
+
+    def _round(
+        self, fragment: int, steps: Sequence[ReadyStep], pending: Pending, now: float
+    ) -> Commits | Wait:
+        """The round of a fragment, or of what is no outer step, of which these have arrived."""
+        counting, needed = steps, self.needed(pending.active)
+        if fragment >= 0 and (current := pending.current(fragment)):
+            counting = [step for step in steps if not step.missed]
+            fresh = self.needed(current)
+        else:
+            fresh = needed
+        if len(counting) < fresh or len(steps) < needed:
+            why = f"{len(steps)} of {needed} updates of this round have arrived"
+            if counting is not steps:
+                why += f", {len(counting)} of {fresh} that began from the last one"
+            return Wait(why)
+        others = pending.active - len(pending)
+        if others and self.grace_s:
+            quorum = sorted(counting, key=lambda step: step.since)[:fresh]
             seconds, why = self._grace(quorum)
             due = quorum[-1].since + seconds
             if now < due:
-                others = pending.active - held
                 return Wait(f"the round stays open for the other {others} for {seconds:g} s{why}", due)
-        return Commits((tuple(pending),))
+        return Commits((tuple(steps),))
 
     def _grace(self, quorum: Sequence[ReadyStep]) -> tuple[float, str]:
         """For how long a round stays open that these have made complete, the last one just now, and why."""

@@ -37,7 +37,7 @@ class Schedule:
         clip_norm: the largest norm of a gradient of that model.
         merge: how gradients of that model become one; None: as the mode says.
         outer: they are changes after local steps.
-        codec: how they are represented.
+        codec: how they are represented. fragments: steps are outer ones, of the two models in turn.
         weighted: steps have weights in the mean.
         spares: nodes more than are needed. rewinds: commits between two checkpoints, with the last of which
             everything begins anew when a shard is lost with all its copies; 0: no shard is lost so. With
@@ -66,6 +66,7 @@ class Schedule:
     clip_norm: float | None = None
     merge: str | None = None
     outer: bool = False
+    fragments: bool = False
     codec: str | None = None
     weighted: bool = False
     rows: bool = False
@@ -138,6 +139,7 @@ def random_schedule(sync: str | Mode, seed: int, faults: Faults, **fixed: Any) -
         "merge": random.Random(f"{seed} merge").choice((None, None, *_MERGES)),
         "weighted": random.Random(f"{seed} weights").random() < 0.5,
         "outer": random.Random(f"{seed} outer").random() < 0.3,
+        "fragments": random.Random(f"{seed} fragments").random() < 0.4,
         "codec": random.Random(f"{seed} codec").choice((None, None, None, "2bit:0.5", "q4")),
         "followers": random.Random(f"{seed} followers").choice((*[0] * 9, 1, 1, 2)),
         "rows": chance.random() < 0.2,

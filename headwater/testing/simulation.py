@@ -76,7 +76,7 @@ def run(schedule: Schedule, *, trace: bool = False) -> Result:
 
 _SHARED = (
     *("seed", "rule", "clip_norm", "splits", "meets", "checkpoints", "weighted", "merge"),
-    *("outer", "codec", "rows", "keeps", "ahead", "verifies"),
+    *("outer", "fragments", "codec", "rows", "keeps", "ahead", "verifies"),
 )
 """What a schedule says of its workload."""
 

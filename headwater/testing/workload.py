@@ -60,6 +60,7 @@ class Workload:
         carries: what came too late for its round goes out with the next step.
         weighted: steps have weights, which follow from (rank, step) and differ within a round.
         outer: gradients of that model are changes after local steps.
+        fragments: steps are outer ones, of the two models in turn, and now and then one that is none.
         codec: how these are represented, as that model's spec says.
         followed: a table that steps push to, for followers.
         rows: steps also count themselves in rows of a table, which are read, asked for ahead and deleted.
@@ -82,6 +83,7 @@ class Workload:
     merge: str | None = None
     carries: bool = False
     outer: bool = False
+    fragments: bool = False
     codec: str | None = None
     followed: FollowedRows | None = None
     rows: bool = False
@@ -140,6 +142,11 @@ class Workload:
         if not self.outer or not (rank + step) % 3:
             return None
         return m.Pace(0.001 * (1 + rank), step % 4, 0.0005)
+
+    def fragment(self, step: int) -> int:
+        """The model whose change a step sends, or -1."""
+        models = (LEDGER, -1) if self.rule is None else (LEDGER, TRAINED, LEDGER, TRAINED, -1)
+        return models[step % len(models)] if self.fragments else -1
 
     @property
     def counted(self) -> int:
@@ -262,7 +269,8 @@ class Workload:
                 me.prefetch(self.counted, np.array(self.keys(me.rank, step + 1)))
         kept = f"{me.rank} kept {step} of {me.id}".encode() if self.keeps else None
         weight, pace = self.weight(me.rank, step), self.pace(me.rank, step)
-        call = me.step(position=position, weight=weight, pace=pace, kept=kept)
+        fragment = self.fragment(step)
+        call = me.step(position=position, weight=weight, pace=pace, fragment=fragment, kept=kept)
         answer = yield from self._ask(me, call, ahead=step % 2 == 0)
         late = answer.result is not None and not answer.result.applied
         me.late_steps = contained if late and self.carries else ()

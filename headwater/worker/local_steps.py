@@ -9,15 +9,14 @@ Tensors are spread over *fragments*, each a model of its own. In each `every` lo
 once, at equal distances. With `overlap` a fragment is sent so many steps before it is due, and received when
 it is due; what was learned meanwhile is not in it, and is given up, but for `blend`.
 
-A change that missed its round (`late=carry`) is kept, and goes out with the fragment's next change, in one
-round, lest the outer rule make two steps where it is to make one. Where that misses its round too it is sent
-again at once, while local steps go on: a slower worker would otherwise be late for ever.
+Where a quorum closes rounds each fragment has rounds of its own (`headwater.spec.sync.Synchronous`). A change
+that missed its round counts in the fragment's next one (`late=carry`), or is lost (`late=drop`); either way
+its worker goes on from the values that it is answered with.
 
 Invariants:
-- A change is relative to the base that its local steps began from, and is sent once, or until it counts.
+- A change is relative to the base that its local steps began from, and is sent once.
 - No fragment is sent before its worker has made `every` local steps since it was sent last; at first, and
   from `flush`, it may be.
-- All workers of a round send the same fragment: with a quorum, where they drift apart, there is one only.
 - One outer step is under way at a time. Until it is received nothing else touches the models.
 """
 
@@ -38,6 +37,7 @@ from headwater.worker.model import Model
 from headwater.worker.model_spec import NonFinite
 from headwater.worker.pending_step import PendingStep
 from headwater.worker.plan import count_of
+from headwater.worker.step_exchange import OuterStep
 from headwater.worker.worker import Worker
 
 Array: TypeAlias = NDArray[np.float32]
@@ -55,10 +55,6 @@ class Local(Protocol):
 
     def sending(self) -> None:
         """A step is about to be sent: what else is to go with it is carried now."""
-
-
-PATIENCE = 2
-"""Rounds in a row that a change may miss before it is sent again by itself."""
 
 
 @dataclass(slots=True)
@@ -90,8 +86,7 @@ class Fragment:
 
     Attributes:
         due: the local step of each `every` at which it is received. sent_at: that at which it is sent.
-        work: since it was received last; owed: of changes that have missed their rounds.
-        kept: these changes; missed: how many rounds in a row.
+        work: since it was sent last.
     """
 
     model: Model
@@ -99,9 +94,6 @@ class Fragment:
     due: int
     sent_at: int
     work: Work = field(default_factory=Work)
-    owed: Work = field(default_factory=Work)
-    kept: dict[str, Array] = field(default_factory=dict)
-    missed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,16 +206,10 @@ class LocalSteps:
         nonfinite: NonFinite,
         claim: Any,
     ) -> None:
-        if plan.fragments > 1 and worker.mode.leaves_out:
-            raise ConfigurationError(
-                f"fragments={plan.fragments} with sync={worker.sync!r}: workers would come to different "
-                f"fragments, and a round of a few for each would step the outer rule too often, which "
-                f"diverges: pass fragments=1, or a mode whose rounds have everybody"
-            )
         self._worker = worker
         self._local = local
         self._plan = plan
-        self._pending: tuple[PendingStep, Fragment, Work, bool] | None = None
+        self._pending: tuple[PendingStep, Fragment] | None = None
         self._timer = StepTimer()
         self.result: m.StepResult | None = None
         self.also: Sequence[Model] = ()
@@ -293,41 +279,41 @@ class LocalSteps:
                 self._send(fragment)
             if fragment.due == now:
                 self.finish()
-                if fragment.missed >= PATIENCE:
-                    self._send_again(fragment)
 
     def finish(self) -> None:
         """Block for what is under way and take it over."""
         if self._pending is None:
             return
-        pending, fragment, work, reads = self._pending
-        result = pending.result()
+        pending, fragment = self._pending
+        self.result = pending.result()
         self._pending = None
-        self._took(fragment, work, result, reads)
+        self._receive(fragment)
 
     def flush(self) -> None:
         """Send all that was not sent yet and take over what comes back, a step for each fragment; blocks as
-        the mode says. All workers make the same number of them, whatever they have to send."""
+        the mode says. All workers make the same number of them, whatever they have to send.
+
+        Where a quorum closes rounds they meet first: one round each, not one for whoever comes first.
+        """
+        self.finish()
+        if self._worker.mode.leaves_out:
+            self._worker.barrier()
         for fragment in self.fragments:
             self.finish()
             self._send(fragment)
             self.finish()
-            self._settle(fragment)
 
     def _send(self, fragment: Fragment) -> None:
         """Send what has changed in a fragment since it was received."""
-        if fragment.work.steps or fragment.owed.steps:
-            change = self._change(fragment) if fragment.work.steps else {}
-            self._push(fragment, change)
-        self._begin(fragment, reads=True)
-
-    def _push(self, fragment: Fragment, change: Mapping[str, Array]) -> None:
-        """Have the next step carry this change and those that are kept."""
-        kept = fragment.kept
-        fragment.model.push(
-            {name: kept.get(name, 0) + change.get(name, 0) for name in {**kept, **change}} if kept else change
-        )
-        fragment.kept = {}
+        if fragment.work.steps:
+            fragment.model.push(self._change(fragment))
+        self._local.sending()
+        step_s = self._timer.step_s
+        pace = None if step_s is None else m.Pace(step_s, self._plan.overlap, self._sync_s)
+        self._worker.outer = OuterStep(fragment.model.local.id, pace)
+        weight = weight_of(fragment.work, self._plan.weighing)
+        pending = self._worker.begin_step(read=(fragment.model, *self.also), weight=weight)
+        self._pending, fragment.work = (pending, fragment), Work()
 
     def _change(self, fragment: Fragment) -> dict[str, Array]:
         base = fragment.model.parameters
@@ -335,41 +321,6 @@ class LocalSteps:
             name: base[name] - np.asarray(value, dtype=np.float32).reshape(base[name].shape)
             for name, value in self._local.read(fragment.names).items()
         }
-
-    def _send_again(self, fragment: Fragment) -> None:
-        """Have what missed its rounds count in the one that is open now."""
-        if fragment.owed.steps:
-            self._push(fragment, {})
-            self._begin(fragment, reads=False)
-
-    def _settle(self, fragment: Fragment) -> None:
-        """Block until no change of a fragment is owed."""
-        while fragment.owed.steps:
-            self._send_again(fragment)
-            self.finish()
-
-    def _begin(self, fragment: Fragment, *, reads: bool) -> None:
-        work, fragment.owed = fragment.owed, Work()
-        if reads:
-            work.add(fragment.work)
-            fragment.work = Work()
-        self._local.sending()
-        if self._timer.step_s is not None:
-            self._worker.pace = m.Pace(self._timer.step_s, self._plan.overlap, self._sync_s)
-        read = (fragment.model, *self.also) if reads else tuple(self.also)
-        pending = self._worker.begin_step(read=read, weight=weight_of(work, self._plan.weighing))
-        self._pending = pending, fragment, work, reads
-
-    def _took(self, fragment: Fragment, work: Work, result: m.StepResult, reads: bool) -> None:
-        self.result = result
-        model = fragment.model
-        if late := not result.applied and any(name in model.local.staged for name in fragment.names):
-            fragment.owed.add(work)
-            fragment.kept = {name: model.gradients[name].copy() for name in fragment.names}
-            model.discard()  # else it would go with the next fragment's step, in a round of its own
-        fragment.missed = fragment.missed + 1 if late else 0
-        if reads:
-            self._receive(fragment)
 
     def _receive(self, fragment: Fragment) -> None:
         """Local ← blend · local + (1 − blend) · base."""

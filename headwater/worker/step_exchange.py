@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from headwater import messages as m
@@ -13,12 +14,20 @@ from headwater.worker.local_model import LocalModel
 from headwater.worker.local_table import LocalTable
 
 
+@dataclass(frozen=True, slots=True)
+class OuterStep:
+    """Makes a step an outer one: it sends the change of model `fragment`, after local steps of this pace."""
+
+    fragment: int
+    pace: m.Pace | None
+
+
 class StepExchange:
     """Takes what is staged; nothing may be under way in the session.
 
     `weight`: what its gradients count in a mean; with 0 they are dropped, and it is an empty turn. `since`:
-    the version that those were computed on which came too late before, and are sent again. `pace`: of local
-    steps, where this is an outer one.
+    the version that those were computed on which came too late before, and are sent again. `outer`: where it
+    is an outer step.
 
     Attributes:
         skip: whether it is an empty turn because a gradient was not finite.
@@ -33,9 +42,9 @@ class StepExchange:
         tables: Iterable[LocalTable],
         weight: float = 1.0,
         since: int | None = None,
-        pace: m.Pace | None = None,
+        outer: OuterStep | None = None,
     ) -> None:
-        self._pace = pace
+        self._outer = outer
         self._session = session
         self._memory = memory
         self._models = list(models)
@@ -162,7 +171,8 @@ class StepExchange:
             known_tables=self._known_tables,
             kept=self._kept,
             coded=tuple([piece for pieces, _ in coded for piece in pieces]),
-            pace=self._pace,
+            pace=self._outer.pace if self._outer is not None else None,
+            fragment=self._outer.fragment if self._outer is not None else -1,
         )
         arrays: list[Any] = [array for _, arrays in (*payload, *coded) for array in arrays]
         for table, place in self._pushed.items():

@@ -42,6 +42,7 @@ from headwater.worker.program import Epochs, Program
 from headwater.worker.progress import WorkerProgress, WorkerStatistics
 from headwater.worker.pulls import pull_together
 from headwater.worker.registrations import Registrations
+from headwater.worker.step_exchange import OuterStep
 from headwater.worker.stream_part import stream_plan_of
 from headwater.worker.table import Table
 from headwater.worker.trial import Trial
@@ -114,13 +115,13 @@ class Worker:
         return self._session.mode
 
     @property
-    def pace(self) -> m.Pace | None:
-        """The pace of local steps, which the next step reports; None where there are none."""
-        return self._steps.pace
+    def outer(self) -> OuterStep | None:
+        """What the next step is, where it is an outer one; set by the adapters for local steps."""
+        return self._steps.outer
 
-    @pace.setter
-    def pace(self, pace: m.Pace) -> None:
-        self._steps.pace = pace
+    @outer.setter
+    def outer(self, outer: OuterStep) -> None:
+        self._steps.outer = outer
 
     @property
     def trial(self) -> Trial | None:

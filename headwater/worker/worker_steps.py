@@ -14,7 +14,7 @@ from headwater.worker.pending_step import PendingStep
 from headwater.worker.program import Program
 from headwater.worker.progress import WorkerProgress
 from headwater.worker.registrations import Registrations
-from headwater.worker.step_exchange import StepExchange
+from headwater.worker.step_exchange import OuterStep, StepExchange
 from headwater.worker.trial import Trial
 
 
@@ -22,7 +22,7 @@ class WorkerSteps:
     """Takes the steps of one worker.
 
     Attributes:
-        pace: the pace of local steps, which the next step reports; None where there are none.
+        outer: what the next step is, where it is an outer one; None again once it is sent.
         trial: delays and notes each step; None outside of a comparison of modes.
     """
 
@@ -35,7 +35,7 @@ class WorkerSteps:
         program: Program,
         progress: WorkerProgress,
     ) -> None:
-        self.pace: m.Pace | None = None
+        self.outer: OuterStep | None = None
         self.trial: Trial | None = None
         self._client = client
         self._rows = rows
@@ -86,8 +86,9 @@ class WorkerSteps:
         client.stages.step()
         for model in models if read is True else read or ():
             model.before_read()
-        since = self._carried_since
-        return StepExchange(client, self._rows, models, self._tables, weight, since, self.pace)
+        since, outer = self._carried_since, self.outer
+        self.outer = None
+        return StepExchange(client, self._rows, models, self._tables, weight, since, outer)
 
     def _took(
         self,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from headwater.testing.world import World
 
 
-class _Accounting(Invariant):
+class Accounting(Invariant):
     """Of a world whose members do what a workload says."""
 
     def accounts(self, who: Host | Member) -> Accounts:
@@ -34,7 +34,7 @@ class _Accounting(Invariant):
         return accounts
 
 
-class EachUpdateOnce(_Accounting):
+class EachUpdateOnce(Accounting):
     """The log has every step once, applied or late, in its member's order; acknowledged ones are in it."""
 
     def sends(self, member: Member, call: Call) -> None:
@@ -73,7 +73,7 @@ class EachUpdateOnce(_Accounting):
             )
 
 
-class ValuesOfTheirVersion(_Accounting):
+class ValuesOfTheirVersion(Accounting):
     """On every server, in every copy and in what every member reads, values are those of their version."""
 
     def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
@@ -105,7 +105,7 @@ class ValuesOfTheirVersion(_Accounting):
             )
 
 
-class RowsOfTheirVersion(_Accounting):
+class RowsOfTheirVersion(Accounting):
     """What a member reads of a table's rows is what the log adds up to at the version of the answer."""
 
     def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
@@ -133,7 +133,7 @@ class RowsOfTheirVersion(_Accounting):
                 )
 
 
-class KeptIsKnown(_Accounting):
+class KeptIsKnown(Accounting):
     """A worker that joins is told what the last applied step of its rank had it keep."""
 
     def answered(self, member: Member, call: Call, answer: m.Answer) -> None:
@@ -145,7 +145,7 @@ class KeptIsKnown(_Accounting):
             self.fail(f"{member.name} is told that its rank keeps {answer.recalled.kept!r}, it kept {kept}")
 
 
-class LateUpdatesAreNowhere(_Accounting):
+class LateUpdatesAreNowhere(Accounting):
     """A late step changes no value and no version, and is reported as not applied."""
 
     def __init__(self, world: World) -> None:
@@ -164,7 +164,7 @@ class LateUpdatesAreNowhere(_Accounting):
             self.fail(f"{member.name} is told {result}")
 
 
-class BoundedStaleness(_Accounting):
+class BoundedStaleness(Accounting):
     """No step is answered before its mode allows: in `ssp:N`, not while it leads anybody by more than N."""
 
     def processed(self, host: Host, shard: Shard, entry: m.AnyEntry) -> None:
@@ -201,6 +201,7 @@ class _Step:
     missed: int = 0
     since: float = 0.0
     pace: m.Pace | None = None
+    fragment: int = -1
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,9 @@ class _Round:
     steps: list[_Step]
     active: int
 
+    def current(self, fragment: int) -> int:
+        return self.active
+
     def __len__(self) -> int:
         return len(self.steps)
 
@@ -217,8 +221,8 @@ class _Round:
         return iter(self.steps)
 
 
-class CompleteRounds(_Accounting):
-    """With rounds, a commit has one update of every active worker, or of as many as the quorum asks for."""
+class CompleteRounds(Accounting):
+    """With rounds, a commit has one update of every active worker, or of as many as the mode asks for."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -229,6 +233,7 @@ class CompleteRounds(_Accounting):
         generation = host.timeline.generation
         if (
             not self.world.sync.rounds
+            or (isinstance(self.world.sync, Synchronous) and self.world.sync.leaves_out)  # see QuorumRounds
             or not isinstance(entry, m.Committed)
             or entry.position <= self._positions.get(generation, 0)
         ):
@@ -243,12 +248,12 @@ class CompleteRounds(_Accounting):
         """By the mode's own numbers; a mode of a user's own says for itself what it would commit at last."""
         mode = self.world.sync
         if isinstance(mode, Synchronous):
-            return len(took) >= (len(active) if mode.quorum is None else min(mode.quorum, len(active)))
+            return took == active
         choice = mode.next(_Round([_Step(member) for member in sorted(took)], len(active)), math.inf)
         return isinstance(choice, Commits) and [len(group) for group in choice.groups] == [len(took)]
 
 
-class ConsistentCut(_Accounting):
+class ConsistentCut(Accounting):
     """The parts of a checkpoint are of one position, and a shard restored from one goes on equal."""
 
     def __init__(self, world: World) -> None:
@@ -312,7 +317,7 @@ class ConsistentCut(_Accounting):
                     self.fail(f"a shard restored from a checkpoint differs from {host.name} at the end")
 
 
-class EverySample(_Accounting):
+class EverySample(Accounting):
     """What was to be read was read: exactly once in parts of one's own, and in splits where nobody died, the
     coordinator included."""
 

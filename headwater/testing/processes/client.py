@@ -207,6 +207,7 @@ class Client:
         position: m.Position | None = None,
         weight: float = 1.0,
         pace: m.Pace | None = None,
+        fragment: int = -1,
         kept: bytes | None = None,
     ) -> Call:
         """What was pushed leaves; `step` other than the next one is a repeat, or an error."""
@@ -234,6 +235,7 @@ class Client:
             position=position,
             weight=weight,
             pace=pace,
+            fragment=fragment,
             kept=kept,
         )
 
