@@ -1,15 +1,20 @@
 """A follower of a training in this process: what it shows, when, and what it does about what cannot be."""
 
+import io
 import os
 import threading
 
 import numpy as np
 import pytest
+from rich.console import Console
 from trained import SIZE, trained
 from waiting import wait_until
 
 import headwater as hw
+from headwater.cli.status import page
 from headwater.errors import ClosedError, ConfigurationError, ConnectionLostError, StalledError, UsageError
+from headwater.observe.metrics import as_data
+from headwater.runtime.inquiry import ask
 from headwater.spec.version import Version
 from headwater.weights.bfloat16 import to_bfloat16
 
@@ -286,3 +291,25 @@ def test_rows_are_those_of_a_pull_at_every_version(lifetime):
                 follower.wait(version, deadline=30)
                 with follower.pin() as view:
                     assert np.array_equal(view.rows("users", np.arange(14)), training.pull(np.arange(14)))
+
+
+def test_the_cluster_knows_its_followers_and_forgets_those_that_have_gone(training):
+    with hw.follow(training.address, every=1) as follower:
+        (one,) = wait_until(lambda: ask(training.address).followers)
+        assert one.version <= follower.version.number
+        assert one.age >= 0
+        assert one.installed >= 1
+        version = training.step()
+        # It tells now and then, as versions come: steps go on until it does.
+        wait_until(lambda: training.step() and ask(training.address).followers[0].version >= version)
+        statistics = ask(training.address)
+        (node,) = [node for node in statistics.nodes if node.role == "follower"]
+        assert node.pid == os.getpid()
+        data = as_data(statistics)
+        assert data["headwater_followers"] == [{"labels": {}, "value": 1}]
+        (age,) = data["headwater_follower_age_seconds"]
+        assert (age["labels"], age["value"]) == ({"member": str(one.member)}, statistics.followers[0].age)
+        told = io.StringIO()
+        Console(file=told, width=100).print(page(statistics))
+        assert "follower" in told.getvalue()
+    wait_until(lambda: not ask(training.address).followers)

@@ -122,8 +122,10 @@ def _nodes(statistics: ClusterStatistics) -> Table:
 
 
 def name_of(node: NodeStatistics) -> str:
-    """`server 0`, `worker 3`, `coordinator`."""
+    """`server 0`, `worker 3`, `coordinator`, `follower`."""
     if node.role == "coordinator":
+        return node.role
+    if node.role == "follower":
         return node.role
     return f"{node.role} {node.rank if isinstance(node.rank, int) else node.index}"
 

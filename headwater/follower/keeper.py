@@ -41,6 +41,7 @@ from headwater.wire.security import Security
 _log = logger("headwater.follower")
 
 _AGAIN_S = 0.5
+_TELL_S = 0.5
 _POLL_S = 0.02
 """Pause between two questions for the newest version, while somebody waits for one, in seconds."""
 
@@ -130,7 +131,7 @@ class Keeper:
         self._closing = False
         self._lent = False  # versions lie in the memory of a follower of this machine
         self._views = ArenaViews()
-        self._again_at = 0.0
+        self._again_at = self._tell_at = 0.0
         self._thread = threading.Thread(target=self._run, name="headwater-follower", daemon=True)
 
     def begin(self, deadline: float) -> None:
@@ -181,6 +182,7 @@ class Keeper:
             lent, self._lent = self._lent, self._is_lent(client)
             memory = self._memory or (lambda: PRIVATE)
             make = subject.shared if self._lent else lambda: subject.copy(memory())
+            self._tell_at = 0.0
             with self.changed:
                 self.subject = subject
                 self.machine.joined(client.welcome.generation, make, anew=lent != self._lent)
@@ -280,6 +282,7 @@ class Keeper:
             self.heard = max(self.heard, began - told.age)
             self.machine.heard(told.version, began - told.age)
             self.changed.notify_all()
+        self._tell(client)
 
     # ── one publication ─────────────────────────────────────────────────────────────────────────
 
@@ -321,6 +324,25 @@ class Keeper:
             self._show(fill, number, (heads[0] if heads else began) - age, whole)
             keeps = tuple(self.machine.readable()) if self._lent else ()
         client.ask(lambda number: m.Taken(number, keeps), "publish")
+        self._tell(client)
+
+    def _tell(self, client: Client) -> None:
+        """The coordinator, now and then, what is shown."""
+        now = time.monotonic()
+        with self.changed:
+            current = self.machine.current
+            if now < self._tell_at or current is None or current.version is None:
+                return
+            self._tell_at = now + _TELL_S
+            told = m.FollowerProgress(
+                client.welcome.member.id,
+                current.version.number,
+                max(0.0, now - current.as_of),
+                self.machine.installed,
+                self.counts.received,
+                self.reason,
+            )
+        client.tell(told)
 
     def _open(self, fill: Fill, message: m.AnyMessage, descriptors: Sequence[int]) -> None:
         """Memory that a follower of this machine lends."""

@@ -268,7 +268,7 @@ class FanOutMachine:
             return self._join(conn, message)
         if isinstance(message, m.GetServers):
             return [Send(conn, m.ServerAddresses(1, (self.own,)), request=request)]
-        if isinstance(message, m.Heartbeat | m.Departed):
+        if isinstance(message, m.Heartbeat | m.Departed | m.FollowerProgress):
             return []
         why = (
             f"this is a follower of the cluster at {self.of}, which knows nothing but what it reads: ask that"

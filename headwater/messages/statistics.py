@@ -102,6 +102,26 @@ class NodeStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     silence: float = 0.0
 
 
+class FollowerProgress(Message, frozen=True):
+    """From a follower to the coordinator, now and then: what it shows.
+
+    Attributes:
+        member: its number.
+        version: what its readers see.
+        age: seconds since it was known that this is the newest version.
+        installed: versions that it has shown.
+        received: bytes of parameters and rows.
+        reason: why it is not up to date, in words; "" while it is.
+    """
+
+    member: int
+    version: int
+    age: float
+    installed: int
+    received: int
+    reason: str = ""
+
+
 class ClusterStatistics(Message, frozen=True):
     """The coordinator's answer to Ask: the state of a cluster at one moment.
 
@@ -127,6 +147,7 @@ class ClusterStatistics(Message, frozen=True):
         checkpoints: that were written.
         traffic: what the coordinator's process has sent and received.
         uptime: seconds since the coordinator's process began.
+        followers: that are there, with the age that what they show has by now.
     """
 
     term: int
@@ -150,7 +171,8 @@ class ClusterStatistics(Message, frozen=True):
     checkpoints: CheckpointCounts = CheckpointCounts()
     traffic: Traffic = Traffic()
     uptime: float = 0.0
+    followers: tuple[FollowerProgress, ...] = ()
 
 
-StatisticsMessage: TypeAlias = Ask | ServerStatistics | ClusterStatistics
+StatisticsMessage: TypeAlias = Ask | ServerStatistics | ClusterStatistics | FollowerProgress
 """What is said of statistics."""

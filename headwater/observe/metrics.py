@@ -15,6 +15,7 @@ from typing import Any
 
 from headwater.machines.coordinator.tally import totals_of
 from headwater.messages import ClusterStatistics, Histogram, Progress, ServerStatistics
+from headwater.observe.follower_metrics import FOLLOWER_METRICS
 from headwater.observe.metric import Metric
 from headwater.observe.server_metrics import (
     CHECKPOINT_METRICS,
@@ -31,6 +32,7 @@ METRICS: tuple[Metric, ...] = (
     *STATE_METRICS,
     *CHECKPOINT_METRICS,
     *CONNECTION_METRICS,
+    *FOLLOWER_METRICS,
 )
 """Every metric, in the order in which they are shown."""
 

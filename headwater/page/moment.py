@@ -168,6 +168,11 @@ def _nodes(statistics: ClusterStatistics) -> tuple[NodeRow, ...]:
     for node in statistics.nodes:
         if node.role == "worker" or (node.role == "observer" and node.pid in own):
             continue  # one in the coordinator's process is the cluster's own: it takes checkpoints
+        if node.role == "follower":
+            behind = max(0, statistics.version - node.version)
+            note = node.waits_for or f"{behind} versions behind"
+            rows.append(NodeRow("follower", node.pid, node.version, node.silence, note))
+            continue
         if node.role == "observer":
             rows.append(NodeRow("reader", node.pid, node.version, node.silence, "follows, or reads values"))
             continue
@@ -184,7 +189,7 @@ def _waits(statistics: ClusterStatistics) -> tuple[Wait, ...]:
     """Those with most members first."""
     found: dict[str, list[str]] = defaultdict(list)
     for node in statistics.nodes:
-        if node.waits_for and node.role != "observer":
+        if node.waits_for and node.role not in ("observer", "follower"):
             name = node.rank if isinstance(node.rank, int) else node.index
             found[node.waits_for].append(f"{node.role} {name}")
     order = sorted(found.items(), key=lambda entry: (-len(entry[1]), entry[0]))

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import msgspec
+
 from headwater import messages as m
 from headwater.machines.actions import Conn, Tell
 from headwater.machines.coordinator.hosts import Hosts
@@ -98,6 +100,10 @@ class Members:
         if progress.points:
             state.emit(Tell(Logged(member.index, state.book.generation, progress.points)))
 
+    def _on_follower(self, conn: Conn, member: m.Member, progress: m.FollowerProgress) -> None:
+        told = msgspec.structs.replace(progress, member=member.id)
+        self.tally.followers[member.id] = told, self._state.now
+
     def _on_reading(self, conn: Conn, member: m.Member, message: m.Lease | m.Finish | m.InMeeting) -> None:
         self._reply(self.reading.serve(member, message))
 
@@ -145,6 +151,7 @@ class Members:
         if departure is None:
             return
         self.traces.gone(member.id)
+        self.tally.followers.pop(member.id, None)
         conn = state.conns.pop(member.id, None)
         if conn is not None and conn in state.phases:
             if why:
@@ -191,6 +198,7 @@ class Members:
         state.keep()
         state.stage = "forming"
         self.tally.rewinds += 1
+        self.tally.followers.clear()
         self.tally.frontier.begin_anew()
         state.warn(refusal.reason)
         for conn in state.conns.values():
@@ -264,6 +272,7 @@ FromMember: TypeAlias = Callable[[Members, Conn, m.Member, Any], None]
 FROM_MEMBERS: dict[type, FromMember] = {
     m.Heartbeat: Members._on_heartbeat,
     m.Progress: Members._on_progress,
+    m.FollowerProgress: Members._on_follower,
     m.Lease: Members._on_reading,
     m.Finish: Members._on_reading,
     m.InMeeting: Members._on_reading,

@@ -31,14 +31,16 @@ def overview(
     checkpoints: m.CheckpointCounts,
     traffic: m.Traffic,
     uptime: float,
+    followers: Sequence[m.FollowerProgress],
 ) -> m.ClusterStatistics:
     """The answer to Ask.
 
     `pid`, `address`: of the coordinator. `progress`: by rank. `silence`: by member, seconds since it was
     heard of. `absent`: members that have not come back since the coordinator started again. `joining`: who
-    waits to join, and for whom. `totals`, `counts`, `checkpoints`, `traffic`, `uptime`: as of
-    `ClusterStatistics`.
+    waits to join, and for whom. `totals`, `counts`, `checkpoints`, `traffic`, `uptime`,
+    `followers`: as of `ClusterStatistics`.
     """
+    following = {told.member: told for told in followers}
     of_server = {report.member: report for report in reports}
     first = next((report for report in reports if report.index == 0 and report.role == "server"), None)
     version = max((report.version for report in reports), default=0)
@@ -59,6 +61,19 @@ def overview(
             why = why or away(member)
             return m.NodeStatistics(
                 member.role, member.pid, place, term, seen, why, index=member.index, silence=silent(member)
+            )
+        if member.id in following:
+            own_follower = following[member.id]
+            reason = own_follower.reason or away(member)
+            return m.NodeStatistics(
+                "follower",
+                member.pid,
+                place,
+                roster.term,
+                own_follower.version,
+                reason,
+                rank=member.index,
+                silence=silent(member),
             )
         told = progress.get(member.index)
         seen = told.version if told is not None and told.member == member.id else 0
@@ -101,6 +116,7 @@ def overview(
         checkpoints=checkpoints,
         traffic=traffic,
         uptime=uptime,
+        followers=tuple(followers),
     )
 
 

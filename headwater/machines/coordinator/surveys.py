@@ -87,6 +87,7 @@ class Surveys:
             checkpoints=self._checkpoints_now(),
             traffic=self.traffic(),
             uptime=state.now - self._began,
+            followers=tally.followers_now(state.now),
         )
 
     def _checkpoints_now(self) -> m.CheckpointCounts:

@@ -23,6 +23,7 @@ class Tally:
         frontier: whom the others waited for.
         joined, lost: members that joined, and that were declared dead, by role.
         rewinds: how often training began anew.
+        followers: what each follower told last, by member, and when.
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,7 @@ class Tally:
         self.joined: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
         self.rewinds = 0
+        self.followers: dict[int, tuple[m.FollowerProgress, float]] = {}
         self._clocks = ClockOffsets()
         self._former: dict[int, m.WorkerTotals] = {}
         self._failovers = 0
@@ -48,6 +50,13 @@ class Tally:
         self.last[member.index] = msgspec.structs.replace(progress, turns=(), points=())
         ahead = self._clocks.heard(member.machine, progress.clock, now) if progress.clock else 0
         self.frontier.take(member.index, progress.turns, ahead)
+
+    def followers_now(self, now: float) -> tuple[m.FollowerProgress, ...]:
+        """What followers show, and how old that is at `now`."""
+        return tuple(
+            msgspec.structs.replace(told, age=told.age + now - at)
+            for _, (told, at) in sorted(self.followers.items())
+        )
 
     def totals(self) -> tuple[m.WorkerTotals, ...]:
         """Of every rank that ever reported, in order."""
