@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
+from waiting import wait_until
 
 import headwater as hw
 from headwater.cli.app import app
@@ -279,3 +281,83 @@ def test_local_steps_on_text8_come_close_to_synchronous_training_with_far_fewer_
     (loss, together), (apart, few) = trained("ddp"), trained("diloco")
     assert apart < 1.08 * loss
     assert together / few >= 20
+
+
+# ── events as they arrive, and readers beside training ──────────────────────────────────────────
+
+
+def test_online_learns_from_a_stream_and_what_is_served_is_its_events(tmp_path):
+    """Counted by a table and by the offsets that the version names; half of the events come later."""
+    online = module("online")
+    online.produce(tmp_path, 3000, rate=1e9)
+    (tmp_path / "done").unlink()
+    rng = np.random.default_rng(2)
+    users, items = rng.integers(0, online.USERS, 4000), rng.integers(0, online.ITEMS, 4000)
+    labels = rng.random(4000) < online.chances(users, items)
+    scores = []
+
+    def served(follower):
+        with follower.pin() as view:
+            scores.append(view.rows("weights", online.ids_of(users, items)).sum(axis=(1, 2)))
+            return online.report(view, tmp_path, labels, scores[-1])
+
+    addresses, results = [], []
+    options = {"workers": 2, "servers": 2, "sync": "async", "engine": "inline", "deadline": 60}
+    arguments = {"settings": {"folder": str(tmp_path)}, "started": addresses.append, **options}
+    training = threading.Thread(target=lambda: results.append(hw.run(online.train, **arguments)))
+    training.start()
+    try:
+        wait_until(lambda: addresses)
+        with hw.follow(addresses[0], models=(), tables=["weights", "counts"], every=1) as follower:
+            counts = [served(follower)]
+            while counts[-1][0] < 3000:
+                follower.wait(deadline=60)
+                counts.append(served(follower))
+            online.produce(tmp_path, 3000, rate=1e9)
+            training.join(60)
+            wait_until(lambda: follower.failure)  # the training has ended
+            counts.append(served(follower))
+    finally:
+        (tmp_path / "done").touch()
+        training.join(60)
+    assert all(counted == read for counted, read in counts if read is not None)
+    assert (3000, 3000) in counts
+    assert sum(results[0].values) == 6000
+    assert 3000 <= counts[-1][0] <= 6000  # of the last versions some may not have come before the end
+    assert online.area_under_curve(labels, scores[-1]) > 0.7
+
+
+def test_rollouts_play_with_pinned_versions_and_the_learner_says_how_stale_they_were(tmp_path):
+    rollouts = module("rollouts")
+    threads, addresses = [], []
+
+    def started(address):
+        addresses.append(address)
+        for number in range(2):
+            arguments = address, tmp_path, number, 16
+            threads.append(threading.Thread(target=rollouts.roll_out, args=arguments))
+            threads[-1].start()
+
+    settings = {"folder": str(tmp_path), "steps": 60}
+    options = {"workers": 1, "sync": "async", "engine": "inline", "deadline": 60}
+    result = hw.run(rollouts.train, settings=settings, started=started, **options)
+    for thread in threads:
+        thread.join(60)
+    ((reward, mean, most),) = result.values
+    assert reward > 0.6  # at first one in two walks to the left
+    assert 0 <= mean <= most < 60
+
+
+@pytest.mark.long
+def test_online_serves_each_event_once_from_processes_of_their_own():
+    told = program("online.py", "--events", 8000, "--rate", 2000, "--every", 0.2)
+    served = re.findall(r"(\d+) events, (\d+) by its offsets", told)
+    assert len(served) > 3
+    assert all(counted == read for counted, read in served)
+    assert told.endswith("8000 events\n")
+
+
+@pytest.mark.long
+def test_rollouts_reach_the_right_end_from_processes_of_their_own():
+    told = program("rollouts.py", "--steps", 80)
+    assert float(re.findall(r"reward (-?\d\.\d+)", told)[0]) > 0.6

@@ -11,7 +11,8 @@ from trained import trained
 from waiting import wait_until
 
 import headwater as hw
-from headwater.errors import ConfigurationError, RefusedError, StalledError
+from headwater.cli.certificates import make_certificates
+from headwater.errors import ConfigurationError, ProtocolError, RefusedError, StalledError
 from headwater.follower.keeper import Wish
 from headwater.follower.served import FollowerNode
 from headwater.wire.endpoint import Endpoint
@@ -194,14 +195,41 @@ def test_a_part_of_what_there_is_can_be_served_and_a_part_of_that_followed(train
             assert np.array_equal(view.rows("users", [1]), training.pull([1]))
 
 
-def test_readers_need_the_secret_that_the_follower_has(training):
-    token = "0123456789abcdef0123"
-    reach = Endpoint("127.0.0.1", security=Security(token), local=False)
-    with served(training.address, reach, security=Security(token)) as node:
-        with hw.follow(node.address, token=token) as follower:
-            assert follower.version.number > 0
-        with pytest.raises(RefusedError):
-            hw.follow(node.address, token=token + "x", deadline=5)
+TOKEN = "0123456789abcdef0123"
+
+
+def node_of(folder):
+    """Certificates of an authority of its own."""
+    pytest.importorskip("cryptography")
+    make_certificates(folder, ["127.0.0.1"])
+    return hw.TLS(folder / "ca.pem", folder / "127.0.0.1.pem", folder / "127.0.0.1.key")
+
+
+def test_who_has_another_secret_or_certificate_is_refused_by_cluster_and_follower(tmp_path):
+    ours, theirs = node_of(tmp_path / "ours"), node_of(tmp_path / "theirs")
+    security = Security(TOKEN, ours)
+    reach = Endpoint("127.0.0.1", security=security, local=False)
+    start = {"bind": "127.0.0.1", "tls": ours, "token": TOKEN}
+    wrong = [
+        {"tls": ours, "token": TOKEN + "x"},
+        {"tls": theirs, "token": TOKEN},
+        {"token": TOKEN},
+        {"tls": ours},
+    ]
+    with (
+        trained(steps=1, start=start) as training,
+        served(training.address, reach, security=security) as node,
+    ):
+        for address in (training.address, node.address):
+            assert address.startswith("tcp:")
+            with hw.follow(address, tls=ours, token=TOKEN) as follower:
+                assert follower.version.number > 0
+            for other in wrong:
+                with pytest.raises((RefusedError, ProtocolError)):
+                    hw.follow(address, deadline=20, **other)
+        stranger = Security(TOKEN, theirs)
+        with pytest.raises((RefusedError, ProtocolError)), served(training.address, security=stranger):
+            pass
 
 
 def test_a_table_larger_than_a_chunk_is_read_where_it_lies():

@@ -218,8 +218,8 @@ def test_an_endless_stream_waits_for_more_and_a_view_says_how_far_training_was(t
 
 
 @pytest.fixture(scope="module")
-def redis(tmp_path_factory):
-    """A redis-server of our own on a Unix socket; its client."""
+def redis_server(tmp_path_factory):
+    """A redis-server of our own on a Unix socket; its path."""
     package = pytest.importorskip("redis")
     folder = tmp_path_factory.mktemp("redis")
     path = f"{folder}/socket"
@@ -238,11 +238,20 @@ def redis(tmp_path_factory):
 
     try:
         wait_until(answers)
-        yield client, f"unix://{path}"
+        client.close()
+        yield path
     finally:
         client.close()
         server.terminate()
         server.wait(30)
+
+
+@pytest.fixture
+def redis(redis_server):
+    """A client, and the server's URL. Each test has its own: a client may connect anew whenever it finds
+    something unread on its connection, and that would look like a connection that the test has left."""
+    with pytest.importorskip("redis").Redis(unix_socket_path=redis_server) as client:
+        yield client, f"unix://{redis_server}"
 
 
 def test_entries_of_redis_streams_are_events(redis):

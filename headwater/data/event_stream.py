@@ -26,7 +26,8 @@ class Stream(Protocol):
     """What `worker.batches` reads events from.
 
     Attributes:
-        endless: whether more may come once all that is there was read; otherwise `batches` end then.
+        endless: whether more may come once all that is there was read; otherwise `batches` end then. It may
+            become False while it is read.
     """
 
     endless: bool

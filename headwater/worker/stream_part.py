@@ -81,24 +81,25 @@ class StreamPart:
         events: list[Mapping[str, Any]] = []
         over: float | None = None
         while True:
-            came = self._poll(events)
+            endless = self._plan.stream.endless  # asked first: the last events may come before the end does
+            came = self._poll(events, endless)
             now = time.monotonic()
             if events and over is None:
                 over = now + self._plan.linger
             if len(events) >= self._plan.batch or (over is not None and now >= over):
                 break
             if not came:
-                if not self._plan.stream.endless:
+                if not endless:
                     break
                 check()
                 time.sleep(_POLL_S)
         self.planned += len(events)
         return _columns(events) if events else None
 
-    def _poll(self, events: list[Mapping[str, Any]]) -> bool:
+    def _poll(self, events: list[Mapping[str, Any]], endless: bool) -> bool:
         """Take what is there, a partition after the other; whether anything was."""
         came = False
-        partitions = self._list()
+        partitions = self._list(endless)
         for _ in range(len(partitions)):
             if len(events) >= self._plan.batch:
                 return True
@@ -112,9 +113,9 @@ class StreamPart:
                     events.append(event.value)
         return came
 
-    def _list(self) -> list[str]:
+    def _list(self, endless: bool) -> list[str]:
         now = time.monotonic()
-        if not self._partitions or now >= self._listed + _LIST_S or not self._plan.stream.endless:
+        if not self._partitions or now >= self._listed + _LIST_S or not endless:
             self._listed = now
             there = [one for one in self._plan.stream.partitions() if self._is_own(one)]
             gone = self._offsets.keys() - set(there)
