@@ -119,6 +119,12 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
+def pytest_collection_finish(session):
+    """What was imported stays, so it need not be looked through whenever a test looks for garbage."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """Quiet runs print no header, and who wants this order again needs the seed."""
     if not terminalreporter.no_header and terminalreporter.verbosity >= 0:
