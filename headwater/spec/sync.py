@@ -326,8 +326,8 @@ class Synchronous(Mode):
         """The round, once it is complete: everybody's, or the quorum's after the grace."""
         held = len(pending)
         if self.quorum is None:
-            if held < pending.active:
-                return Wait(f"{held} of {pending.active} updates of this round have arrived")
+            if held < (needed := self.needed(pending.active)):
+                return Wait(f"{held} of {needed} updates of this round have arrived")
             return Commits((tuple(pending),))
         rounds: dict[int, list[ReadyStep]] = {}
         for step in pending:
