@@ -118,8 +118,11 @@ class Desk:
         self.do(self.machine.opened(conn, dialled, self.now))
         return conn
 
-    def says(self, conn, message, *, buffers=(), given=(), request=0):
-        """A message comes, with payload and memory; what breaks the protocol is told as a driver does."""
+    def says(self, conn, message, *, buffers=(), given=(), request=0, compiled=True):
+        """A message comes, with payload and memory; what breaks the protocol is told as a driver does.
+
+        `compiled`: the loops that a declaration needs are there at once.
+        """
         assert conn not in self.paused, "nothing is taken from a paused connection"
         given = list(given)
         try:
@@ -129,6 +132,8 @@ class Desk:
             self.do(self.machine.received(conn, message, payload, self.now, request=request))
         except HeadwaterError as error:
             self.do(self.machine.failed(conn, error, self.now))
+        if compiled and isinstance(message, m.Register | m.RegisterTable):
+            self.perform()
 
     def ends(self, conn):
         self.do(self.machine.closed(conn, self.now))

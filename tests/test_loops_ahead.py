@@ -10,6 +10,7 @@ import pytest
 
 import headwater as hw
 from headwater import kernels
+from headwater.machines import requests
 from headwater.machines.member_memory import MemberMemory
 from headwater.machines.standby_receiver import StandbyReceiver
 from headwater.shard import Shard, checks, layers, table, tables, vector
@@ -35,6 +36,7 @@ class Uses:
         for module in (tables, table):
             monkeypatch.setattr(module, "row_rule", self._of_rule("rows", module.row_rule))
         self._within(monkeypatch, MemberMemory, "unpack", lambda _: self.brought["server"])
+        self._within(monkeypatch, requests, "compile_for", lambda _: self.brought["server"])
         self._within(monkeypatch, StandbyReceiver, "unpack", lambda _: self.brought["standby"])
         for name in ("process", "prepare", "commit"):
             self._within(monkeypatch, Shard, name, lambda shard: self.processed[self._role(shard)])

@@ -45,6 +45,31 @@ def put(scratch, offset, values):
 # ── one exchange ────────────────────────────────────────────────────────────────────────────────
 
 
+def test_while_loops_are_compiled_whoever_declares_is_told_so_and_others_are_served():
+    desk = Desk(sequencer="async")
+    conn, other = desk.trains(5, 6)[0]
+    desk.says(conn, m.RegisterTable(2, TABLE), compiled=False)
+    assert desk.paused == {conn}
+    desk.says(other, step(2, 1))
+    assert desk.last(other).number == 2, "nobody else waits for the compiler"
+    desk.passes(20.0)
+    assert desk.last(conn).reason.startswith("server 0 compiles the loops of 'rows'")
+    desk.perform()
+    assert desk.last(conn).table == 0
+    assert not desk.paused
+
+
+def test_who_goes_while_loops_are_compiled_for_it_leaves_nothing_behind():
+    desk = Desk(sequencer="async")
+    (conn,), _ = desk.trains(5)
+    desk.says(conn, m.RegisterTable(2, TABLE), compiled=False)
+    desk.ends(conn)
+    again = desk.hello(5, term=2, epoch=1)
+    desk.perform()
+    desk.says(again, m.RegisterTable(2, TABLE))
+    assert desk.last(again).table == 0
+
+
 def test_a_step_is_held_reported_and_answered_and_its_connection_paused_meanwhile():
     desk = Desk()  # whose sequencer says nothing by itself
     desk.serves(5)

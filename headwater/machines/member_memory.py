@@ -8,8 +8,8 @@ are here; values of a model with a codec for them leave so.
 Everything here runs in the connection's own thread and without the server's lock, so that a member whose
 payload comes in never waits for a pass that answers another one. What it reads of the shard (which models
 and tables there are, where they are cut, where this member stages) changes only by this member's own
-exchanges, or grows. For the same reason the loops that a request will need are compiled here, which may take
-seconds: nobody else waits for that.
+exchanges, or grows. For the same reason the loops that a request will need are compiled here: nobody else
+waits for that. (Those of a declaration take longer, and say so: see `headwater.machines.requests`.)
 
 Invariants:
 - Ids are copied before they are checked, so that what was checked cannot change afterwards.
@@ -200,10 +200,8 @@ class MemberMemory:
                 self._pulled = ()
                 return _NOTHING
             return Brought(rows=self._rows(message))
-        try:
+        if not isinstance(message, m.Register | m.RegisterTable):  # these say what they wait for
             compile_for(message)
-        except UsageError as error:
-            return Brought(failure=error)
         if isinstance(message, m.Register | m.Attach | m.Renew):
             try:
                 return Brought(self._staging(message, given))

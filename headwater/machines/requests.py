@@ -3,6 +3,7 @@
 Theory of operation. A connection takes one request at a time:
 
     free ──request──▶ held ──entry of the log──▶ answered, and free again
+    free ──declaration──▶ busy ──loops compiled──▶ held
     free ──Store, Compare──▶ busy ──done──▶ answered, and free again
     free ──Read──▶ answered, and free again
 
@@ -37,6 +38,7 @@ from headwater.machines.standby_link import StandbyLink
 from headwater.shard import Shard
 from headwater.shard.copies import found
 from headwater.shard.digest import digests
+from headwater.shard.loops_ahead import compile_for
 from headwater.shard.snapshot import ShardSnapshot
 
 READING = (
@@ -105,6 +107,7 @@ class MemberRequests:
         self._snapshot: ShardSnapshot | None = None
         self._own: tuple[m.Digest, ...] | None = None
         self._comparing: ShardSnapshot | None = None
+        self._compiling = ""
 
     def place(self, message: m.AnyMessage, length: int) -> list[Any]:
         """As `MemberMemory.place`."""
@@ -141,6 +144,9 @@ class MemberRequests:
             raise ProtocolError(f"an observer sent {type(message).__name__}, which only workers may")
         if brought.failure is not None:
             return [self._refusal(message.number, brought.failure)]
+        if isinstance(message, m.Register | m.RegisterTable):
+            self.waiting, self._compiling = message.number, message.spec.name
+            return self._busy(partial(compile_for, message), partial(self._compiled, message, brought))
         if isinstance(message, m.Checkpoint) and (lengths := self._server.shard.expect_snapshots()):
             return self._busy(partial(found, lengths), partial(self._provided, message, brought))
         return self._hold(message, brought)
@@ -164,6 +170,18 @@ class MemberRequests:
             return [self._refusal(message.number, error)]
         self.waiting = message.number
         return [Pause(self.conn), *self._server.report(held)]
+
+    def _compiled(
+        self, message: m.Register | m.RegisterTable, brought: Brought, result: HeadwaterError | None
+    ) -> Actions:
+        """The loops that a declared model or table needs are there, or cannot be made."""
+        self.waiting, self._compiling = 0, ""
+        if isinstance(result, UsageError):
+            return [self._refusal(message.number, result), Resume(self.conn)]
+        if result is not None:
+            raise result
+        actions = self._hold(message, brought)
+        return actions if self.waiting else [*actions, Resume(self.conn)]
 
     def _refusal(self, number: int, error: UsageError) -> Send:
         failure = m.Refused(type(error).__name__, str(error))
@@ -256,6 +274,11 @@ class MemberRequests:
     @property
     def reason(self) -> str:
         """Why the member waits, where that is not the log's business; "" otherwise."""
+        if self._compiling:
+            return (
+                f"server {self._server.index} compiles the loops of {self._compiling!r}, which takes seconds "
+                f"where no process of its user has done so"
+            )
         if self._comparing is None:
             return ""
         return f"server {self._server.index} waits for its standby to sum up what it holds"
