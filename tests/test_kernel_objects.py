@@ -1,12 +1,18 @@
 """Stored machine code of kernels: the same functions without numba, or numba where it cannot be used."""
 
+import importlib
+import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from headwater.kernels import cache, objects
+import headwater as hw
+from headwater import kernels
+from headwater.kernels import cache, fused, objects
+from headwater.kernels.rows import row_source
 
 TEXT = """
 from headwater.kernels.primitives import outer
@@ -131,3 +137,29 @@ def test_a_process_that_finds_stored_code_imports_no_numba_and_may_do_so_later()
 
     assert finite(np.ones(4, np.float32))  # it is stored now, if it was not
     subprocess.run([sys.executable, "-c", LATER], check=True, timeout=100)
+
+
+FOLDER = Path(kernels.__file__).parent
+LOOPS = {
+    **{
+        one.name: importlib.import_module(f"headwater.kernels.{one.name}").TEXT
+        for one in pkgutil.iter_modules(kernels.__path__)
+        if hasattr(importlib.import_module(f"headwater.kernels.{one.name}"), "TEXT")
+    },
+    **{path.stem: path.read_text() for path in FOLDER.glob("*_loops.py")},
+    **{f"rows of {rule.name}": row_source(rule) for rule in (hw.SGD(lr=1.0), hw.RowwiseAdagrad(lr=1.0))},
+    "a rule's pass": fused._module_text(hw.Adam()),
+}
+
+
+@pytest.mark.parametrize("loops", LOOPS)
+def test_every_module_of_loops_is_linked_without_numba(loops, monkeypatch):
+    """Numba, which takes a process half a second to import, is for who compiles."""
+
+    def imported(name, path):
+        raise AssertionError(f"{loops} are loaded by numba")
+
+    cache.load(LOOPS[loops])  # compiled by now, by this process or another one
+    monkeypatch.setattr(cache, "_loaded", {})
+    monkeypatch.setattr(cache, "_imported", imported)
+    cache.load(LOOPS[loops])

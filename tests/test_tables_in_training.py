@@ -372,7 +372,7 @@ def test_rows_that_came_ahead_and_nobody_pulled_are_not_kept():
             table.local.bring([(table.local, [step])])
             table.local.bring([(table.local, [step + 100])])
             worker.step()
-        return sum(isinstance(one, Ahead) for one in gc.get_objects())
+        return sum(type(one) is Ahead for one in gc.get_objects())
 
     assert train(work, workers=1, servers=1, sync="sync").values == [0]
 

@@ -80,8 +80,8 @@ def store(folder: Path, module: ModuleType) -> None:
     """
     kernels = []
     for name, function in vars(module).items():
-        if isinstance(overloads := getattr(function, "overloads", None), dict) and name in _own(module):
-            kernel = _kernel(name, *overloads.values())
+        if name in _own(module) and _has_signature(function):
+            kernel = _kernel(name, *function.overloads.values())
             if kernel is None:
                 return
             kernels.append(kernel)
@@ -110,6 +110,12 @@ def restore(folder: Path, name: str) -> ModuleType | None:
 def _own(module: ModuleType) -> set[str]:
     """Names of functions that the module itself defines for callers in Python."""
     return {name for name, it in vars(module).items() if getattr(it, "__module__", "") == module.__name__}
+
+
+def _has_signature(function: Any) -> bool:
+    """Whether it was compiled for callers in Python. Others are compiled for each kind of argument that these
+    pass them, and are part of their code."""
+    return isinstance(getattr(function, "overloads", None), dict) and not function._can_compile
 
 
 def _kernel(name: str, *results: Any) -> Kernel | None:

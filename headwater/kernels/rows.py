@@ -80,7 +80,7 @@ def apply(rows, sources, bounds, divisor, addresses, shift, dim, scalars, lines)
     scale = float32(divisor)
     size = 4 * dim
     memory = np.empty(dim, np.float32)
-    sums = memory.ctypes.data
+    sums = np.int64(memory.ctypes.data)  # unsigned, it would make every address a float64
     if len(bounds) == 0:
         for i in range(len(rows)):
             if i + AHEAD < len(rows) and rows[i + AHEAD] >= 0:
