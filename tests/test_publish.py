@@ -163,8 +163,12 @@ def test_what_cannot_be_published_is_told_at_once(tmp_path):
         for options, told in [
             ({"model": "other"}, "no model 'other': its models are 'net'"),
             ({"tables": ["items"]}, "no table 'items': its tables are 'users'"),
-            ({"dtype": "fp8"}, "dtype must be one of"),
-            ({"dialect": "other"}, "dialect 'other' is unknown"),
+            ({"dtype": "fp8"}, "dtype must be 'float32' or 'bfloat16', got 'fp8'"),
+            ({"dialect": "other"}, "dialect must be"),
+            ({"tables": 5}, "tables must be names, got 5"),
+            ({"versions": 0}, "versions must be an integer ≥ 1"),
+            ({"wrote": 5}, "wrote must be a function"),
+            ({"notify": 5}, "notify must be a URL"),
             ({"names": {"v": "x"}}, "no tensor 'v': it has"),
             ({"notify": "ftp://engine"}, "expected http"),
         ]:

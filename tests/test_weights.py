@@ -258,8 +258,8 @@ def test_a_full_disk_costs_that_version_only(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16"),
-        ({"dialect": "vllm"}, "pass one of modelexpress, sglang"),
+        ({"dtype": "float16"}, "dtype must be 'float32' or 'bfloat16'"),
+        ({"dialect": "vllm"}, "dialect must be 'modelexpress' or 'sglang', got 'vllm'"),
         ({"full_every": 0}, "full_every must be an integer ≥ 1"),
         ({"keep": True}, "keep must be an integer ≥ 1"),
         ({"checksum": "md5"}, "expected xxh3-128, blake3 or adler32"),

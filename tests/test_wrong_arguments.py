@@ -150,6 +150,8 @@ MADE_WITH_TEXTS = {
     "resources of Ray": lambda odd: hw.RayEngine(server_resources=odd),
     "a time of Ray": lambda odd: hw.RayEngine(timeout=math.nan if isinstance(odd, float) else odd),
     "parameters": lambda odd: hw.minimize(lambda params, batch: 0, odd, data=[1], portions=1, workers=1),
+    "models to follow": lambda odd: hw.follow("unix:@nobody", 1 if odd is None else odd),
+    "a type to follow": lambda odd: hw.follow("unix:@nobody", dtype=odd),
     "a trace": lambda odd: NodeConfig(trace=1 if odd is None else odd),
 }
 """What takes texts, paths and the like, given something else."""

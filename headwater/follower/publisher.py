@@ -21,6 +21,7 @@ from headwater.follower.changes import Change
 from headwater.follower.public import Follower
 from headwater.follower.view import View
 from headwater.loggers import logger
+from headwater.spec.amounts import shown, text, whole
 from headwater.spec.every import Every
 from headwater.spec.words import option
 from headwater.weights.notify import Notification
@@ -78,11 +79,17 @@ def publish(
         ConnectionLostError, RefusedError: as of `hw.follow`.
     """
     told = Notification(notify) if isinstance(notify, str) else notify
-    models = () if model is None else (model,)
+    if told is not None and not isinstance(told, Notification):
+        raise ConfigurationError(f"notify must be a URL or a Notification, got {shown(notify)}")
+    versions = None if versions is None else whole("versions", versions)
+    if not callable(wrote):
+        raise ConfigurationError(f"wrote must be a function, got {shown(wrote)}")
+    models = () if model is None else (text("model", model),)
+    short = {"bf16": "bfloat16", "fp32": "float32"}
     with (
         WeightsWriter(
             to,
-            dtype={"bf16": "bfloat16", "fp32": "float32"}.get(dtype, dtype),
+            dtype=short.get(dtype, dtype) if isinstance(dtype, str) else dtype,
             dialect=dialect,
             full_every=full_every,
             keep=keep,

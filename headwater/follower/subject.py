@@ -15,6 +15,7 @@ from headwater.errors import ConfigurationError
 from headwater.kernels.slabs import PRIVATE, ChunkMemory
 from headwater.shard.shared_version import SharedCopy
 from headwater.shard.version_copy import VersionCopy
+from headwater.spec.amounts import shown
 from headwater.spec.layout import Layout
 from headwater.spec.words import option
 
@@ -66,20 +67,20 @@ def read_type(dtype: str) -> m.ReadType:
     """Raises ConfigurationError, which lists the types, for one that cannot be."""
     found = {"bf16": "bfloat16", "fp32": "float32"}.get(dtype, dtype) if isinstance(dtype, str) else dtype
     for known in _DTYPES:
-        if found == known:
+        if isinstance(found, str) and found == known:
             if known == "bfloat16":
                 bfloat16()
             return known
-    raise ConfigurationError(f"{option('dtype')} must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    raise ConfigurationError(f"{option('dtype')} must be one of {', '.join(_DTYPES)}, got {shown(dtype)}")
 
 
 def names(what: str, given: str | Iterable[str] | None) -> tuple[str, ...] | None:
     """What a user named; None: all. Raises ConfigurationError for what is no name."""
     if given is None:
         return None
-    listed = (given,) if isinstance(given, str) else tuple(given)
+    listed = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
     if not all(isinstance(name, str) for name in listed):
-        raise ConfigurationError(f"{what} must be names, got {given!r}")
+        raise ConfigurationError(f"{what} must be names, got {shown(given)}")
     return tuple(dict.fromkeys(listed))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from headwater.errors import ConfigurationError, WeightsError
+from headwater.spec.amounts import one_of
 
 INDEX = "model.safetensors.index.json"
 EXTRA = "headwater.json"
@@ -69,9 +70,7 @@ DIALECTS = {
 
 def dialect_of(name: str) -> Dialect:
     """Raises ConfigurationError, which lists the dialects, for an unknown name."""
-    if name not in DIALECTS:
-        raise ConfigurationError(f"dialect {name!r} is unknown: pass one of {', '.join(sorted(DIALECTS))}")
-    return DIALECTS[name]
+    return DIALECTS[one_of("dialect", name, sorted(DIALECTS))]
 
 
 def number_of(text: Any, where: str) -> int:

@@ -24,7 +24,7 @@ from headwater.checkpoint.store import Location, open_folder, write_all
 from headwater.checkpoint.tensors import Tensor, write_tensors
 from headwater.errors import CheckpointError, ConfigurationError, WeightsError
 from headwater.loggers import logger
-from headwater.spec.amounts import whole
+from headwater.spec.amounts import one_of, shown, whole
 from headwater.weights.bfloat16 import to_bfloat16
 from headwater.weights.layout import (
     EXTRA,
@@ -112,8 +112,9 @@ class WeightsWriter:
         names: Mapping[str, str] | None = None,
         checksum: str | None = None,
     ) -> None:
-        if dtype not in _DTYPES:
-            raise ConfigurationError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        one_of("dtype", dtype, _DTYPES)
+        if names is not None and not isinstance(names, Mapping):
+            raise ConfigurationError(f"names must be a dict from tensor to name, got {shown(names)}")
         full_every, keep = whole("full_every", full_every), whole("keep", keep)
         self._dialect = dialect_of(dialect)
         self._checksum = checksum or self._dialect.checksum
