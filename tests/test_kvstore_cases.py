@@ -33,7 +33,7 @@ def test_one_bit_codes_of_random_pushes_are_those_of_a_plain_one(kv):
 
 
 @pytest.mark.parametrize("threshold", [-0.5, 0.0, 0.5])
-@pytest.mark.parametrize(("workers", "servers"), COUNTS[1:])
+@pytest.mark.parametrize(("workers", "servers"), COUNTS)
 def test_one_bit_ones_go_up_and_down_at_any_threshold(threshold, workers, servers):
     """F4: ±rate · n a push."""
 
