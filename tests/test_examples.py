@@ -350,11 +350,11 @@ def test_rollouts_play_with_pinned_versions_and_the_learner_says_how_stale_they_
 
 @pytest.mark.long
 def test_online_serves_each_event_once_from_processes_of_their_own():
-    told = program("online.py", "--events", 8000, "--rate", 2000, "--every", 0.2)
+    told = program("online.py", "--events", 30_000, "--rate", 1500, "--every", 0.2)
     served = re.findall(r"(\d+) events, (\d+) by its offsets", told)
-    assert len(served) > 3
+    assert served
     assert all(counted == read for counted, read in served)
-    assert told.endswith("8000 events\n")
+    assert told.endswith("30000 events\n")
 
 
 @pytest.mark.long
