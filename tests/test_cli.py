@@ -666,7 +666,10 @@ def test_a_target_is_met_from_its_own_side():
     assert met(1.0, None, True) is None
 
 
-LONG = ["models", "observe", "predictions", "programs", "rows", "safety", "soak", "splits", "steps", "table"]
+LONG = [
+    *("follow", "models", "observe", "predictions", "programs"),
+    *("rows", "safety", "soak", "splits", "steps", "table"),
+]
 """Suites whose cases take long to set up, however little is measured."""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from headwater.bench.dense import measure_dense
 from headwater.bench.figures import Effort, Figure
+from headwater.bench.follow import measure_follow
 from headwater.bench.kernels import measure_kernels
 from headwater.bench.latency import measure_latency
 from headwater.bench.memory import measure_memory
@@ -23,6 +24,7 @@ from headwater.bench.wire import measure_tcp, measure_tls
 
 SUITES: dict[str, Callable[[Effort], list[Figure]]] = {
     "dense": measure_dense,
+    "follow": measure_follow,
     "latency": measure_latency,
     "observe": measure_observe,
     "tcp": measure_tcp,
