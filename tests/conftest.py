@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import forking
@@ -44,6 +45,9 @@ LONGEST = (
 
 _LONG_TIMEOUT_S = 1800
 """Of a test with `--long`, in seconds: it takes more schedules and examples."""
+
+_ENDING_S = 5.0
+"""How long what has been told to end may take to be gone, as a thread that nobody joins."""
 
 
 # ── which tests run, and where ──────────────────────────────────────────────────────────────────
@@ -211,10 +215,17 @@ def _left():
 def nothing_is_left():
     before = _left()
     yield
-    after = _left()
-    if after != before:
+
+    def left():
+        after = _left()
+        return {
+            kind: more for kind in after if (more := [one for one in after[kind] if one not in before[kind]])
+        }
+
+    if left():
         gc.collect()
         wait_for_actors()
-        after = _left()
-    left = {kind: [one for one in after[kind] if one not in before[kind]] for kind in after}
-    assert not any(left.values()), f"the test left {left}"
+    until = time.monotonic() + _ENDING_S
+    while (found := left()) and time.monotonic() < until:
+        threading.Event().wait(0.02)
+    assert not found, f"the test left {found}"
