@@ -250,6 +250,11 @@ def test_no_module_is_so_long_that_nobody_reads_it():
     assert max(lengths.values()) < 700
 
 
+def test_decisions_are_numbered_one_after_the_other():
+    pages = sorted(path.name for path in (ROOT / "docs" / "decisions").glob("0*.md"))
+    assert [int(page[:4]) for page in pages] == list(range(1, len(pages) + 1))
+
+
 def test_no_decision_reads_a_clock_that_can_jump():
     """Dates are written into manifests, certificates and what is exported; everything that waits counts
     monotonic seconds."""
