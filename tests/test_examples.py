@@ -309,9 +309,10 @@ def test_online_learns_from_a_stream_and_what_is_served_is_its_events(tmp_path):
     try:
         wait_until(lambda: addresses)
         with hw.follow(addresses[0], models=(), tables=["weights", "counts"], every=1) as follower:
+            version = follower.version.number
             counts = [served(follower)]
             while counts[-1][0] < 3000:
-                follower.wait(deadline=60)
+                version = follower.wait(version + 1, deadline=60).number  # which may be shown by now
                 counts.append(served(follower))
             online.produce(tmp_path, 3000, rate=1e9)
             training.join(60)

@@ -199,8 +199,10 @@ def test_an_endless_stream_waits_for_more_and_a_view_says_how_far_training_was(t
             seen = 0
             while seen < 40:
                 with follower.pin() as view:
-                    ((_, offset),) = view.positions.last[0].streams[0].offsets
-                    seen = content[: int(offset)].count(b"\n")
+                    version = view.version.number
+                    streams = view.positions.last[0].streams if view.positions.last else ()  # before a step
+                    read = [int(offset) for stream in streams for _, offset in stream.offsets]
+                    seen = content[: sum(read)].count(b"\n")
                     rows = {
                         int(id): row[0]
                         for ids, rows in view.scan("seen")
@@ -208,7 +210,7 @@ def test_an_endless_stream_waits_for_more_and_a_view_says_how_far_training_was(t
                     }
                     assert rows == dict.fromkeys(range(seen), 1.0)
                 if seen < 40:
-                    follower.wait(deadline=30)
+                    follower.wait(version + 1, deadline=30)  # which may be shown by now
     finally:
         ended.set()
         thread.join(60)

@@ -24,6 +24,7 @@ from headwater.errors import (
     EnvironmentFailure,
     HeadwaterError,
     OtherClusterError,
+    ProtocolError,
     RewoundError,
 )
 from headwater.follower.subject import Subject, choose, names, read_type
@@ -117,6 +118,7 @@ class Keeper:
         self.machine = machine
         self.changed = threading.Condition()
         self.subject: Subject | None = None
+        self._unknown = False  # to a server, yet, is what another one has told of
         self.failure: HeadwaterError | None = None
         self.reason = "it has not connected yet"
         self.counts = Counts()
@@ -172,6 +174,7 @@ class Keeper:
 
     def _follow(self) -> None:
         """As one member, until that ends."""
+        self._unknown = False
         client = Client(self.wish.address, "observer", security=self.wish.security, cluster=self.cluster)
         try:
             with self.changed:
@@ -219,7 +222,7 @@ class Keeper:
         with self.changed:
             first = self.machine.current is None
             rewound = isinstance(error, RewoundError)
-            if final or (first and not rewound):
+            if final or (first and not rewound and not self._unknown):
                 self.failure = error
             else:
                 self.counts.reconnects += 1
@@ -314,10 +317,11 @@ class Keeper:
             whole = any(part.models for part in parts) and not fill.slot.copy.tables
             whole |= any(rows.base < 0 for part in parts for rows in part.tables)
             number = fill.install(parts)
-        except BaseException:
+        except BaseException as error:
             with self.changed:
                 self.counts.failed += 1
                 self.machine.failed()
+            self._unknown = isinstance(error, ProtocolError) and time.monotonic() < self._deadline
             raise
         age = max(part.age for part in parts)
         with self.changed:
