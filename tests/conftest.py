@@ -87,8 +87,8 @@ def pytest_sessionstart(session):
 
 
 def pytest_xdist_auto_num_workers(config):
-    """One process more than cores, as tests often wait; none for single files, which start sooner alone."""
-    return len(os.sched_getaffinity(0)) + 1 if _is_whole(config) else 0
+    """Two processes more than cores, as tests often wait; none for single files, which start sooner alone."""
+    return len(os.sched_getaffinity(0)) + 2 if _is_whole(config) else 0
 
 
 class OneRay(LoadScopeScheduling):
