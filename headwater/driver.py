@@ -38,6 +38,8 @@ _log = logger("headwater")
 _WATCH_S = 0.5
 _LAST_S = 60
 """How long an interrupted run may take for its last checkpoint, in seconds."""
+_LOOK_S = 0.1
+"""How often it looks whether it was interrupted again, in seconds."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -192,10 +194,34 @@ def _last_checkpoint_of(cluster: Cluster) -> Iterator[None]:
                     "interrupted" if isinstance(error, KeyboardInterrupt) else "told to end",
                     _LAST_S,
                 )
-                writing = threading.Thread(target=_write_last, args=(cluster,), daemon=True)
-                writing.start()
-                writing.join(_LAST_S)
+                with _interrupts() as interrupted:
+                    writing = threading.Thread(target=_write_last, args=(cluster,), daemon=True)
+                    writing.start()
+                    until = time.monotonic() + _LAST_S
+                    while writing.is_alive() and not interrupted.is_set() and time.monotonic() < until:
+                        writing.join(_LOOK_S)
             raise
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Set with a Ctrl-C in the block: the KeyboardInterrupt itself is lost where it comes in a callback of
+    the interpreter, such as that of a weak reference."""
+    interrupted = threading.Event()
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield interrupted
+        return
+
+    def noted(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, noted)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _write_last(cluster: Cluster) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from waiting import wait_until
 
 import headwater as hw
+from headwater import driver
 from headwater.checkpoint import direct
 from headwater.cli.app import app
 from headwater.cli.summary import summarize
@@ -238,3 +240,16 @@ def test_a_second_signal_ends_a_run_at_once_though_its_last_checkpoint_hangs(num
 
 def wait_for_line(child, word):
     assert any(word in line for line in child.stdout)
+
+
+def test_a_ctrl_c_that_comes_in_a_callback_of_the_interpreter_is_noted(monkeypatch):
+    """What such a callback raises is told to nobody, a KeyboardInterrupt too."""
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda told: lost.append(told.exc_type))
+    with driver._interrupts() as interrupted:
+        thing = threading.Event()
+        _reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+        del thing
+    assert lost == [KeyboardInterrupt]
+    assert interrupted.is_set()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -43,6 +43,8 @@ _AGAIN_S = 0.05
 _loaded: dict[str, ModuleType] = {}
 _threads: dict[str, threading.Lock] = {}
 """By name of the module: one thread loads it."""
+_making = threading.RLock()
+"""One thread links or compiles: neither numba's import nor its compiler is made for two at once."""
 _held: set[int] = set()
 """Descriptors of the lock files that this process has open."""
 
@@ -83,11 +85,13 @@ def _loaded_from(folder: Path, name: str, text: str) -> ModuleType:
         with _only_one_process(folder / "lock"):
             if not is_there():
                 _write(path, text)
-                module = _imported(name, path)
+                with _making:
+                    module = _imported(name, path)
                 objects.store(folder, module)
                 compiled.touch()
                 return module
-    return objects.restore(folder, name) or _imported(name, path)
+    with _making:
+        return objects.restore(folder, name) or _imported(name, path)
 
 
 def _digest(text: str) -> str:
@@ -173,6 +177,8 @@ def _locked(descriptor: int) -> bool:
 def _forget_locks() -> None:
     """In a forked process: the threads that held them are not there, and their parent's locks stay its
     own."""
+    global _making
+    _making = threading.RLock()
     _threads.clear()
     while _held:
         os.close(_held.pop())

@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 from headwater import messages as m
 from headwater.errors import HeadwaterError, ProtocolError, UsageError
-from headwater.machines.actions import Actions, Close, Conn, Pause, Perform, Resume, Send
+from headwater.machines.actions import Actions, Close, Conn, Note, Pause, Perform, Resume, Send
 from headwater.machines.member_memory import Brought, MemberMemory
 from headwater.machines.memory import CheckpointPlace, Given, ServerMemory
 from headwater.machines.standby_link import StandbyLink
@@ -177,7 +177,8 @@ class MemberRequests:
         """The loops that a declared model or table needs are there, or cannot be made."""
         self.waiting, self._compiling = 0, ""
         if isinstance(result, UsageError):
-            return [self._refusal(message.number, result), Resume(self.conn)]
+            told = Note(f"{message.spec.name!r} is refused: {result}", "info")
+            return [told, self._refusal(message.number, result), Resume(self.conn)]
         if result is not None:
             raise result
         actions = self._hold(message, brought)
