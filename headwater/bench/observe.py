@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from headwater.bench.figures import Effort, Figure
+from headwater.bench.real_models import convolutions
 from headwater.bench.turns import median_interval
 from headwater.cluster import Cluster
 from headwater.errors import EnvironmentFailure, StalledError
@@ -149,7 +150,6 @@ def _training(worker: Worker) -> Callable[[], None]:
     """A step of the network of examples/digits.py on `_BATCH` made-up images."""
     try:
         import torch
-        from torch import nn
         from torch.nn import functional
 
         from headwater.torch import DistributedOptimizer
@@ -157,15 +157,7 @@ def _training(worker: Worker) -> Callable[[], None]:
         raise EnvironmentFailure(f"bench observe trains a network of torch: {error}") from error
     torch.set_num_threads(1)  # threads that wait for each other in a spin would be most of the CPU time
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32 * 4 * 4, 10),
-    )
+    net = convolutions()
     images, labels = torch.rand(_BATCH, 1, 8, 8), torch.randint(10, (_BATCH,))
     opt = DistributedOptimizer(worker, net, SGD(lr=1e-3))
 

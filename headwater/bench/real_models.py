@@ -96,26 +96,30 @@ def _bags(size: int) -> list[Batch]:
     return [(torch.randint(_IDS, (size, _BAG)), torch.randint(10, (size,))) for _ in range(_BATCHES)]
 
 
+def convolutions() -> torch.nn.Module:
+    """From float32[n, 1, 8, 8] to float32[n, 10]: that of examples/digits.py. Needs torch."""
+    from torch import nn
+
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 10),
+    )
+
+
 # ── each model twice: through the server, and alone ─────────────────────────────────────────────
 
 
 def _convolutions(worker: Worker) -> tuple[Step, Step]:
-    from torch import nn, optim
+    from torch import optim
 
     import headwater.torch as hw_torch
 
-    def network() -> nn.Module:
-        return nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(32 * 4 * 4, 10),
-        )
-
-    ours, alone = network(), network()
+    ours, alone = convolutions(), convolutions()
     shared = hw_torch.DistributedOptimizer(worker, ours, Adam(lr=3e-3), name="convolutions")
     return _trained(ours, shared), _trained(alone, optim.Adam(alone.parameters(), 3e-3))
 

@@ -12,7 +12,6 @@ import ast
 import inspect
 import math
 import textwrap
-import tokenize
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NoReturn
@@ -78,7 +77,7 @@ def _parsed(function: Any) -> ast.FunctionDef:
     if not isinstance(function, FunctionType) or "<" in name:
         raise ConfigurationError(f"{name}: a rule's function must be a plain function of a module")
     try:
-        definition = ast.parse(textwrap.dedent(_text_of(function))).body[0]
+        definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, SyntaxError) as error:
         raise ConfigurationError(
             f"{name}: its source cannot be read ({error}): define it in a file"
@@ -86,24 +85,6 @@ def _parsed(function: Any) -> ast.FunctionDef:
     if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
         raise ConfigurationError(f"{name}: a rule's function must be a `def` without decorators")
     return definition
-
-
-def _text_of(function: FunctionType) -> str:
-    """Its definition, as its file has it.
-
-    `inspect.getsource` goes through a cache that threads share and of which nobody is in charge: servers of
-    one process declare the same table at once.
-
-    Raises:
-        OSError: there is no such text.
-    """
-    code = inspect.unwrap(function).__code__
-    try:
-        with tokenize.open(code.co_filename) as file:
-            lines = file.readlines()[code.co_firstlineno - 1 :]
-    except (OSError, SyntaxError, UnicodeDecodeError):
-        return inspect.getsource(function)  # a notebook's cell
-    return "".join(inspect.getblock(lines))
 
 
 def _check_shape(definition: ast.FunctionDef, states: int, scalars: int) -> None:
