@@ -33,6 +33,7 @@ from headwater.messages import (
     StaticProgress,
     TakeCheckpoint,
     Unleased,
+    Unvisited,
     Visited,
     Welcome,
 )
@@ -542,6 +543,20 @@ def test_what_a_dead_worker_leaves_of_its_own_part_is_logged():
     _, worker = desk.running("worker")
     worker.hangs_up()
     assert "6 samples of worker 0's part wait for the next worker with that rank" in desk.notes
+
+
+def test_what_a_worker_left_unread_is_told_by_answers_that_were_asked_for_after_it_left():
+    """Others may be of before its last step."""
+    desk = Desk()
+    desk.recorded = DataProgress((Position(0, 0, (StaticProgress(1, 1, 10, 0, 4),)),))
+    server, worker = desk.running("worker")
+    desk.deaf.add(server.member.id)
+    asked = desk.connect().say(Ask())
+    worker.say(Departed(worker.member.id, finished=False))
+    desk.deaf.clear()
+    later = desk.connect().say(Ask())
+    assert asked.last(ClusterStatistics).unvisited == ()
+    assert later.last(ClusterStatistics).unvisited == (Unvisited(1, 0, 6),)
 
 
 # ── the end ─────────────────────────────────────────────────────────────────────────────────────

@@ -17,6 +17,7 @@ def overview(
     address: str,
     sync: str,
     reports: Sequence[m.ServerStatistics],
+    ranks: Set[int],
     progress: Mapping[int, m.Progress],
     silence: Mapping[int, float],
     absent: Set[int],
@@ -35,10 +36,10 @@ def overview(
 ) -> m.ClusterStatistics:
     """The answer to Ask.
 
-    `pid`, `address`: of the coordinator. `progress`: by rank. `silence`: by member, seconds since it was
-    heard of. `absent`: members that have not come back since the coordinator started again. `joining`: who
-    waits to join, and for whom. `totals`, `counts`, `checkpoints`, `traffic`, `uptime`,
-    `followers`: as of `ClusterStatistics`.
+    `pid`, `address`: of the coordinator. `ranks`: of the workers when the servers were asked for `reports`.
+    `progress`: by rank. `silence`: by member, seconds since it was heard of. `absent`: members that have not
+    come back since the coordinator started again. `joining`: who waits to join, and for whom. `totals`,
+    `counts`, `checkpoints`, `traffic`, `uptime`, `followers`: as of `ClusterStatistics`.
     """
     following = {told.member: told for told in followers}
     of_server = {report.member: report for report in reports}
@@ -102,7 +103,7 @@ def overview(
         tables=_in_all([report.tables for report in reports if report.role == "server"]),
         progress=tuple(progress[rank] for rank in sorted(progress)),
         unreplicated=tuple(unreplicated),
-        unvisited=(*unvisited, *_unvisited_parts(first, roster)),
+        unvisited=(*unvisited, *_unvisited_parts(first, roster, ranks)),
         spares=spares,
         servers=servers,
         finished=tuple(finished),
@@ -120,8 +121,11 @@ def overview(
     )
 
 
-def _unvisited_parts(first: m.ServerStatistics | None, roster: m.Roster) -> Sequence[m.Unvisited]:
-    ranks = {member.index for member in roster.members if member.role == "worker"}
+def _unvisited_parts(
+    first: m.ServerStatistics | None, roster: m.Roster, before: Set[int]
+) -> Sequence[m.Unvisited]:
+    """Of one that has left since the server was asked, the server's answer may be too old to tell."""
+    ranks = {member.index for member in roster.members if member.role == "worker"} | before
     return unvisited_parts(first.recorded, ranks) if first is not None else ()
 
 

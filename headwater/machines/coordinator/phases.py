@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -31,9 +32,13 @@ class Stranger:
 
 @dataclass(slots=True)
 class Survey:
-    """It asked for statistics, and has them once these hosts have answered, or when their time is over."""
+    """It asked for statistics, and has them once these hosts have answered, or when their time is over.
+
+    `ranks`: of the workers that were there when it asked.
+    """
 
     unanswered: int
+    ranks: Set[int]
     reports: list[ServerStatistics] = field(default_factory=list)
 
 

@@ -40,7 +40,7 @@ class Surveys:
         state = self._state
         running = state.stage in ("running", "finishing") and state.book.complete()
         hosts = [*state.book.of("server"), *state.book.of("standby")] if running else []
-        state.phases[conn] = Survey(len(hosts))
+        state.phases[conn] = Survey(len(hosts), {worker.index for worker in state.book.of("worker")})
         for host in hosts:
             self._hosts.ask(host, f"survey {conn}", state.now)
 
@@ -61,10 +61,10 @@ class Surveys:
         """Answer whoever asked, and need not wait any more."""
         for conn, phase in list(self._state.phases.items()):
             if isinstance(phase, Survey) and not phase.unanswered:
-                self._state.send(conn, self._overview(phase.reports))
+                self._state.send(conn, self._overview(phase))
                 self._state.hang_up(conn)
 
-    def _overview(self, reports: list[m.ServerStatistics]) -> m.ClusterStatistics:
+    def _overview(self, survey: Survey) -> m.ClusterStatistics:
         state = self._state
         roster, settings, tally = state.book.view(), state.settings, self._members.tally
         return overview(
@@ -72,7 +72,8 @@ class Surveys:
             pid=state.identity.pid,
             address=self.address,
             sync=settings.sync,
-            reports=reports,
+            reports=survey.reports,
+            ranks=survey.ranks,
             progress=tally.last,
             silence={one.id: state.book.silence(one.id, state.now) for one in roster.members},
             absent={one.id for one in roster.members} - state.conns.keys(),
