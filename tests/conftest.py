@@ -162,11 +162,10 @@ def nodes_are_forked(request, monkeypatch):
 def _direct(pid):
     """Ids of the children of a process."""
     found = []
-    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            found += [int(child) for child in thread.read_text().split()]
-        except OSError:
-            continue  # the thread has ended meanwhile
+    with contextlib.suppress(OSError):  # the process has ended meanwhile
+        for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # the thread has
+                found += [int(child) for child in thread.read_text().split()]
     return found
 
 
