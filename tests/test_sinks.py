@@ -10,6 +10,7 @@ import threading
 
 import numpy as np
 import pytest
+from waiting import wait_until
 
 import headwater as hw
 from headwater.errors import ConfigurationError
@@ -269,4 +270,5 @@ def test_a_worker_that_is_started_again_goes_on_counting_steps():
                     model.push({"x": np.ones(8, np.float32)})
                     worker.step()
                     worker.log(loss=1.0)
+        wait_until(lambda: len(cluster.history) == 6)  # what workers tell comes beside their steps
         assert [row.step for row in cluster.history] == [1, 2, 3, 4, 5, 6]
